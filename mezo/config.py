@@ -1,0 +1,148 @@
+"""Configuration of a run: one flat frozen dataclass that refuses bad values before anything is loaded or written."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+class UserError(ValueError):
+    """A mistake of the caller's: the message names the value, what was expected and the remedy."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fine-tune a language model with forward passes only (MeZO, arXiv 2305.17333)."""
+
+    model: str = ""
+    """Path or hub id of the base model."""
+    output_dir: str = ""
+    """Run directory to create; an existing one is never overwritten."""
+    runtime: Literal["hf"] = "hf"
+    """What computes the losses: hf is transformers + PEFT in this process."""
+
+    task: str = ""
+    """A built-in task (sst2); leave empty to train on --train-file."""
+    train_file: str = ""
+    """JSON lines with text and label (an index into --label-words), or with prompt, options and answer."""
+    dev_file: str = ""
+    """Chooses the best checkpoint; without it the last step is kept."""
+    test_file: str = ""
+    """Scored before and after training."""
+    prompt: str = ""
+    """Template around the record's fields, e.g. '{text} It was'; by default the task's own."""
+    label_words: tuple[str, ...] = ()
+    """One per class, in the order of the labels, with its leading space; by default the task's own."""
+    k_shot: int = 0
+    """Training examples per class (as many for dev); 0 takes all."""
+    num_train: int = 0
+    """Training examples in all, classes balanced; 0 takes all."""
+    num_dev: int = 0
+    """Dev examples in all, classes balanced; 0 takes all."""
+    num_test: int = 0
+    """Test examples in all, classes balanced; 0 takes all."""
+    data_seed: int = 0
+    """Chooses the examples that k_shot, num_train, num_dev and num_test keep."""
+    max_length: int = 512
+    """Token budget of a prompt with its longest option; longer texts are cut, the template and the options never."""
+
+    r: int = 8
+    """LoRA rank."""
+    lora_alpha: int = 16
+    """LoRA scale: the adapter's output is multiplied by lora_alpha / r."""
+    target_modules: tuple[str, ...] = ()
+    """Modules to adapt; by default query and value, as in the paper."""
+    layers_to_transform: tuple[int, ...] = ()
+    """Indices of the layers to adapt; by default all."""
+    adapter: str = ""
+    """Start from this PEFT adapter instead of a fresh one."""
+
+    steps: int = 1000
+    """Optimisation steps, two forward passes each for every perturbation."""
+    batch_size: int = 16
+    """Training examples per step."""
+    lr: float = 1e-4
+    """Learning rate."""
+    eps: float = 1e-2
+    """Perturbation scale."""
+    weight_decay: float = 0.0
+    """Decoupled: theta <- theta (1 - lr weight_decay) each step."""
+    num_perturbations: int = 1
+    """Directions averaged per step (n-SPSA)."""
+    objective: Literal["cross_entropy", "lm_cross_entropy", "accuracy"] = "cross_entropy"
+    """Loss: over the options, over the vocabulary for the right option's tokens, or minus the accuracy."""
+    seed: int = 0
+    """Seed of the run: initial adapter, batches and perturbations are functions of it."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 is a tenth of the run."""
+    eval_batch_size: int = 0
+    """Examples per evaluation forward; 0 is the training batch size."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the base model; auto is float32 on a CPU and bfloat16 on a GPU. The trained master is float32 always."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    backend: Literal["auto", "reference", "numba", "triton"] = "auto"
+    """Backend of the fused ops; auto goes by device."""
+    trunk_cache: Literal["auto", "off", "cpu", "device"] = "auto"
+    """Where to keep what does not depend on the adapter; auto is on (cpu on a CPU, device on a GPU) wherever exact."""
+    trunk_cache_bytes: int = 4 << 30
+    """Limit of the trunk cache; the least recently used entries go first."""
+    verify_every: int = 0
+    """Steps between comparisons of the kernels with the reference, bit for bit; 0 is a tenth of the run, -1 never."""
+
+    def __post_init__(self):
+        check(self)
+
+    def to_json(self) -> str:
+        """The configuration as it is written to config.json."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Config":
+        """Build from a mapping such as a parsed config.json or YAML file; unknown keys are refused."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = [key for key in values if key not in fields]
+        if unknown:
+            raise UserError(f"unknown configuration key {unknown[0]!r}; known keys: {', '.join(fields)}")
+        tuples = {name for name, field in fields.items() if isinstance(field.default, tuple)}
+        return cls(**{key: tuple(value) if key in tuples else value for key, value in values.items()})
+
+
+def check(config: Config) -> None:
+    """Raise UserError on a value that no run can have; what depends on model or data is checked when that is read."""
+    _require(bool(config.model), "--model is missing: give a path or a hub id")
+    _require(bool(config.output_dir), "--output-dir is missing: give the run directory to create")
+    _require(bool(config.task) != bool(config.train_file), "give one of --task and --train-file")
+    _require(
+        not (config.task and (config.dev_file or config.test_file)),
+        "--dev-file and --test-file go with --train-file; a --task brings its own",
+    )
+    words = config.label_words
+    _require(len(words) != 1, f"--label-words needs at least two words, got {words}")
+    _require(len(set(words)) == len(words), f"--label-words must differ, got {words}: drop the repeated one")
+    _require(not (config.k_shot and config.num_train), "--k-shot and --num-train exclude each other: drop one")
+    for name in ("steps", "batch_size", "num_perturbations", "r", "lora_alpha", "max_length", "trunk_cache_bytes"):
+        value = getattr(config, name)
+        _require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in ("k_shot", "num_train", "num_dev", "num_test", "eval_every", "eval_batch_size", "data_seed"):
+        value = getattr(config, name)
+        _require(value >= 0, f"--{name.replace('_', '-')} must be at least 0, got {value}")
+    for name in ("lr", "eps"):
+        value = getattr(config, name)
+        _require(math.isfinite(value) and value > 0, f"--{name} must be a finite number > 0, got {value}")
+    decay = config.weight_decay
+    _require(0 <= decay * config.lr < 1, f"--weight-decay must be at least 0 and below 1 / lr, got {decay}")
+    _require(0 <= config.seed < 2**64, f"--seed must be in [0, 2**64), got {config.seed}")
+    _require(config.verify_every >= -1, f"--verify-every must be at least -1, got {config.verify_every}")
+    for name in ("train_file", "dev_file", "test_file"):
+        path = getattr(config, name)
+        flag = name.replace("_", "-")
+        _require(not path or Path(path).is_file(), f"--{flag}: no such file: {path}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,1 @@
+"""Runtimes: what turns (theta, batch) into option scores."""

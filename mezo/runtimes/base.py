@@ -1,0 +1,95 @@
+"""What a runtime is: it holds the model and theta, scores batches, and steps theta. The trainer knows no more."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised example.
+
+    Args:
+        prompt: token ids, special tokens included.
+        options: token ids of each answer option; the answer follows the prompt, or fills its mask.
+        label: index of the right option.
+        mask: position of the mask token in `prompt` (masked language models; one-token options only), else None.
+    """
+
+    prompt: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+    label: int
+    mask: int | None = None
+
+
+@dataclass
+class TokenCount:
+    """Tokens scored, and how many of them were computed or taken from a cache, by purpose."""
+
+    computed: int = 0
+    reused: int = 0
+
+    @property
+    def scored(self) -> int:
+        """Tokens a plain forward pass would have computed."""
+        return self.computed + self.reused
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What is trained, fixed for a run: enough to rebuild theta with no model at hand.
+
+    Args:
+        peft: fields of PEFT's adapter_config.json.
+        shapes: full shape of each trained parameter by canonical name, in order.
+        model: id or path of the base model.
+        model_hash: hash of the base weights, or empty where they were not read.
+    """
+
+    peft: dict
+    shapes: dict[str, tuple[int, ...]]
+    model: str
+    model_hash: str = ""
+
+
+@dataclass(frozen=True)
+class StepUpdate:
+    """theta <- theta * decay - sum_k coefficients[k] z(seeds[k])."""
+
+    seeds: Sequence[int] = ()
+    coefficients: Sequence[float] = ()
+    decay: float = 1.0
+
+
+class Runtime(Protocol):
+    """A model, theta, and the two perturbed copies of theta."""
+
+    spec: AdapterSpec
+    tokens: TokenCount
+    eval_tokens: TokenCount
+
+    def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
+        """Register every example that will be scored; examples are then named by (split, index)."""
+
+    def load(self, theta: dict[str, torch.Tensor]) -> None:
+        """Set theta from float32 tensors by canonical name."""
+
+    def theta(self) -> dict[str, torch.Tensor]:
+        """Copies of theta, float32, by canonical name."""
+
+    def step(self, updates: Sequence[StepUpdate], next_seed: int | None, eps: float) -> None:
+        """Apply the updates in one pass and, given `next_seed`, write theta + eps z and theta - eps z."""
+
+    def score_pair(self, split: str, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Option scores at theta + eps z and theta - eps z, each float64 (len(indices), options), padded with -inf."""
+
+    def score(self, split: str, indices: Sequence[int]) -> torch.Tensor:
+        """Option scores at theta itself."""
+
+    def verify(self, updates: Sequence[StepUpdate], next_seed: int, eps: float) -> str | None:
+        """Recompute with the reference backend what `step` last wrote; name the first difference, or None."""
+
+    def close(self) -> None:
+        """Release the model."""

@@ -1,0 +1,21 @@
+"""Fused zeroth-order parameter ops: z is regenerated from a counter, never stored, and the same bits everywhere."""
+
+from mezo_kernels.layout import ParamLayout, ParamSlot, canonical_name
+from mezo_kernels.ops import available_backends, perturb_, rademacher, standard_normal, step_, sum_of_squares
+from mezo_kernels.philox import Z_STREAM_VERSION, lora_init, perturbation_seed, tensor_id
+
+__all__ = [
+    "Z_STREAM_VERSION",
+    "ParamLayout",
+    "ParamSlot",
+    "available_backends",
+    "canonical_name",
+    "lora_init",
+    "perturb_",
+    "perturbation_seed",
+    "rademacher",
+    "standard_normal",
+    "step_",
+    "sum_of_squares",
+    "tensor_id",
+]

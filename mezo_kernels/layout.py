@@ -1,0 +1,229 @@
+"""ParamLayout: which parameters an op touches, and which elements of the full parameters their storage holds."""
+
+import itertools
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mezo_kernels.philox import tensor_id
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# columns of `ParamLayout.geometry`, one row a parameter; local (r, c) is element first_index + r full_cols + c
+SERIAL, STRIDED, TENSOR_ID, FIRST_INDEX, ROWS, COLS, FULL_COLS = range(7)
+_serial = itertools.count()
+
+
+@dataclass(frozen=True)
+class ParamSlot:
+    """One parameter, or the block of it that a rank holds.
+
+    Args:
+        name: canonical name; it alone decides z, with the element's index in the full parameter.
+        tensor: storage, float32, bfloat16 or float16. Strided if 1-D or 2-D; contiguous otherwise.
+        full_shape: shape of the unsharded parameter; by default that of `tensor`.
+        row_start, col_start: position of the block in the full parameter (1-D: `row_start` alone).
+    """
+
+    name: str
+    tensor: torch.Tensor
+    full_shape: tuple[int, ...] | None = None
+    row_start: int = 0
+    col_start: int = 0
+
+
+class ParamLayout:
+    """An ordered set of parameters that one op updates in one launch.
+
+    Args:
+        params: a mapping {name: tensor} of whole parameters, or an iterable of `ParamSlot`.
+    Raises:
+        ValueError: empty, colliding tensor_ids, aliased storage, unsupported dtype, mixed devices, a block outside
+            its full parameter.
+
+    >>> layout = ParamLayout({"w": torch.zeros(3, 4), "b": torch.zeros(3)})
+    >>> layout.names, layout.n_elements
+    (('w', 'b'), 15)
+    """
+
+    def __init__(self, params: Mapping[str, torch.Tensor] | Iterable[ParamSlot]):
+        slots = [ParamSlot(*item) for item in params.items()] if isinstance(params, Mapping) else list(params)
+        if not slots:
+            raise ValueError("a ParamLayout needs at least one parameter, got none")
+        for slot in slots:
+            _check_tensor(slot.name, slot.tensor)
+        self.slots = tuple(slots)
+        self.names = tuple(slot.name for slot in slots)
+        self.tensors = [slot.tensor for slot in slots]
+        self.device = slots[0].tensor.device
+        self.n_elements = sum(tensor.numel() for tensor in self.tensors)
+        serial = next(_serial)
+        strided = any(not tensor.is_contiguous() for tensor in self.tensors)
+        self.geometry = torch.tensor([(serial, strided, *_geometry(slot)) for slot in slots], dtype=torch.int64)
+        _check_ids(self.names)
+        _check_devices(slots)
+        check_no_alias(slots)
+
+    @classmethod
+    def from_module(cls, module: torch.nn.Module) -> "ParamLayout":
+        """Layout of the trainable parameters of `module` under their canonical names; tied weights appear once.
+
+        >>> ParamLayout.from_module(torch.nn.Linear(10, 2)).names
+        ('weight', 'bias')
+        """
+        return cls({canonical_name(name): p.detach() for name, p in module.named_parameters() if p.requires_grad})
+
+    def like(self, tensors: Iterable[torch.Tensor]) -> "ParamLayout":
+        """The same parameters and blocks in other storage (other dtype or strides), e.g. engine buffers.
+
+        >>> w = torch.zeros(3, 4)
+        >>> ParamLayout({"w": w}).like([w.bfloat16()]).tensors[0].dtype
+        torch.bfloat16
+        """
+        pairs = zip(self.slots, tensors, strict=True)
+        return ParamLayout(
+            ParamSlot(s.name, t, s.full_shape or tuple(s.tensor.shape), s.row_start, s.col_start) for s, t in pairs
+        )
+
+    def same_elements(self, other: "ParamLayout") -> bool:
+        """True if both layouts hold the same elements of the same parameters in the same order."""
+        return self.names == other.names and torch.equal(self.geometry[:, TENSOR_ID:], other.geometry[:, TENSOR_ID:])
+
+    def __repr__(self):
+        return f"ParamLayout({len(self.slots)} parameters, {self.n_elements} elements, {self.device})"
+
+
+def canonical_name(name: str) -> str:
+    """PEFT's state-dict key of a parameter: the adapter name in `lora_A.<adapter>.weight` is dropped.
+
+    >>> canonical_name("base_model.model.layers.0.q_proj.lora_A.default.weight")
+    'base_model.model.layers.0.q_proj.lora_A.weight'
+    """
+    parts = name.split(".")
+    lora = [i for i, part in enumerate(parts) if part in ("lora_A", "lora_B")]
+    if lora and lora[-1] + 2 < len(parts):
+        del parts[lora[-1] + 1]
+    return ".".join(parts)
+
+
+def matrix_view(tensor: torch.Tensor) -> tuple[int, int, int, int]:
+    """(rows, cols, row_stride, col_stride) of a tensor's storage, in elements."""
+    if tensor.dim() == 2:
+        return *tensor.shape, *tensor.stride()
+    return 1, tensor.numel(), tensor.numel(), tensor.stride(0) if tensor.dim() == 1 else 1
+
+
+def _geometry(slot: ParamSlot) -> tuple[int, int, int, int, int]:
+    """(tensor_id, first_index, rows, cols, full_cols) of one row of `ParamLayout.geometry`."""
+    shape = tuple(slot.tensor.shape)
+    full = shape if slot.full_shape is None else tuple(slot.full_shape)
+    starts = (slot.row_start, slot.col_start)
+    where = f"{slot.name}: shape {shape} at {starts} of full shape {full}"
+    if len(full) != len(shape):
+        raise ValueError(f"{where}: the tensor and the full parameter must have the same number of dimensions")
+    rows, cols, _, _ = matrix_view(slot.tensor)
+    if len(shape) == 2:
+        full_rows, full_cols, (row_start, col_start) = *full, starts
+    else:
+        full_rows, full_cols, (col_start, row_start) = 1, math.prod(full), starts
+        if len(shape) != 1 and full != shape:
+            raise ValueError(f"{where}: only 1-D and 2-D parameters can be sharded")
+    inside = 0 <= row_start <= full_rows - rows and 0 <= col_start <= full_cols - cols
+    if not inside:
+        raise ValueError(f"{where}: the block must lie inside the full parameter")
+    return tensor_id(slot.name), row_start * full_cols + col_start, rows, cols, full_cols
+
+
+def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+    if tensor.numel() == 0:
+        raise ValueError(f"{name}: expected at least one element, got shape {tuple(tensor.shape)}")
+    if tensor.dim() > 2 and not tensor.is_contiguous():
+        raise ValueError(f"{name}: a tensor of {tensor.dim()} dimensions must be contiguous; call .contiguous()")
+
+
+def _check_ids(names: tuple[str, ...]) -> None:
+    seen = {}
+    for name in names:
+        other = seen.setdefault(tensor_id(name), name)
+        if other is not name:
+            raise ValueError(f"parameters {other!r} and {name!r} have the same tensor_id and so the same z; rename one")
+
+
+def _check_devices(slots: list[ParamSlot]) -> None:
+    first = slots[0]
+    for slot in slots:
+        if slot.tensor.device != first.tensor.device:
+            raise ValueError(
+                f"all parameters of a layout must be on one device: {first.name} is on {first.tensor.device}, "
+                f"{slot.name} on {slot.tensor.device}; move them or build one layout a device"
+            )
+
+
+def _byte_range(tensor: torch.Tensor) -> tuple[int, int]:
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def check_no_alias(slots: Iterable[ParamSlot]) -> None:
+    """Raise ValueError if two elements of the slots share storage. Interleaved views of one buffer are told apart."""
+    slots = [slot for slot in slots if slot.tensor.device.type != "meta"]
+    ranges = sorted(((*_byte_range(slot.tensor), slot) for slot in slots), key=lambda item: item[:2])
+    cluster, cluster_end = [], -1
+    for start, end, slot in [*ranges, (math.inf, math.inf, None)]:
+        if start >= cluster_end:
+            _check_cluster(cluster)
+            cluster, cluster_end = [], -1
+        cluster.append((start, slot))
+        cluster_end = max(cluster_end, end)
+
+
+def _check_cluster(cluster: list[tuple[int, ParamSlot]]) -> None:
+    """Count the writes to each byte of a stretch of memory; more than one is an alias."""
+    dense = len(cluster) == 1 and cluster[0][1].tensor.is_contiguous()
+    if not cluster or dense:
+        return
+    base = cluster[0][0]
+    span = max(_byte_range(slot.tensor)[1] for _, slot in cluster) - base
+    written = torch.zeros(span, dtype=torch.bool)
+    for start, slot in cluster:
+        tensor, size = slot.tensor, slot.tensor.element_size()
+        shape, stride = (*tensor.shape, size), (*(s * size for s in tensor.stride()), 1)
+        # a self-overlapping view reaches fewer distinct bytes than it has
+        view = torch.as_strided(written, shape, stride, start - base)
+        if view.any():
+            others = ", ".join(other.name for _, other in cluster if other is not slot)
+            raise ValueError(f"{slot.name} shares storage with another parameter ({others}); list tied weights once")
+        before = int(written.sum())
+        view.fill_(True)
+        if int(written.sum()) - before != tensor.numel() * size:
+            raise ValueError(f"{slot.name}: elements share storage (an expanded or overlapping view); call .clone()")
+
+
+class AddressCache:
+    """Tables that a backend derives from addresses, rebuilt only when an address changes.
+
+    Args:
+        build: builds the table from (theta, plus, minus, geometry), the arguments of every op.
+    """
+
+    def __init__(self, build, max_entries: int = 64):
+        self.build, self.max_entries, self.tables = build, max_entries, OrderedDict()
+
+    def __call__(self, theta, plus, minus, geometry: list[torch.Tensor]):
+        tensors = (*theta, *plus, *minus)
+        key = (*(g[0, SERIAL].item() for g in geometry), *map(torch.Tensor.data_ptr, tensors))
+        # a clone made by a compiler keeps the strides of dense tensors only
+        if any(g[0, STRIDED].item() for g in geometry):
+            key += tuple(map(torch.Tensor.stride, tensors))
+        table = self.tables.get(key)
+        if table is None:
+            table = self.tables[key] = self.build(theta, plus, minus, geometry[0])
+            if len(self.tables) > self.max_entries:
+                self.tables.popitem(last=False)
+        return table

@@ -1,0 +1,146 @@
+"""The z stream, version 1, in eager PyTorch: the definition every compiled backend must reproduce bit for bit.
+
+z is a pure function of (seed, parameter name, element index). Words come from Philox4x32-10 (Salmon et al. 2011,
+"Parallel random numbers: as easy as 1, 2, 3"), normals from Box and Muller (1958) with the single-precision
+polynomials of the Cephes library. Each float32 operation is rounded on its own.
+"""
+
+import math
+import zlib
+
+import torch
+
+NORMAL, UNIFORM, RADEMACHER = 0, 1, 2
+STREAMS = {"normal": NORMAL, "rademacher": RADEMACHER}
+Z_STREAM_VERSION = 1
+SEED_OF_STEP = 0x6D657A6F  # "mezo": the stream word of the counter that yields the seeds of a run
+
+_MASK = 0xFFFFFFFF
+_LOG = (-1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
+        -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)  # fmt: skip
+
+
+def tensor_id(name: str) -> int:
+    """CRC-32 of a parameter's canonical name: the counter word that keeps parameters apart.
+
+    >>> hex(tensor_id("w"))
+    '0x1c630b12'
+    """
+    return zlib.crc32(name.encode())
+
+
+def check_seed(seed: int) -> int:
+    """Return `seed` unchanged, or raise ValueError unless it is an integer in [0, 2**64)."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed must be an int in [0, 2**64), got {seed!r}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+    return seed
+
+
+def philox_4x32(c0, c1, c2, c3, k0: int, k1: int):
+    """Philox4x32-10 on Python integers, or on int64 tensors of words (products wrap, which keeps both halves exact).
+
+    >>> [hex(word) for word in philox_4x32(0, 0, 0, 0, 0, 0)]
+    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    """
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def _words(seed: int, tensor_id: int, group: torch.Tensor, stream: int):
+    tag = torch.full_like(group, tensor_id)
+    counter = (group & _MASK, (group >> 32) & _MASK, tag, torch.full_like(group, stream))
+    return philox_4x32(*counter, seed & _MASK, seed >> 32)
+
+
+def box_muller(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two standard normals, float32, from two 32-bit words held in int64 tensors."""
+    # u in (0, 1]
+    u = x.to(torch.float32) * 2.0**-32 + 2.0**-33
+    # log u = log(m + 1) + e log 2, by the Cephes polynomial
+    b = u.view(torch.int32)
+    e = (b - 0x3F3504F3) >> 23
+    m = (b - (e << 23)).view(torch.float32) - 1
+    p = torch.full_like(m, 7.0376836292e-2)
+    for k in _LOG:
+        p = p * m + k
+    t = m * m
+    e = e.to(torch.float32)
+    log_u = (p * m) * t
+    log_u = log_u + e * -2.12194440e-4
+    log_u = log_u - t * 0.5
+    log_u = (m + log_u) + e * 0.693359375
+    # r = sqrt(-2 log u), correctly rounded: torch's float32 sqrt may come from a vector library that is an ulp off,
+    # and rounding the float64 root once is exact because 53 bits exceed 2 * 24 + 2
+    r = torch.sqrt((log_u * -2).to(torch.float64)).to(torch.float32)
+    # angle = pi/2 q + f
+    q = y >> 30
+    low = (y << 2) & _MASK
+    f = (low - ((low >> 31) << 32)).to(torch.float32) * 3.657295198167899e-10
+    w = f * f
+    s = ((w * -1.9515295891e-4 + 8.3321608736e-3) * w + -1.6666654611e-1) * (w * f) + f
+    c = ((w * 2.443315711809948e-5 + -1.388731625493765e-3) * w + 4.166664568298827e-2) * (w * w) + (1 - w * 0.5)
+    odd = (q & 1) == 1
+    cosine, sine = torch.where(odd, s, c), torch.where(odd, c, s)
+    cosine = torch.where((q == 1) | (q == 2), -cosine, cosine)
+    sine = torch.where(q >= 2, -sine, sine)
+    return r * cosine, r * sine
+
+
+def normal_at(seed: int, tensor_id: int, index: torch.Tensor) -> torch.Tensor:
+    """z ~ N(0, 1) of the elements `index` (int64, any shape) of one parameter, float32."""
+    w0, w1, w2, w3 = _words(seed, tensor_id, index >> 2, NORMAL)
+    second_pair = (index & 2) != 0
+    even, odd = box_muller(torch.where(second_pair, w2, w0), torch.where(second_pair, w3, w1))
+    return torch.where((index & 1) == 1, odd, even)
+
+
+def rademacher_at(seed: int, tensor_id: int, index: torch.Tensor) -> torch.Tensor:
+    """z uniform on {-1, +1} of the elements `index`: one bit each, 128 to a Philox block; a set bit means -1."""
+    word = torch.stack(_words(seed, tensor_id, index >> 7, RADEMACHER), -1)
+    word = word.gather(-1, ((index >> 5) & 3).unsqueeze(-1)).squeeze(-1)
+    return 1 - 2 * ((word >> (index & 31)) & 1).to(torch.float32)
+
+
+def z_at(seed: int, tensor_id: int, index: torch.Tensor, distribution: str) -> torch.Tensor:
+    """z of the elements `index` of one parameter, float32, for either distribution."""
+    return (normal_at if distribution == "normal" else rademacher_at)(seed, tensor_id, index)
+
+
+def lora_init(run_seed: int, name: str, full_shape: tuple[int, int], row_start=0, rows=None, col_start=0, cols=None):
+    """Initial lora_A of a run, or a block of it: Kaiming uniform with a = sqrt(5), drawn from stream 1.
+
+    Args:
+        run_seed: seed of the run, 0 <= run_seed < 2**64.
+        name: canonical parameter name.
+        full_shape: (r, fan_in) of the unsharded lora_A.
+        row_start, rows, col_start, cols: the block wanted; by default all of it.
+    Returns:
+        float32 tensor (rows, cols), uniform in [-b, b) with b = sqrt(6 / ((1 + 5) fan_in)).
+
+    >>> a = lora_init(0, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", (8, 576))
+    >>> [f"{bits:08x}" for bits in a[0, :4].view(torch.int32).tolist()]
+    ['3c67e5e0', '3cd057bb', '3be1dc00', '3cdbdeb3']
+    """
+    fan_in = full_shape[1]
+    rows, cols = full_shape[0] if rows is None else rows, fan_in if cols is None else cols
+    index = (torch.arange(row_start, row_start + rows) * fan_in)[:, None] + torch.arange(col_start, col_start + cols)
+    word = torch.stack(_words(check_seed(run_seed), tensor_id(name), index >> 2, UNIFORM), -1)
+    word = word.gather(-1, (index & 3).unsqueeze(-1)).squeeze(-1)
+    bound = torch.tensor(math.sqrt(6 / ((1 + 5) * fan_in)), dtype=torch.float32)
+    return ((word >> 8).to(torch.float32) * 2.0**-23 - 1) * bound
+
+
+def perturbation_seed(run_seed: int, step: int, k: int = 0) -> int:
+    """Seed of perturbation k of a step: words w0 + 2**32 w1 of the Philox block (step, k) under key run_seed.
+
+    >>> perturbation_seed(0, 1, 1)
+    11884268794979519706
+    """
+    counter = (step & _MASK, step >> 32, k, SEED_OF_STEP)
+    w0, w1, _, _ = philox_4x32(*counter, check_seed(run_seed) & _MASK, run_seed >> 32)
+    return w0 + (w1 << 32)
