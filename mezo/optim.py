@@ -1,0 +1,288 @@
+"""MeZO as a torch optimizer: zeroth-order steps for any module and any closure, theta kept exactly in float32."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mezo_kernels import ParamLayout, canonical_name, perturb_, perturbation_seed, step_
+from mezo_kernels.philox import STREAMS, check_seed
+
+
+class MeZO(torch.optim.Optimizer):
+    """theta <- theta (1 - lr weight_decay) - lr/n sum_k projected_grad_k z_k, from 2n forward passes and no autograd.
+
+    projected_grad_k = (loss(theta + eps z_k) - loss(theta - eps z_k)) / (2 eps): SPSA with z regenerated from a seed,
+    as in MeZO (Malladi et al. 2023, arXiv 2305.17333, algorithms 1 and 2). With momentum mu,
+    buf <- mu buf + 1/n sum_k projected_grad_k z_k and theta <- theta (1 - lr weight_decay) - lr buf.
+
+    Theta lives in a float32 master copy, one for each parameter. A parameter is set to the single rounding of
+    theta + eps z, theta - eps z or theta, and is never restored by arithmetic: a float32 parameter equals its master
+    exactly after a step. `memory_bytes` is what that costs beside the parameters: 4 bytes an element, plus 4 with
+    momentum, plus one copy in the parameters' own dtypes where a group has a 16-bit parameter.
+
+    Both closure calls of a perturbation start from the same CPU and CUDA generator states (the same dropout masks),
+    and after the step the generators are as after one call. A loss that is NaN or infinite skips the step: parameters
+    are restored, `skipped_steps` counts it. A parameter changed in place between steps (`load_state_dict` of the
+    model, clamping under `torch.no_grad`) is read again; writes through `.data` cannot be seen and are lost.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or param groups of either. Unnamed ones are called "0", "1", ...;
+            the name decides z. `nn.Parameter`s with `requires_grad=False` are left alone.
+        lr: learning rate, >= 0; a float or a tensor. Per group, read at each step.
+        eps: perturbation scale, > 0; the same in all groups.
+        num_perturbations: n >= 1, how many estimates a step averages (n-SPSA).
+        weight_decay: decoupled, >= 0. Per group.
+        momentum: mu in [0, 1). Per group.
+        seed: seed of the run, 0 <= seed < 2**64; perturbation k of step t has `perturbation_seed(seed, t, k)`.
+        distribution: "normal" or "rademacher".
+        backend: of the fused ops; None chooses by device.
+    Raises:
+        ValueError: a value outside its range; parameters that no `ParamLayout` accepts.
+
+    >>> _ = torch.manual_seed(0)
+    >>> y = torch.arange(2000) % 2
+    >>> x = torch.randn(2000, 10) + (y[:, None] * 2 - 1) * 0.7
+    >>> def accuracy_after_training(**options):
+    ...     model = torch.nn.Linear(10, 2)
+    ...     _ = torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
+    ...     optimizer = MeZO(model.named_parameters(), **options)
+    ...     for _ in range(300):
+    ...         _ = optimizer.step(lambda: torch.nn.functional.cross_entropy(model(x[:1000]), y[:1000]))
+    ...     return (model(x[1000:]).argmax(1) == y[1000:]).float().mean().item()
+    >>> accuracy_after_training(lr=0.0)
+    0.5
+    >>> accuracy_after_training(lr=0.05) > 0.95, accuracy_after_training(lr=0.005, momentum=0.9) > 0.95
+    (True, True)
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float,
+        eps: float = 1e-3,
+        num_perturbations: int = 1,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        seed: int = 0,
+        distribution: str = "normal",
+        backend: str | None = None,
+    ):
+        if not isinstance(num_perturbations, int) or num_perturbations < 1:
+            raise ValueError(f"num_perturbations must be an integer >= 1, got {num_perturbations!r}")
+        if distribution not in STREAMS:
+            raise ValueError(f"distribution must be one of {', '.join(STREAMS)}; got {distribution!r}")
+        self.seed, self.num_perturbations, self.distribution = check_seed(seed), num_perturbations, distribution
+        self.backend = backend
+        self.steps, self.skipped_steps = 0, 0
+        self.projected_grads: list[float] = []
+        self._groups, self._seen = [], None
+        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay, "momentum": momentum})
+        self._eps()
+        self._follow()
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group; its options are checked and its parameters join at the next step."""
+        super().add_param_group(param_group)
+        _check_options(self.param_groups[-1])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor | float] | None = None) -> torch.Tensor:
+        """One MeZO step; calls `closure` exactly twice for each perturbation, without autograd.
+
+        Args:
+            closure: computes and returns the loss, a scalar tensor or a number, from the current parameters.
+        Returns:
+            Mean of the losses at theta + eps z and theta - eps z (of all perturbations): float64, on the CPU.
+        """
+        if closure is None:
+            raise ValueError("MeZO measures the loss: call optimizer.step(closure), closure() returning a scalar loss")
+        self._follow()
+        eps = self._eps()
+        seeds = [perturbation_seed(self.seed, self.steps, k) for k in range(self.num_perturbations)]
+        try:
+            losses = self._losses(closure, seeds, eps)
+            self.projected_grads = [(plus - minus) / (2 * eps) for plus, minus in losses]
+            if all(map(math.isfinite, self.projected_grads)):
+                for group in self._groups:
+                    self._update(group, seeds)
+            else:
+                self.skipped_steps += 1
+            self.steps += 1
+        finally:
+            for group in self._groups:
+                torch._foreach_copy_(group.params, group.theta.tensors)
+            self._seen = self._storage()
+        return torch.tensor(losses, dtype=torch.float64).mean()
+
+    def _losses(self, closure, seeds: list[int], eps: float) -> list[tuple[float, float]]:
+        """(loss_plus, loss_minus) of each perturbation, all from the same generator states."""
+        losses = []
+        for k, seed in enumerate(seeds):
+            for sign, _ in enumerate(self._perturbed(seed, eps)):
+                last = sign == 1 and k == len(seeds) - 1
+                devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+                with torch.random.fork_rng(devices, enabled=not last):
+                    losses.append(_scalar(closure()))
+        return list(zip(losses[::2], losses[1::2], strict=True))
+
+    def _perturbed(self, seed: int, eps: float) -> Iterator[None]:
+        """Set the parameters to theta + eps z, yield, set them to theta - eps z, yield."""
+        options = {"distribution": self.distribution, "backend": self.backend}
+        for group in self._groups:
+            if group.minus:
+                step_(group.theta, [], 1.0, seed, eps, group.current, group.minus, **options)
+            else:
+                torch._foreach_copy_(group.params, group.theta.tensors)
+                perturb_(group.current, eps, seed, **options)
+        yield
+        for group in self._groups:
+            torch._foreach_copy_(group.params, (group.minus or group.theta).tensors)
+            if not group.minus:
+                perturb_(group.current, -eps, seed, **options)
+        yield
+
+    def _update(self, group: "_Group", seeds: list[int]) -> None:
+        """Apply the step to the master of one group: one fused pass, or with momentum one over its buffers."""
+        options = {"distribution": self.distribution, "backend": self.backend}
+        lr, n = float(group.options["lr"]), self.num_perturbations
+        decay = 1 - lr * group.options["weight_decay"]
+        if not group.options["momentum"]:
+            updates = [(seed, lr * g / n) for seed, g in zip(seeds, self.projected_grads, strict=True)]
+            step_(group.theta, updates, decay, **options)
+            return
+        # buf <- mu buf + g_k z_k; theta <- theta decay - lr buf. Multiply and subtract apart: `alpha` would fuse them
+        buffers = group.momentum(self.state)
+        updates = [(seed, -g / n) for seed, g in zip(seeds, self.projected_grads, strict=True)]
+        step_(buffers, updates, group.options["momentum"], **options)
+        for theta, buffer in zip(group.theta.tensors, buffers.tensors, strict=True):
+            if decay != 1:
+                theta.mul_(float(np.float32(decay)))
+            theta.sub_(buffer * float(np.float32(lr)))
+
+    def _eps(self) -> float:
+        values = sorted({float(group["eps"]) for group in self.param_groups})
+        if len(values) > 1:
+            raise ValueError(f"projected_grad has one eps: give all param groups the same, got {values}")
+        return values[0]
+
+    def _trainable(self) -> Iterator[tuple[dict, str, torch.Tensor]]:
+        """(group, name, parameter) of every parameter that is perturbed."""
+        position = 0
+        for group in self.param_groups:
+            names = group.get("param_names") or [str(position + i) for i in range(len(group["params"]))]
+            for name, p in zip(names, group["params"], strict=True):
+                if p.requires_grad or not isinstance(p, torch.nn.Parameter):
+                    yield group, canonical_name(name), p
+            position += len(group["params"])
+
+    def _storage(self) -> list[tuple[int, int]]:
+        return [(p.data_ptr(), p._version) for _, _, p in self._trainable()]
+
+    def _follow(self) -> None:
+        """Bring masters and layouts up to date with parameters that were added, moved or changed from outside."""
+        seen = self._storage()
+        if seen == self._seen:
+            return
+        for _, _, p in self._trainable():
+            theta = self.state[p].get("master")
+            if theta is None or theta.device != p.device:
+                self.state[p]["master"] = p.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            elif not torch.equal(theta.to(p.dtype), p):
+                theta.copy_(p)
+        if self._seen is None or [address for address, _ in seen] != [address for address, _ in self._seen]:
+            self._build()
+        self._seen = seen
+
+    def _build(self) -> None:
+        trainable = list(self._trainable())
+        ParamLayout({name: p.detach() for _, name, p in trainable})  # names and storage must differ across groups too
+        self._groups = []
+        for options in self.param_groups:
+            named = {name: p for group, name, p in trainable if group is options}
+            if named:
+                current = ParamLayout({name: p.detach() for name, p in named.items()})
+                theta = current.like([self.state[p]["master"] for p in named.values()])
+                halves = any(p.dtype != torch.float32 for p in named.values())
+                minus = current.like([torch.empty_like(p) for p in current.tensors]) if halves else None
+                self._groups.append(_Group(options, list(named.values()), current, theta, minus))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes held beside the parameters: masters, momentum buffers and the minus copies of 16-bit groups."""
+        held = [t for state in self.state.values() for t in state.values()]
+        held += [t for group in self._groups if group.minus for t in group.minus.tensors]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def __repr__(self):
+        return f"{super().__repr__()[:-1]}steps: {self.steps}, seed: {self.seed}, memory_bytes: {self.memory_bytes}\n)"
+
+    def __getstate__(self):
+        return super().__getstate__() | {name: getattr(self, name) for name in (*_SAVED, "backend")}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._groups, self._seen = [], None
+
+    def state_dict(self) -> dict:
+        """Everything a bitwise equal resumption needs: masters, momentum buffers, options, seed and step count."""
+        return super().state_dict() | {"mezo": {name: getattr(self, name) for name in _SAVED}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Resume: restores what `state_dict` holds and sets the parameters to the masters."""
+        super().load_state_dict(state_dict)
+        for name in _SAVED:
+            setattr(self, name, state_dict["mezo"][name])
+        params = [p for group in self.param_groups for p in group["params"]]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            if i in state_dict["state"]:
+                # torch casts state to the dtype of the parameter, which would round a master to 16 bits
+                saved = state_dict["state"][i].items()
+                self.state[p] = {name: t.to(p.device, torch.float32, copy=True) for name, t in saved}
+                p.copy_(self.state[p]["master"])
+        self._follow()
+
+
+_SAVED = ("seed", "num_perturbations", "distribution", "steps", "skipped_steps", "projected_grads")
+
+
+@dataclass
+class _Group:
+    """One param group: its options, its parameters, and the layouts the ops see them through."""
+
+    options: dict
+    params: list[torch.Tensor]
+    current: ParamLayout
+    theta: ParamLayout
+    minus: ParamLayout | None
+    buffers: ParamLayout | None = None
+
+    def momentum(self, state) -> ParamLayout:
+        if self.buffers is None:
+            for p, theta in zip(self.params, self.theta.tensors, strict=True):
+                state[p].setdefault("momentum_buffer", torch.zeros_like(theta))
+            self.buffers = self.theta.like([state[p]["momentum_buffer"] for p in self.params])
+        return self.buffers
+
+
+def _check_options(group: dict) -> None:
+    for name, inside, text in (
+        ("lr", lambda v: v >= 0, ">= 0"),
+        ("eps", lambda v: v > 0, "> 0"),
+        ("weight_decay", lambda v: v >= 0, ">= 0"),
+        ("momentum", lambda v: 0 <= v < 1, "in [0, 1)"),
+    ):
+        if not (math.isfinite(group[name]) and inside(group[name])):
+            raise ValueError(f"{name} must be a finite number {text}, got {group[name]}")
+
+
+def _scalar(loss: torch.Tensor | float) -> float:
+    if isinstance(loss, torch.Tensor) and loss.numel() != 1:
+        raise ValueError(f"closure must return a scalar loss, got shape {tuple(loss.shape)}; take its mean or sum")
+    if loss is None:
+        raise ValueError("closure must return the loss, got None")
+    return float(loss)
