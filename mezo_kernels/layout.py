@@ -150,9 +150,10 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
 def _check_ids(names: tuple[str, ...]) -> None:
     seen = {}
     for name in names:
-        other = seen.setdefault(tensor_id(name), name)
-        if other is not name:
+        other = seen.get(tensor_id(name))
+        if other is not None:
             raise ValueError(f"parameters {other!r} and {name!r} have the same tensor_id and so the same z; rename one")
+        seen[tensor_id(name)] = name
 
 
 def _check_devices(slots: list[ParamSlot]) -> None:

@@ -150,7 +150,7 @@ def sum_of_squares(
         seed, distribution, backend: as in `perturb_`.
 
     >>> round(sum_of_squares(ParamLayout({"w": torch.zeros(4)}), seed=0), 6)
-    3.316468
+    3.316516
     """
     _check(distribution, backend, layout.device)
     check_seed(seed)
