@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mezo_kernels import ParamLayout, canonical_name, perturb_, perturbation_seed, step_
+from mezo_kernels import ParamLayout, ParamSlot, canonical_name, perturb_, perturbation_seed, step_
 from mezo_kernels.philox import STREAMS, check_seed
 
 
@@ -198,16 +198,16 @@ class MeZO(torch.optim.Optimizer):
 
     def _build(self) -> None:
         trainable = list(self._trainable())
-        ParamLayout({name: p.detach() for _, name, p in trainable})  # names and storage must differ across groups too
+        ParamLayout(ParamSlot(name, p.detach()) for _, name, p in trainable)  # no collision across groups either
         self._groups = []
         for options in self.param_groups:
-            named = {name: p for group, name, p in trainable if group is options}
-            if named:
-                current = ParamLayout({name: p.detach() for name, p in named.items()})
-                theta = current.like([self.state[p]["master"] for p in named.values()])
-                halves = any(p.dtype != torch.float32 for p in named.values())
+            params = [p for group, _, p in trainable if group is options]
+            if params:
+                current = ParamLayout(ParamSlot(name, p.detach()) for group, name, p in trainable if group is options)
+                theta = current.like([self.state[p]["master"] for p in params])
+                halves = any(p.dtype != torch.float32 for p in params)
                 minus = current.like([torch.empty_like(p) for p in current.tensors]) if halves else None
-                self._groups.append(_Group(options, list(named.values()), current, theta, minus))
+                self._groups.append(_Group(options, params, current, theta, minus))
 
     @property
     def memory_bytes(self) -> int:

@@ -1,0 +1,292 @@
+"""The optimizer: its maths on functions with known derivatives, and everything it promises to the bit."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from mezo import MeZO
+from mezo_kernels import ParamLayout, perturb_, perturbation_seed, step_
+
+# the truncation error of a central difference of a smooth loss at eps 1e-2, and float32 rounding over 2 eps
+DERIVATIVE_TOLERANCE = 2e-3
+
+
+def bits(tensor):
+    return tensor.detach().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16).clone()
+
+
+def make_model(dtype=torch.float32):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).to(dtype)
+
+
+def make_closure(model):
+    x, y = torch.randn(16, 6, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 3
+    return lambda: torch.nn.functional.cross_entropy(model(x.to(model[0].weight.dtype)).float(), y)
+
+
+def train(model, optimizer, steps):
+    closure = make_closure(model)
+    return [optimizer.step(closure).item() for _ in range(steps)]
+
+
+def theta_of(model):
+    return [bits(p) for p in model.parameters()]
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"num_perturbations": 4}, {"distribution": "rademacher"}])
+def test_descends_a_quadratic(options):
+    """A sign error ascends: pitfall 27."""
+    theta = torch.full((20,), 3.0)
+    target = torch.linspace(-1, 1, 20)
+    optimizer = MeZO([theta], lr=0.002 if "momentum" in options else 0.02, **options)
+    start = (theta - target).square().sum().item()
+    for _ in range(400):
+        optimizer.step(lambda: (theta - target).square().sum())
+    assert (theta - target).square().sum().item() < 0.05 * start
+
+
+def test_projected_grad_is_the_directional_derivative():
+    model = make_model()
+    make_closure(model)().backward()
+    z = [torch.zeros_like(p) for p in model.parameters()]
+    perturb_(ParamLayout(dict(zip(dict(model.named_parameters()), z, strict=True))), 1.0, perturbation_seed(3, 0))
+    expected = sum((p.grad * d).sum().item() for p, d in zip(model.parameters(), z, strict=True))
+    optimizer = MeZO(model.named_parameters(), lr=0.0, eps=1e-2, seed=3)
+    train(model, optimizer, 1)
+    assert optimizer.projected_grads == pytest.approx([expected], abs=DERIVATIVE_TOLERANCE)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_step_is_the_formula_of_the_z_stream(dtype, momentum):
+    """Rebuild two steps from the logged projected_grads alone, with the reference backend."""
+    model = make_model(dtype)
+    lr, wd, n = 0.05, 0.1, 2
+    layout = ParamLayout({name: p.detach().float().clone() for name, p in model.named_parameters()})
+    buffers = layout.like([torch.zeros_like(t) for t in layout.tensors])
+    options = {"lr": lr, "weight_decay": wd, "momentum": momentum, "num_perturbations": n, "seed": 5}
+    optimizer = MeZO(model.named_parameters(), **options)
+    for step in range(2):
+        train(model, optimizer, 1)
+        seeds = [perturbation_seed(5, step, k) for k in range(n)]
+        if momentum:
+            updates = [(s, -g / n) for s, g in zip(seeds, optimizer.projected_grads, strict=True)]
+            step_(buffers, updates, momentum, backend="reference")
+            for theta, buffer in zip(layout.tensors, buffers.tensors, strict=True):
+                theta.copy_(theta * torch.tensor(1 - lr * wd) - buffer * torch.tensor(lr))
+        else:
+            updates = [(s, lr * g / n) for s, g in zip(seeds, optimizer.projected_grads, strict=True)]
+            step_(layout, updates, 1 - lr * wd, backend="reference")
+    assert same([bits(theta.to(dtype)) for theta in layout.tensors], theta_of(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_closure_sees_single_roundings_of_the_perturbed_master(dtype):
+    theta = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before, master, seen = bits(theta), theta.float(), []
+    optimizer = MeZO([theta], lr=0.0, eps=1e-2, seed=9)
+
+    def closure():
+        seen.append(bits(theta))
+        return theta.float().sum()
+
+    optimizer.step(closure)
+    z = torch.zeros(1000)
+    perturb_(ParamLayout({"0": z}), 1.0, perturbation_seed(9, 0))
+    eps = torch.tensor(1e-2)
+    assert same(seen, [bits((master + eps * z).to(dtype)), bits((master - eps * z).to(dtype))])
+    assert torch.equal(bits(theta), before)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_two_closure_calls_a_perturbation_without_autograd(n):
+    theta, calls = torch.nn.Parameter(torch.ones(3)), []
+
+    def closure():
+        loss = theta.square().sum()
+        calls.append(loss.requires_grad)
+        return loss
+
+    MeZO([theta], lr=0.1, num_perturbations=n).step(closure)
+    assert calls == [False] * (2 * n)
+
+
+def test_losses_of_one_step_share_the_generator_state():
+    """Dropout draws one mask for all calls of a step, and another one in the next step."""
+    theta, draws = torch.ones(3), []
+
+    def closure():
+        draws.append(torch.rand(1).item())
+        return theta.sum()
+
+    optimizer = MeZO([theta], lr=0.0, num_perturbations=2)
+    torch.manual_seed(0)
+    optimizer.step(closure)
+    optimizer.step(closure)
+    torch.manual_seed(0)
+    first, second, third = torch.rand(1).item(), torch.rand(1).item(), torch.rand(1).item()
+    assert draws == [first] * 4 + [second] * 4
+    torch.manual_seed(0)
+    MeZO([theta], lr=0.0).step(closure)
+    MeZO([theta], lr=0.0).step(closure)
+    assert torch.rand(1).item() == third
+
+
+def test_returns_the_mean_loss():
+    theta, losses = torch.ones(2), iter([1.0, 2.0, 5.0, 8.0])
+    loss = MeZO([theta], lr=0.0, num_perturbations=2).step(lambda: next(losses))
+    assert loss.item() == 4.0
+
+
+def test_weight_decay_is_decoupled_and_once_a_step():
+    theta = torch.full((4,), 2.0)
+    MeZO([theta], lr=0.1, weight_decay=0.5, num_perturbations=3).step(lambda: 0.0)
+    assert torch.equal(theta, torch.full((4,), 2.0) * torch.tensor(0.95))
+
+
+def test_groups_have_their_own_lr_and_one_eps():
+    a, b = torch.ones(8), torch.ones(8)
+    optimizer = MeZO([{"params": [a], "lr": 0.0}, {"params": [b]}], lr=0.1)
+    optimizer.step(lambda: a.sum() + b.sum())
+    assert torch.equal(a, torch.ones(8))
+    assert not torch.equal(b, torch.ones(8))
+    optimizer.param_groups[0]["eps"] = 0.5
+    with pytest.raises(ValueError, match="same"):
+        optimizer.step(lambda: a.sum())
+
+
+def test_lr_schedulers_apply():
+    theta, scheduled = torch.ones(4), torch.ones(4)
+    plain, optimizer = MeZO([theta], lr=0.1), MeZO([scheduled], lr=torch.tensor(0.2))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    optimizer.step(lambda: 0.0)
+    scheduler.step()
+    plain.step(lambda: 0.0)
+    plain.step(lambda: theta.sum())
+    optimizer.step(lambda: scheduled.sum())
+    assert torch.equal(bits(theta), bits(scheduled))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_resume_is_bitwise_equal(dtype, momentum, tmp_path):
+    options = {"lr": 0.05, "momentum": momentum, "weight_decay": 0.01, "num_perturbations": 2, "seed": 11}
+    model = make_model(dtype)
+    optimizer = MeZO(model.named_parameters(), **options)
+    train(model, optimizer, 3)
+    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "run.pt")
+    losses = train(model, optimizer, 3)
+    resumed = make_model(dtype)
+    other = MeZO(resumed.named_parameters(), lr=1.0, momentum=momentum)
+    train(resumed, other, 1)
+    weights, state = torch.load(tmp_path / "run.pt")
+    other.load_state_dict(state)
+    resumed.load_state_dict(weights)
+    assert other.steps == 3
+    assert train(resumed, other, 3) == losses
+    assert same(theta_of(model), theta_of(resumed))
+
+
+def test_a_deep_copy_continues_alike():
+    model = make_model()
+    optimizer = MeZO(model.parameters(), lr=0.05, momentum=0.5)
+    train(model, optimizer, 2)
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    assert train(model, optimizer, 2) == train(twin, twin_optimizer, 2)
+    assert same(theta_of(model), theta_of(twin))
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_bad_loss_skips_the_step(loss):
+    theta = torch.tensor([1.0, -0.0, 3.0])
+    before, losses = bits(theta), iter([1.0, loss, 1.0, 0.5])
+    optimizer = MeZO([theta], lr=0.1, weight_decay=0.5)
+    optimizer.step(lambda: next(losses))
+    assert torch.equal(bits(theta), before)
+    optimizer.step(lambda: next(losses))
+    assert not torch.equal(bits(theta), before)
+    assert (optimizer.steps, optimizer.skipped_steps) == (2, 1)
+
+
+def test_a_failing_closure_leaves_no_trace():
+    theta = torch.randn(50)
+    before, optimizer = bits(theta), MeZO([theta], lr=0.1)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert torch.equal(bits(theta), before)
+    assert optimizer.steps == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_parameters_changed_between_steps_are_read_again(dtype):
+    model = make_model(dtype)
+    optimizer = MeZO(model.parameters(), lr=0.1)
+    train(model, optimizer, 2)
+    with torch.no_grad():
+        model[0].weight.fill_(0.5)
+    optimizer.step(lambda: 0.0)
+    assert torch.equal(model[0].weight, torch.full_like(model[0].weight, 0.5))
+    model.double().to(dtype)  # moves the storage
+    train(model, optimizer, 1)
+    assert not torch.equal(model[0].weight, torch.full_like(model[0].weight, 0.5))
+
+
+def test_names_decide_z_and_frozen_parameters_stay():
+    named, bare = torch.zeros(5), torch.zeros(5)
+    frozen = torch.nn.Parameter(torch.zeros(5), requires_grad=False)
+    MeZO([("0", named)], lr=0.1).step(lambda: named.sum())
+    MeZO([bare, frozen], lr=0.1).step(lambda: bare.sum())
+    assert torch.equal(named, bare)
+    assert torch.equal(frozen, torch.zeros(5))
+
+
+def test_memory_is_counted_and_shown():
+    theta = torch.zeros(100)
+    optimizer = MeZO([theta], lr=0.1)
+    assert optimizer.memory_bytes == 400
+    assert "memory_bytes: 400" in repr(optimizer)
+    assert MeZO([theta.bfloat16()], lr=0.1).memory_bytes == 600
+    momentum = MeZO([theta], lr=0.1, momentum=0.9)
+    momentum.step(lambda: 0.0)
+    assert momentum.memory_bytes == 800
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr"),
+        ({"lr": math.nan}, "lr"),
+        ({"lr": 0.1, "eps": 0.0}, "eps"),
+        ({"lr": 0.1, "momentum": 1.0}, "momentum"),
+        ({"lr": 0.1, "weight_decay": -0.1}, "weight_decay"),
+        ({"lr": 0.1, "num_perturbations": 0}, "num_perturbations"),
+        ({"lr": 0.1, "seed": -1}, "seed"),
+        ({"lr": 0.1, "distribution": "uniform"}, "distribution"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MeZO([torch.ones(2)], **options)
+
+
+@pytest.mark.parametrize(
+    ("closure", "message"),
+    [(None, "closure"), (lambda: None, "None"), (lambda: torch.ones(2), "scalar")],
+    ids=["missing", "nothing", "vector"],
+)
+def test_bad_closures_are_refused(closure, message):
+    with pytest.raises(ValueError, match=message):
+        MeZO([torch.ones(2)], lr=0.1).step(closure)
+
+
+def test_colliding_names_across_groups_are_refused():
+    with pytest.raises(ValueError, match="same tensor_id"):
+        MeZO([{"params": [("w", torch.ones(2))]}, {"params": [("w", torch.ones(3))]}], lr=0.1)
