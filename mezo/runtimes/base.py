@@ -26,15 +26,20 @@ class Example:
 
 @dataclass
 class TokenCount:
-    """Tokens scored, and how many of them were computed or taken from a cache, by purpose."""
+    """Tokens scored, and the work done for them, in tokens through the whole model.
 
-    computed: int = 0
-    reused: int = 0
+    Args:
+        scored: tokens that plain forward passes would have run.
+        computed: tokens run; one that went through m of n layers counts m / n. Cache filling is included.
+    """
+
+    scored: int = 0
+    computed: float = 0.0
 
     @property
-    def scored(self) -> int:
-        """Tokens a plain forward pass would have computed."""
-        return self.computed + self.reused
+    def reused(self) -> float:
+        """Tokens whose work was taken from a cache."""
+        return self.scored - self.computed
 
 
 @dataclass(frozen=True)
@@ -71,25 +76,28 @@ class Runtime(Protocol):
     eval_tokens: TokenCount
 
     def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
-        """Register every example that will be scored; examples are then named by (split, index)."""
+        """Register every example that will be scored (they are named by split and index from then on) and fill caches."""
 
     def load(self, theta: dict[str, torch.Tensor]) -> None:
         """Set theta from float32 tensors by canonical name."""
 
     def theta(self) -> dict[str, torch.Tensor]:
-        """Copies of theta, float32, by canonical name."""
+        """Copies of theta on the CPU, float32, by canonical name."""
 
-    def step(self, updates: Sequence[StepUpdate], next_seed: int | None, eps: float) -> None:
-        """Apply the updates in one pass and, given `next_seed`, write theta + eps z and theta - eps z."""
+    def step(self, updates: Sequence[StepUpdate], next_seed: int, eps: float, *, watch: bool = False) -> None:
+        """Apply the updates in one pass and write theta + eps z(next_seed) and theta - eps z(next_seed).
+
+        With `watch`, keep what `verify` needs.
+        """
+
+    def verify(self) -> str | None:
+        """Rebuild with the reference backend what the watched step wrote; name the first difference, or None."""
 
     def score_pair(self, split: str, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Option scores at theta + eps z and theta - eps z, each float64 (len(indices), options), padded with -inf."""
 
     def score(self, split: str, indices: Sequence[int]) -> torch.Tensor:
-        """Option scores at theta itself."""
+        """Option scores at theta itself; the perturbed copies stay as they are."""
 
-    def verify(self, updates: Sequence[StepUpdate], next_seed: int, eps: float) -> str | None:
-        """Recompute with the reference backend what `step` last wrote; name the first difference, or None."""
-
-    def close(self) -> None:
-        """Release the model."""
+    def describe(self) -> str:
+        """One line on what is trained, where, and what is cached."""

@@ -1,0 +1,236 @@
+"""The in-process runtime: transformers computes the losses, the trunk cache saves what theta cannot change."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn import functional
+
+from mezo.config import Config, UserError
+from mezo.runtimes.base import Example, StepUpdate, TokenCount
+from mezo.runtimes.peft_model import load_adapted
+from mezo.runtimes.rows import RowBatch, option_scores, rows_of
+from mezo.runtimes.trunk import Trunk, no_cache, scored
+from mezo_kernels import ParamLayout, lora_init, step_
+
+PROOF_ROWS = 8
+PROOF_TOLERANCE = 1e-4  # on option log-probabilities in float32; shapes differ, so sums are ordered differently
+
+
+class HFRuntime:
+    """transformers + PEFT on one device; implements `mezo.runtimes.base.Runtime`.
+
+    The float32 master and the two perturbed copies lie beside the model; a copy is put to use by pointing the
+    adapter's parameters at it, so nothing is copied and nothing is ever restored by arithmetic.
+    """
+
+    def __init__(self, config: Config, pad: int = 0):
+        self.device = torch.device(_device(config.device))
+        self.dtype = _dtype(config.dtype, self.device)
+        self.backend = None if config.backend == "auto" else config.backend
+        self.parts, self.spec = load_adapted(config, self.device, self.dtype)
+        self.tokens, self.eval_tokens = TokenCount(), TokenCount()
+        self.pad, self.config = pad, config
+        self.params = list(self.parts.params.values())
+        empty = lambda dtype: [torch.zeros_like(p, dtype=dtype) for p in self.params]  # noqa: E731
+        self.master = ParamLayout(dict(zip(self.spec.shapes, empty(torch.float32), strict=True)))
+        self.plus, self.minus = self.master.like(empty(self.dtype)), self.master.like(empty(self.dtype))
+        self.watched = None
+        self.examples: dict[str, Sequence[Example]] = {}
+        self.trunk: Trunk | None = None
+        self.vocabulary = config.objective == "lm_cross_entropy"
+
+    def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
+        """See `Runtime.prepare`. Raises UserError if the trunk cache is not exact on this model."""
+        self.examples = splits
+        self.rows = {split: [rows_of(example) for example in examples] for split, examples in splits.items()}
+        self.first_row = {split: _starts(rows) for split, rows in self.rows.items()}
+        several = any(len(option) > 1 for examples in splits.values() for e in examples for option in e.options)
+        self.vocabulary = self.vocabulary or several
+        if self.config.trunk_cache != "off" and self.parts.first > 0:
+            self.trunk = self._trunk()
+            self.trunk.rows = {split: [row for rows in nested for row in rows] for split, nested in self.rows.items()}
+            self._prove_trunk()
+
+    def load(self, theta: dict[str, torch.Tensor]) -> None:
+        """See `Runtime.load`."""
+        for name, tensor in zip(self.master.names, self.master.tensors, strict=True):
+            tensor.copy_(theta[name])
+
+    def theta(self) -> dict[str, torch.Tensor]:
+        """See `Runtime.theta`."""
+        tensors = (t.detach().to("cpu", copy=True) for t in self.master.tensors)
+        return dict(zip(self.master.names, tensors, strict=True))
+
+    def step(self, updates: Sequence[StepUpdate], next_seed: int, eps: float, *, watch: bool = False) -> None:
+        """See `Runtime.step`: one fused pass."""
+        if watch:
+            self.watched = ([t.clone() for t in self.master.tensors], list(updates), next_seed, eps)
+        apply(self.master, updates, next_seed, eps, self.plus, self.minus, backend=self.backend)
+
+    def verify(self) -> str | None:
+        """See `Runtime.verify`: what is compared is what the model's parameters point at."""
+        before, updates, next_seed, eps = self.watched
+        master = self.master.like(before)
+        plus, minus = (master.like([torch.empty_like(p) for p in self.params]) for _ in range(2))
+        apply(master, updates, next_seed, eps, plus, minus, backend="reference")
+        used = [self.master.tensors, *(self._use(copy) for copy in (self.plus, self.minus))]
+        for what, expected, got in zip(("theta", "plus", "minus"), (master, plus, minus), used, strict=True):
+            for name, a, b in zip(expected.names, expected.tensors, got, strict=True):
+                bits = torch.int32 if a.dtype == torch.float32 else torch.int16
+                different = (a.view(bits) != b.view(bits)).flatten().nonzero()
+                if len(different):
+                    i = int(different[0])
+                    return f"{what} of {name} at index {i}: expected {a.flatten()[i]:.9g}, got {b.flatten()[i]:.9g}"
+        return None
+
+    @torch.no_grad()
+    def score_pair(self, split: str, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Runtime.score_pair`. Both signs run on the same gathered batch."""
+        forward = self._forward(split, indices, self.tokens, passes=2)
+        self._use(self.plus)
+        plus = forward()
+        self._use(self.minus)
+        return plus, forward()
+
+    @torch.no_grad()
+    def score(self, split: str, indices: Sequence[int]) -> torch.Tensor:
+        """See `Runtime.score`. A 16-bit model sees theta rounded once."""
+        self._point([t.to(self.dtype) for t in self.master.tensors])
+        return self._forward(split, indices, self.eval_tokens, passes=1)()
+
+    def describe(self) -> str:
+        """See `Runtime.describe`."""
+        n, layers = self.master.n_elements, len(self.parts.layers)
+        cache = "no trunk cache"
+        if self.trunk:
+            kind = "scored positions only" if self.trunk.keep_kv else f"layers {self.parts.first} to {layers - 1}"
+            cache = f"trunk cache on {self.trunk.storage} ({self.trunk.nbytes / 2**20:.0f} MiB; runs {kind})"
+        return f"{n:,} LoRA parameters, {self.dtype} base on {self.device}, {cache}"
+
+    def _use(self, copy: ParamLayout) -> list[torch.Tensor]:
+        self._point(copy.tensors)
+        return [p.data for p in self.params]
+
+    def _point(self, tensors: Sequence[torch.Tensor]) -> None:
+        for p, tensor in zip(self.params, tensors, strict=True):
+            p.data = tensor
+
+    def _forward(self, split, indices, count: TokenCount, passes: int) -> Callable[[], torch.Tensor]:
+        """Gather a batch and count its tokens; each call of the result scores it with the weights then in use."""
+        rows = [row for i in indices for row in self.rows[split][i]]
+        batch = RowBatch.of(rows, self.pad, self.device)
+        examples = [self.examples[split][i] for i in indices]
+        n_layers, first = len(self.parts.layers), self.parts.first
+        tokens = sum(len(row.ids) for row in rows)
+        count.scored += passes * tokens
+        if self.trunk is None:
+            hidden = lambda: self._full_hidden(batch)  # noqa: E731
+            count.computed += passes * tokens
+        else:
+            starts = self.first_row[split]
+            numbers = [n for i in indices for n in range(starts[i], starts[i] + len(self.rows[split][i]))]
+            hidden, filled = self.trunk.hidden(split, numbers, batch)
+            run = int(batch.valid.sum()) if self.trunk.keep_kv else tokens
+            count.computed += (passes * run * (n_layers - first) + filled * (first + self.trunk.keep_kv)) / n_layers
+        return lambda: option_scores(examples, self._log_probs(hidden(), batch.targets), batch.valid.cpu())
+
+    def _full_hidden(self, batch: RowBatch) -> torch.Tensor:
+        mask = None if self.parts.causal else batch.mask
+        out = self.parts.body(input_ids=batch.ids, attention_mask=mask, **no_cache(self.parts.causal))
+        return scored(out.last_hidden_state, batch.positions)
+
+    def _log_probs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """log p of the targets, float64 (rows, scored, candidates): over the vocabulary, or over the candidates alone."""
+        head = self.parts.head
+        if self.vocabulary or type(head) is not torch.nn.Linear:
+            logits = head(hidden).float()
+            log_z = logits.double().logsumexp(-1, keepdim=True) if self.vocabulary else 0.0
+            return (logits.gather(-1, targets).double() - log_z).cpu()
+        tokens, inverse = targets.unique(return_inverse=True)
+        bias = None if head.bias is None else head.bias[tokens]
+        logits = functional.linear(hidden, head.weight[tokens], bias).gather(-1, inverse)
+        return logits.double().cpu()
+
+    def _trunk(self) -> Trunk:
+        parts, choice = self.parts, self.config.trunk_cache
+        on_device = choice == "device" or (choice == "auto" and self.device.type != "cpu")
+        return Trunk(
+            parts.body,
+            parts.layers,
+            parts.first,
+            keep_kv=parts.kv_free,
+            causal=parts.causal,
+            pad=self.pad,
+            device=self.device,
+            storage=self.device if on_device else torch.device("cpu"),
+            limit=self.config.trunk_cache_bytes,
+        )
+
+    @torch.no_grad()
+    def _prove_trunk(self) -> None:
+        """Compare the trunk's scores with the model's own forward pass, at an adapter that changes them."""
+        split = next(iter(self.examples))
+        indices = range(min(PROOF_ROWS, len(self.examples[split])))
+        rows = [row for i in indices for row in self.rows[split][i]]
+        noise = {name: lora_init(1, name, shape) for name, shape in self.spec.shapes.items()}
+        self._point([noise[name].to(self.device, self.dtype) for name in self.master.names])
+        batch = RowBatch.of(rows, self.pad, self.device)
+        expected = self._model_log_probs(batch)
+        vocabulary, self.vocabulary = self.vocabulary, True
+        trunk, floor = self.trunk, PROOF_TOLERANCE
+        got = self._log_probs(trunk.hidden(split, range(len(rows)), batch)[0](), batch.targets)
+        self.vocabulary = vocabulary
+        if self.dtype != torch.float32:
+            sizes = {1, 2, 3} & set(range(len(rows)))
+            floor = max((self._batch_noise(rows, expected, size) for size in sizes), default=0.0)
+        worst = float((got - expected).abs().masked_fill(~batch.valid[:, :, None].cpu(), 0).max())
+        if not worst <= floor:
+            raise UserError(
+                f"--trunk-cache is not exact on this model: option log-probabilities differ by {worst:.2g} from the full"
+                f" forward pass (allowed {floor:.2g}); use --trunk-cache off"
+            )
+        trunk.groups.clear()
+        trunk.nbytes = 0
+
+    def _model_log_probs(self, batch: RowBatch) -> torch.Tensor:
+        logits = self.parts.model(input_ids=batch.ids, attention_mask=batch.mask).logits
+        log_probs = scored(logits, batch.positions).double().log_softmax(-1)
+        return log_probs.gather(-1, batch.targets).cpu()
+
+    def _batch_noise(self, rows, expected: torch.Tensor, size: int) -> float:
+        """How far the full forward pass moves when the same rows are run `size` at a time."""
+        worst = 0.0
+        for start in range(0, len(rows), size):
+            part = RowBatch.of(rows[start : start + size], self.pad, self.device)
+            got, at = self._model_log_probs(part), part.valid[:, :, None].cpu()
+            want = expected[start : start + size, : got.shape[1], : got.shape[2]]
+            worst = max(worst, float((got - want).abs().masked_fill(~at, 0).max()))
+        return worst
+
+
+def apply(master, updates: Sequence[StepUpdate], next_seed, eps, plus, minus, backend=None) -> None:
+    """`mezo_kernels.step_` of a sequence of step updates: each decays theta first, then adds its directions in order."""
+    passes = []
+    for update in updates:
+        if update.decay != 1:
+            passes.append((0, 0.0, update.decay))
+        passes += [(seed, c) for seed, c in zip(update.seeds, update.coefficients, strict=True)]
+    step_(master, passes, next_seed=next_seed, eps=eps, plus=plus, minus=minus, backend=backend)
+
+
+def _starts(rows: list[list]) -> list[int]:
+    starts, total = [], 0
+    for own in rows:
+        starts.append(total)
+        total += len(own)
+    return starts
+
+
+def _device(name: str) -> str:
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, name)

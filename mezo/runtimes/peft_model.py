@@ -1,0 +1,158 @@
+"""A base model from transformers with a PEFT LoRA adapter on it, checked against what the user asked for."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from mezo.config import Config, UserError
+from mezo.runtimes.base import AdapterSpec
+from mezo.runtimes.trunk import ATTENTION
+from mezo_kernels import canonical_name
+
+# adapted modules of a layer that leave its keys and values alone
+KV_FREE = {"q_proj", "query", "o_proj", "out_proj", "dense", "gate_proj", "up_proj", "down_proj",
+           "fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h"}  # fmt: skip
+
+
+@dataclass
+class AdaptedModel:
+    """The parts of a model that scoring needs.
+
+    Args:
+        model: the PEFT model, in eval mode, no parameter requiring grad.
+        body: the transformer without its head.
+        layers: its layers.
+        head: hidden states -> logits.
+        params: trained parameters by canonical name.
+        causal: True for a decoder, False for a masked language model.
+        first: index of the lowest adapted layer (len(layers) if only the head is adapted).
+        kv_free: no key or value depends on the adapter.
+    """
+
+    model: nn.Module
+    body: nn.Module
+    layers: nn.ModuleList
+    head: nn.Module
+    params: dict[str, nn.Parameter]
+    causal: bool
+    first: int
+    kv_free: bool
+
+
+def load_tokenizer(model: str):
+    """The tokenizer of a model directory or hub id."""
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {model}: no tokenizer could be loaded ({_first_line(error)})") from error
+
+
+def load_adapted(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[AdaptedModel, AdapterSpec]:
+    """Load the base model, attach a fresh LoRA adapter, and describe what is trained.
+
+    Raises:
+        UserError: the model cannot be loaded, or has no such layers or modules.
+    """
+    try:
+        base_config = AutoConfig.from_pretrained(config.model)
+        causal = not (base_config.architectures or [""])[0].endswith("ForMaskedLM")
+        auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+        base = auto.from_pretrained(config.model, dtype=dtype, attn_implementation=ATTENTION).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {config.model}: it could not be loaded ({_first_line(error)})") from error
+    body = base.base_model
+    heads = [child for child in base.children() if child is not body]
+    layers = _layers(body, base_config.num_hidden_layers)
+    if len(heads) != 1 or layers is None:
+        raise UserError(f"--model {config.model}: {type(base).__name__} is not one body of layers and one head")
+    weights = _hash(base)
+    lora = _lora_config(config, base, layers)
+    model = get_peft_model(base, lora, autocast_adapter_dtype=False).eval()
+    model.requires_grad_(False)
+    params = {canonical_name(name): p for name, p in model.named_parameters() if ".lora_" in name}
+    bad = [name for name in params if not name.endswith(("lora_A.weight", "lora_B.weight"))]
+    if bad:
+        raise UserError(f"--target-modules: only linear layers can be adapted, got {bad[0]}")
+    head = next(child for child in base.children() if child is not body)
+    adapted = [i for i, layer in enumerate(layers) if any(".lora_" in name for name, _ in layer.named_parameters())]
+    kv_free = adapted == [len(layers) - 1] and _adapted_leaves(layers[-1]) <= KV_FREE
+    first = adapted[0] if adapted else len(layers)
+    shapes = {name: tuple(p.shape) for name, p in params.items()}
+    spec = AdapterSpec(_peft_fields(lora, config.model), shapes, config.model, weights)
+    return AdaptedModel(model, body, layers, head, params, causal, first, kv_free), spec
+
+
+def _layers(body: nn.Module, n_layers: int) -> nn.ModuleList | None:
+    return next((m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers), None)
+
+
+def _adapted_leaves(layer: nn.Module) -> set[str]:
+    return {
+        name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in layer.named_modules() if name.endswith(".lora_A")
+    }
+
+
+def _lora_config(config: Config, base: nn.Module, layers: nn.ModuleList) -> LoraConfig:
+    targets = list(config.target_modules) or DEFAULT_TARGETS.get(base.config.model_type)
+    if not targets:
+        raise UserError(f"--target-modules: no default for model type {base.config.model_type}; name the modules")
+    n_layers = len(layers)
+    for index in config.layers_to_transform:
+        if not 0 <= index < n_layers:
+            raise UserError(
+                f"--layers-to-transform: layer {index} does not exist; the model has layers 0 to {n_layers - 1}"
+            )
+    inside = {name for layer in layers for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    known = {name.rsplit(".", 1)[-1] for name in inside}
+    for target in targets:
+        if target not in known and target not in inside:
+            raise UserError(
+                f"--target-modules: no linear layer named {target}; the model has {', '.join(sorted(known))}"
+            )
+    return LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        target_modules=sorted(targets),
+        layers_to_transform=sorted(config.layers_to_transform) or None,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM" if isinstance(base, _causal_classes()) else None,
+        base_model_name_or_path=config.model,
+    )
+
+
+def _causal_classes() -> tuple[type, ...]:
+    return tuple({cls for cls in AutoModelForCausalLM._model_mapping.values() if isinstance(cls, type)})
+
+
+def _peft_fields(lora: LoraConfig, model: str) -> dict:
+    return {
+        "peft_type": "LORA",
+        "task_type": lora.task_type,
+        "base_model_name_or_path": model,
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "target_modules": sorted(lora.target_modules),
+        "layers_to_transform": lora.layers_to_transform,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def _hash(base: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the base weights, tied ones once."""
+    digest = hashlib.sha256()
+    for name, p in base.named_parameters():
+        digest.update(f"{name} {p.dtype} {tuple(p.shape)}\n".encode())
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

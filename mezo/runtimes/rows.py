@@ -1,0 +1,110 @@
+"""Rows: the token sequences a model sees for an example, and where in them its options are read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mezo.runtimes.base import Example
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence.
+
+    Args:
+        ids: token ids.
+        positions: where the scored tokens are predicted.
+        targets: for each position, the candidate tokens scored there.
+    """
+
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    targets: tuple[tuple[int, ...], ...]
+
+
+def rows_of(example: Example) -> list[Row]:
+    """One row where every option is a single token (they share the prompt), else one row an option."""
+    options = example.options
+    if all(len(option) == 1 for option in options):
+        position = len(example.prompt) - 1 if example.mask is None else example.mask
+        return [Row(example.prompt, (position,), (tuple(option[0] for option in options),))]
+    start = len(example.prompt) - 1
+    return [
+        Row(
+            example.prompt + option[:-1],
+            tuple(range(start, start + len(option))),
+            tuple((token,) for token in option),
+        )
+        for option in options
+    ]
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Rows as padded tensors on the model's device.
+
+    Args:
+        ids: (rows, length) int64, padded on the right.
+        lengths: (rows,) int64.
+        positions: (rows, scored) int64; short rows repeat their last position.
+        valid: (rows, scored) bool, False for those repeats.
+        targets: (rows, scored, candidates) int64.
+    """
+
+    ids: torch.Tensor
+    lengths: torch.Tensor
+    positions: torch.Tensor
+    valid: torch.Tensor
+    targets: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], pad: int, device) -> "RowBatch":
+        """Pad rows to their longest."""
+        length = max(len(row.ids) for row in rows)
+        scored = max(len(row.positions) for row in rows)
+        candidates = max(len(target) for row in rows for target in row.targets)
+        repeat = [scored - len(row.positions) for row in rows]
+        targets = [
+            [[*t, *(t[-1:] * (candidates - len(t)))] for t in (*row.targets, *(row.targets[-1:] * n))]
+            for row, n in zip(rows, repeat, strict=True)
+        ]
+        return cls(
+            torch.tensor([[*row.ids, *([pad] * (length - len(row.ids)))] for row in rows]).to(device),
+            torch.tensor([len(row.ids) for row in rows]).to(device),
+            torch.tensor([[*r.positions, *(r.positions[-1:] * n)] for r, n in zip(rows, repeat, strict=True)]).to(
+                device
+            ),
+            torch.tensor([[True] * len(r.positions) + [False] * n for r, n in zip(rows, repeat, strict=True)]).to(
+                device
+            ),
+            torch.tensor(targets).to(device),
+        )
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(rows, length) int64: 1 where there is a token."""
+        return (torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]).long()
+
+
+def option_scores(examples: Sequence[Example], log_probs: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Mean log-probability of each option's tokens, float64 (examples, options), padded with -inf.
+
+    Args:
+        examples: those whose rows, in order, make up the batch.
+        log_probs: (rows, scored, candidates) float64.
+        valid: (rows, scored) bool.
+    """
+    width = max(len(example.options) for example in examples)
+    scores = torch.full((len(examples), width), -torch.inf, dtype=torch.float64)
+    means = (log_probs * valid[:, :, None]).sum(1) / valid.sum(1, keepdim=True)
+    if len(means) == len(examples) and all(len(example.options[0]) == 1 for example in examples):
+        n = torch.tensor([len(example.options) for example in examples])
+        return torch.where(torch.arange(width) < n[:, None], means[:, :width], scores)
+    row = 0
+    for i, example in enumerate(examples):
+        shared = all(len(option) == 1 for option in example.options)
+        n, used = len(example.options), 1 if shared else len(example.options)
+        scores[i, :n] = means[row, :n] if shared else means[row : row + n, 0]
+        row += used
+    return scores
