@@ -26,7 +26,7 @@ class MeZO(torch.optim.Optimizer):
     Both closure calls of a perturbation start from the same CPU and CUDA generator states (the same dropout masks),
     and after the step the generators are as after one call. A loss that is NaN or infinite skips the step: parameters
     are restored, `skipped_steps` counts it. A parameter changed in place between steps (`load_state_dict` of the
-    model, clamping under `torch.no_grad`) is read again; writes through `.data` cannot be seen and are lost.
+    model, clamping under `torch.no_grad`) is read again; writes by way of `.data` or `perturb_` are not seen and lost.
 
     Args:
         params: parameters, (name, parameter) pairs, or param groups of either. Unnamed ones are called "0", "1", ...;

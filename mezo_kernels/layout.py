@@ -59,9 +59,11 @@ class ParamLayout:
         self.tensors = [slot.tensor for slot in slots]
         self.device = slots[0].tensor.device
         self.n_elements = sum(tensor.numel() for tensor in self.tensors)
-        serial = next(_serial)
+        self.serial = next(_serial)
+        self.elements = tuple(_geometry(slot) for slot in slots)
         strided = any(not tensor.is_contiguous() for tensor in self.tensors)
-        self.geometry = torch.tensor([(serial, strided, *_geometry(slot)) for slot in slots], dtype=torch.int64)
+        self.geometry = torch.tensor([(self.serial, strided, *row) for row in self.elements], dtype=torch.int64)
+        self.checked_targets: set[tuple[int, ...]] = set()
         _check_ids(self.names)
         _check_devices(slots)
         check_no_alias(slots)
@@ -89,7 +91,7 @@ class ParamLayout:
 
     def same_elements(self, other: "ParamLayout") -> bool:
         """True if both layouts hold the same elements of the same parameters in the same order."""
-        return self.names == other.names and torch.equal(self.geometry[:, TENSOR_ID:], other.geometry[:, TENSOR_ID:])
+        return self.names == other.names and self.elements == other.elements
 
     def __repr__(self):
         return f"ParamLayout({len(self.slots)} parameters, {self.n_elements} elements, {self.device})"

@@ -216,11 +216,12 @@ def _pairs(layout, next_seed, eps, plus, minus):
     for seed in seeds:
         check_seed(seed)
     targets = (*plus, *minus)
-    partners = layout.__dict__.setdefault("checked_targets", set())
-    key = tuple(target.geometry[0, 0].item() for target in targets)
-    if key not in partners:
+    key = tuple(target.serial for target in targets)
+    if key not in layout.checked_targets:
         _check_targets(layout, targets)
-        partners.add(key)
+        if not torch.compiler.is_compiling():  # a traced program knows no addresses
+            check_no_alias([slot for one in (layout, *targets) for slot in one.slots])
+            layout.checked_targets.add(key)
     return seeds, plus, minus
 
 
@@ -233,7 +234,6 @@ def _check_targets(layout: ParamLayout, targets: Sequence[ParamLayout]) -> None:
             raise ValueError("plus and minus must hold the same elements in the same order; build with layout.like()")
         if target.device != layout.device:
             raise ValueError(f"plus and minus must be on {layout.device} like theta, got {target.device}")
-    check_no_alias([slot for one in (layout, *targets) for slot in one.slots])
 
 
 def _halves(seeds: list[int]) -> list[int]:

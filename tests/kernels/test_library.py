@@ -1,0 +1,107 @@
+"""Registration with torch.library, tracing, and what must not happen again on every step."""
+
+import pytest
+import torch
+
+from mezo_kernels import ParamLayout, cpu, perturb_, standard_normal, step_, sum_of_squares
+
+OPS = torch.ops.mezo_kernels
+
+
+def make_layout(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return ParamLayout({"w": torch.randn(30, 20, generator=generator).to(dtype), "b": torch.zeros(7, dtype=dtype)})
+
+
+def targets_of(layout):
+    return [layout.like([torch.zeros_like(t, dtype=torch.bfloat16) for t in layout.tensors]) for _ in range(2)]
+
+
+def arguments_of(name):
+    layout = make_layout()
+    plus, minus = targets_of(layout)
+    tail = ("normal", None)
+    return {
+        "perturb_": (layout.tensors, [layout.geometry], 0.1, 1, 2, *tail),
+        "step_": (
+            *(layout.tensors, plus.tensors, minus.tensors),
+            *(
+                [layout.geometry, plus.geometry, minus.geometry],
+                [1, 2, 3, 4],
+                [0.1, 0.2],
+                [1.0, 0.9],
+                [5, 6],
+                1e-3,
+                *tail,
+            ),
+        ),
+        "sum_of_squares": (layout.tensors, [layout.geometry], 1, 2, *tail),
+        "standard_normal": (1, 2, 3, 0, 100, "normal", torch.device("cpu"), None),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["perturb_", "step_", "sum_of_squares", "standard_normal"])
+def test_opcheck(name):
+    torch.library.opcheck(getattr(OPS, name).default, arguments_of(name))
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compiled_functions_give_the_same_bits(compiler):
+    def train(layout, plus, minus, x):
+        perturb_(layout, 0.5, 2**63 + 1)
+        step_(layout, [(3, 0.25), (4, 0.5, 0.9)], 0.99, 5, 1e-2, plus, minus)
+        return layout.tensors[0] * 2 + plus.tensors[0].float() + x
+
+    x, plain, traced = torch.ones(30, 20), make_layout(), make_layout()
+    expected = train(plain, *targets_of(plain), x)
+    got = torch.compile(train, backend=compiler, fullgraph=True)(traced, *targets_of(traced), x)
+    assert torch.equal(got, expected)
+    assert all(torch.equal(a, b) for a, b in zip(plain.tensors, traced.tensors, strict=True))
+
+
+def test_fake_tensors_have_the_shapes():
+    with torch._subclasses.FakeTensorMode():
+        assert OPS.standard_normal(1, 2, 3, 0, 100, "normal", torch.device("cpu"), None).shape == (100,)
+    assert OPS.standard_normal(1, 2, 3, 0, 0, "normal", torch.device("cpu"), None).shape == (0,)
+
+
+def test_per_step_values_compile_nothing():
+    layout = make_layout()
+    plus, minus = targets_of(layout)
+    step_(layout, [(1, 0.1)], 1.0, 2, 1e-3, plus, minus)
+    before = len(cpu._step_items.signatures)
+    for seed in (0, 2**64 - 1):
+        perturb_(layout, 0.5 * seed, seed)
+        step_(layout, [(seed, 1e-9 * k) for k in range(5)], 0.5, [seed], 1.0, plus, minus, distribution="rademacher")
+        sum_of_squares(layout, seed)
+    assert len(cpu._step_items.signatures) == before
+
+
+def test_the_address_table_is_built_once_and_again_where_an_address_changes(monkeypatch):
+    built = []
+
+    def build(*arguments):
+        built.append(arguments)
+        return cpu._build_items(*arguments)
+
+    monkeypatch.setattr(cpu._items, "build", build)
+    layout = make_layout()
+    for seed in range(5):
+        perturb_(layout, 0.1, seed)
+    assert len(built) == 1
+    layout.tensors[0] = layout.tensors[0].clone()
+    perturb_(layout, 0.1, 0)
+    assert len(built) == 2
+    plus, minus = targets_of(layout)
+    for seed in range(3):
+        step_(layout, [], 1.0, seed, 1e-3, plus, minus)
+    assert len(built) == 3
+
+
+def test_a_freed_address_given_to_another_layout_is_another_table():
+    """The allocator hands the same address out again; shapes and names differ, so must the result."""
+    for n in range(1, 40):
+        w = torch.zeros(4 * n)
+        perturb_(ParamLayout({f"w{n}": w}), 1.0, 0)
+        assert torch.equal(w, standard_normal(0, f"w{n}", 0, 4 * n))
+        del w
