@@ -113,7 +113,7 @@ class MeZO(torch.optim.Optimizer):
             self.steps += 1
         finally:
             for group in self._groups:
-                torch._foreach_copy_(group.params, group.theta.tensors)
+                group.current.copy_(group.theta)
             self._seen = self._storage()
         return torch.tensor(losses, dtype=torch.float64).mean()
 
@@ -135,13 +135,13 @@ class MeZO(torch.optim.Optimizer):
             if group.minus:
                 step_(group.theta, [], 1.0, seed, eps, group.current, group.minus, **options)
             else:
-                torch._foreach_copy_(group.params, group.theta.tensors)
-                perturb_(group.current, eps, seed, **options)
+                perturb_(group.current.copy_(group.theta), eps, seed, **options)
         yield
         for group in self._groups:
-            torch._foreach_copy_(group.params, (group.minus or group.theta).tensors)
-            if not group.minus:
-                perturb_(group.current, -eps, seed, **options)
+            if group.minus:
+                group.current.copy_(group.minus)
+            else:
+                perturb_(group.current.copy_(group.theta), -eps, seed, **options)
         yield
 
     def _update(self, group: "_Group", seeds: list[int]) -> None:

@@ -89,6 +89,19 @@ class ParamLayout:
             ParamSlot(s.name, t, s.full_shape or tuple(s.tensor.shape), s.row_start, s.col_start) for s, t in pairs
         )
 
+    @torch.no_grad()
+    def copy_(self, other: "ParamLayout") -> "ParamLayout":
+        """Copy the values of a layout of the same elements, rounded once where this one has fewer bits.
+
+        >>> w = ParamLayout({"w": torch.zeros(2, dtype=torch.bfloat16)})
+        >>> w.copy_(w.like([torch.tensor([1.0, 1.001])])).tensors[0]
+        tensor([1., 1.], dtype=torch.bfloat16)
+        """
+        if not self.same_elements(other):
+            raise ValueError("copy_ needs a layout of the same elements in the same order; build it with layout.like()")
+        torch._foreach_copy_(self.tensors, other.tensors)
+        return self
+
     def same_elements(self, other: "ParamLayout") -> bool:
         """True if both layouts hold the same elements of the same parameters in the same order."""
         return self.names == other.names and self.elements == other.elements
