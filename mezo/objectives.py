@@ -1,0 +1,126 @@
+"""Losses and metrics as pure functions of option scores.
+
+Scores are the mean log-probability of each option's tokens, float64 (batch, options); where an example has fewer
+options than the widest one its row ends in -inf. Labels are the indices of the right options, int64 (batch,).
+"""
+
+from collections.abc import Callable
+
+import torch
+
+
+def cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """L = -1/B sum_b log softmax(scores_b)[labels_b], over the options.
+
+    Args:
+        scores: (batch, options), -inf where an example has no such option.
+        labels: (batch,), int64.
+
+    Returns:
+        The loss, a float64 scalar.
+
+    MeZO (Malladi et al. 2023, arXiv 2305.17333), section 2: the objective of the classification tasks.
+
+    >>> cross_entropy(torch.tensor([[0.0, 0.0], [1.0, -torch.inf]]), torch.tensor([1, 0])).item()
+    0.34657359027997264
+    """
+    return -_right(scores.double().log_softmax(-1), labels).mean()
+
+
+def lm_cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """L = -1/B sum_b scores_b[labels_b]: the language model's own loss on the right option's tokens.
+
+    Args:
+        scores: (batch, options).
+        labels: (batch,), int64.
+
+    Returns:
+        The loss, a float64 scalar.
+
+    >>> lm_cross_entropy(torch.tensor([[-1.0, -2.0], [-4.0, -3.0]]), torch.tensor([0, 1])).item()
+    2.0
+    """
+    return -_right(scores.double(), labels).mean()
+
+
+def negative_accuracy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """L = -1/B sum_b [argmax scores_b = labels_b]; of equal scores the first is the prediction.
+
+    A sum of steps: most small perturbations leave it as it is, and the projected gradient is then 0.
+
+    Args:
+        scores: (batch, options).
+        labels: (batch,), int64.
+
+    Returns:
+        The loss, a float64 scalar in [-1, 0]; nan if a score is nan.
+
+    >>> negative_accuracy(torch.tensor([[-1.0, -2.0], [-4.0, -3.0]]), torch.tensor([0, 0])).item()
+    -0.5
+    """
+    # A nan score must not count as a wrong answer: it would hide a broken forward pass.
+    broken = torch.where(scores.isnan().any(-1), torch.nan, 0.0).double()
+    return -((predictions(scores) == labels).double() + broken).mean()
+
+
+OBJECTIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "cross_entropy": cross_entropy,
+    "lm_cross_entropy": lm_cross_entropy,
+    "accuracy": negative_accuracy,
+}
+"""By the name that the configuration takes; every one is minimised."""
+
+
+def predictions(scores: torch.Tensor) -> torch.Tensor:
+    """argmax over the options, (batch,) int64; the first of equal scores, on every device.
+
+    >>> predictions(torch.tensor([[0.0, 0.0, -1.0]])).item()
+    0
+    """
+    options = scores.shape[-1]
+    places = torch.arange(options, device=scores.device).expand_as(scores)
+    # argmax may return any of several equal scores; a row with nan has no maximum and falls to its last option.
+    best = places.masked_fill(scores != scores.amax(-1, keepdim=True), options - 1)
+    return best.amin(-1)
+
+
+def evaluate(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float | None]:
+    """Accuracy, loss, F1 and AUC of a split.
+
+    Args:
+        scores: (examples, options).
+        labels: (examples,), int64.
+
+    Returns:
+        accuracy: share of examples whose right option has the highest score.
+        loss: cross-entropy over the options.
+        f1: of class 1 where there are two options, else the mean over the classes that occur or are predicted.
+        auc: area under the ROC curve of scores[:, 1] - scores[:, 0]; None unless there are two options, both classes
+            occur and every score is finite.
+
+    >>> metrics = evaluate(torch.tensor([[-1.0, -2.0], [-4.0, -3.0], [-1.0, -3.0]]), torch.tensor([0, 1, 1]))
+    >>> {name: round(value, 4) for name, value in metrics.items()}
+    {'accuracy': 0.6667, 'loss': 0.9178, 'f1': 0.6667, 'auc': 0.5}
+    """
+    from sklearn.metrics import f1_score  # a second of imports that training itself does not need
+
+    predicted, right = predictions(scores).cpu().numpy(), labels.cpu().numpy()
+    binary = scores.shape[1] == 2 and bool(scores.isfinite().all())
+    return {
+        "accuracy": -negative_accuracy(scores, labels).item(),
+        "loss": cross_entropy(scores, labels).item(),
+        "f1": float(f1_score(right, predicted, average="binary" if binary else "macro", zero_division=0)),
+        "auc": _auc(scores, labels) if binary else None,
+    }
+
+
+def _auc(scores: torch.Tensor, labels: torch.Tensor) -> float | None:
+    from sklearn.metrics import roc_auc_score
+
+    if labels.unique().numel() < 2:
+        return None
+    return float(roc_auc_score(labels.cpu().numpy(), (scores[:, 1] - scores[:, 0]).cpu().numpy()))
+
+
+def _right(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return values.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
