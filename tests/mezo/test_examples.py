@@ -13,10 +13,13 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(scope="module")
 def dropin():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is tiny: waking a second thread costs more than it computes
     spec = importlib.util.spec_from_file_location("dropin_original_loop", EXAMPLES / "dropin_original_loop.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    torch.set_num_threads(threads)
 
 
 def body(function):
