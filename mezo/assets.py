@@ -204,8 +204,7 @@ def cached(root: Path, name: str, build: Callable[[Path], None]) -> Path:
             return entry
         with _partial(root, name) as partial:
             build(partial)
-            files = {str(path.relative_to(partial)): file_sha256(path) for path in _files(partial)}
-            (partial / MARKER).write_text(json.dumps({"format": FORMAT, "sha256": files}, indent=2))
+            (partial / MARKER).write_text(json.dumps(_marker(partial), indent=2))
             shutil.rmtree(entry, ignore_errors=True)
             partial.rename(entry)
     return entry
@@ -283,8 +282,9 @@ def _extract_sentences(sdist: Path, output_dir: Path) -> None:
         (output_dir / Path(_RATINGS).name).write_bytes(inner.extractfile(_RATINGS).read())
 
 
-def _files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MARKER)
+def _marker(directory: Path) -> dict:
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MARKER)
+    return {"format": FORMAT, "sha256": {str(path.relative_to(directory)): file_sha256(path) for path in files}}
 
 
 def _is_whole(entry: Path) -> bool:
@@ -292,9 +292,7 @@ def _is_whole(entry: Path) -> bool:
         marker = json.loads((entry / MARKER).read_text())
     except (OSError, ValueError):
         return False
-    if marker.get("format") != FORMAT:
-        return False
-    return marker["sha256"] == {str(path.relative_to(entry)): file_sha256(path) for path in _files(entry)}
+    return marker == _marker(entry)
 
 
 @contextmanager

@@ -1,0 +1,448 @@
+"""Tasks: from files to token ids, with tokenizers small enough to check by eye."""
+
+import dataclasses
+import json
+import re
+import time
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from mezo import tasks
+from mezo.config import Config, UserError
+from mezo.runtimes.base import Example
+from mezo.tasks import Task, load_splits, register, sst2
+from mezo.tasks.sampling import shuffled_classes
+from mezo.tasks.template import Template
+
+WORDS = (" terrible", " great")
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    """A byte-level decoder tokenizer: `<s>` first, words with their leading space one token each."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = [" a fine film It was great", " a dull film It was terrible", "film:"] * 9
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    """A word-level encoder tokenizer with a mask: [CLS] ... [SEP]."""
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [*specials, "a", "fine", "dull", "film", "it", "was", "great", "terrible", "very", "."]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", mask_token="[MASK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A Config whose files hold the given rows; keywords are its other fields."""
+
+    def write(name, rows):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    def build(train, dev=None, test=None, **fields):
+        files = {"train": train, "dev": dev, "test": test}
+        paths = {f"{name}_file": write(name, rows) for name, rows in files.items() if rows is not None}
+        return Config(model="m", output_dir="o", **paths, **fields)
+
+    return build
+
+
+def labelled(number, classes=2):
+    return [{"text": f"film {i}", "label": i % classes} for i in range(number)]
+
+
+def texts(examples, tokenizer):
+    return [tokenizer.decode(example.prompt[1:]) for example in examples]
+
+
+# What is tokenised
+
+
+def test_text_and_label(bpe, make):
+    config = make([{"text": "a fine film", "label": 1}], prompt="{text} It was", label_words=WORDS)
+    splits = load_splits(config, bpe)
+    assert list(splits) == ["train"]
+    prompt = tuple(bpe("a fine film It was")["input_ids"])
+    options = tuple(tuple(bpe(word, add_special_tokens=False)["input_ids"]) for word in WORDS)
+    assert splits["train"] == [Example(prompt, options, 1)]
+    assert prompt[0] == bpe.bos_token_id
+
+
+def test_prompt_options_answer(bpe, make):
+    rows = [
+        {"prompt": "It was", "options": [" great", " terrible", " a dull film"], "answer": 2},
+        {"prompt": "a fine film It was", "options": [" terrible", " great"], "answer": " great"},
+    ]
+    examples = load_splits(make(rows), bpe)["train"]
+    assert [example.label for example in examples] == [2, 1]
+    assert [len(example.options) for example in examples] == [3, 2]
+    for row, example in zip(rows, examples, strict=True):
+        for text, option in zip(row["options"], example.options, strict=True):
+            assert bpe.decode(example.prompt[1:] + option) == row["prompt"] + text
+
+
+def test_template_takes_any_field(bpe, make):
+    rows = [{"premise": "a film", "year": 1999, "label": 0}]
+    config = make(rows, prompt="{premise} ({year}) {{x}}:\\n", label_words=WORDS)
+    assert texts(load_splits(config, bpe)["train"], bpe) == ["a film (1999) {x}:\n"]
+
+
+def test_special_tokens_after_the_prompt_are_left_out(bpe, make):
+    copy = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(bpe.backend_tokenizer.to_str()))
+    copy.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    config = make(labelled(4), prompt="{text} It was", label_words=WORDS)
+    assert load_splits(config, copy) == load_splits(config, bpe)
+
+
+def test_masked_prompt(encoder, make):
+    config = make([{"text": "a fine film", "label": 1}], prompt="{text} it was <mask> .", label_words=WORDS)
+    (example,) = load_splits(config, encoder)["train"]
+    assert encoder.decode(example.prompt) == "[CLS] a fine film it was [MASK] . [SEP]"
+    assert example.prompt[example.mask] == encoder.mask_token_id
+    assert example.options == ((encoder.convert_tokens_to_ids("terrible"),), (encoder.convert_tokens_to_ids("great"),))
+
+
+def test_a_decoder_may_have_a_mask_token(encoder, make):
+    config = make(labelled(2), prompt="{text} it was", label_words=WORDS)
+    (example, _) = load_splits(config, encoder, masked=False)["train"]
+    assert example.mask is None
+    assert example.prompt[-1] == encoder.convert_tokens_to_ids("was")  # no [SEP] before the option
+
+
+def test_crlf_and_byte_order_mark_and_unicode_line_separators(bpe, make):
+    rows = '\ufeff{"text": "a\u2028film", "label": 0}\r\n{"text": "dull", "label": 1}\r\n\r\n'
+    assert texts(load_splits(make(rows, label_words=WORDS), bpe)["train"], bpe) == ["a\u2028film", "dull"]
+
+
+# The token budget
+
+
+@pytest.mark.parametrize("max_length", range(9, 20))
+def test_only_the_text_is_cut_and_from_its_end(bpe, make, max_length):
+    long = "a fine film a dull film a fine film a dull film"
+    rows = [{"text": long, "label": 0}, {"text": "a film", "label": 1}]
+    config = make(rows, prompt="film: {text} It was", label_words=(" terrible", " a fine film"), max_length=max_length)
+    examples = load_splits(config, bpe)["train"]
+    first, _ = texts(examples, bpe)
+    match = re.fullmatch(r"film: (.*) It was", first)
+    assert long.startswith(match[1])
+    longest = max(len(example.prompt) + len(option) for example in examples for option in example.options)
+    assert longest <= max_length
+    # One token is one word here: nothing is cut that could have stayed.
+    assert len(match[1].split()) == min(max_length - 8, len(long.split()))
+
+
+def test_cut_inside_a_character_of_several_tokens(bpe, make):
+    rows = [{"text": "🙂🙂🙂🙂", "label": 0}]  # four bytes and as many tokens each
+    config = make(rows, prompt="{text} It was", label_words=WORDS, max_length=1 + 4 + 3 + 2 + 1)
+    assert texts(load_splits(config, bpe)["train"], bpe) == ["🙂 It was"]
+
+
+def test_other_fields_are_never_cut(bpe, make):
+    rows = [{"title": "a fine film", "text": "dull " * 30, "label": 0}]
+    config = make(rows, prompt="{text}({title})", label_words=WORDS, max_length=16)
+    (text,) = texts(load_splits(config, bpe)["train"], bpe)
+    assert re.fullmatch(r"(dull )*dull\(a fine film\)", text)
+
+
+def test_masked_text_is_cut_around_its_mask(encoder, make):
+    rows = [{"text": "fine film " * 9, "label": 0}]
+    config = make(rows, prompt="{text} it was <mask> .", label_words=WORDS, max_length=9)
+    (example,) = load_splits(config, encoder)["train"]
+    assert encoder.decode(example.prompt) == "[CLS] fine film fine it was [MASK] . [SEP]"
+    assert example.prompt.index(encoder.mask_token_id) == example.mask == 6
+
+
+# Which examples are kept
+
+
+def test_k_shot_is_stratified_and_ordered(bpe, make):
+    rows = [{"text": f"film {i}", "label": int(i % 5 == 0)} for i in range(60)]
+    splits = load_splits(make(rows, dev=rows, test=rows, label_words=WORDS, k_shot=4), bpe)
+    assert [len(splits[name]) for name in ("train", "dev", "test")] == [8, 8, 60]
+    for name in ("train", "dev"):
+        assert sorted(example.label for example in splits[name]) == [0] * 4 + [1] * 4
+        numbers = [int(text.split()[1]) for text in texts(splits[name], bpe)]
+        assert numbers == sorted(numbers)
+    assert splits["train"] != splits["dev"]  # of one file, another choice for each split
+
+
+def test_numbers_are_balanced_and_depend_on_data_seed_alone(bpe, make):
+    rows = labelled(50)
+    config = make(rows, dev=rows, label_words=WORDS, num_train=10, num_dev=7)
+    first = load_splits(config, bpe)
+    assert sum(example.label for example in first["train"]) == 5
+    assert sorted(example.label for example in first["dev"]) == [0] * 3 + [1] * 4
+    assert load_splits(dataclasses.replace(config, seed=9, lr=1e-6), bpe) == first
+    assert load_splits(dataclasses.replace(config, data_seed=1), bpe)["train"] != first["train"]
+    larger = load_splits(dataclasses.replace(config, num_train=12), bpe)
+    assert set(texts(first["train"], bpe)) < set(texts(larger["train"], bpe))
+    assert larger["dev"] == first["dev"]
+
+
+def test_sampling_never_changes():
+    # sha256("7/train/0"), ...: recorded once; a change would silently give every run other data.
+    expected = {0: [4, 8, 0, 6, 2], 1: [1, 3, 7, 5, 9]}
+    assert shuffled_classes([0, 1] * 5, 2, seed=7, split="train") == expected
+    assert shuffled_classes([0, 1] * 5, 2, seed=8, split="train") != expected
+    assert shuffled_classes([0, 1] * 5, 2, seed=7, split="dev") != expected
+
+
+def test_all_are_kept_in_file_order(bpe, make):
+    assert texts(load_splits(make(labelled(5), label_words=WORDS), bpe)["train"], bpe) == [
+        f"film {i}" for i in range(5)
+    ]
+
+
+def test_options_of_their_own_are_sampled_without_classes(bpe, make):
+    rows = [{"prompt": "It was", "options": [f" film {i}", " dull"], "answer": 0} for i in range(9)]
+    assert len(load_splits(make(rows, num_train=4), bpe)["train"]) == 4
+
+
+# Built-in tasks
+
+
+HUB = {
+    "train": [{"idx": i, "sentence": f"film {i} ", "label": i % 2} for i in range(100)],
+    "validation": [{"idx": i, "sentence": f"a dull film {i} ", "label": (i + 1) % 2} for i in range(10)],
+    "test": [{"idx": i, "sentence": "no label ", "label": -1} for i in range(10)],
+}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda name: {"stanfordnlp/sst2": HUB}[name])
+
+
+def sst2_config(**fields):
+    return Config(model="m", output_dir="o", task="sst2", **fields)
+
+
+def test_sst2(hub, bpe):
+    splits = load_splits(sst2_config(), bpe)
+    assert {name: len(examples) for name, examples in splits.items()} == {"train": 90, "test": 10, "dev": 10}
+    assert texts(splits["test"][:1], bpe) == ["a dull film 0 It was"]
+    assert splits["test"][0].label == 1
+    assert len(set(texts(splits["train"] + splits["dev"], bpe))) == 100
+
+
+@pytest.mark.parametrize(
+    ("fields", "train", "dev"),
+    [
+        ({"k_shot": 16}, 32, 32),
+        ({"num_train": 20}, 20, 10),
+        ({"num_dev": 30}, 70, 30),
+        ({"k_shot": 8, "num_dev": 50}, 16, 50),
+    ],
+    ids=["k_shot", "num_train", "num_dev", "both"],
+)
+def test_dev_is_cut_from_train(hub, bpe, fields, train, dev):
+    splits = load_splits(sst2_config(**fields), bpe)
+    assert (len(splits["train"]), len(splits["dev"])) == (train, dev)
+    assert not set(texts(splits["train"], bpe)) & set(texts(splits["dev"], bpe))
+    assert abs(2 * sum(example.label for example in splits["dev"]) - dev) <= 1
+
+
+def test_no_network_says_to_use_files(monkeypatch, bpe):
+    def offline(name):
+        raise ConnectionError(f"Couldn't reach {name!r} on the Hub\nsecond line")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(UserError, match=r"--train-file train\.jsonl --prompt '\{text\} It was'") as error:
+        load_splits(sst2_config(), bpe)
+    assert "\n" not in str(error.value)
+
+
+def test_hub_rows_also_work_from_a_file(bpe, make, hub):
+    config = make(HUB["validation"], prompt="{sentence}It was", label_words=WORDS)
+    assert load_splits(config, bpe)["train"] == load_splits(sst2_config(), bpe)["test"]
+
+
+def test_a_task_of_your_own(monkeypatch, bpe):
+    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+    rows = [{"premise": "a dull film", "options": [" great", " terrible"], "answer": 1}]
+    register(Task("mine", lambda: {"train": rows}, "{premise} so it was", dev_size=0))
+    (example,) = load_splits(Config(model="m", output_dir="o", task="mine"), bpe)["train"]
+    assert bpe.decode(example.prompt[1:] + example.options[1]) == "a dull film so it was terrible"
+    with pytest.raises(ValueError, match="'mine' exists"):
+        register(Task("mine", lambda: {}))
+
+
+# Bad input
+
+
+OK = {"text": "a film", "label": 0}
+CHOICE = {"prompt": "It was", "options": [" great", " dull"], "answer": 0}
+BAD_LABELLED = {
+    "empty": ("", {}, r"train\.jsonl is empty"),
+    "blank": ("\n\n", {}, r"train\.jsonl is empty"),
+    "not_json": ('{"text": "a", "label": 0}\n{text: 1}\n', {}, r"train\.jsonl line 2 is not JSON"),
+    "not_object": ("[1]\n", {}, r"line 1 must be a JSON object"),
+    "blank_line": ('{"text": "a", "label": 0}\n\n{"text": "a", "label": 0}\n', {}, r"line 2 is blank"),
+    "no_label": ([OK, {"text": "a"}], {}, r"line 2 has no field 'label'; it has 'text'"),
+    "no_text": ([{"txt": "a", "label": 0}], {}, r"line 1 has no field 'text', .*it has 'txt', 'label'"),
+    "no_template_field": ([OK], {"prompt": "{title}: {text}"}, r"line 1 has no field 'title'"),
+    "text_is_null": ([{"text": None, "label": 0}], {}, r"field 'text' must be a string or a number, got None"),
+    "half_surrogate": ('{"text": "a\\ud800", "label": 0}\n', {}, r"half a surrogate pair at character 1"),
+    "label_outside": ([OK, {"text": "a", "label": 2}], {}, r"line 2: label .* 2 label words \(0 to 1\), got 2"),
+    "label_negative": ([{"text": "a", "label": -1}], {}, r"label must be an index .* got -1"),
+    "label_string": ([{"text": "a", "label": "1"}], {}, r"label must be an index .* got '1'"),
+    "label_bool": ([{"text": "a", "label": True}], {}, r"label must be an index .* got True"),
+    "option_merges": ([OK], {"prompt": "{text} gr", "label_words": ("eat", " dull")}, r"a token spans .* 'eat'"),
+    "template_brace": ([OK], {"prompt": "{text"}, r"--prompt '\{text' is malformed"),
+    "template_index": ([OK], {"prompt": "{0}"}, r"placeholder must be a field name"),
+    "template_format": ([OK], {"prompt": "{text:>9}"}, r"placeholder must be a field name"),
+    "mask_for_decoder": ([OK], {"prompt": "{text} <mask>"}, r"the model fills no masks"),
+    "empty_class": ([OK, OK], {"k_shot": 1}, r"class 1 has 0 examples, k_shot asks for 1"),
+    "small_class": (labelled(31), {"k_shot": 16}, r"class 1 has 15 examples, k_shot asks for 16"),
+    "too_many": (labelled(5), {"num_train": 6}, r"train has 5 examples, --num-train asks for 6"),
+    "no_dev": (labelled(5), {"num_dev": 2}, r"--num-dev is 2, but there is no dev set: give --dev-file"),
+    "no_test": (labelled(5), {"num_test": 2}, r"--num-test is 2, but there is no test set"),
+    "budget": (
+        [OK],
+        {"prompt": "{text} It was", "max_length": 4},
+        r"line 1: without its text the prompt takes 4 tokens",
+    ),
+}
+BAD_CHOICE = {
+    "no_words": ([OK], r"has no field 'prompt'"),
+    "no_options": ([{"prompt": "a", "answer": 0}], r"has no field 'options'; .* add the possible answers"),
+    "options_empty": ([{**CHOICE, "options": []}], r"options must be at least 2, got 0"),
+    "one_option": ([{**CHOICE, "options": [" a"]}], r"options must be at least 2, got 1"),
+    "options_string": ([{**CHOICE, "options": "ab"}], r"options must be a list of non-empty strings"),
+    "option_blank": ([{**CHOICE, "options": ["", " a"]}], r"options must be a list of non-empty strings"),
+    "options_equal": ([{**CHOICE, "options": [" a", " a"]}], r"two options are equal"),
+    "no_answer": ([{"prompt": "a", "options": [" a", " b"]}], r"has no field 'answer'"),
+    "answer_outside": ([{**CHOICE, "answer": 2}], r"answer must be one of the 2 options .* got 2"),
+    "answer_unknown": ([{**CHOICE, "answer": "great"}], r"answer must be one of the 2 options .* got 'great'"),
+    "too_long": ([{**CHOICE, "prompt": "a film " * 300}], r"takes 603 tokens, --max-length is 512, and only \{text\}"),
+}
+
+
+def refuses(config, tokenizer, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_splits(config, tokenizer)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", BAD_LABELLED)
+def test_bad_labelled_rows(bpe, make, name):
+    rows, fields, message = BAD_LABELLED[name]
+    refuses(make(rows, **{"label_words": WORDS, **fields}), bpe, message)
+
+
+@pytest.mark.parametrize("name", BAD_CHOICE)
+def test_bad_choice_rows(bpe, make, name):
+    rows, message = BAD_CHOICE[name]
+    refuses(make(rows), bpe, message)
+
+
+def test_k_shot_needs_classes(bpe, make):
+    rows = [CHOICE, {**CHOICE, "options": [" a", " film"]}]
+    refuses(make(rows, k_shot=1), bpe, r"--k-shot needs the same options in every record of train")
+
+
+def test_one_option_is_enough_for_the_lm_objective(bpe, make):
+    config = make([{**CHOICE, "options": [" great"]}], objective="lm_cross_entropy")
+    assert len(load_splits(config, bpe)["train"][0].options) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"label_words": (" great", "great")}, r"options ' great' and 'great' are the same tokens"),
+        ({"label_words": (" great", " awful")}, r"option ' awful' has an unknown token"),
+        ({"label_words": (" great", " very dull")}, r"' very dull' must be one token to fill a mask, got 2"),
+        ({"prompt": "{text} it was"}, r"has no <mask>, and the model fills masks"),
+        ({"prompt": "{text} <mask> <mask>"}, r"must have one mask, got 2"),
+    ],
+    ids=["equal", "unknown", "two_tokens", "no_mask", "two_masks"],
+)
+def test_bad_masked_prompts(encoder, make, fields, message):
+    refuses(make([OK], **{"prompt": "{text} it was <mask>", "label_words": WORDS, **fields}), encoder, message)
+
+
+def test_mask_in_the_text_is_refused(encoder, make):
+    rows = [{"text": "a [MASK] film", "label": 0}]
+    refuses(make(rows, prompt="{text} <mask>", label_words=WORDS), encoder, r"line 1: .* one mask, got 2")
+
+
+def test_masked_model_without_mask_token(bpe, make):
+    with pytest.raises(UserError, match="no mask token"):
+        load_splits(make([OK], prompt="{text} <mask>", label_words=WORDS), bpe, masked=True)
+
+
+def test_equal_options_of_a_decoder(encoder, make):
+    config = make([OK], prompt="{text} it was", label_words=(" great", "  great"))
+    with pytest.raises(UserError, match="are the same tokens"):
+        load_splits(config, encoder, masked=False)
+
+
+def test_model_limit_is_named(encoder, make):
+    short = PreTrainedTokenizerFast(
+        tokenizer_object=encoder.backend_tokenizer, mask_token="[MASK]", unk_token="[UNK]", model_max_length=8
+    )
+    rows = [{"text": "a film " * 5, "label": 0}]
+    refuses(
+        make(rows, prompt="{text} <mask>", label_words=WORDS), short, r"takes 13 tokens, the model 8: set --max-len"
+    )
+
+
+def test_unreadable_file(bpe, make, tmp_path):
+    config = make([OK], label_words=WORDS)
+    (tmp_path / "train.jsonl").write_bytes(b'{"text": "\xff"}')
+    refuses(config, bpe, r"train\.jsonl is not UTF-8 \(byte 10\)")
+    (tmp_path / "train.jsonl").unlink()
+    refuses(config, bpe, r"train\.jsonl cannot be read: No such file")
+
+
+def test_unknown_task_and_wrong_number_of_words(bpe, hub):
+    refuses(Config(model="m", output_dir="o", task="sst3"), bpe, r"'sst3' is unknown: choose from sst2")
+    refuses(sst2_config(label_words=(" a", " b", " c")), bpe, r"has 3 words, task sst2 has 2 classes")
+
+
+def test_dev_and_train_must_not_overlap(bpe, hub):
+    refuses(sst2_config(num_train=80, num_dev=40), bpe, r"ask for 20 examples too many")
+    refuses(sst2_config(k_shot=30), bpe, r"class 0 has 50 examples, k_shot asks for 30 for train and as many for dev")
+    refuses(sst2_config(num_dev=100), bpe, r"--num-dev 100 takes every training example")
+
+
+def test_sst2_test_split_is_the_labelled_one():
+    assert [row["label"] for row in sst2.splits(HUB)["test"]] == [1, 0] * 5
+
+
+def test_template_with_the_text_field_twice():
+    template = Template.parse("{text} - {text}", "text")
+    assert template.fields == ("text",)
+    assert template.cut_span({"text": "abc"}) == (0, 3)
+
+
+def test_thousands_of_examples_in_a_second(bpe, make):
+    config = make([{"text": "a fine film " * 8, "label": i % 2} for i in range(1500)], label_words=WORDS)
+    started = time.perf_counter()
+    load_splits(config, bpe)
+    assert time.perf_counter() - started < 2
