@@ -80,6 +80,9 @@ class Config:
     eval_batch_size: int = 0
     """Examples per evaluation forward; 0 is the training batch size."""
 
+    eval_train: bool = False
+    """Score the training set too, before and after the run."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the base model; auto is float32 on a CPU and bfloat16 on a GPU. The trained master is float32 always."""
     device: str = "auto"

@@ -74,9 +74,10 @@ class Runtime(Protocol):
     spec: AdapterSpec
     tokens: TokenCount
     eval_tokens: TokenCount
+    seconds_filling: float
 
     def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
-        """Register every example that will be scored (they are named by split and index from then on) and fill caches."""
+        """Register every example that will be scored, named by split and index from then on, and fill caches."""
 
     def load(self, theta: dict[str, torch.Tensor]) -> None:
         """Set theta from float32 tensors by canonical name."""

@@ -48,8 +48,17 @@ class HFRuntime:
         self.vocabulary = self.vocabulary or several
         if self.config.trunk_cache != "off" and self.parts.first > 0:
             self.trunk = self._trunk()
-            self.trunk.rows = {split: [row for rows in nested for row in rows] for split, nested in self.rows.items()}
+            for split, nested in self.rows.items():
+                self.trunk.register(split, [row for rows in nested for row in rows])
             self._prove_trunk()
+            for split, filled in self.trunk.fill().items():
+                count = self.tokens if split == "train" else self.eval_tokens
+                count.computed += self._trunk_share(filled)
+
+    @property
+    def seconds_filling(self) -> float:
+        """Time spent filling the trunk cache so far."""
+        return self.trunk.seconds if self.trunk else 0.0
 
     def load(self, theta: dict[str, torch.Tensor]) -> None:
         """See `Runtime.load`."""
@@ -131,8 +140,12 @@ class HFRuntime:
             numbers = [n for i in indices for n in range(starts[i], starts[i] + len(self.rows[split][i]))]
             hidden, filled = self.trunk.hidden(split, numbers, batch)
             run = int(batch.valid.sum()) if self.trunk.keep_kv else tokens
-            count.computed += (passes * run * (n_layers - first) + filled * (first + self.trunk.keep_kv)) / n_layers
+            count.computed += passes * run * (n_layers - first) / n_layers + self._trunk_share(filled)
         return lambda: option_scores(examples, self._log_probs(hidden(), batch.targets), batch.valid.cpu())
+
+    def _trunk_share(self, tokens: int) -> float:
+        """Work of filling the cache, in tokens through the whole model; keys and values count as one layer."""
+        return tokens * (self.parts.first + self.trunk.keep_kv) / len(self.parts.layers)
 
     def _full_hidden(self, batch: RowBatch) -> torch.Tensor:
         mask = None if self.parts.causal else batch.mask
@@ -140,7 +153,7 @@ class HFRuntime:
         return scored(out.last_hidden_state, batch.positions)
 
     def _log_probs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """log p of the targets, float64 (rows, scored, candidates): over the vocabulary, or over the candidates alone."""
+        """log p of the targets, float64 (rows, scored, candidates); up to a constant a position if not `vocabulary`."""
         head = self.parts.head
         if self.vocabulary or type(head) is not torch.nn.Linear:
             logits = head(hidden).float()
@@ -172,25 +185,29 @@ class HFRuntime:
         split = next(iter(self.examples))
         indices = range(min(PROOF_ROWS, len(self.examples[split])))
         rows = [row for i in indices for row in self.rows[split][i]]
-        noise = {name: lora_init(1, name, shape) for name, shape in self.spec.shapes.items()}
-        self._point([noise[name].to(self.device, self.dtype) for name in self.master.names])
         batch = RowBatch.of(rows, self.pad, self.device)
+        # kept under one adapter, used under another, as in training
+        self._point_at_noise(seed=0)
+        run, _ = self.trunk.hidden(split, range(len(rows)), batch)
+        self._point_at_noise(seed=1)
         expected = self._model_log_probs(batch)
         vocabulary, self.vocabulary = self.vocabulary, True
-        trunk, floor = self.trunk, PROOF_TOLERANCE
-        got = self._log_probs(trunk.hidden(split, range(len(rows)), batch)[0](), batch.targets)
-        self.vocabulary = vocabulary
+        got = self._log_probs(run(), batch.targets)
+        self.vocabulary, floor = vocabulary, PROOF_TOLERANCE
         if self.dtype != torch.float32:
             sizes = {1, 2, 3} & set(range(len(rows)))
             floor = max((self._batch_noise(rows, expected, size) for size in sizes), default=0.0)
         worst = float((got - expected).abs().masked_fill(~batch.valid[:, :, None].cpu(), 0).max())
         if not worst <= floor:
             raise UserError(
-                f"--trunk-cache is not exact on this model: option log-probabilities differ by {worst:.2g} from the full"
-                f" forward pass (allowed {floor:.2g}); use --trunk-cache off"
+                f"--trunk-cache is not exact on this model: option log-probabilities differ by {worst:.2g} from the"
+                f" full forward pass (allowed {floor:.2g}); use --trunk-cache off"
             )
-        trunk.groups.clear()
-        trunk.nbytes = 0
+        self.trunk.clear()
+
+    def _point_at_noise(self, seed: int) -> None:
+        noise = (lora_init(seed, name, shape) for name, shape in self.spec.shapes.items())
+        self._point([tensor.to(self.device, self.dtype) for tensor in noise])
 
     def _model_log_probs(self, batch: RowBatch) -> torch.Tensor:
         logits = self.parts.model(input_ids=batch.ids, attention_mask=batch.mask).logits
@@ -209,7 +226,7 @@ class HFRuntime:
 
 
 def apply(master, updates: Sequence[StepUpdate], next_seed, eps, plus, minus, backend=None) -> None:
-    """`mezo_kernels.step_` of a sequence of step updates: each decays theta first, then adds its directions in order."""
+    """`mezo_kernels.step_` of a sequence of step updates: each decays theta, then adds its directions in order."""
     passes = []
     for update in updates:
         if update.decay != 1:

@@ -6,11 +6,14 @@ that layer are kept too and only the scored positions are run.
 """
 
 import itertools
+import sys
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from rich.progress import track
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -19,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mezo.runtimes.rows import Row, RowBatch
 
-GROUP = 16  # rows whose trunk is computed together, by dataset index: an entry's bits never depend on the batch
+GROUP = 16  # rows whose trunk is computed together, fixed by the data: an entry's bits never depend on the batch
 ATTENTION = "mezo_sdpa"
 
 
@@ -82,11 +85,35 @@ class Trunk:
         self.body, self.layers, self.first = body, layers, first
         self.keep_kv, self.causal, self.pad = keep_kv, causal, pad
         self.device, self.storage, self.limit = device, storage, limit
-        self.rows: dict[str, Sequence[Row]] = {}
+        self.rows: dict[str, list[list[Row]]] = {}
+        self.place: dict[str, list[tuple[int, int]]] = {}
         self.groups: OrderedDict[tuple[str, int], list[Entry]] = OrderedDict()
-        self.nbytes = 0
+        self.nbytes, self.seconds = 0, 0.0
         attentions = [m for m in layers[first].modules() if hasattr(m, "is_causal") and hasattr(m, "layer_idx")]
         self.attention = attentions[0] if attentions else None
+
+    def register(self, split: str, rows: Sequence[Row]) -> None:
+        """Divide a split's rows into groups of like length, which wastes little on padding."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        self.rows[split] = [[rows[i] for i in order[g : g + GROUP]] for g in range(0, len(rows), GROUP)]
+        self.place[split] = [divmod(at, GROUP) for at in sorted(range(len(rows)), key=order.__getitem__)]
+
+    @torch.no_grad()
+    def fill(self) -> dict[str, int]:
+        """Compute entries ahead of use, until all are there or the limit is reached; return the tokens by split."""
+        keys = [(split, group) for split, groups in self.rows.items() for group in range(len(groups))]
+        filled = dict.fromkeys(self.rows, 0)
+        for split, group in track(keys, "trunk cache", transient=True, disable=not sys.stderr.isatty()):
+            before = len(self.groups)
+            filled[split] += self._fill((split, group))
+            if len(self.groups) <= before:
+                break
+        return filled
+
+    def clear(self) -> None:
+        """Forget every entry."""
+        self.groups.clear()
+        self.nbytes = 0
 
     def hidden(self, split: str, indices: Sequence[int], batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:
         """Gather the rows' entries; return (a function that runs the rest of the body, tokens whose trunk was run).
@@ -97,11 +124,11 @@ class Trunk:
         filled = 0
         entries = []
         for index in indices:
-            key = (split, index // GROUP)
-            if key not in self.groups:
-                filled += self._fill(key)
-            self.groups.move_to_end(key)
-            entries.append(self.groups[key][index % GROUP])
+            group, at = self.place[split][index]
+            if (split, group) not in self.groups:
+                filled += self._fill((split, group))
+            self.groups.move_to_end((split, group))
+            entries.append(self.groups[split, group][at])
         hidden = pad_sequence([entry.hidden for entry in entries], batch_first=True).to(self.device)
         if not self.keep_kv:
             return lambda: scored(
@@ -144,14 +171,16 @@ class Trunk:
 
     def _fill(self, key: tuple[str, int]) -> int:
         """Compute the entries of a group; return its number of tokens."""
+        started = time.perf_counter()
         split, group = key
-        rows = self.rows[split][group * GROUP : (group + 1) * GROUP]
+        rows = self.rows[split][group]
         entries = self._capture(RowBatch.of(rows, self.pad, self.device))
         self.groups[key] = entries
         self.nbytes += sum(entry.nbytes for entry in entries)
         while self.nbytes > self.limit and len(self.groups) > 1:
             _, gone = self.groups.popitem(last=False)
             self.nbytes -= sum(entry.nbytes for entry in gone)
+        self.seconds += time.perf_counter() - started
         return sum(len(row.ids) for row in rows)
 
     def _capture(self, batch: RowBatch) -> list[Entry]:

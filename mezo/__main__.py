@@ -1,0 +1,7 @@
+"""`python -m mezo` is the `mezo` command."""
+
+import sys
+
+from mezo.cli import main
+
+sys.exit(main())

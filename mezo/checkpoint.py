@@ -1,0 +1,228 @@
+"""Run directories: one process at a time, adapters in PEFT format, theta rebuilt from the log alone."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mezo.config import Config, UserError
+from mezo.runtimes.base import AdapterSpec
+from mezo.trajectory import StepRecord, drop_torn_line, header, read_lines, read_trajectory
+from mezo_kernels import ParamLayout, lora_init, step_
+
+WEIGHTS, PEFT_CONFIG, INITIAL = "adapter_model.safetensors", "adapter_config.json", "initial_adapter.safetensors"
+UPDATES_PER_PASS = 512
+
+
+class RunDirectory:
+    """Paths of a run, and the OS lock that keeps a second process out; the lock dies with its process.
+
+    Use `create` for a new run and `open` for one to resume.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config, self.trajectory = path / "config.json", path / "trajectory.jsonl"
+        self.metrics, self.result = path / "metrics.jsonl", path / "result.json"
+        self.adapter, self.plots, self.tensorboard = path / "adapter", path / "plots", path / "tensorboard"
+        self._lock = None
+
+    @classmethod
+    def create(cls, path: str, config: Config, first_line: dict, initial: Path | None = None) -> "RunDirectory":
+        """Make the directory with its config and log header. Raises UserError if it exists."""
+        run = cls(Path(path))
+        refuse_existing(path)
+        try:
+            run.path.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"--output-dir {path} cannot be created: {error.strerror}; choose another") from error
+        run._acquire()
+        if initial is not None:
+            shutil.copyfile(initial, run.path / INITIAL)
+        replace_file(run.config, config.to_json().encode())
+        replace_file(run.trajectory, (json.dumps(first_line) + "\n").encode())
+        run.metrics.touch()
+        return run
+
+    @classmethod
+    def open(cls, path: str) -> "RunDirectory":
+        """Lock an existing run. Raises UserError if it is none, or in use."""
+        run = cls(Path(path))
+        if not run.config.is_file() or not run.trajectory.is_file():
+            raise UserError(f"--resume {path}: not a run directory (no config.json or no trajectory.jsonl there)")
+        run._acquire()
+        drop_torn_line(run.trajectory)
+        drop_torn_line(run.metrics)
+        return run
+
+    def read_config(self) -> Config:
+        """The configuration the run was started with."""
+        return Config.from_dict(json.loads(self.config.read_text()))
+
+    def read_metrics(self) -> list[dict]:
+        """Evaluations so far, oldest first."""
+        return [row for _, row in read_lines(self.metrics)] if self.metrics.is_file() else []
+
+    def write_metrics(self, rows: list[dict]) -> None:
+        """Replace the evaluations."""
+        replace_file(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def read_result(self) -> dict:
+        """result.json of a finished run."""
+        return json.loads(self.result.read_text())
+
+    def _acquire(self) -> None:
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  held until the process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: another process is training in this run directory; wait or stop it"
+            ) from error
+
+    def release(self) -> None:
+        """Let another process in."""
+        self._lock.close()
+
+
+def refuse_existing(path: str) -> None:
+    """Raise UserError if a run directory (or anything else) is there already."""
+    if Path(path).exists():
+        raise UserError(f"--output-dir {path} exists and is never overwritten: choose another, or use --resume {path}")
+
+
+def best_step(metrics: list[dict]) -> int | None:
+    """Updates applied at the best dev evaluation (the earliest of equals), or None without a dev set."""
+    best = [row["step"] for row in metrics if row.get("is_best")]
+    return best[-1] if best else None
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def save_adapter(directory: Path, peft: dict, theta: dict[str, torch.Tensor]) -> None:
+    """Write theta as a PEFT adapter: adapter_config.json and fp32 adapter_model.safetensors.
+
+    Args:
+        directory: created if needed; files are replaced one by one, each atomically.
+        peft: fields of adapter_config.json.
+        theta: float32 tensors by canonical name.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_file(directory / PEFT_CONFIG, json.dumps(peft, indent=2).encode())
+    part = directory / (WEIGHTS + ".part")
+    save_file({name: tensor.contiguous() for name, tensor in theta.items()}, part, metadata={"format": "pt"})
+    os.replace(part, directory / WEIGHTS)
+
+
+def load_adapter(directory: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Read an adapter as float32 tensors by canonical name, checked against the shapes to be trained."""
+    path = Path(directory) / WEIGHTS if Path(directory).is_dir() else Path(directory)
+    try:
+        theta = {name: tensor.float() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"adapter {directory}: {WEIGHTS} cannot be read there ({error})") from error
+    if set(theta) != set(shapes):
+        odd = sorted(set(theta) ^ set(shapes))[0]
+        raise UserError(
+            f"adapter {directory} has other parameters than this run trains (first difference: {odd});"
+            " give the --r, --target-modules and --layers-to-transform it was trained with"
+        )
+    for name, shape in shapes.items():
+        if tuple(theta[name].shape) != tuple(shape):
+            raise UserError(
+                f"adapter {directory}: {name} has shape {tuple(theta[name].shape)}, expected {tuple(shape)}"
+            )
+    return {name: theta[name] for name in shapes}
+
+
+def read_peft_config(directory: str | Path) -> dict:
+    """adapter_config.json of an adapter directory."""
+    try:
+        return json.loads((Path(directory) / PEFT_CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory} is neither a run nor an adapter: no readable {PEFT_CONFIG} there") from error
+
+
+def adapter_options(directory: str | Path) -> dict:
+    """The options of `mezo train` that an adapter's adapter_config.json fixes."""
+    peft = read_peft_config(directory)
+    layers = peft.get("layers_to_transform")
+    return {
+        "model": peft.get("base_model_name_or_path") or "",
+        "r": peft["r"],
+        "lora_alpha": peft["lora_alpha"],
+        "target_modules": tuple(peft["target_modules"]),
+        "layers_to_transform": tuple([layers] if isinstance(layers, int) else layers or ()),
+    }
+
+
+def make_header(config: Config, spec: AdapterSpec) -> dict:
+    """Header of a new run's log."""
+    init = {"kind": "stream"}
+    if config.adapter:
+        digest = hashlib.sha256((Path(config.adapter) / WEIGHTS).read_bytes()).hexdigest()
+        init = {"kind": "file", "file": INITIAL, "sha256": digest}
+    return header(config.seed, init, asdict(spec))
+
+
+def initial_theta(first_line: dict, directory: Path) -> dict[str, torch.Tensor]:
+    """theta_0 of a run: lora_A from the z stream and lora_B zero, or the file the run started from."""
+    shapes = {name: tuple(shape) for name, shape in first_line["shapes"].items()}
+    if first_line["init"]["kind"] == "file":
+        path = directory / first_line["init"]["file"]
+        if hashlib.sha256(path.read_bytes()).hexdigest() != first_line["init"]["sha256"]:
+            raise UserError(f"{path} is not the adapter this run started from: its SHA-256 differs; restore it")
+        return load_adapter(path, shapes)
+    seed = first_line["run_seed"]
+    return {n: lora_init(seed, n, s) if n.endswith("lora_A.weight") else torch.zeros(s) for n, s in shapes.items()}
+
+
+def replay_records(theta: dict[str, torch.Tensor], records: list[StepRecord], backend: str | None = None) -> None:
+    """Apply the records to theta in place, many updates to a pass; the same bits as step after step."""
+    layout = ParamLayout(theta)
+    passes = []
+    for record in records:
+        if record.decay != 1:
+            passes.append((0, 0.0, record.decay))
+        passes += list(zip(record.seeds, record.coefficients, strict=True))
+    starts = range(0, len(passes), UPDATES_PER_PASS)
+    for start in track(starts, "replay", transient=True, disable=len(starts) < 4):
+        step_(layout, passes[start : start + UPDATES_PER_PASS], backend=backend)
+
+
+def replay(run: str | Path, until: str = "best", backend: str | None = None) -> tuple[dict, dict, int]:
+    """Rebuild theta of a run from its log.
+
+    Args:
+        run: run directory; only its logs are read (and the adapter it started from, if there was one).
+        until: "best" (what adapter/ holds), "last", or a number of steps.
+        backend: of the fused ops.
+    Returns:
+        (theta, header, steps applied).
+    """
+    directory = Path(run)
+    first_line, records = read_trajectory(directory / "trajectory.jsonl")
+    best = best_step(RunDirectory(directory).read_metrics()) if until == "best" else None
+    if until not in ("best", "last") and not (until.isdecimal() and int(until) <= len(records)):
+        raise UserError(f"--until must be best, last or a number of steps from 0 to {len(records)}, got {until}")
+    steps = len(records) if until == "last" else best if until == "best" else int(until)
+    steps = len(records) if steps is None else steps
+    theta = initial_theta(first_line, directory)
+    replay_records(theta, records[:steps], backend)
+    return theta, first_line, steps

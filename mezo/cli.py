@@ -1,0 +1,211 @@
+"""The `mezo` command: train, eval, replay, verify, demo."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+import mezo_kernels
+from mezo.checkpoint import RunDirectory, adapter_options
+from mezo.config import Config, UserError
+from mezo.trainer import RunError
+
+USAGE = """usage: mezo COMMAND [options]
+
+  train    fine-tune a model with forward passes only; --resume RUN continues a run
+  eval     score a run's adapter, or any adapter
+  replay   rebuild an adapter from a run's log alone
+  verify   compare every backend with the reference on this machine, bit for bit
+  demo     fine-tune a small model on movie reviews, from download to plots
+
+mezo COMMAND --help lists a command's options."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; exit code 0, 1 (the run or check failed), 2 (a mistake in the call) or 130 (Ctrl-C)."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"train": _train, "eval": _eval, "replay": _replay, "verify": _verify, "demo": _demo}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    if argv[0] not in commands:
+        return _fail(f"unknown command {argv[0]!r}: expected one of {', '.join(commands)}", 2)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        return commands[argv[0]](argv[1:])
+    except UserError as error:
+        return _fail(str(error), 2)
+    except RunError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"mezo: error: {message}", file=sys.stderr)
+    return code
+
+
+def _train(argv: list[str]) -> int:
+    from mezo import commands
+
+    path, rest = _take_option(argv, "--resume")
+    if path is None:
+        result = commands.train(_parse(argv, "mezo train"))
+    else:
+        _refuse_contradiction(path, rest)
+        result = commands.resume(path)
+    if result is None:
+        return 130
+    _show_result(result)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unchecked(Config):
+    """Fine-tune a language model with forward passes only (MeZO, arXiv 2305.17333).
+
+    --config FILE reads any of these options from YAML (flags win); --resume RUN, alone, continues a run.
+    """
+
+    def __post_init__(self):
+        """Leave the checks to the Config made of these values, so that a mistake is one line."""
+
+
+def _parse(argv: list[str], prog: str, base: dict | None = None) -> Config:
+    """Flags, over --config FILE, over `base`, over the defaults."""
+    file, rest = _take_option(argv, "--config")
+    default = _Unchecked.from_dict({**(base or {}), **(_read_yaml(file) if file else {})})
+    parsed = tyro.cli(_Unchecked, default=default, args=rest, prog=prog)
+    return Config(**dataclasses.asdict(parsed))
+
+
+def _read_yaml(path: str) -> dict:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: cannot be read ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected a mapping of option names to values")
+    return values
+
+
+def _take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+    """(value of --name VALUE or --name=VALUE, the other arguments)."""
+    for i, argument in enumerate(argv):
+        if argument == name:
+            if i + 1 == len(argv):
+                raise UserError(f"{name} needs a value")
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+        if argument.startswith(name + "="):
+            return argument[len(name) + 1 :], argv[:i] + argv[i + 1 :]
+    return None, argv
+
+
+def _refuse_contradiction(path: str, rest: list[str]) -> None:
+    """--resume takes its configuration from the run; arguments that say the same are tolerated."""
+    if not rest:
+        return
+    saved = dataclasses.asdict(RunDirectory(Path(path)).read_config())
+    asked = dataclasses.asdict(_parse(rest, "mezo train", saved))
+    for name, value in asked.items():
+        if value != saved[name]:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {value} contradicts the run, which has {saved[name]}: give --resume {path} alone")
+
+
+def _eval(argv: list[str]) -> int:
+    from mezo import commands
+
+    if not argv or argv[0].startswith("-"):
+        print("usage: mezo eval RUN_OR_ADAPTER [data options of mezo train]\n\nScores an adapter on the given splits.")
+        return 0 if "--help" in argv or "-h" in argv else 2
+    target, rest = Path(argv[0]), argv[1:]
+    base = {"output_dir": "unused"}
+    if (target / "config.json").is_file():
+        base, target = dataclasses.asdict(RunDirectory(target).read_config()), target / "adapter"
+    else:
+        base |= adapter_options(target)
+    _show_splits(commands.evaluate(_parse(rest, "mezo eval", base), target))
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReplayOptions:
+    """Rebuild an adapter from a run's log alone, bit for bit."""
+
+    run: tyro.conf.Positional[str]
+    """Run directory."""
+    output_dir: str
+    """Adapter directory to create."""
+    until: str = "best"
+    """best (what adapter/ holds), last, or a number of steps."""
+    backend: Literal["auto", "reference", "numba", "triton"] = "auto"
+    """Backend of the fused ops; auto goes by device."""
+
+
+def _replay(argv: list[str]) -> int:
+    from mezo import commands
+
+    options = tyro.cli(_ReplayOptions, args=argv, prog="mezo replay")
+    backend = None if options.backend == "auto" else options.backend
+    steps = commands.replay(options.run, options.output_dir, options.until, backend)
+    print(f"replayed {steps} steps of {options.run} into {options.output_dir}")
+    return 0
+
+
+def _verify(argv: list[str]) -> int:
+    options = tyro.cli(_VerifyOptions, args=argv, prog="mezo verify")
+    rows = mezo_kernels.verify(options.device or None)
+    table = Table("backend", "check", "result", "detail", title="against the reference and the frozen vectors")
+    for row in rows:
+        table.add_row(row.backend, row.check, "ok" if row.ok else "MISMATCH", row.detail)
+    Console().print(table)
+    return 0 if all(row.ok for row in rows) else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _VerifyOptions:
+    """Compare every available backend with the reference and the frozen vectors on this machine, bit for bit."""
+
+    device: str = ""
+    """Device to check; by default the CPU, and the GPU where there is one."""
+
+
+def _demo(argv: list[str]) -> int:
+    from mezo import demo
+
+    return demo.main(tyro.cli(demo.DemoOptions, args=argv, prog="mezo demo"))
+
+
+def _show_result(result: dict) -> None:
+    for split in ("train", "test"):
+        if split in result:
+            _show_splits({f"{split} before": result[split]["before"], f"{split} after": result[split]["after"]})
+    console = Console()
+    best, steps, seconds = result["best_step"], result["steps"], result["seconds_training"]
+    console.print(f"best step {best} of {steps}; {seconds:.1f} s of training, {result['steps_per_second']:.1f} steps/s")
+    scored, reused = result["tokens_scored"], result["tokens_reused"]
+    console.print(f"{scored:,} tokens scored, {reused:,} of them reused; {result['skipped_steps']} steps skipped")
+    if "checked_steps" in result:
+        console.print(
+            f"the run is finished; its log gives adapter/ bit for bit ({result['checked_steps']} steps replayed)"
+        )
+
+
+def _show_splits(splits: dict[str, dict]) -> None:
+    table = Table("split", "accuracy", "AUC", "F1", "loss")
+    for split, row in splits.items():
+        cells = ("-" if row[key] is None else f"{row[key]:.4f}" for key in ("accuracy", "auc", "f1", "loss"))
+        table.add_row(split, *cells)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""What each command does, as functions; cli.py parses arguments and prints errors."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from mezo import checkpoint
+from mezo.checkpoint import RunDirectory
+from mezo.config import Config, UserError
+from mezo.objectives import evaluate as evaluate_scores
+from mezo.runtimes.hf import HFRuntime
+from mezo.runtimes.peft_model import load_tokenizer
+from mezo.tasks import load_splits
+from mezo.trainer import Trainer
+from mezo.trajectory import read_trajectory
+
+
+def train(config: Config) -> dict | None:
+    """Start a run and carry it through.
+
+    Returns:
+        What result.json holds, or None if Ctrl-C stopped it.
+    Raises:
+        UserError: before anything is written.
+    """
+    checkpoint.refuse_existing(config.output_dir)
+    runtime, splits = _load(config)
+    initial = Path(config.adapter) / checkpoint.WEIGHTS if config.adapter else None
+    if initial:
+        checkpoint.load_adapter(config.adapter, runtime.spec.shapes)
+    header = checkpoint.make_header(config, runtime.spec)
+    run = RunDirectory.create(config.output_dir, config, header, initial)
+    runtime.load(checkpoint.initial_theta(header, run.path))
+    return Trainer(config, runtime, splits, run).train()
+
+
+def resume(path: str) -> dict | None:
+    """Carry an interrupted run through, to the bit; check a finished one.
+
+    Returns:
+        As `train`; for a finished run, its result.
+    """
+    run = RunDirectory.open(path)
+    config = run.read_config()
+    first_line, records = read_trajectory(run.trajectory)
+    if run.result.is_file() and len(records) >= config.steps:
+        return _check_finished(run)
+    kept = [row for row in run.read_metrics() if row["step"] <= len(records)]
+    run.write_metrics(kept)
+    runtime, splits = _load(config)
+    _same_run(first_line, checkpoint.make_header(config, runtime.spec), path)
+    theta = checkpoint.initial_theta(first_line, run.path)
+    checkpoint.replay_records(theta, records, _backend(config))
+    runtime.load(theta)
+    return Trainer(config, runtime, splits, run, records).train()
+
+
+def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
+    """Score an adapter on the splits that `config` names.
+
+    Args:
+        config: model and data; its run settings are not used.
+        adapter: adapter directory, or None for the base model with a fresh adapter (whose output is zero).
+    Returns:
+        accuracy, loss, f1 and auc by split.
+    """
+    runtime, splits = _load(dataclasses.replace(config, trunk_cache="off"))
+    if adapter is not None:
+        runtime.load(checkpoint.load_adapter(adapter, runtime.spec.shapes))
+    size = config.eval_batch_size or config.batch_size
+    results = {}
+    for split, examples in splits.items():
+        parts = [runtime.score(split, range(i, min(len(examples), i + size))) for i in range(0, len(examples), size)]
+        width = max(part.shape[1] for part in parts)
+        pad = torch.nn.functional.pad
+        scores = torch.cat([pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in parts])
+        results[split] = evaluate_scores(scores, torch.tensor([example.label for example in examples]))
+    return results
+
+
+def replay(run: str, output_dir: str, until: str = "best", backend: str | None = None) -> int:
+    """Rebuild an adapter from a run's log and write it; return the number of steps applied."""
+    if Path(output_dir).exists():
+        raise UserError(f"--output-dir {output_dir} exists and is never overwritten: choose another")
+    theta, header, steps = checkpoint.replay(run, until, backend)
+    checkpoint.save_adapter(Path(output_dir), header["peft"], theta)
+    return steps
+
+
+def _load(config: Config) -> tuple[HFRuntime, dict]:
+    """Tokenizer and data first: they are quick to load, and most mistakes are there."""
+    tokenizer = load_tokenizer(config.model)
+    splits = load_splits(config, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    runtime = HFRuntime(config, pad)
+    runtime.prepare(splits)
+    return runtime, splits
+
+
+def _backend(config: Config) -> str | None:
+    return None if config.backend == "auto" else config.backend
+
+
+def _same_run(logged: dict, now: dict, path: str) -> None:
+    for key in ("run_seed", "peft", "shapes", "model_hash"):
+        a, b = logged[key], now[key]
+        if key == "shapes":
+            a, b = ({name: tuple(shape) for name, shape in shapes.items()} for shapes in (a, b))
+        if a != b:
+            raise UserError(
+                f"--resume {path}: {key} of the log and of the model at hand differ: {_short(a)} and {_short(b)}"
+            )
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_finished(run: RunDirectory) -> dict:
+    """Rebuild the adapter of a finished run from its log and compare it with adapter/."""
+    theta, _, steps = checkpoint.replay(run.path)
+    saved = checkpoint.load_adapter(run.adapter, {name: tuple(t.shape) for name, t in theta.items()})
+    different = [
+        name for name in theta if not torch.equal(theta[name].view(torch.int32), saved[name].view(torch.int32))
+    ]
+    if different:
+        raise UserError(
+            f"{run.path}: adapter/ is not what the log gives ({different[0]} differs);"
+            f" rebuild it with: mezo replay {run.path} --output-dir NEW"
+        )
+    return {**run.read_result(), "checked_steps": steps}

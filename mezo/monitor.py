@@ -1,0 +1,69 @@
+"""What a person watches while a run goes on: a progress bar and TensorBoard curves."""
+
+import logging
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mezo.trajectory import StepRecord
+
+LOG_EVERY = 10  # steps between TensorBoard points; one costs about a tenth of a millisecond
+
+
+class Monitor:
+    """Shows steps and evaluations. Use as a context manager.
+
+    Args:
+        directory: TensorBoard event files go there.
+        steps: length of the run.
+        start: step the run (re)starts at.
+    """
+
+    def __init__(self, directory: Path, steps: int, start: int):
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)
+        from torch.utils.tensorboard import SummaryWriter  # slow to import; not needed by eval and replay
+
+        self.writer = SummaryWriter(str(directory), purge_step=start)
+        self.console = Console(stderr=True)
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  |g| {task.fields[grad]:.3g}  {task.fields[rate]:.1f} steps/s"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task = self.progress.add_task("", total=steps, completed=start, loss=float("nan"), grad=0.0, rate=0.0)
+
+    def __enter__(self):
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exc):
+        self.progress.stop()
+        self.writer.close()
+
+    def step(self, record: StepRecord, rate: float) -> None:
+        """Show one step; `rate` in steps a second."""
+        n = len(record.seeds)
+        loss = sum(record.loss_plus + record.loss_minus) / (2 * n)
+        grad = sum(map(abs, record.projected_grads)) / n
+        self.progress.update(self.task, completed=record.step + 1, loss=loss, grad=grad, rate=rate)
+        if record.step % LOG_EVERY == 0:
+            points = {"train/loss": loss, "train/abs_projected_grad": grad, "train/steps_per_second": rate}
+            for name, value in points.items():
+                self.writer.add_scalar(name, value, record.step)
+
+    def evaluation(self, row: dict) -> None:
+        """Show one line of metrics.jsonl."""
+        metrics = {k: row[k] for k in ("accuracy", "loss", "f1", "auc") if row.get(k) is not None}
+        for name, value in metrics.items():
+            self.writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.say(f"step {row['step']:>6}  {row['split']:<5} {shown}{'  *' if row.get('is_best') else ''}")
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        self.console.print(text, highlight=False, markup=False)

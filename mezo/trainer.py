@@ -1,0 +1,252 @@
+"""The training loop: measure two losses, log the step, apply it (MeZO, arXiv 2305.17333, algorithm 1)."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Sequence
+
+import torch
+
+from mezo import plots
+from mezo.batches import Batches
+from mezo.checkpoint import RunDirectory, best_step, load_adapter, replace_file, save_adapter
+from mezo.config import Config
+from mezo.estimator import coefficients, projected_grad, usable
+from mezo.monitor import Monitor
+from mezo.objectives import OBJECTIVES, evaluate
+from mezo.runtimes.base import Example, Runtime, StepUpdate
+from mezo.trajectory import StepRecord, TrajectoryWriter, write_line
+from mezo_kernels import perturbation_seed
+
+MAX_SKIPPED = 10  # losses that are not finite, in a row, before a run is given up
+TENTHS = 10
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; its log is whole."""
+
+
+class Trainer:
+    """One run, from wherever its log ends to its last step.
+
+    Args:
+        config: the run's.
+        runtime: prepared, with theta as the records leave it.
+        splits: tokenised examples by split; "train" is needed.
+        run: its locked directory.
+        records: steps done already.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        splits: dict[str, Sequence[Example]],
+        run: RunDirectory,
+        records: Sequence[StepRecord] = (),
+    ):
+        self.config, self.runtime, self.run = config, runtime, run
+        self.records = list(records)
+        self.metrics = [row for row in run.read_metrics() if row["step"] <= len(self.records)]
+        self.labels = {split: torch.tensor([e.label for e in examples]) for split, examples in splits.items()}
+        self.batches = Batches(len(splits["train"]), config.batch_size, config.seed)
+        self.objective = OBJECTIVES[config.objective]
+        self.eval_every = config.eval_every or max(1, config.steps // TENTHS)
+        self.verify_every = config.verify_every or max(1, config.steps // TENTHS)
+        self.seconds = {"training": 0.0, "evaluation": 0.0, "filling": runtime.seconds_filling}
+        self.steps_timed, self.watching, self.interrupted = 0, False, False
+
+    def train(self) -> dict | None:
+        """Run to the last step and return result.json's content, or None if interrupted by Ctrl-C."""
+        start = len(self.records)
+        handler = signal.signal(signal.SIGINT, self._interrupt) if _main_thread() else None
+        self.log = TrajectoryWriter(self.run.trajectory)
+        try:
+            with Monitor(self.run.tensorboard, self.config.steps, start) as self.monitor:
+                self.monitor.say(self.runtime.describe())
+                self._restore_clock()
+                self._write_next(start, [], watch=self.verify_every > 0)
+                self._evaluate_if_due(start)
+                for step in range(start, self.config.steps):
+                    self._step(step)
+                    if self.interrupted:
+                        return self._stop()
+                return self._finish()
+        finally:
+            self.log.close()
+            if handler is not None:
+                signal.signal(signal.SIGINT, handler)
+
+    def _step(self, step: int) -> None:
+        started, filled = time.perf_counter(), self.runtime.seconds_filling
+        record = self._measure(step)
+        self.log.append(record)
+        self._apply(record)
+        filling = self.runtime.seconds_filling - filled
+        self.seconds["filling"] += filling
+        self.seconds["training"] += time.perf_counter() - started - filling
+        self.steps_timed += 1
+        self.monitor.step(record, self.steps_timed / self.seconds["training"])
+        self._give_up_if_stuck()
+        self._evaluate_if_due(step + 1)
+
+    def _measure(self, step: int) -> StepRecord:
+        """Score the step's batch under every perturbation, both signs, and form the update."""
+        batch, labels = self.batches(step), self.labels["train"]
+        seeds = tuple(perturbation_seed(self.config.seed, step, k) for k in range(self.config.num_perturbations))
+        losses = []
+        for k, seed in enumerate(seeds):
+            if k:
+                self.runtime.step([], seed, self.config.eps)
+            pair = self.runtime.score_pair("train", batch)
+            losses.append(tuple(self.objective(scores, labels[batch]).item() for scores in pair))
+            self._verify()
+        loss_plus, loss_minus = zip(*losses, strict=True)
+        grads = tuple(projected_grad(*pair, self.config.eps) for pair in losses)
+        if not usable(loss_plus + loss_minus):
+            return StepRecord(step, seeds, grads, (0.0,) * len(seeds), 1.0, loss_plus, loss_minus, skipped=True)
+        decay = 1 - self.config.lr * self.config.weight_decay
+        return StepRecord(step, seeds, grads, coefficients(grads, self.config.lr), decay, loss_plus, loss_minus)
+
+    def _apply(self, record: StepRecord) -> None:
+        """Update theta and write both signs of the next step, in one pass."""
+        self.records.append(record)
+        update = StepUpdate(record.seeds, record.coefficients, record.decay)
+        due = self.verify_every > 0 and len(self.records) % self.verify_every == 0
+        self._write_next(record.step + 1, [update], watch=due and len(self.records) < self.config.steps)
+
+    def _write_next(self, step: int, updates: list[StepUpdate], watch: bool) -> None:
+        self.watching = watch
+        self.runtime.step(updates, perturbation_seed(self.config.seed, step), self.config.eps, watch=watch)
+
+    def _verify(self) -> None:
+        if self.watching:
+            self.watching = False
+            difference = self.runtime.verify()
+            if difference:
+                step = len(self.records)
+                raise RunError(f"step {step}: the kernels disagree with the reference: {difference}; run `mezo verify`")
+
+    def _give_up_if_stuck(self) -> None:
+        last = self.records[-MAX_SKIPPED:]
+        if len(last) == MAX_SKIPPED and all(record.skipped for record in last):
+            raise RunError(
+                f"the loss was not finite in {MAX_SKIPPED} steps in a row; lower --lr or --eps, or use --dtype float32"
+            )
+
+    def _evaluate_if_due(self, step: int) -> None:
+        """Evaluate dev on schedule, and test and train before the first step; keep the adapter if it is the best."""
+        if step % self.eval_every and step != self.config.steps:
+            return
+        if step == 0:
+            for split in self._before_and_after():
+                self._evaluate(split, step)
+        if "dev" in self.labels and not any(r["split"] == "dev" and r["step"] == step for r in self.metrics):
+            self._evaluate("dev", step)
+        self.log.sync()
+
+    def _before_and_after(self) -> list[str]:
+        splits = ["test", "train"] if self.config.eval_train else ["test"]
+        known = {row["split"] for row in self.metrics}
+        return [split for split in splits if split in self.labels and split not in known]
+
+    def _evaluate(self, split: str, step: int) -> dict:
+        started, filled = time.perf_counter(), self.runtime.seconds_filling
+        row = {"step": step, "split": split, **evaluate(self._scores(split), self.labels[split])}
+        if split == "dev":
+            row["is_best"] = self._beats(row)
+            if row["is_best"]:
+                save_adapter(self.run.adapter, self.runtime.spec.peft, self.runtime.theta())
+        filling = self.runtime.seconds_filling - filled
+        self.seconds["filling"] += filling
+        self.seconds["evaluation"] += time.perf_counter() - started - filling
+        row["clock"] = self._clock()
+        self.metrics.append(row)
+        with open(self.run.metrics, "ab") as file:
+            write_line(file.fileno(), json.dumps(row) + "\n")
+        self.monitor.evaluation(row)
+        return row
+
+    def _scores(self, split: str) -> torch.Tensor:
+        n, size = len(self.labels[split]), self.config.eval_batch_size or self.config.batch_size
+        parts = [self.runtime.score(split, range(i, min(n, i + size))) for i in range(0, n, size)]
+        width = max(part.shape[1] for part in parts)
+        pad = torch.nn.functional.pad
+        return torch.cat([pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in parts])
+
+    def _beats(self, row: dict) -> bool:
+        """Higher dev accuracy, or lower dev loss where the objective has no options to be right about."""
+        sign, key = (-1, "loss") if self.config.objective == "lm_cross_entropy" else (1, "accuracy")
+        others = [r for r in self.metrics if r["split"] == "dev" and r["step"] < row["step"]]
+        return all(sign * row[key] > sign * other[key] for other in others)
+
+    def _clock(self) -> dict:
+        counts = {"tokens": self.runtime.tokens, "eval_tokens": self.runtime.eval_tokens}
+        return {"steps": self.steps_timed, **self.seconds, **{k: [c.scored, c.computed] for k, c in counts.items()}}
+
+    def _restore_clock(self) -> None:
+        """Carry on the totals of the sessions before this one, as of their last evaluation."""
+        if self.metrics and self.records:
+            clock = dict(self.metrics[-1]["clock"])
+            self.steps_timed = clock.pop("steps")
+            for name in ("tokens", "eval_tokens"):
+                count, (scored, computed) = getattr(self.runtime, name), clock.pop(name)
+                count.scored, count.computed = count.scored + scored, count.computed + computed
+            self.seconds = {name: self.seconds[name] + clock[name] for name in self.seconds}
+
+    def _finish(self) -> dict:
+        best = best_step(self.metrics)
+        if best is None:
+            save_adapter(self.run.adapter, self.runtime.spec.peft, self.runtime.theta())
+        self.runtime.load(load_adapter(self.run.adapter, self.runtime.spec.shapes))
+        step = self.config.steps if best is None else best
+        scored = {row["split"] for row in self.metrics if row["split"] != "dev"}
+        after = {split: self._evaluate(split, step) for split in sorted(scored)}
+        result = self._result(step, after)
+        replace_file(self.run.result, json.dumps(result, indent=2).encode())
+        plots.draw(self.run.plots, self.records, self.metrics)
+        return result
+
+    def _result(self, best: int, after: dict[str, dict]) -> dict:
+        keys = ("accuracy", "loss", "f1", "auc")
+        before = {split: next(r for r in self.metrics if r["split"] == split) for split in after}
+        grads = [g for record in self.records if not record.skipped for g in record.projected_grads]
+        tokens, eval_tokens, seconds = self.runtime.tokens, self.runtime.eval_tokens, self.seconds
+        return {
+            **{s: {"before": _take(before[s], keys), "after": _take(after[s], keys)} for s in after},
+            "dev": [_take(row, ("step", *keys)) for row in self.metrics if row["split"] == "dev"],
+            "best_step": best,
+            "steps": len(self.records),
+            "seconds_training": seconds["training"],
+            "seconds_cache_filling": seconds["filling"],
+            "seconds_evaluation": seconds["evaluation"],
+            "steps_per_second": self.steps_timed / max(seconds["training"], 1e-9),
+            "tokens_scored": tokens.scored,
+            "tokens_computed": round(tokens.computed),
+            "tokens_reused": round(tokens.reused),
+            "eval_tokens_scored": eval_tokens.scored,
+            "eval_tokens_computed": round(eval_tokens.computed),
+            "eval_tokens_reused": round(eval_tokens.reused),
+            "zero_gradient_share": sum(g == 0 for g in grads) / max(len(grads), 1),
+            "skipped_steps": sum(record.skipped for record in self.records),
+        }
+
+    def _interrupt(self, number, frame) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def _stop(self) -> None:
+        if best_step(self.metrics) is None:
+            save_adapter(self.run.adapter, self.runtime.spec.peft, self.runtime.theta())
+        done = len(self.records)
+        self.monitor.say(f"stopped after step {done}; continue with: mezo train --resume {self.run.path}")
+
+
+def _take(row: dict, keys: Sequence[str]) -> dict:
+    return {key: row.get(key) for key in keys}
+
+
+def _main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -1,0 +1,156 @@
+"""The run log: a header that fixes theta_0, then one JSON line a step. Seeds and scalars rebuild theta exactly."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mezo.config import UserError
+from mezo_kernels import Z_STREAM_VERSION
+
+FORMAT, VERSION = "mezo-trajectory", 1
+FSYNC_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step did: theta <- theta * decay - sum_k coefficients[k] z(seeds[k]).
+
+    Args:
+        step: number of the step, from 0.
+        seeds: one per perturbation.
+        projected_grads: (loss_plus - loss_minus) / (2 eps) of each.
+        coefficients: lr * projected_grad / n of each; zero in a skipped step.
+        decay: 1 - lr * weight_decay; 1 in a skipped step.
+        loss_plus, loss_minus: losses of each.
+        skipped: a loss was not finite, so nothing was changed.
+    """
+
+    step: int
+    seeds: tuple[int, ...]
+    projected_grads: tuple[float, ...]
+    coefficients: tuple[float, ...]
+    decay: float
+    loss_plus: tuple[float, ...]
+    loss_minus: tuple[float, ...]
+    skipped: bool = False
+
+    def to_line(self) -> str:
+        """One line of JSON; floats round-trip, and those that are not finite are strings."""
+        return json.dumps({k: _encode(v) for k, v in asdict(self).items()}, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "StepRecord":
+        """Inverse of `to_line`."""
+        return cls(**{k: _decode(v) for k, v in values.items()})
+
+
+def _encode(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return [_encode(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _decode(value):
+    if isinstance(value, list):
+        return tuple(_decode(v) for v in value)
+    return float(value) if isinstance(value, str) else value
+
+
+def header(run_seed: int, init: dict, spec: dict) -> dict:
+    """First line of a log: with the records it is all that replay needs.
+
+    Args:
+        run_seed: seed of the run.
+        init: {"kind": "stream"}: lora_A from the z stream, lora_B zero; or {"kind": "file", "file", "sha256"}.
+        spec: fields of `AdapterSpec`.
+    """
+    fixed = {"format": FORMAT, "version": VERSION, "z_stream": Z_STREAM_VERSION, "run_seed": run_seed, "init": init}
+    return {**fixed, **spec}
+
+
+class TrajectoryWriter:
+    """Appends records, one write call each, handed to the OS before it returns; fsync at most once a second."""
+
+    def __init__(self, path: Path):
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self.synced = time.monotonic()
+
+    def append(self, record: StepRecord) -> None:
+        """Write one record."""
+        write_line(self.file, record.to_line())
+        if time.monotonic() - self.synced >= FSYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Force what was written to the disk."""
+        os.fsync(self.file)
+        self.synced = time.monotonic()
+
+    def close(self) -> None:
+        """Sync and close."""
+        self.sync()
+        os.close(self.file)
+
+
+def write_line(file: int, line: str) -> None:
+    """Write one whole line with one call; a short write (disk full) is an error, and is cut off again."""
+    data = line.encode()
+    start = os.lseek(file, 0, os.SEEK_END)
+    try:
+        written = os.write(file, data)
+        if written != len(data):
+            raise OSError(f"only {written} of {len(data)} bytes were written")
+    except OSError as error:
+        os.ftruncate(file, start)
+        raise UserError(f"the log could not be written ({error}); free some space and resume the run") from error
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, dict]]:
+    """Yield (line number, parsed line). A torn last line is dropped; a corrupted one before it is an error."""
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            values = json.loads(line)
+            if not isinstance(values, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            raise UserError(f"{path}: line {number} is damaged ({error}); restore the file from a copy") from error
+        yield number, values
+
+
+def read_trajectory(path: Path) -> tuple[dict, list[StepRecord]]:
+    """Read (header, records).
+
+    Raises:
+        UserError: no header, another format or version, a damaged line, a step out of order.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a run directory that `mezo train` has started")
+    lines = read_lines(path)
+    _, first = next(lines, (0, {}))
+    if first.get("format") != FORMAT or first.get("version") != VERSION:
+        got = f"{first.get('format')} version {first.get('version')}"
+        raise UserError(f"{path}: expected a header of {FORMAT} version {VERSION}, got {got}")
+    if first["z_stream"] != Z_STREAM_VERSION:
+        raise UserError(f"{path}: written with z stream {first['z_stream']}, this program has {Z_STREAM_VERSION}")
+    records = []
+    for number, values in lines:
+        try:
+            records.append(StepRecord.from_dict(values))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: line {number} is not a step record ({error})") from error
+        if records[-1].step != len(records) - 1:
+            raise UserError(f"{path}: line {number} holds step {records[-1].step}, expected {len(records) - 1}")
+    return first, records
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut a log back to its last whole line."""
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    if end != len(data):
+        os.truncate(path, end)

@@ -1,0 +1,180 @@
+"""The hf runtime: exact trunk cache on every family, kernels in use, PEFT equivalence."""
+
+import random
+
+import pytest
+import torch
+from peft import PeftModel
+
+from mezo.checkpoint import save_adapter
+from mezo.config import Config, UserError
+from mezo.runtimes.base import Example, StepUpdate
+from mezo.runtimes.hf import HFRuntime
+from mezo_kernels import lora_init
+from tests.tiny_models import ENCODERS, LAST_LAYER, SIZES, build, save
+
+ROUNDING = 2e-5  # float32 scores of order 10; batches are shaped differently, so sums are ordered differently
+
+
+@pytest.fixture(scope="module", params=list(LAST_LAYER))
+def family(request, tmp_path_factory):
+    return request.param, save(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save("llama", tmp_path_factory.mktemp("llama"))
+
+
+def examples(n, masked=False, several=False):
+    """Random prompts of 5 to 20 tokens with two options."""
+    rng = random.Random(0)
+    options = ((5, 7), (9, 11, 13)) if several else ((5,), (9,))
+    made = []
+    for _ in range(n):
+        prompt = tuple(rng.randrange(3, SIZES["vocab_size"]) for _ in range(rng.randint(5, 20)))
+        made.append(Example(prompt, options, rng.randint(0, 1), rng.randrange(len(prompt)) if masked else None))
+    return made
+
+
+def runtime(model, data, **options):
+    """A prepared runtime whose adapter has an effect."""
+    config = Config(**{"model": model, "output_dir": "unused", "task": "sst2", **options})
+    built = HFRuntime(config)
+    built.prepare({"train": data})
+    built.load({name: lora_init(3, name, shape) for name, shape in built.spec.shapes.items()})
+    return built
+
+
+ADAPTED = {
+    "all layers": lambda family: {},
+    "two layers": lambda family: {"layers_to_transform": (1, 2)},
+    "last layer": lambda family: {"layers_to_transform": (2,), "target_modules": LAST_LAYER[family]},
+}
+
+
+@pytest.mark.parametrize("adapted", list(ADAPTED))
+@pytest.mark.parametrize("several", [False, True], ids=["one token", "several tokens"])
+def test_trunk_cache_is_exact(family, adapted, several):
+    name, model = family
+    masked = name in ENCODERS
+    if several and masked:
+        pytest.skip("a mask holds one token")
+    data, options = examples(40, masked, several), ADAPTED[adapted](name)
+    cached = runtime(model, data, **options)
+    plain = runtime(model, data, trunk_cache="off", **options)
+    for one in (cached, plain):
+        one.step([], next_seed=7, eps=1e-2)
+    batch = [0, 33, 5, 17]
+    for a, b in zip(cached.score_pair("train", batch), plain.score_pair("train", batch), strict=True):
+        assert torch.allclose(a, b, atol=ROUNDING, rtol=0)
+    assert torch.allclose(cached.score("train", range(9)), plain.score("train", range(9)), atol=ROUNDING, rtol=0)
+    plus, minus = cached.score_pair("train", batch)
+    assert (plus - minus).abs().max() > 10 * ROUNDING
+
+
+@pytest.mark.parametrize("adapted", list(ADAPTED))
+def test_trunk_plan_follows_the_adapted_modules(family, adapted):
+    name, model = family
+    built = runtime(model, examples(4, name in ENCODERS), **ADAPTED[adapted](name))
+    kind = None if built.trunk is None else "scored" if built.trunk.keep_kv else "layers"
+    assert kind == {"all layers": None, "two layers": "layers", "last layer": "scored"}[adapted]
+
+
+def test_key_adapters_keep_whole_rows(llama):
+    built = runtime(llama, examples(4), layers_to_transform=(2,), target_modules=("q_proj", "k_proj"))
+    assert not built.trunk.keep_kv
+
+
+def test_trunk_cache_wrongly_planned_is_refused(llama, monkeypatch):
+    """Keys of the last layer do depend on a k_proj adapter: forcing their reuse must be caught at start-up."""
+    monkeypatch.setattr("mezo.runtimes.peft_model.KV_FREE", {"q_proj", "k_proj"})
+    with pytest.raises(UserError, match=r"not exact.*differ by.*--trunk-cache off"):
+        runtime(llama, examples(8), layers_to_transform=(2,), target_modules=("q_proj", "k_proj"))
+
+
+@pytest.mark.parametrize("adapted", ["two layers", "last layer"])
+def test_eviction_changes_no_bit(llama, adapted):
+    data, options = examples(100), ADAPTED[adapted]("llama")
+    whole = runtime(llama, data, **options)
+    small = runtime(llama, data, trunk_cache_bytes=whole.trunk.nbytes // 10, **options)
+    assert small.trunk.nbytes <= whole.trunk.nbytes // 10 * 2
+    for step in range(6):
+        batch = random.Random(step).sample(range(100), 16)
+        for one in (whole, small):
+            one.step([], next_seed=step, eps=1e-2)
+        for a, b in zip(whole.score_pair("train", batch), small.score_pair("train", batch), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_tokens_are_counted(llama):
+    data = examples(40)
+    built = runtime(llama, data, **ADAPTED["last layer"]("llama"))
+    total = sum(len(example.prompt) for example in data)
+    assert built.tokens.computed == pytest.approx(total), "filling the cache runs every layer once"
+    built.step([], next_seed=1, eps=1e-2)
+    built.score_pair("train", range(10))
+    scored = 2 * sum(len(example.prompt) for example in data[:10])
+    assert built.tokens.scored == scored
+    assert built.tokens.computed == pytest.approx(total + 2 * 10 / 3), "one position through one of three layers"
+
+
+def test_adapter_loads_in_peft_with_equal_logits(family, tmp_path):
+    name, model = family
+    data = examples(6, name in ENCODERS)
+    built = runtime(model, data, **ADAPTED["last layer"](name))
+    save_adapter(tmp_path / "adapter", built.spec.peft, built.theta())
+    peft = PeftModel.from_pretrained(build(name), str(tmp_path / "adapter")).eval()
+    for i, example in enumerate(data):
+        with torch.no_grad():
+            logits = peft(input_ids=torch.tensor([example.prompt])).logits[0]
+        at = logits[-1 if example.mask is None else example.mask, [5, 9]].double()
+        got = built.score("train", [i])[0]
+        assert torch.allclose(got - got[0], at - at[0], atol=ROUNDING, rtol=0)
+
+
+def test_verify_names_a_flipped_bit(llama):
+    built = runtime(llama, examples(4), **ADAPTED["last layer"]("llama"))
+    built.step([StepUpdate([5], [1e-3], 0.999)], next_seed=6, eps=1e-2, watch=True)
+    assert built.verify() is None
+    name = built.plus.names[3]
+    built.plus.tensors[3].view(torch.int32)[1, 2] ^= 1
+    assert built.verify().startswith(f"plus of {name} at index {built.plus.tensors[3].shape[1] + 2}")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bit_base_uses_single_roundings(llama, dtype):
+    built = runtime(llama, examples(8), dtype=dtype, **ADAPTED["last layer"]("llama"))
+    built.step([StepUpdate([5], [1e-3])], next_seed=6, eps=1e-2, watch=True)
+    assert {t.dtype for t in built.plus.tensors} == {getattr(torch, dtype)}
+    assert {t.dtype for t in built.master.tensors} == {torch.float32}
+    plus, minus = built.score_pair("train", range(4))
+    assert torch.isfinite(plus).all()
+    assert not torch.equal(plus, minus)
+    assert built.verify() is None
+
+
+def test_evaluation_leaves_the_perturbed_copies(llama):
+    built = runtime(llama, examples(8), **ADAPTED["last layer"]("llama"))
+    built.step([], next_seed=6, eps=1e-2)
+    before = built.score_pair("train", range(4))
+    built.score("train", range(8))
+    for a, b in zip(before, built.score_pair("train", range(4)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ("q_proj", "nonsense")}, "--target-modules: no linear layer named nonsense; .*q_proj"),
+        ({"layers_to_transform": (3,)}, "--layers-to-transform: layer 3 does not exist; the model has layers 0 to 2"),
+    ],
+)
+def test_unknown_modules_and_layers_are_refused(llama, options, message):
+    with pytest.raises(UserError, match=message):
+        runtime(llama, examples(2), **options)
+
+
+def test_missing_model_is_refused():
+    with pytest.raises(UserError, match="--model ./nowhere: it could not be loaded"):
+        runtime("./nowhere", examples(2))
