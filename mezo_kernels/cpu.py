@@ -1,7 +1,8 @@
 """The ops compiled for CPUs with numba: one call over all parameters, z drawn in L1-sized chunks.
 
-Loops are staged over small unit-stride buffers so that LLVM vectorises each of them. No fastmath: it would contract
-and reassociate, and z would no longer be the z stream.
+Loops are staged over small unit-stride buffers so that LLVM vectorises each of them. The buffers are handed on as
+addresses: slices of numpy arrays are reference-counted, which costs 80 ns a draw. No fastmath: it would contract and
+reassociate, and z would no longer be the z stream.
 """
 
 import math
@@ -17,7 +18,10 @@ from numba.extending import intrinsic
 from mezo_kernels.layout import TENSOR_ID, AddressCache, matrix_view
 from mezo_kernels.philox import RADEMACHER, STREAMS
 
-CHUNK = 4096  # elements of one work item: its buffers (about 50 KB) stay in L2, mostly in L1
+CHUNK = 2048  # elements of one work item: its buffers (40 KB) stay in L1
+GROUPS = CHUNK // 4 + 2  # Philox blocks of a chunk that begins and ends inside one, and one to spare
+# offsets into a thread's scratch, in words: z; four rows of Philox words; four rows of normals; theta; theta +- eps z
+Z, WORDS, NORMALS, VALUE, MOVED, SCRATCH = (4 * GROUPS * k for k in range(6))
 PARALLEL_FROM = 100_000  # elements; below, waking the thread pool costs more than the second core saves
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 THETA, PAIR = 6, 6  # columns of an item: (address, stride, dtype code, n, first index, tensor_id), then two targets
@@ -94,28 +98,44 @@ def _box_muller(x, y):
 
 
 @njit(inline="always")
-def _words(w, first_group, n_groups, tensor_id, stream, k0, k1):
-    w0, w1, w2, w3 = w[0], w[1], w[2], w[3]
+def _array(address, stride, n, dtype):
+    return numba.carray(_pointer(address), ((n - 1) * stride + 1,), dtype)
+
+
+@njit(inline="always")
+def _row(scratch, offset, k, dtype):
+    return _array(scratch + 4 * (offset + k * GROUPS), 1, GROUPS, dtype)
+
+
+@njit(inline="always")
+def _words(scratch, first_group, n_groups, tensor_id, stream, k0, k1):
+    w0, w1 = _row(scratch, WORDS, 0, np.uint32), _row(scratch, WORDS, 1, np.uint32)
+    w2, w3 = _row(scratch, WORDS, 2, np.uint32), _row(scratch, WORDS, 3, np.uint32)
     for i in range(n_groups):
         g = uint64(i) + first_group
         w0[i], w1[i], w2[i], w3[i] = _philox(uint32(g), uint32(g >> _S32), tensor_id, stream, k0, k1)
+    return w0, w1, w2, w3
 
 
 @njit(error_model="numpy", nogil=True, cache=True)
-def _draw(z, w, n, index, n_elements, tensor_id, stream, k0, k1):
-    """Fill z so that z[phase + j] belongs to element index + j; return phase. w, n: (4, groups) scratch."""
+def _draw(scratch, index, n_elements, tensor_id, stream, k0, k1):
+    """Draw z of the elements index .. index + n_elements into scratch; return the address of the first."""
+    z = _array(scratch + 4 * Z, 1, 4 * GROUPS, np.float32)
     if stream == RADEMACHER:
         first = index >> 7
-        _words(w, uint64(first), ((index + n_elements - 1) >> 7) - first + 1, tensor_id, uint32(stream), k0, k1)
+        groups = ((index + n_elements - 1) >> 7) - first + 1
+        _words(scratch, uint64(first), groups, tensor_id, uint32(stream), k0, k1)
+        words = _array(scratch + 4 * WORDS, 1, 4 * GROUPS, np.uint32)
         for j in range(n_elements):
             i = index + j - (first << 7)
-            z[j] = _ONE - F(2) * float32((w[(i >> 5) & 3, i >> 7] >> uint32(i & 31)) & uint32(1))
-        return 0
+            word = words[((i >> 5) & 3) * GROUPS + (i >> 7)]
+            z[j] = _ONE - F(2) * float32((word >> uint32(i & 31)) & uint32(1))
+        return scratch + 4 * Z
     first = index >> 2
     groups = ((index + n_elements - 1) >> 2) - first + 1
-    _words(w, uint64(first), groups, tensor_id, uint32(stream), k0, k1)
-    w0, w1, w2, w3 = w[0], w[1], w[2], w[3]
-    n0, n1, n2, n3 = n[0], n[1], n[2], n[3]
+    w0, w1, w2, w3 = _words(scratch, uint64(first), groups, tensor_id, uint32(stream), k0, k1)
+    n0, n1 = _row(scratch, NORMALS, 0, np.float32), _row(scratch, NORMALS, 1, np.float32)
+    n2, n3 = _row(scratch, NORMALS, 2, np.float32), _row(scratch, NORMALS, 3, np.float32)
     for i in range(groups):
         n0[i], n1[i] = _box_muller(w0[i], w1[i])
     for i in range(groups):
@@ -125,11 +145,22 @@ def _draw(z, w, n, index, n_elements, tensor_id, stream, k0, k1):
         z[4 * i + 1] = n1[i]
         z[4 * i + 2] = n2[i]
         z[4 * i + 3] = n3[i]
-    return index & 3
+    return scratch + 4 * (Z + (index & 3))
+
+
+@njit(inline="always")
+def _same(x):
+    return x
+
+
+@njit(inline="always")
+def _bfloat_to_float(h):
+    return _float(int32(uint32(h) << uint32(16)))
 
 
 @njit(inline="always")
 def _half_to_float(h):
+    h = uint32(h)
     x = _float(int32(uint32(h & uint32(0x7FFF)) << uint32(13))) * _TO_NORMAL
     b = uint32(_bits(x))
     b = b | uint32(0x7F800000) if (h & uint32(0x7C00)) == uint32(0x7C00) else b
@@ -157,43 +188,58 @@ def _float_to_bfloat(x):
     return uint32(0x7FC0) if (b & uint32(0x7FFFFFFF)) > uint32(0x7F800000) else rounded
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
-def _load(value, address, stride, dtype, n):
-    if dtype == 0:
-        source = numba.carray(_pointer(address), ((n - 1) * stride + 1,), np.float32)
+@njit(inline="always")
+def _map(convert, x, x_stride, y, y_stride, n):
+    """y <- convert(x). LLVM vectorises the first loop only: a factor of two of the whole op."""
+    if x_stride == 1 and y_stride == 1:
         for j in range(n):
-            value[j] = source[j * stride]
-        return
-    bits = numba.carray(_pointer(address), ((n - 1) * stride + 1,), np.uint16)
-    if dtype == 1:
-        for j in range(n):
-            value[j] = _float(int32(uint32(bits[j * stride]) << uint32(16)))
+            y[j] = convert(x[j])
     else:
         for j in range(n):
-            value[j] = _half_to_float(uint32(bits[j * stride]))
+            y[j * y_stride] = convert(x[j * x_stride])
+
+
+@njit(error_model="numpy", nogil=True, cache=True)
+def _load(value, address, stride, dtype, n):
+    value = _array(value, 1, n, np.float32)
+    if dtype == 0:
+        _map(_same, _array(address, stride, n, np.float32), stride, value, 1, n)
+    elif dtype == 1:
+        _map(_bfloat_to_float, _array(address, stride, n, np.uint16), stride, value, 1, n)
+    else:
+        _map(_half_to_float, _array(address, stride, n, np.uint16), stride, value, 1, n)
 
 
 @njit(error_model="numpy", nogil=True, cache=True)
 def _store(value, address, stride, dtype, n):
+    value = _array(value, 1, n, np.float32)
     if dtype == 0:
-        target = numba.carray(_pointer(address), ((n - 1) * stride + 1,), np.float32)
-        for j in range(n):
-            target[j * stride] = value[j]
-        return
-    bits = numba.carray(_pointer(address), ((n - 1) * stride + 1,), np.uint16)
-    if dtype == 1:
-        for j in range(n):
-            bits[j * stride] = _float_to_bfloat(value[j])
+        _map(_same, value, 1, _array(address, stride, n, np.float32), stride, n)
+    elif dtype == 1:
+        _map(_float_to_bfloat, value, 1, _array(address, stride, n, np.uint16), stride, n)
     else:
-        for j in range(n):
-            bits[j * stride] = _float_to_half(value[j])
+        _map(_float_to_half, value, 1, _array(address, stride, n, np.uint16), stride, n)
 
 
 @njit(error_model="numpy", nogil=True, cache=True)
-def _step_items(items, lo, hi, updates, coefficients, decays, draws, next_seeds, eps, stream):
-    groups = CHUNK // 4 + 2
-    value, moved = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    z, w, normal = np.empty(4 * groups, np.float32), np.empty((4, groups), np.uint32), np.empty((4, groups), np.float32)
+def _subtract(y, x, c, z, n):
+    """y <- x - (c * z), all addresses of n floats."""
+    x, y, z = _array(x, 1, n, np.float32), _array(y, 1, n, np.float32), _array(z, 1, n, np.float32)
+    for j in range(n):
+        y[j] = x[j] - c * z[j]
+
+
+@njit(error_model="numpy", nogil=True, cache=True)
+def _multiply(value, decay, n):
+    value = _array(value, 1, n, np.float32)
+    for j in range(n):
+        value[j] = value[j] * decay
+
+
+@njit(error_model="numpy", nogil=True, cache=True)
+def _step_items(items, lo, hi, buffer, thread, updates, coefficients, decays, draws, next_seeds, eps, stream):
+    scratch = buffer.ctypes.data + thread * 4 * SCRATCH
+    value, moved = scratch + 4 * VALUE, scratch + 4 * MOVED
     for it in range(lo, hi):
         item = items[it]
         n, index, tensor_id = item[3], item[4], uint32(item[5])
@@ -201,49 +247,44 @@ def _step_items(items, lo, hi, updates, coefficients, decays, draws, next_seeds,
         for k in range(coefficients.size):
             # theta <- theta * decay, then theta - (c * z)
             if decays[k] != _ONE:
-                for j in range(n):
-                    value[j] = value[j] * decays[k]
+                _multiply(value, decays[k], n)
             if draws[k]:
-                phase = _draw(z, w, normal, index, n, tensor_id, stream, updates[k, 0], updates[k, 1])
-                c, shifted = coefficients[k], z[phase:]
-                for j in range(n):
-                    value[j] = value[j] - c * shifted[j]
+                z = _draw(scratch, index, n, tensor_id, stream, updates[k, 0], updates[k, 1])
+                _subtract(value, value, coefficients[k], z, n)
         if coefficients.size:
             _store(value, item[0], item[1], item[2], n)
         for p in range(next_seeds.shape[0]):
-            target = item[THETA + p * PAIR :]
-            phase = _draw(z, w, normal, index, n, tensor_id, stream, next_seeds[p, 0], next_seeds[p, 1])
-            shifted = z[phase:]
-            for j in range(n):
-                moved[j] = value[j] + eps * shifted[j]
-            _store(moved, target[0], target[1], target[2], n)
-            for j in range(n):
-                moved[j] = value[j] - eps * shifted[j]
-            _store(moved, target[3], target[4], target[5], n)
+            # theta + eps z = theta - (-eps) z
+            at = THETA + p * PAIR
+            z = _draw(scratch, index, n, tensor_id, stream, next_seeds[p, 0], next_seeds[p, 1])
+            _subtract(moved, value, -eps, z, n)
+            _store(moved, item[at], item[at + 1], item[at + 2], n)
+            _subtract(moved, value, eps, z, n)
+            _store(moved, item[at + 3], item[at + 4], item[at + 5], n)
 
 
 @njit(parallel=True, error_model="numpy", nogil=True, cache=True)
-def _step_parallel(threads, items, updates, coefficients, decays, draws, next_seeds, eps, stream):
+def _step_parallel(threads, items, buffer, updates, coefficients, decays, draws, next_seeds, eps, stream):
     n = items.shape[0]
     for t in prange(threads):
         lo, hi = t * n // threads, (t + 1) * n // threads
-        _step_items(items, lo, hi, updates, coefficients, decays, draws, next_seeds, eps, stream)
+        _step_items(items, lo, hi, buffer, t, updates, coefficients, decays, draws, next_seeds, eps, stream)
 
 
 @njit(error_model="numpy", nogil=True, cache=True)
-def _draw_items(items, squares, write, k0, k1, stream):
+def _draw_items(items, buffer, squares, write, k0, k1, stream):
     """Sum of z**2 of each item in float64, and z itself to the item's address where asked."""
-    groups = CHUNK // 4 + 2
-    z, w, normal = np.empty(4 * groups, np.float32), np.empty((4, groups), np.uint32), np.empty((4, groups), np.float32)
+    scratch = buffer.ctypes.data
     for it in range(items.shape[0]):
         item = items[it]
         n = item[3]
-        phase = _draw(z, w, normal, item[4], n, uint32(item[5]), stream, k0, k1)
+        address = _draw(scratch, item[4], n, uint32(item[5]), stream, k0, k1)
         if write:
-            _store(z[phase:], item[0], item[1], item[2], n)
+            _store(address, item[0], item[1], item[2], n)
+        z = _array(address, 1, n, np.float32)
         total = 0.0
         for j in range(n):
-            total += np.float64(z[phase + j]) * np.float64(z[phase + j])
+            total += np.float64(z[j]) * np.float64(z[j])
         squares[it] = total
 
 
@@ -283,6 +324,10 @@ _items = AddressCache(_build_items)
 _pool = threading.Lock()  # numba's default thread pool aborts the process when two threads enter it at once
 
 
+def _scratch(threads: int) -> np.ndarray:
+    return np.empty(threads * SCRATCH, F)
+
+
 def _keys(seeds: list[int]) -> np.ndarray:
     return np.array([(s & 0xFFFFFFFF, s >> 32) for s in seeds], dtype=np.uint32).reshape(-1, 2)
 
@@ -293,7 +338,7 @@ def standard_normal(seed, tensor_id, start, n_elements, distribution, device) ->
     if n_elements:
         geometry = torch.tensor([(0, 0, tensor_id, start, 1, n_elements, n_elements)])
         items, k = _build_items([out], [], [], geometry), _keys([seed])[0]
-        _draw_items(items, np.empty(len(items)), True, k[0], k[1], STREAMS[distribution])
+        _draw_items(items, _scratch(1), np.empty(len(items)), True, k[0], k[1], STREAMS[distribution])
     return out
 
 
@@ -316,15 +361,15 @@ def _run(theta, plus, minus, geometry, seeds, coefficients, decays, draws, next_
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, len(items))
     work = int(items[:, 3].sum()) * max(1, len(seeds) + len(next_seeds))
     if threads == 1 or work < PARALLEL_FROM:
-        _step_items(items, 0, len(items), *arguments)
+        _step_items(items, 0, len(items), _scratch(1), 0, *arguments)
     else:
         with _pool:
-            _step_parallel(threads, items, *arguments)
+            _step_parallel(threads, items, _scratch(threads), *arguments)
 
 
 def sum_of_squares(theta, geometry, seed, distribution) -> float:
     """Sum over all elements of z**2, in float64, correctly rounded over the work items."""
     items, k = _items(theta, [], [], geometry), _keys([seed])[0]
     squares = np.empty(len(items))
-    _draw_items(items, squares, False, k[0], k[1], STREAMS[distribution])
+    _draw_items(items, _scratch(1), squares, False, k[0], k[1], STREAMS[distribution])
     return math.fsum(squares)
