@@ -1,0 +1,186 @@
+"""Tables on the device that let one launch cover all parameters, and the launch itself.
+
+`slots`, int64, one row a parameter: its header (columns below), then (address, dtype, row stride, column stride) of
+theta and of every plus and minus. `tiles`, int64, one row a program: (4 * slot + mode, row, unit), the unit of the
+parameter it starts at. Both depend on the layout alone: they are built once and kept until an address changes. Seeds
+and coefficients travel apart (`step_values`, or kernel arguments), in types that do not depend on their values.
+"""
+
+import contextlib
+import functools
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+
+from mezo_kernels import layout
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# 16 elements a lane: enough loads in flight, few enough registers. The interpreter pays 8 ms a program instead
+BLOCK_SIZE = 8192 if INTERPRETED else 2048
+PART = BLOCK_SIZE if INTERPRETED else 512  # elements of a GENERAL tile at a time: addresses take registers too
+# every float32 operation of the z stream is rounded on its own, so nothing may be contracted
+LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+
+# EARLY: a row that starts inside a Philox block begins up to 3 elements early, with those masked
+TENSOR_ID, FIRST_INDEX, ROWS, COLS, FULL_COLS, EARLY = range(6)
+HEADER, STORAGE = 6, 4  # columns of a slot's header, and of each of its storages
+ADDRESS, DTYPE, ROW_STRIDE, COL_STRIDE = range(STORAGE)
+
+# how a tile lies in storage
+FLAT = 0  # aligned, contiguous in storage and in the full parameter: no division, 128-bit accesses
+BY_ROW = 1  # aligned, contiguous rows in whole units: one division a unit, 128-bit accesses
+GENERAL = 2  # anything: rows may start or end inside a Philox block; one access an element
+ANY = 3  # of a kernel: it asks the table which of the three a tile is
+
+# A layout of one dtype gets a kernel of that dtype; in any other the kernel branches on the storage's code, alike for
+# all lanes of a program. That keeps one launch an op, for a tenth more instructions.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MIXED = 3
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a launch needs to know of a layout: device tables, and the constants that its kernels are compiled for."""
+
+    slots: torch.Tensor
+    tiles: torch.Tensor
+    theta: int  # dtype code
+    target: int  # dtype code of plus and minus
+    mode: int
+    width: int
+
+    def launch(self, kernel, *arguments, **constants) -> None:
+        """Run one program a tile: kernel(slots, tiles, columns of slots, *arguments, **constants)."""
+        constants |= {"MODE": self.mode, "WIDTH": self.width, "BLOCK_SIZE": BLOCK_SIZE, "PART": PART}
+        with on_device(self.slots.device):
+            kernel[(len(self.tiles),)](self.slots, self.tiles, self.slots.shape[1], *arguments, **constants, **LAUNCH)
+
+
+def on_device(device: torch.device):
+    """Triton launches on the current device: make it the tensors' own."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    _check_compiler(device)
+    return torch.cuda.device(device)
+
+
+@functools.cache
+def _check_compiler(device: torch.device) -> None:
+    """Raise ValueError where the assembler of this Triton would change the bits of z."""
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    if old and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (10, 0):
+        # its ptxas 12.9 contracts mul.rn.f32x2 and add.rn.f32x2, whatever --fmad says; 13.1 does not
+        raise ValueError(
+            f"Triton {triton.__version__} fuses multiplications and additions on {torch.cuda.get_device_name(device)}, "
+            "which changes z; install triton>=3.7 or pass backend='reference'"
+        )
+
+
+def build(theta, plus, minus, geometry: torch.Tensor) -> Table:
+    """The table of theta (n tensors) with plus and minus (n for each pair); `geometry` as in `ParamLayout`."""
+    n = len(theta)
+    targets = [[t for k in range(i, len(plus), n) for t in (plus[k], minus[k])] for i in range(n)]
+    rows = [row[layout.TENSOR_ID :] for row in geometry.tolist()]
+    blocks = [_block(rows[i], [theta[i], *targets[i]]) for i in range(n)]
+    width = _width(blocks)
+    modes = [block.mode(width) for block in blocks]
+    slots = [[*block.header, *(value for storage in block.storages for value in storage)] for block in blocks]
+    tiles = np.concatenate([_tiles(i, modes[i], blocks[i], width) for i in range(n)])
+    return Table(
+        slots=torch.tensor(slots, dtype=torch.int64).to(theta[0].device),
+        tiles=torch.from_numpy(tiles).to(theta[0].device),
+        theta=_dtype(theta),
+        target=_dtype([*plus, *minus] or theta),
+        mode=ANY if (tiles[:, 0] & 3).any() else FLAT,
+        width=width,
+    )
+
+
+tables = layout.AddressCache(build)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One parameter: (tensor_id, first_index, rows, cols, full_cols, early), and its storages as in `slots`."""
+
+    header: tuple[int, ...]
+    storages: list[tuple[int, int, int, int]]
+
+    def mode(self, width: int) -> int:
+        rows, cols, early = self.header[ROWS], self.header[COLS], self.header[EARLY]
+        vectors = all(
+            address % 16 == 0 and col_stride == 1 and (rows == 1 or row_stride % width == 0)
+            for address, _, row_stride, col_stride in self.storages
+        )
+        if early or not vectors:
+            return GENERAL
+        return FLAT if rows == 1 else BY_ROW if cols % width == 0 else GENERAL
+
+
+def _block(row: list[int], tensors: list[torch.Tensor]) -> _Block:
+    """Rows that follow each other, in the full parameter and in every storage, become one long row."""
+    tensor_id, first_index, rows, cols, full_cols = row
+    strides = [layout.matrix_view(tensor)[2:] for tensor in tensors]
+    if rows == 1 or (full_cols == cols and all(row == cols * col for row, col in strides)):
+        rows, cols, full_cols = 1, rows * cols, rows * cols
+    aligned_rows = rows == 1 or full_cols % 4 == 0
+    early = first_index % 4 if aligned_rows else 3
+    storages = [(t.data_ptr(), DTYPES[t.dtype], *s) for t, s in zip(tensors, strides, strict=True)]
+    return _Block((tensor_id, first_index, rows, cols, full_cols, early), storages)
+
+
+def _width(blocks: list[_Block]) -> int:
+    """Elements of a unit: 8 where 16-bit storage wants them for 128-bit accesses, unless it makes a block GENERAL."""
+    narrow = any(storage[DTYPE] != DTYPES[torch.float32] for block in blocks for storage in block.storages)
+    return 8 if narrow and all(block.mode(8) == block.mode(4) for block in blocks) else 4
+
+
+def _tiles(slot: int, mode: int, block: _Block, width: int) -> np.ndarray:
+    """The slot's rows of `tiles`. GENERAL tiles count in units of 4, which waste less on short rows."""
+    rows, cols, early = block.header[ROWS], block.header[COLS], block.header[EARLY]
+    width = 4 if mode == GENERAL else width
+    units_per_row = -(-(cols + early) // width)
+    start = np.arange(0, rows * units_per_row, BLOCK_SIZE // width)
+    tiles = np.stack([np.full_like(start, 4 * slot + mode), *np.divmod(start, units_per_row)], axis=1)
+    if mode == FLAT and cols % width:
+        # the last unit is not whole
+        tiles[-1, [0, 2]] = 4 * slot + GENERAL, tiles[-1, 2] * width // 4
+    return tiles
+
+
+def _dtype(tensors: list[torch.Tensor]) -> int:
+    codes = {DTYPES[tensor.dtype] for tensor in tensors}
+    return codes.pop() if len(codes) == 1 else MIXED
+
+
+def int32_halves(value: int) -> tuple[int, int]:
+    """The low and the high 32 bits of 0 <= value < 2**64, as signed int32: one kernel signature for every value.
+
+    Triton types a Python integer by its size, so that 2**31 would compile a second variant in mid-run.
+
+    >>> int32_halves(2**63 + 5)
+    (5, -2147483648)
+    """
+    return tuple(np.array([value], np.uint64).view(np.int32).tolist())
+
+
+def step_values(updates: list[tuple[int, float, float]], next_seeds: list[int], device: torch.device) -> torch.Tensor:
+    """Per-step values on the device, int64 [updates + pairs, 2]: (seed, coefficient bits | decay bits << 32)."""
+    values = np.zeros((max(1, len(updates) + len(next_seeds)), 2), np.uint64)
+    values[: len(updates) + len(next_seeds), 0] = [*(seed for seed, _, _ in updates), *next_seeds]
+    numbers = np.array([update[1:] for update in updates], np.float32).reshape(-1, 2)
+    values[: len(updates), 1] = numbers.view(np.uint64)[:, 0]
+    values = torch.from_numpy(values.view(np.int64))
+    if device.type != "cuda":
+        return values
+    if torch.cuda.is_current_stream_capturing():
+        # a captured copy would read host memory again at every replay; a captured fill carries its value
+        captured = torch.empty(values.shape, dtype=torch.int64, device=device)
+        for cell, value in zip(captured.view(-1).unbind(), values.view(-1).tolist(), strict=True):
+            cell.fill_(value)
+        return captured
+    # pinned, so that the copy does not wait for the device; torch keeps the buffer until it has been read
+    return values.pin_memory().to(device, non_blocking=True)

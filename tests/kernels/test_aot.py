@@ -1,0 +1,76 @@
+"""What the compiler makes of every kernel, for GPUs this machine need not have: see aot.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# registers, and issue slots an element, of the code as it is, plus a little: raise one only with a reason
+CEILINGS = json.loads((HERE / "aot_ceilings.json").read_text())
+CASES = [(target, variant) for target, variants in CEILINGS.items() for variant in variants]
+# the others have slow paths beside the fast one, or reduce over lanes
+FAST = [case for case in CASES if not case[1].startswith(("any_", "sum_"))]
+BLOCK_SIZE = 2048  # elements of a program
+
+
+@pytest.fixture(scope="module")
+def report() -> dict:
+    """Compiled in another process: this one may have chosen Triton's interpreter."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, HERE / "aot.py"], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr[-3000:]
+    report = json.loads(run.stdout)
+    report["reports"] = {(kernel["target"], kernel["variant"]): kernel for kernel in report["reports"]}
+    return report
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def kernel(request, report) -> dict:
+    return report["reports"][request.param]
+
+
+fast = pytest.mark.parametrize("kernel", FAST, ids="-".join, indirect=True)
+
+
+def test_every_kernel_has_a_ceiling(report):
+    assert set(report["reports"]) == set(CASES)
+
+
+def test_no_spill_and_no_stack(kernel):
+    assert (kernel["spills"], kernel["stack"]) == (0, 0)
+
+
+def test_each_operation_is_rounded_on_its_own(kernel):
+    """No fused multiply-add outside the square roots, no flush to zero, no approximate function."""
+    assert (kernel["fused"], kernel["inexact"]) == (0, 0)
+    assert (kernel["roots"] > 0) == ("rademacher" not in kernel["variant"])
+
+
+@fast
+def test_the_fast_path_moves_its_payload_in_128_bits(kernel):
+    elements = BLOCK_SIZE // kernel["lanes"]
+    # tables are read in 128 bits too where their columns are adjacent
+    assert kernel["loads"].get("128", 0) >= kernel["read"] * elements // 16
+    assert kernel["loads"].get("16", 0) == 0
+    assert kernel["stores"] == {"128": kernel["written"] * elements // 16}
+
+
+@fast
+def test_the_fast_path_keeps_values_in_registers(kernel):
+    """A lane stores what it drew: no exchange through shared memory, no barrier."""
+    assert (kernel["shared"], kernel["barriers"]) == (0, 0)
+
+
+def test_registers_and_issue_slots_stay_below_their_ceilings(kernel):
+    registers, slots = CEILINGS[kernel["target"]][kernel["variant"]]
+    assert kernel["registers"] <= registers
+    assert kernel["slots"] <= slots
+
+
+def test_no_per_step_value_compiles_a_second_variant(report):
+    kernels = ("perturb", "step", "sum_of_squares", "standard_normal")
+    assert report["variants_of_a_run"] == {f"_{name}_kernel": 1 for name in kernels}
