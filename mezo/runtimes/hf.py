@@ -79,7 +79,7 @@ class HFRuntime:
     def verify(self) -> str | None:
         """See `Runtime.verify`: what is compared is what the model's parameters point at."""
         before, updates, next_seed, eps = self.watched
-        master = self.master.like(before)
+        master = self.master.like([t.clone() for t in before])
         plus, minus = (master.like([torch.empty_like(p) for p in self.params]) for _ in range(2))
         apply(master, updates, next_seed, eps, plus, minus, backend="reference")
         used = [self.master.tensors, *(self._use(copy) for copy in (self.plus, self.minus))]
