@@ -301,8 +301,8 @@ def _flat(tensor: torch.Tensor) -> bool:
     return rows == 1 or row_stride == cols * col_stride
 
 
-def _build_items(theta, plus, minus, geometry) -> np.ndarray:
-    """Work items of at most CHUNK elements, one row each: where they lie, which elements they are."""
+def _build_items(theta, plus, minus, geometry) -> tuple[np.ndarray, int]:
+    """Work items of at most CHUNK elements, one row each (where they lie, which elements they are); all elements."""
     table = []
     for i, (tensor, row) in enumerate(zip(theta, geometry.tolist(), strict=True)):
         tensor_id, first_index, rows, cols, full_cols = row[TENSOR_ID:]
@@ -317,7 +317,7 @@ def _build_items(theta, plus, minus, geometry) -> np.ndarray:
         for pair in copies:
             columns += _target(pair[0], position) + _target(pair[1], position)
         table.append(np.stack(columns, axis=1))
-    return np.ascontiguousarray(np.concatenate(table))
+    return np.ascontiguousarray(np.concatenate(table)), sum(tensor.numel() for tensor in theta)
 
 
 _items = AddressCache(_build_items)
@@ -336,8 +336,8 @@ def standard_normal(seed, tensor_id, start, n_elements, distribution, device) ->
     """z of the elements start .. start + n_elements of one parameter, float32."""
     out = torch.empty(n_elements, dtype=torch.float32)
     if n_elements:
-        geometry = torch.tensor([(0, 0, tensor_id, start, 1, n_elements, n_elements)])
-        items, k = _build_items([out], [], [], geometry), _keys([seed])[0]
+        geometry = torch.tensor([(0, tensor_id, start, 1, n_elements, n_elements)])
+        (items, _), k = _build_items([out], [], [], geometry), _keys([seed])[0]
         _draw_items(items, _scratch(1), np.empty(len(items)), True, k[0], k[1], STREAMS[distribution])
     return out
 
@@ -355,11 +355,11 @@ def step_(theta, plus, minus, geometry, updates, next_seeds, eps, distribution) 
 
 
 def _run(theta, plus, minus, geometry, seeds, coefficients, decays, draws, next_seeds, eps, distribution) -> None:
-    items = _items(theta, plus, minus, geometry)
+    items, n_elements = _items(theta, plus, minus, geometry)
     passes = (_keys(seeds), np.array(coefficients, F), np.array(decays, F), np.array(draws, np.bool_))
     arguments = (*passes, _keys(next_seeds), F(eps), STREAMS[distribution])
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, len(items))
-    work = int(items[:, 3].sum()) * max(1, len(seeds) + len(next_seeds))
+    work = n_elements * max(1, len(seeds) + len(next_seeds))
     if threads == 1 or work < PARALLEL_FROM:
         _step_items(items, 0, len(items), _scratch(1), 0, *arguments)
     else:
@@ -369,7 +369,7 @@ def _run(theta, plus, minus, geometry, seeds, coefficients, decays, draws, next_
 
 def sum_of_squares(theta, geometry, seed, distribution) -> float:
     """Sum over all elements of z**2, in float64, correctly rounded over the work items."""
-    items, k = _items(theta, [], [], geometry), _keys([seed])[0]
+    (items, _), k = _items(theta, [], [], geometry), _keys([seed])[0]
     squares = np.empty(len(items))
     _draw_items(items, _scratch(1), squares, False, k[0], k[1], STREAMS[distribution])
     return math.fsum(squares)

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mezo_kernels.philox import tensor_id
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # columns of `ParamLayout.geometry`, one row a parameter; local (r, c) is element first_index + r full_cols + c
-SERIAL, STRIDED, TENSOR_ID, FIRST_INDEX, ROWS, COLS, FULL_COLS = range(7)
+STRIDED, TENSOR_ID, FIRST_INDEX, ROWS, COLS, FULL_COLS = range(6)
 _serial = itertools.count()
 
 
@@ -62,7 +63,7 @@ class ParamLayout:
         self.serial = next(_serial)
         self.elements = tuple(_geometry(slot) for slot in slots)
         strided = any(not tensor.is_contiguous() for tensor in self.tensors)
-        self.geometry = torch.tensor([(self.serial, strided, *row) for row in self.elements], dtype=torch.int64)
+        self.geometry = torch.tensor([(strided, *row) for row in self.elements], dtype=torch.int64)
         self.checked_targets: set[tuple[int, ...]] = set()
         _check_ids(self.names)
         _check_devices(slots)
@@ -156,6 +157,8 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+    if is_traceable_wrapper_subclass(tensor):
+        raise ValueError(f"{name}: expected plain storage, got a {type(tensor).__name__}; pass its local tensor")
     if tensor.numel() == 0:
         raise ValueError(f"{name}: expected at least one element, got shape {tuple(tensor.shape)}")
     if tensor.dim() > 2 and not tensor.is_contiguous():
@@ -229,13 +232,16 @@ class AddressCache:
     """
 
     def __init__(self, build, max_entries: int = 64):
-        self.build, self.max_entries, self.tables = build, max_entries, OrderedDict()
+        self.build, self.max_entries = build, max_entries
+        self.tables, self.layouts = OrderedDict(), {}
 
     def __call__(self, theta, plus, minus, geometry: list[torch.Tensor]):
         tensors = (*theta, *plus, *minus)
-        key = (*(g[0, SERIAL].item() for g in geometry), *map(torch.Tensor.data_ptr, tensors))
+        layouts = tuple(map(torch.Tensor.data_ptr, geometry))
+        strided, _ = self.layouts.get(layouts) or self._meet(layouts, geometry)
+        key = (layouts, *map(torch.Tensor.data_ptr, tensors))
         # a clone made by a compiler keeps the strides of dense tensors only
-        if any(g[0, STRIDED].item() for g in geometry):
+        if strided:
             key += tuple(map(torch.Tensor.stride, tensors))
         table = self.tables.get(key)
         if table is None:
@@ -243,3 +249,11 @@ class AddressCache:
             if len(self.tables) > self.max_entries:
                 self.tables.popitem(last=False)
         return table
+
+    def _meet(self, layouts: tuple[int, ...], geometry: list[torch.Tensor]) -> tuple[bool, list[torch.Tensor]]:
+        """Hold the geometry, so that its address names it, and whether it is strided: reading a tensor costs 5 us."""
+        if len(self.layouts) >= self.max_entries:
+            self.tables.clear()
+            self.layouts.clear()
+        met = self.layouts[layouts] = any(g[0, STRIDED].item() for g in geometry), list(geometry)
+        return met
