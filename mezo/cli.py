@@ -1,4 +1,4 @@
-"""The `mezo` command: train, eval, replay, verify, demo."""
+"""The `mezo` command: train, eval, replay, verify, demo. Heavy imports wait until a command needs them."""
 
 import dataclasses
 import os
@@ -11,10 +11,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-import mezo_kernels
-from mezo.checkpoint import RunDirectory, adapter_options
-from mezo.config import Config, UserError
-from mezo.trainer import RunError
+from mezo.config import Config, RunError, UserError
 
 USAGE = """usage: mezo COMMAND [options]
 
@@ -53,13 +50,16 @@ def _fail(message: str, code: int) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    from mezo import commands
-
     path, rest = _take_option(argv, "--resume")
     if path is None:
-        result = commands.train(_parse(argv, "mezo train"))
+        config = _parse(argv, "mezo train")
+        from mezo import commands
+
+        result = commands.train(config)
     else:
         _refuse_contradiction(path, rest)
+        from mezo import commands
+
         result = commands.resume(path)
     if result is None:
         return 130
@@ -112,7 +112,7 @@ def _refuse_contradiction(path: str, rest: list[str]) -> None:
     """--resume takes its configuration from the run; arguments that say the same are tolerated."""
     if not rest:
         return
-    saved = dataclasses.asdict(RunDirectory(Path(path)).read_config())
+    saved = dataclasses.asdict(_saved_config(Path(path)))
     asked = dataclasses.asdict(_parse(rest, "mezo train", saved))
     for name, value in asked.items():
         if value != saved[name]:
@@ -120,18 +120,24 @@ def _refuse_contradiction(path: str, rest: list[str]) -> None:
             raise UserError(f"{flag} {value} contradicts the run, which has {saved[name]}: give --resume {path} alone")
 
 
-def _eval(argv: list[str]) -> int:
-    from mezo import commands
+def _saved_config(run: Path) -> Config:
+    from mezo.checkpoint import RunDirectory
 
+    return RunDirectory(run).read_config()
+
+
+def _eval(argv: list[str]) -> int:
     if not argv or argv[0].startswith("-"):
         print("usage: mezo eval RUN_OR_ADAPTER [data options of mezo train]\n\nScores an adapter on the given splits.")
         return 0 if "--help" in argv or "-h" in argv else 2
     target, rest = Path(argv[0]), argv[1:]
-    base = {"output_dir": "unused"}
+    from mezo import commands
+    from mezo.checkpoint import adapter_options
+
     if (target / "config.json").is_file():
-        base, target = dataclasses.asdict(RunDirectory(target).read_config()), target / "adapter"
+        base, target = dataclasses.asdict(_saved_config(target)), target / "adapter"
     else:
-        base |= adapter_options(target)
+        base = {"output_dir": "unused", **adapter_options(target)}
     _show_splits(commands.evaluate(_parse(rest, "mezo eval", base), target))
     return 0
 
@@ -151,9 +157,9 @@ class _ReplayOptions:
 
 
 def _replay(argv: list[str]) -> int:
+    options = tyro.cli(_ReplayOptions, args=argv, prog="mezo replay")
     from mezo import commands
 
-    options = tyro.cli(_ReplayOptions, args=argv, prog="mezo replay")
     backend = None if options.backend == "auto" else options.backend
     steps = commands.replay(options.run, options.output_dir, options.until, backend)
     print(f"replayed {steps} steps of {options.run} into {options.output_dir}")
@@ -162,6 +168,8 @@ def _replay(argv: list[str]) -> int:
 
 def _verify(argv: list[str]) -> int:
     options = tyro.cli(_VerifyOptions, args=argv, prog="mezo verify")
+    import mezo_kernels
+
     rows = mezo_kernels.verify(options.device or None)
     table = Table("backend", "check", "result", "detail", title="against the reference and the frozen vectors")
     for row in rows:
@@ -179,9 +187,25 @@ class _VerifyOptions:
 
 
 def _demo(argv: list[str]) -> int:
+    options = tyro.cli(_DemoOptions, args=argv, prog="mezo demo")
     from mezo import demo
 
-    return demo.main(tyro.cli(demo.DemoOptions, args=argv, prog="mezo demo"))
+    return demo.run(options.prompt, options.steps, Path(options.output_dir))
+
+
+@dataclasses.dataclass(frozen=True)
+class _DemoOptions:
+    """Fetch a small model and labelled film reviews, fine-tune the last layer, and check the result.
+
+    The first time about 100 MB are downloaded; after that it works offline.
+    """
+
+    prompt: Literal["it-was", "sentiment"] = "it-was"
+    """'{text} It was' with terrible / great, or 'Review: {text} Sentiment:' with negative / positive."""
+    steps: int = 4000
+    """Optimisation steps."""
+    output_dir: str = "runs/demo"
+    """Run directory; an unfinished one is resumed, a finished one is kept and a numbered one made beside it."""
 
 
 def _show_result(result: dict) -> None:

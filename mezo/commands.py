@@ -10,7 +10,7 @@ from mezo.checkpoint import RunDirectory
 from mezo.config import Config, UserError
 from mezo.objectives import evaluate as evaluate_scores
 from mezo.runtimes.hf import HFRuntime
-from mezo.runtimes.peft_model import load_tokenizer
+from mezo.runtimes.peft_model import is_masked, load_tokenizer
 from mezo.tasks import load_splits
 from mezo.trainer import Trainer
 from mezo.trajectory import read_trajectory
@@ -91,7 +91,7 @@ def replay(run: str, output_dir: str, until: str = "best", backend: str | None =
 def _load(config: Config) -> tuple[HFRuntime, dict]:
     """Tokenizer and data first: they are quick to load, and most mistakes are there."""
     tokenizer = load_tokenizer(config.model)
-    splits = load_splits(config, tokenizer)
+    splits = load_splits(config, tokenizer, masked=is_masked(config.model))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     runtime = HFRuntime(config, pad)
     runtime.prepare(splits)

@@ -12,6 +12,10 @@ class UserError(ValueError):
     """A mistake of the caller's: the message names the value, what was expected and the remedy."""
 
 
+class RunError(RuntimeError):
+    """A run cannot go on; its log is whole."""
+
+
 @dataclass(frozen=True)
 class Config:
     """Fine-tune a language model with forward passes only (MeZO, arXiv 2305.17333)."""

@@ -1,9 +1,7 @@
 """The demo: a 135M-parameter model learns to tell good film reviews from bad, with forward passes only."""
 
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
@@ -18,25 +16,35 @@ PROMPTS = {
 }
 
 
-@dataclass(frozen=True)
-class DemoOptions:
-    """Fetch a small model and labelled film reviews, fine-tune the last layer, and check the result.
+def run(prompt: str = "it-was", steps: int = 4000, output_dir: Path = Path("runs/demo")) -> int:
+    """Run or resume the demo and print its table.
 
-    The first time about 100 MB are downloaded; after that it works offline.
+    Args:
+        prompt: a key of PROMPTS.
+        steps: optimisation steps.
+        output_dir: run directory; an unfinished one is resumed, beside a finished one a numbered one is made.
+    Returns:
+        Exit code: 0, 1 if the log does not replay to the adapter, 130 after Ctrl-C.
     """
+    directory = _run_directory(output_dir)
+    if directory.exists():
+        result = commands.resume(str(directory))
+    else:
+        result = commands.train(demo_config(prompt, steps, directory))
+    if result is None:
+        return 130
+    theta, _, replayed = checkpoint.replay(directory)
+    saved = checkpoint.load_adapter(directory / "adapter", {name: tuple(t.shape) for name, t in theta.items()})
+    same = all(torch.equal(theta[name].view(torch.int32), saved[name].view(torch.int32)) for name in theta)
+    verdict = "equal to adapter/ bit for bit" if same else "DIFFERENT from adapter/"
+    _show(result, directory, f"{replayed} steps replayed from the log: {verdict}")
+    return 0 if same else 1
 
-    prompt: Literal["it-was", "sentiment"] = "it-was"
-    """'{text} It was' with terrible / great, or 'Review: {text} Sentiment:' with negative / positive."""
-    steps: int = 4000
-    """Optimisation steps."""
-    output_dir: str = "runs/demo"
-    """Run directory; an unfinished one is resumed, a finished one is kept and a numbered one made beside it."""
 
-
-def demo_config(options: DemoOptions, output_dir: Path) -> Config:
+def demo_config(prompt: str, steps: int, output_dir: Path) -> Config:
     """The demo's run: LoRA on the last layer's query, output and MLP projections, 69,120 parameters."""
     data = assets.write_demo_data(assets.cache_root() / "demo-data")
-    template, words = PROMPTS[options.prompt]
+    template, words = PROMPTS[prompt]
     return Config(
         model=str(assets.fetch_model()),
         output_dir=str(output_dir),
@@ -47,27 +55,11 @@ def demo_config(options: DemoOptions, output_dir: Path) -> Config:
         label_words=words,
         target_modules=("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         layers_to_transform=(29,),
-        steps=options.steps,
+        steps=steps,
         batch_size=32,
         lr=1e-3,
         eps=1e-2,
     )
-
-
-def main(options: DemoOptions) -> int:
-    """Run or resume the demo and print its table; exit code 0, 1 if the log does not replay, 130 after Ctrl-C."""
-    run = _run_directory(Path(options.output_dir))
-    if run.exists():
-        result = commands.resume(str(run))
-    else:
-        result = commands.train(demo_config(options, run))
-    if result is None:
-        return 130
-    theta, _, steps = checkpoint.replay(run)
-    saved = checkpoint.load_adapter(run / "adapter", {name: tuple(t.shape) for name, t in theta.items()})
-    same = all(torch.equal(theta[name].view(torch.int32), saved[name].view(torch.int32)) for name in theta)
-    _show(result, run, f"{steps} steps replayed from the log: {'equal bit for bit' if same else 'DIFFERENT'}")
-    return 0 if same else 1
 
 
 def _run_directory(wanted: Path) -> Path:

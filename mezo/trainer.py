@@ -11,7 +11,7 @@ import torch
 from mezo import plots
 from mezo.batches import Batches
 from mezo.checkpoint import RunDirectory, best_step, load_adapter, replace_file, save_adapter
-from mezo.config import Config
+from mezo.config import Config, RunError
 from mezo.estimator import coefficients, projected_grad, usable
 from mezo.monitor import Monitor
 from mezo.objectives import OBJECTIVES, evaluate
@@ -21,10 +21,6 @@ from mezo_kernels import perturbation_seed
 
 MAX_SKIPPED = 10  # losses that are not finite, in a row, before a run is given up
 TENTHS = 10
-
-
-class RunError(RuntimeError):
-    """The run cannot go on; its log is whole."""
 
 
 class Trainer:

@@ -12,6 +12,7 @@ from mezo.config import UserError
 from mezo_kernels import Z_STREAM_VERSION
 
 FORMAT, VERSION = "mezo-trajectory", 1
+HEADER = ("z_stream", "run_seed", "init", "peft", "shapes", "model", "model_hash")
 FSYNC_SECONDS = 1.0
 
 
@@ -44,8 +45,19 @@ class StepRecord:
 
     @classmethod
     def from_dict(cls, values: dict) -> "StepRecord":
-        """Inverse of `to_line`."""
-        return cls(**{k: _decode(v) for k, v in values.items()})
+        """Inverse of `to_line`. Raises TypeError or ValueError if the values are not a record's."""
+        record = cls(**{k: _decode(v) for k, v in values.items()})
+        lists = (record.seeds, record.projected_grads, record.coefficients, record.loss_plus, record.loss_minus)
+        if not all(isinstance(v, tuple) for v in lists) or len({len(v) for v in lists}) != 1 or not record.seeds:
+            raise ValueError("expected lists of equal length, one item a perturbation")
+        if not all(type(seed) is int and 0 <= seed < 2**64 for seed in record.seeds):
+            raise ValueError(f"expected seeds in [0, 2**64), got {record.seeds}")
+        numbers = [record.decay, *(v for values in lists[1:] for v in values)]
+        if type(record.step) is not int or not all(type(v) in (int, float) for v in numbers):
+            raise ValueError("expected numbers")
+        if not all(map(math.isfinite, (record.decay, *record.coefficients))):
+            raise ValueError("expected finite coefficients and decay")
+        return record
 
 
 def _encode(value):
@@ -135,6 +147,9 @@ def read_trajectory(path: Path) -> tuple[dict, list[StepRecord]]:
     if first.get("format") != FORMAT or first.get("version") != VERSION:
         got = f"{first.get('format')} version {first.get('version')}"
         raise UserError(f"{path}: expected a header of {FORMAT} version {VERSION}, got {got}")
+    missing = [key for key in HEADER if key not in first]
+    if missing:
+        raise UserError(f"{path}: the header lacks {missing[0]}; restore the file from a copy")
     if first["z_stream"] != Z_STREAM_VERSION:
         raise UserError(f"{path}: written with z stream {first['z_stream']}, this program has {Z_STREAM_VERSION}")
     records = []

@@ -9,7 +9,7 @@ from mezo.config import Config, UserError
 from mezo.runtimes.base import Example, StepUpdate, TokenCount
 from mezo.runtimes.peft_model import load_adapted
 from mezo.runtimes.rows import RowBatch, option_scores, rows_of
-from mezo.runtimes.trunk import Trunk, no_cache, scored
+from mezo.runtimes.trunk import GROUP, Trunk, no_cache, scored
 from mezo_kernels import ParamLayout, lora_init, step_
 
 PROOF_ROWS = 8
@@ -44,16 +44,32 @@ class HFRuntime:
         self.examples = splits
         self.rows = {split: [rows_of(example) for example in examples] for split, examples in splits.items()}
         self.first_row = {split: _starts(rows) for split, rows in self.rows.items()}
+        self._check_lengths()
         several = any(len(option) > 1 for examples in splits.values() for e in examples for option in e.options)
         self.vocabulary = self.vocabulary or several
         if self.config.trunk_cache != "off" and self.parts.first > 0:
-            self.trunk = self._trunk()
-            for split, nested in self.rows.items():
-                self.trunk.register(split, [row for rows in nested for row in rows])
-            self._prove_trunk()
-            for split, filled in self.trunk.fill().items():
-                count = self.tokens if split == "train" else self.eval_tokens
-                count.computed += self._trunk_share(filled)
+            self._prepare_trunk()
+
+    def _check_lengths(self) -> None:
+        limit = getattr(self.parts.model.config, "max_position_embeddings", None)
+        longest = max(len(row.ids) for nested in self.rows.values() for own in nested for row in own)
+        if limit is not None and longest > limit:
+            raise UserError(
+                f"--max-length: a prompt has {longest} tokens, the model takes {limit}; use --max-length {limit}"
+            )
+
+    def _prepare_trunk(self) -> None:
+        """Prove the trunk exact, then fill it; a training set too large to be seen once is filled as it is drawn."""
+        self.trunk = self._trunk()
+        rows = {split: [row for own in nested for row in own] for split, nested in self.rows.items()}
+        drawn = self.config.steps * self.config.batch_size
+        later = {split for split in rows if split == "train" and drawn < len(self.examples[split])}
+        for split in rows:
+            self.trunk.register(split, rows[split], group=1 if split in later else GROUP)
+        self._prove_trunk()
+        for split in [split for split in rows if split not in later]:
+            count = self.tokens if split == "train" else self.eval_tokens
+            count.computed += self._trunk_share(self.trunk.fill(split))
 
     @property
     def seconds_filling(self) -> float:

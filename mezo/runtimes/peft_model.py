@@ -52,22 +52,30 @@ def load_tokenizer(model: str):
         raise UserError(f"--model {model}: no tokenizer could be loaded ({_first_line(error)})") from error
 
 
+def is_masked(model: str) -> bool:
+    """True if a model fills masks, False if it continues text; read from its config."""
+    try:
+        architectures = AutoConfig.from_pretrained(model).architectures
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {model}: it could not be loaded ({_first_line(error)})") from error
+    return (architectures or [""])[0].endswith("ForMaskedLM")
+
+
 def load_adapted(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[AdaptedModel, AdapterSpec]:
     """Load the base model, attach a fresh LoRA adapter, and describe what is trained.
 
     Raises:
         UserError: the model cannot be loaded, or has no such layers or modules.
     """
+    causal = not is_masked(config.model)
     try:
-        base_config = AutoConfig.from_pretrained(config.model)
-        causal = not (base_config.architectures or [""])[0].endswith("ForMaskedLM")
         auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
         base = auto.from_pretrained(config.model, dtype=dtype, attn_implementation=ATTENTION).to(device).eval()
     except (OSError, ValueError) as error:
         raise UserError(f"--model {config.model}: it could not be loaded ({_first_line(error)})") from error
     body = base.base_model
     heads = [child for child in base.children() if child is not body]
-    layers = _layers(body, base_config.num_hidden_layers)
+    layers = _layers(body, base.config.num_hidden_layers)
     if len(heads) != 1 or layers is None:
         raise UserError(f"--model {config.model}: {type(base).__name__} is not one body of layers and one head")
     weights = _hash(base)
@@ -121,13 +129,9 @@ def _lora_config(config: Config, base: nn.Module, layers: nn.ModuleList) -> Lora
         layers_to_transform=sorted(config.layers_to_transform) or None,
         lora_dropout=0.0,
         bias="none",
-        task_type="CAUSAL_LM" if isinstance(base, _causal_classes()) else None,
+        task_type=None if is_masked(config.model) else "CAUSAL_LM",
         base_model_name_or_path=config.model,
     )
-
-
-def _causal_classes() -> tuple[type, ...]:
-    return tuple({cls for cls in AutoModelForCausalLM._model_mapping.values() if isinstance(cls, type)})
 
 
 def _peft_fields(lora: LoraConfig, model: str) -> dict:

@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mezo.runtimes.rows import Row, RowBatch
 
-GROUP = 16  # rows whose trunk is computed together, fixed by the data: an entry's bits never depend on the batch
+GROUP = 16  # rows whose trunk is computed together, fixed from the start: an entry's bits never depend on the batch
 ATTENTION = "mezo_sdpa"
 
 
@@ -92,20 +92,19 @@ class Trunk:
         attentions = [m for m in layers[first].modules() if hasattr(m, "is_causal") and hasattr(m, "layer_idx")]
         self.attention = attentions[0] if attentions else None
 
-    def register(self, split: str, rows: Sequence[Row]) -> None:
+    def register(self, split: str, rows: Sequence[Row], group: int = GROUP) -> None:
         """Divide a split's rows into groups of like length, which wastes little on padding."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-        self.rows[split] = [[rows[i] for i in order[g : g + GROUP]] for g in range(0, len(rows), GROUP)]
-        self.place[split] = [divmod(at, GROUP) for at in sorted(range(len(rows)), key=order.__getitem__)]
+        self.rows[split] = [[rows[i] for i in order[g : g + group]] for g in range(0, len(rows), group)]
+        self.place[split] = [divmod(at, group) for at in sorted(range(len(rows)), key=order.__getitem__)]
 
     @torch.no_grad()
-    def fill(self) -> dict[str, int]:
-        """Compute entries ahead of use, until all are there or the limit is reached; return the tokens by split."""
-        keys = [(split, group) for split, groups in self.rows.items() for group in range(len(groups))]
-        filled = dict.fromkeys(self.rows, 0)
-        for split, group in track(keys, "trunk cache", transient=True, disable=not sys.stderr.isatty()):
+    def fill(self, split: str) -> int:
+        """Compute a split's entries ahead of use, until all are there or the limit is reached; return the tokens."""
+        filled, quiet = 0, not sys.stderr.isatty()
+        for group in track(range(len(self.rows[split])), f"trunk cache: {split}", transient=True, disable=quiet):
             before = len(self.groups)
-            filled[split] += self._fill((split, group))
+            filled += self._fill((split, group))
             if len(self.groups) <= before:
                 break
         return filled

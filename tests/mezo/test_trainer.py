@@ -17,11 +17,10 @@ from safetensors.torch import load_file
 
 from mezo import checkpoint, commands
 from mezo.batches import Batches
-from mezo.config import Config, UserError
+from mezo.config import Config, RunError, UserError
 from mezo.monitor import Monitor
 from mezo.objectives import OBJECTIVES, cross_entropy
 from mezo.runtimes.hf import HFRuntime
-from mezo.trainer import RunError
 from mezo.trajectory import read_trajectory
 from tests.tiny_models import LAST_LAYER, build
 

@@ -107,6 +107,18 @@ def test_eviction_changes_no_bit(llama, adapted):
             assert torch.equal(a, b)
 
 
+def test_large_training_sets_are_cached_as_they_are_drawn(llama):
+    """A run too short to see every example computes the trunk of those it draws, one row at a time."""
+    data, options = examples(40), {"steps": 2, "batch_size": 4, **ADAPTED["last layer"]("llama")}
+    built = runtime(llama, data, **options)
+    assert built.tokens.computed == 0
+    built.step([], next_seed=1, eps=1e-2)
+    drawn = [3, 9, 27, 3]
+    plus, _ = built.score_pair("train", drawn)
+    assert len(built.trunk.groups) == 3
+    assert torch.equal(plus[0], plus[3])
+
+
 def test_tokens_are_counted(llama):
     data = examples(40)
     built = runtime(llama, data, **ADAPTED["last layer"]("llama"))
@@ -176,5 +188,5 @@ def test_unknown_modules_and_layers_are_refused(llama, options, message):
 
 
 def test_missing_model_is_refused():
-    with pytest.raises(UserError, match="--model ./nowhere: it could not be loaded"):
+    with pytest.raises(UserError, match=r"--model ./nowhere: it could not be loaded"):
         runtime("./nowhere", examples(2))

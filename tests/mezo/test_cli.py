@@ -1,0 +1,140 @@
+"""The command line: good calls work, mistakes are one line with a remedy, exit code 2 and nothing written."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import mezo_kernels
+from mezo.cli import main
+from mezo.config import Config
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+MISTAKES = {
+    "equal label words": ({"label_words": (" great", " great")}, "--label-words must differ"),
+    "one label word": ({"label_words": (" great",)}, "--label-words needs at least two words"),
+    "eps 0": ({"eps": 0.0}, "--eps must be a finite number > 0, got 0.0"),
+    "lr nan": ({"lr": float("nan")}, "--lr must be a finite number > 0, got nan"),
+    "no steps": ({"steps": 0}, "--steps must be at least 1, got 0"),
+    "unknown module": ({"target_modules": ("q_proj", "w_proj")}, "--target-modules: no linear layer named w_proj"),
+    "unknown layer": ({"layers_to_transform": (7,)}, "layer 7 does not exist; the model has layers 0 to 2"),
+    "no such file": ({"train_file": "gone.jsonl"}, "--train-file: no such file: gone.jsonl"),
+    "no such model": ({"model": "./gone"}, "--model ./gone:"),
+    "too many shots": ({"k_shot": 40}, "k_shot asks for 40"),
+    "field not in data": ({"prompt": "{sentence} It was"}, "sentence"),
+    "both limits": ({"k_shot": 2, "num_train": 4}, "--k-shot and --num-train exclude each other"),
+    "task and file": ({"task": "sst2"}, "give one of --task and --train-file"),
+    "no such task": ({"task": "nonsense", "train_file": "", "dev_file": "", "test_file": ""}, "nonsense"),
+}
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_mistakes(mistake, tiny_options, as_flags, capfd):
+    change, message = MISTAKES[mistake]
+    options = {k: v for k, v in {**tiny_options, **change}.items() if v != ""}
+    check_refused(as_flags(options), message, options["output_dir"], capfd)
+
+
+def check_refused(argv, message, output_dir, capfd):
+    assert main(["train", *argv]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("mezo: error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not Path(output_dir).exists()
+
+
+DATA_MISTAKES = {
+    "empty file": ([], "empty"),
+    "label outside the words": ([{"text": "good", "label": 2}], "label"),
+    "label is a word": ([{"text": "good", "label": "great"}], "label"),
+    "no text": ([{"label": 1}], "text"),
+    "class missing from k-shot": ([{"text": "good film", "label": 1}] * 4, "class 0"),
+}
+
+
+@pytest.mark.parametrize("mistake", list(DATA_MISTAKES))
+def test_data_mistakes(mistake, tiny_options, as_flags, tmp_path, capfd):
+    rows, message = DATA_MISTAKES[mistake]
+    train = write(tmp_path / "bad.jsonl", rows)
+    options = {**tiny_options, "train_file": train}
+    if "k-shot" in mistake:
+        options["k_shot"] = 2
+    check_refused(as_flags(options), message, options["output_dir"], capfd)
+
+
+def test_damaged_json_names_the_line(tiny_options, as_flags, tmp_path, capfd):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "good", "label": 1}\n{"text": "bad", "label"\n')
+    options = {**tiny_options, "train_file": str(path)}
+    check_refused(as_flags(options), "2", options["output_dir"], capfd)
+
+
+def test_existing_run_directory_is_refused_and_kept(tiny_options, as_flags, capfd):
+    run = Path(tiny_options["output_dir"])
+    run.mkdir()
+    (run / "mine.txt").write_text("precious")
+    assert main(["train", *as_flags(tiny_options)]) == 2
+    assert "exists and is never overwritten: choose another, or use --resume" in capfd.readouterr().err
+    assert [path.name for path in run.iterdir()] == ["mine.txt"]
+
+
+def test_train_eval_replay_resume(tiny_options, as_flags, tmp_path, capfd):
+    run = tiny_options["output_dir"]
+    assert main(["train", *as_flags({**tiny_options, "steps": 10})]) == 0
+    result = json.loads((Path(run) / "result.json").read_text())
+    capfd.readouterr()
+    assert main(["eval", run]) == 0
+    assert f"{result['test']['after']['loss']:.4f}" in capfd.readouterr().out
+    names = ("model", "train_file", "prompt", "label_words")
+    assert main(["eval", f"{run}/adapter", *as_flags({k: tiny_options[k] for k in names})]) == 0
+    assert main(["replay", run, "--output-dir", str(tmp_path / "again")]) == 0
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (Path(run) / "adapter" / weights).read_bytes()
+    assert main(["replay", run, "--output-dir", str(tmp_path / "again")]) == 2
+    assert main(["train", "--resume", run]) == 0
+    assert main(["train", "--resume", run, "--steps", "10"]) == 0
+    assert main(["train", "--resume", run, "--steps", "11"]) == 2
+    assert "--steps 11 contradicts the run, which has 10" in capfd.readouterr().err
+
+
+def test_resume_of_no_run(tmp_path, capfd):
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert "not a run directory" in capfd.readouterr().err
+
+
+def test_config_file_with_flags_on_top(tiny_options, tmp_path, capfd):
+    options = {**tiny_options, "steps": 4, "target_modules": ["q_proj"], "label_words": [" terrible", " great"]}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--steps", "2"]) == 0
+    saved = Config.from_dict(json.loads((Path(tiny_options["output_dir"]) / "config.json").read_text()))
+    assert (saved.steps, saved.target_modules, saved.lr) == (2, ("q_proj",), tiny_options["lr"])
+    (tmp_path / "bad.yaml").write_text("stepz: 3\n")
+    assert main(["train", "--config", str(tmp_path / "bad.yaml")]) == 2
+    assert "unknown configuration key 'stepz'" in capfd.readouterr().err
+
+
+def test_verify_exit_code(monkeypatch, capfd):
+    row = dataclasses.make_dataclass("Row", ["backend", "check", "ok", "detail"])
+    monkeypatch.setattr(mezo_kernels, "verify", lambda device=None: [row("numba", "perturb_", True, "")], raising=False)
+    assert main(["verify"]) == 0
+    monkeypatch.setattr(mezo_kernels, "verify", lambda device=None: [row("numba", "perturb_", False, "index 3")])
+    assert main(["verify"]) == 1
+    assert "MISMATCH" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["--help"], []])
+def test_usage(argv, capsys):
+    assert main(argv) == (0 if argv else 2)
+    assert "replay" in capsys.readouterr().out
+
+
+def test_unknown_command(capsys):
+    assert main(["trian"]) == 2
+    assert "unknown command 'trian'" in capsys.readouterr().err
