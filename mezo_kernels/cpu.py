@@ -22,7 +22,8 @@ CHUNK = 2048  # elements of one work item: its buffers (40 KB) stay in L1
 GROUPS = CHUNK // 4 + 2  # Philox blocks of a chunk that begins and ends inside one, and one to spare
 # offsets into a thread's scratch, in words: z; four rows of Philox words; four rows of normals; theta; theta +- eps z
 Z, WORDS, NORMALS, VALUE, MOVED, SCRATCH = (4 * GROUPS * k for k in range(6))
-PARALLEL_FROM = 100_000  # elements; below, waking the thread pool costs more than the second core saves
+# elements drawn by one call; a second thread saves 0.1 ms here where its core is idle, and costs 10 ms where it is not
+PARALLEL_FROM = 200_000
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 THETA, PAIR = 6, 6  # columns of an item: (address, stride, dtype code, n, first index, tensor_id), then two targets
 
