@@ -67,6 +67,8 @@ class Config:
     """Optimisation steps, two forward passes each for every perturbation."""
     batch_size: int = 16
     """Training examples per step."""
+    micro_batch_size: int = 0
+    """Examples per forward pass, to save memory; 0 is the whole batch."""
     lr: float = 1e-4
     """Learning rate."""
     eps: float = 1e-2
@@ -134,7 +136,16 @@ def check(config: Config) -> None:
     for name in ("steps", "batch_size", "num_perturbations", "r", "lora_alpha", "max_length", "trunk_cache_bytes"):
         value = getattr(config, name)
         _require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("k_shot", "num_train", "num_dev", "num_test", "eval_every", "eval_batch_size", "data_seed"):
+    for name in (
+        "k_shot",
+        "num_train",
+        "num_dev",
+        "num_test",
+        "eval_every",
+        "eval_batch_size",
+        "micro_batch_size",
+        "data_seed",
+    ):
         value = getattr(config, name)
         _require(value >= 0, f"--{name.replace('_', '-')} must be at least 0, got {value}")
     for name in ("lr", "eps"):

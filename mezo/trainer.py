@@ -89,14 +89,13 @@ class Trainer:
 
     def _measure(self, step: int) -> StepRecord:
         """Score the step's batch under every perturbation, both signs, and form the update."""
-        batch, labels = self.batches(step), self.labels["train"]
+        batch = self.batches(step)
         seeds = tuple(perturbation_seed(self.config.seed, step, k) for k in range(self.config.num_perturbations))
         losses = []
         for k, seed in enumerate(seeds):
             if k:
                 self.runtime.step([], seed, self.config.eps)
-            pair = self.runtime.score_pair("train", batch)
-            losses.append(tuple(self.objective(scores, labels[batch]).item() for scores in pair))
+            losses.append(self._losses(batch))
             self._verify()
         loss_plus, loss_minus = zip(*losses, strict=True)
         grads = tuple(projected_grad(*pair, self.config.eps) for pair in losses)
@@ -104,6 +103,16 @@ class Trainer:
             return StepRecord(step, seeds, grads, (0.0,) * len(seeds), 1.0, loss_plus, loss_minus, skipped=True)
         decay = 1 - self.config.lr * self.config.weight_decay
         return StepRecord(step, seeds, grads, coefficients(grads, self.config.lr), decay, loss_plus, loss_minus)
+
+    def _losses(self, batch: list[int]) -> tuple[float, float]:
+        """Mean loss of the batch at theta + eps z and theta - eps z, under the same z for every micro-batch."""
+        size, labels = self.config.micro_batch_size or len(batch), self.labels["train"]
+        sums = [0.0, 0.0]
+        for i in range(0, len(batch), size):
+            part = batch[i : i + size]
+            for sign, scores in enumerate(self.runtime.score_pair("train", part)):
+                sums[sign] += self.objective(scores, labels[part]).item() * len(part)
+        return sums[0] / len(batch), sums[1] / len(batch)
 
     def _apply(self, record: StepRecord) -> None:
         """Update theta and write both signs of the next step, in one pass."""

@@ -3,11 +3,13 @@
 from mezo_kernels.layout import ParamLayout, ParamSlot, canonical_name
 from mezo_kernels.ops import available_backends, perturb_, rademacher, standard_normal, step_, sum_of_squares
 from mezo_kernels.philox import Z_STREAM_VERSION, lora_init, perturbation_seed, tensor_id
+from mezo_kernels.verify import VerifyRow, verify
 
 __all__ = [
     "Z_STREAM_VERSION",
     "ParamLayout",
     "ParamSlot",
+    "VerifyRow",
     "available_backends",
     "canonical_name",
     "lora_init",
@@ -18,4 +20,5 @@ __all__ = [
     "step_",
     "sum_of_squares",
     "tensor_id",
+    "verify",
 ]

@@ -110,6 +110,16 @@ def _pointers(storage_ptr, kind, at, MODE: tl.constexpr, WIDTH: tl.constexpr, CO
 
 
 @triton.jit
+def _widen_bf16(x):
+    if INTERPRETED:
+        # the interpreter flushes subnormals
+        wide = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = x.to(tl.float32)
+    return wide
+
+
+@triton.jit
 def _load_as(storage_ptr, at, DTYPE: tl.constexpr, MODE: tl.constexpr, WIDTH: tl.constexpr):
     if DTYPE == FP32 and WIDTH == 8:
         # two accesses of 128 bits, so that a unit stays with its lane beside 16-bit storage
@@ -118,7 +128,7 @@ def _load_as(storage_ptr, at, DTYPE: tl.constexpr, MODE: tl.constexpr, WIDTH: tl
     elif DTYPE == FP32:
         value = tl.load(_pointers(storage_ptr, tl.float32, at, MODE, WIDTH, WIDTH), mask=at[3])
     elif DTYPE == BF16:
-        value = tl.load(_pointers(storage_ptr, tl.bfloat16, at, MODE, WIDTH, WIDTH), mask=at[3]).to(tl.float32)
+        value = _widen_bf16(tl.load(_pointers(storage_ptr, tl.bfloat16, at, MODE, WIDTH, WIDTH), mask=at[3]))
     else:
         value = tl.load(_pointers(storage_ptr, tl.float16, at, MODE, WIDTH, WIDTH), mask=at[3]).to(tl.float32)
     return value
@@ -127,7 +137,7 @@ def _load_as(storage_ptr, at, DTYPE: tl.constexpr, MODE: tl.constexpr, WIDTH: tl
 @triton.jit
 def _round_to_bf16(x):
     if INTERPRETED:
-        # the interpreter truncates: round the bits to nearest even, and keep NaN a NaN
+        # the interpreter truncates
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)

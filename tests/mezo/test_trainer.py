@@ -200,6 +200,20 @@ def test_training_learns(tiny_config):
     assert result["test"]["after"]["accuracy"] >= 0.9
 
 
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_micro_batches_give_the_losses_of_the_batch(tiny_config, tmp_path, size):
+    whole = dataclasses.replace(tiny_config, steps=3)
+    parts = dataclasses.replace(whole, micro_batch_size=size, output_dir=str(tmp_path / "parts"))
+    logs = []
+    for config in (whole, parts):
+        commands.train(config)
+        logs.append(read_trajectory(Path(config.output_dir) / "trajectory.jsonl")[1])
+    for a, b in zip(*logs, strict=True):
+        # float32 forward passes of other shapes; the mean itself is float64
+        assert b.loss_plus == pytest.approx(a.loss_plus, abs=1e-6)
+        assert b.loss_minus == pytest.approx(a.loss_minus, abs=1e-6)
+
+
 def nan_at(steps):
     """cross_entropy that is NaN at the given calls, two of which make a step."""
     calls = iter(range(10**6))
