@@ -1,0 +1,123 @@
+"""What only a real GPU can show. The parity of every op with the reference on the GPU is in test_triton.py."""
+
+import importlib
+
+import pytest
+import torch
+
+import mezo_kernels as mk
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
+]
+
+
+def kernels() -> dict:
+    """The kernels by name; `mezo_kernels.triton.step` may be the module or an op of the same name."""
+    names = ("perturb", "step", "sum_of_squares", "standard_normal")
+    return {name: getattr(importlib.import_module(f"mezo_kernels.triton.{name}"), f"_{name}_kernel") for name in names}
+
+
+def compiled() -> dict[str, int]:
+    """Compiled variants of each kernel on the current device."""
+    return {name: len(kernel.device_caches[torch.cuda.current_device()][0]) for name, kernel in kernels().items()}
+
+
+def master(n: int = 5000) -> mk.ParamLayout:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"w{i}": torch.randn(n + 8 * i, generator=generator).cuda() for i in range(4)}
+    return mk.ParamLayout(tensors)
+
+
+def targets(theta: mk.ParamLayout, dtype=torch.bfloat16) -> tuple[mk.ParamLayout, mk.ParamLayout]:
+    return tuple(theta.like([torch.zeros_like(t, dtype=dtype) for t in theta.tensors]) for _ in range(2))
+
+
+def test_the_default_backend_is_triton():
+    theta, expected = master(), master()
+    mk.perturb_(theta, 0.1, 3)
+    mk.perturb_(expected, 0.1, 3, backend="triton")
+    assert all(map(torch.equal, theta.tensors, expected.tensors))
+    assert "triton" in mk.available_backends("cuda")
+
+
+def test_no_per_step_value_compiles_a_second_variant():
+    theta = master()
+    plus, minus = targets(theta)
+
+    def step(seed, updates):
+        mk.perturb_(theta, 1e-3 * (seed % 7), seed)
+        mk.step_(theta, updates, next_seed=seed, eps=1e-3 + seed % 3, plus=plus, minus=minus)
+        mk.sum_of_squares(theta, seed)
+
+    step(0, [(0, 0.0)])
+    before = compiled()
+    for seed in (1, 2, 16, 2**31, 2**32 + 1, 2**63, 2**64 - 1):
+        step(seed, [(seed, 0.5 * (k % 2), 1.0 - 0.1 * k) for k in range(1 + seed % 17)])
+    assert compiled() == before
+
+
+def test_steps_replay_in_a_cuda_graph():
+    """A captured step is the step: same bits, and nothing in it waits for the device or reads the host."""
+    expected, theta = master(), master()
+    results = targets(expected), targets(theta)
+
+    def step(layout, plus, minus):
+        mk.perturb_(layout, 1e-3, 5)
+        mk.step_(layout, [(2**64 - 1, 0.1), (7, 0.2, 0.9)], next_seed=2**63, eps=1e-3, plus=plus, minus=minus)
+
+    for _ in range(3):
+        step(expected, *results[0])
+    # compiles the kernels and builds the tables, which capture cannot; the values are put back
+    start = [t.clone() for t in theta.tensors]
+    step(theta, *results[1])
+    for tensor, value in zip(theta.tensors, start, strict=True):
+        tensor.copy_(value)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(theta, *results[1])
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    for ours, theirs in zip((theta, *results[1]), (expected, *results[0]), strict=True):
+        assert all(map(torch.equal, ours.tensors, theirs.tensors))
+
+
+def test_ops_do_not_synchronise():
+    theta = master()
+    plus, minus = targets(theta)
+
+    def step():
+        mk.perturb_(theta, 1e-3, 5)
+        mk.step_(theta, [(6, 0.1)], next_seed=7, eps=1e-3, plus=plus, minus=minus)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_storage_beyond_int32():
+    """A tensor of more than 2**31 elements: offsets, not only indices, are 64 bits wide."""
+    n = 2**31 + 4099
+    if torch.cuda.mem_get_info()[0] < 3 * n:
+        pytest.skip(f"needs {3 * n / 2**30:.0f} GiB of free GPU memory")
+    tensor = torch.zeros(n, dtype=torch.bfloat16, device="cuda")
+    mk.perturb_(mk.ParamLayout({"w": tensor}), 1.0, 3)
+    for start in (0, 2**30 - 7, 2**31 - 2000, n - 3000):
+        expected = mk.standard_normal(3, "w", start, 3000, backend="reference").bfloat16()
+        assert torch.equal(tensor[start : start + 3000].cpu(), expected)
+
+
+def test_many_parameters_in_one_launch():
+    """Several hundred tensors, ragged and not, agree with the reference."""
+    tensors = {f"w{i}": torch.full((i % 37 + 1, i % 13 + 1), 0.5, device="cuda") for i in range(500)}
+    theta, expected = mk.ParamLayout(tensors), mk.ParamLayout({name: t.cpu() for name, t in tensors.items()})
+    mk.perturb_(theta, 0.1, 11)
+    mk.perturb_(expected, 0.1, 11, backend="reference")
+    for ours, theirs in zip(theta.tensors, expected.tensors, strict=True):
+        assert torch.equal(ours.cpu(), theirs)
