@@ -181,11 +181,10 @@ def make_header(config: Config, spec: AdapterSpec) -> dict:
     return header(config.seed, init, asdict(spec))
 
 
-def initial_theta(first_line: dict, directory: Path) -> dict[str, torch.Tensor]:
-    """theta_0 of a run: lora_A from the z stream and lora_B zero, or the file the run started from."""
+def initial_theta(first_line: dict, path: Path) -> dict[str, torch.Tensor]:
+    """theta_0 of a run: lora_A from the z stream and lora_B zero, or the adapter file at `path` it started from."""
     shapes = {name: tuple(shape) for name, shape in first_line["shapes"].items()}
     if first_line["init"]["kind"] == "file":
-        path = directory / first_line["init"]["file"]
         if hashlib.sha256(path.read_bytes()).hexdigest() != first_line["init"]["sha256"]:
             raise UserError(f"{path} is not the adapter this run started from: its SHA-256 differs; restore it")
         return load_adapter(path, shapes)
@@ -223,6 +222,6 @@ def replay(run: str | Path, until: str = "best", backend: str | None = None) -> 
         raise UserError(f"--until must be best, last or a number of steps from 0 to {len(records)}, got {until}")
     steps = len(records) if until == "last" else best if until == "best" else int(until)
     steps = len(records) if steps is None else steps
-    theta = initial_theta(first_line, directory)
+    theta = initial_theta(first_line, directory / INITIAL)
     replay_records(theta, records[:steps], backend)
     return theta, first_line, steps

@@ -63,7 +63,8 @@ def _train(argv: list[str]) -> int:
         result = commands.resume(path)
     if result is None:
         return 130
-    _show_result(result)
+    if result:
+        _show_result(result)
     return 0
 
 

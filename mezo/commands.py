@@ -9,6 +9,7 @@ from mezo import checkpoint
 from mezo.checkpoint import RunDirectory
 from mezo.config import Config, UserError
 from mezo.objectives import evaluate as evaluate_scores
+from mezo.parallel import Ranks
 from mezo.runtimes.hf import HFRuntime
 from mezo.runtimes.peft_model import is_masked, load_tokenizer
 from mezo.tasks import load_splits
@@ -17,43 +18,58 @@ from mezo.trajectory import read_trajectory
 
 
 def train(config: Config) -> dict | None:
-    """Start a run and carry it through.
+    """Start a run and carry it through. Under torchrun all ranks call this; after an elastic restart it resumes.
 
     Returns:
-        What result.json holds, or None if Ctrl-C stopped it.
+        What result.json holds ({} on ranks above 0), or None if Ctrl-C stopped it.
     Raises:
         UserError: before anything is written.
     """
-    checkpoint.refuse_existing(config.output_dir)
+    ranks = Ranks()
+    if ranks.restarted and (Path(config.output_dir) / "trajectory.jsonl").is_file():
+        return resume(config.output_dir, ranks)
+    if ranks.leads:
+        checkpoint.refuse_existing(config.output_dir)
+    _check_ranks(config, ranks)
     runtime, splits = _load(config)
-    initial = Path(config.adapter) / checkpoint.WEIGHTS if config.adapter else None
-    if initial:
-        checkpoint.load_adapter(config.adapter, runtime.spec.shapes)
     header = checkpoint.make_header(config, runtime.spec)
-    run = RunDirectory.create(config.output_dir, config, header, initial)
-    runtime.load(checkpoint.initial_theta(header, run.path))
-    return Trainer(config, runtime, splits, run).train()
+    initial = Path(config.adapter) / checkpoint.WEIGHTS
+    runtime.load(checkpoint.initial_theta(header, initial))
+    if ranks.leads:
+        run = RunDirectory.create(config.output_dir, config, header, initial if config.adapter else None)
+    else:
+        run = RunDirectory(Path(config.output_dir))
+    return Trainer(config, runtime, splits, run, ranks=ranks).train()
 
 
-def resume(path: str) -> dict | None:
+def resume(path: str, ranks: Ranks | None = None) -> dict | None:
     """Carry an interrupted run through, to the bit; check a finished one.
 
     Returns:
         As `train`; for a finished run, its result.
     """
-    run = RunDirectory.open(path)
+    ranks = ranks or Ranks()
+    run = RunDirectory.open(path) if ranks.leads else RunDirectory(Path(path))
     config = run.read_config()
     first_line, records = read_trajectory(run.trajectory)
     if run.result.is_file() and len(records) >= config.steps:
         return _check_finished(run)
-    kept = [row for row in run.read_metrics() if row["step"] <= len(records)]
-    run.write_metrics(kept)
+    _check_ranks(config, ranks)
+    if ranks.leads:
+        run.write_metrics([row for row in run.read_metrics() if row["step"] <= len(records)])
     runtime, splits = _load(config)
     _same_run(first_line, checkpoint.make_header(config, runtime.spec), path)
-    theta = checkpoint.initial_theta(first_line, run.path)
+    theta = checkpoint.initial_theta(first_line, run.path / checkpoint.INITIAL)
     checkpoint.replay_records(theta, records, _backend(config))
     runtime.load(theta)
-    return Trainer(config, runtime, splits, run, records).train()
+    return Trainer(config, runtime, splits, run, records, ranks).train()
+
+
+def _check_ranks(config: Config, ranks: Ranks) -> None:
+    shared = config.batch_size if config.parallel == "data" else config.num_perturbations
+    if shared < ranks.size:
+        name = "batch-size" if config.parallel == "data" else "num-perturbations"
+        raise UserError(f"--{name} {shared} cannot be shared by {ranks.size} ranks: raise it or start fewer")
 
 
 def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:

@@ -77,6 +77,8 @@ class Config:
     """Decoupled: theta <- theta (1 - lr weight_decay) each step."""
     num_perturbations: int = 1
     """Directions averaged per step (n-SPSA)."""
+    parallel: Literal["data", "perturbations"] = "data"
+    """What the processes that torchrun started share: the examples of a batch, or the perturbations of a step."""
     objective: Literal["cross_entropy", "lm_cross_entropy", "accuracy"] = "cross_entropy"
     """Loss: over the options, over the vocabulary for the right option's tokens, or minus the accuracy."""
     seed: int = 0

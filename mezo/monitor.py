@@ -18,14 +18,15 @@ class Monitor:
         directory: TensorBoard event files go there.
         steps: length of the run.
         start: step the run (re)starts at.
+        quiet: show and write nothing.
     """
 
-    def __init__(self, directory: Path, steps: int, start: int):
+    def __init__(self, directory: Path, steps: int, start: int, quiet: bool = False):
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
         from torch.utils.tensorboard import SummaryWriter  # slow to import; not needed by eval and replay
 
-        self.writer = SummaryWriter(str(directory), purge_step=start)
-        self.console = Console(stderr=True)
+        self.writer = None if quiet else SummaryWriter(str(directory), purge_step=start)
+        self.console = Console(stderr=True, quiet=quiet)
         self.progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -34,6 +35,7 @@ class Monitor:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
+            disable=quiet,
         )
         self.task = self.progress.add_task("", total=steps, completed=start, loss=float("nan"), grad=0.0, rate=0.0)
 
@@ -43,7 +45,8 @@ class Monitor:
 
     def __exit__(self, *exc):
         self.progress.stop()
-        self.writer.close()
+        if self.writer:
+            self.writer.close()
 
     def step(self, record: StepRecord, rate: float) -> None:
         """Show one step; `rate` in steps a second."""
@@ -51,7 +54,7 @@ class Monitor:
         loss = sum(record.loss_plus + record.loss_minus) / (2 * n)
         grad = sum(map(abs, record.projected_grads)) / n
         self.progress.update(self.task, completed=record.step + 1, loss=loss, grad=grad, rate=rate)
-        if record.step % LOG_EVERY == 0:
+        if self.writer and record.step % LOG_EVERY == 0:
             points = {"train/loss": loss, "train/abs_projected_grad": grad, "train/steps_per_second": rate}
             for name, value in points.items():
                 self.writer.add_scalar(name, value, record.step)

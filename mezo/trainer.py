@@ -15,6 +15,7 @@ from mezo.config import Config, RunError
 from mezo.estimator import coefficients, projected_grad, usable
 from mezo.monitor import Monitor
 from mezo.objectives import OBJECTIVES, evaluate
+from mezo.parallel import Ranks
 from mezo.runtimes.base import Example, Runtime, StepUpdate
 from mezo.trajectory import StepRecord, TrajectoryWriter, write_line
 from mezo_kernels import perturbation_seed
@@ -32,6 +33,7 @@ class Trainer:
         splits: tokenised examples by split; "train" is needed.
         run: its locked directory.
         records: steps done already.
+        ranks: the processes that share the work; rank 0 alone writes and evaluates.
     """
 
     def __init__(
@@ -41,8 +43,9 @@ class Trainer:
         splits: dict[str, Sequence[Example]],
         run: RunDirectory,
         records: Sequence[StepRecord] = (),
+        ranks: Ranks | None = None,
     ):
-        self.config, self.runtime, self.run = config, runtime, run
+        self.config, self.runtime, self.run, self.ranks = config, runtime, run, ranks or Ranks()
         self.records = list(records)
         self.metrics = [row for row in run.read_metrics() if row["step"] <= len(self.records)]
         self.labels = {split: torch.tensor([e.label for e in examples]) for split, examples in splits.items()}
@@ -51,52 +54,49 @@ class Trainer:
         self.eval_every = config.eval_every or max(1, config.steps // TENTHS)
         self.verify_every = config.verify_every or max(1, config.steps // TENTHS)
         self.seconds = {"training": 0.0, "evaluation": 0.0, "filling": runtime.seconds_filling}
-        self.steps_timed, self.watching, self.interrupted = 0, False, False
+        self.steps_timed, self.steps_here = 0, 0
+        self.watching, self.interrupted, self.stopping = False, False, False
 
     def train(self) -> dict | None:
-        """Run to the last step and return result.json's content, or None if interrupted by Ctrl-C."""
+        """Run to the last step; return what result.json holds, {} on ranks above 0, None if stopped by Ctrl-C."""
         start = len(self.records)
         handler = signal.signal(signal.SIGINT, self._interrupt) if _main_thread() else None
-        self.log = TrajectoryWriter(self.run.trajectory)
+        self.log = TrajectoryWriter(self.run.trajectory) if self.ranks.leads else None
         try:
-            with Monitor(self.run.tensorboard, self.config.steps, start) as self.monitor:
+            with Monitor(self.run.tensorboard, self.config.steps, start, quiet=not self.ranks.leads) as self.monitor:
                 self.monitor.say(self.runtime.describe())
                 self._restore_clock()
                 self._write_next(start, [], watch=self.verify_every > 0)
                 self._evaluate_if_due(start)
                 for step in range(start, self.config.steps):
                     self._step(step)
-                    if self.interrupted:
+                    if self.stopping or (self.interrupted and self.ranks.size == 1):
                         return self._stop()
-                return self._finish()
+                return self._finish() if self.ranks.leads else {}
         finally:
-            self.log.close()
+            if self.log:
+                self.log.close()
             if handler is not None:
                 signal.signal(signal.SIGINT, handler)
 
     def _step(self, step: int) -> None:
         started, filled = time.perf_counter(), self.runtime.seconds_filling
         record = self._measure(step)
-        self.log.append(record)
+        if self.log:
+            self.log.append(record)
         self._apply(record)
         filling = self.runtime.seconds_filling - filled
         self.seconds["filling"] += filling
         self.seconds["training"] += time.perf_counter() - started - filling
-        self.steps_timed += 1
+        self.steps_timed, self.steps_here = self.steps_timed + 1, self.steps_here + 1
         self.monitor.step(record, self.steps_timed / self.seconds["training"])
         self._give_up_if_stuck()
         self._evaluate_if_due(step + 1)
 
     def _measure(self, step: int) -> StepRecord:
         """Score the step's batch under every perturbation, both signs, and form the update."""
-        batch = self.batches(step)
         seeds = tuple(perturbation_seed(self.config.seed, step, k) for k in range(self.config.num_perturbations))
-        losses = []
-        for k, seed in enumerate(seeds):
-            if k:
-                self.runtime.step([], seed, self.config.eps)
-            losses.append(self._losses(batch))
-            self._verify()
+        losses = self._share_losses(seeds, self.batches(step))
         loss_plus, loss_minus = zip(*losses, strict=True)
         grads = tuple(projected_grad(*pair, self.config.eps) for pair in losses)
         if not usable(loss_plus + loss_minus):
@@ -104,15 +104,33 @@ class Trainer:
         decay = 1 - self.config.lr * self.config.weight_decay
         return StepRecord(step, seeds, grads, coefficients(grads, self.config.lr), decay, loss_plus, loss_minus)
 
-    def _losses(self, batch: list[int]) -> tuple[float, float]:
-        """Mean loss of the batch at theta + eps z and theta - eps z, under the same z for every micro-batch."""
+    def _share_losses(self, seeds: tuple[int, ...], batch: list[int]) -> list[tuple[float, float]]:
+        """Mean losses (plus, minus) of the batch for every seed, each rank having scored its part."""
+        rank, size, n = self.ranks.rank, self.ranks.size, len(seeds)
+        by_data = self.config.parallel == "data"
+        mine = batch[rank * len(batch) // size : (rank + 1) * len(batch) // size] if by_data else batch
+        sums = [0.0] * (2 * n)
+        for k in range(n) if by_data else range(rank, n, size):
+            if k:
+                self._verify()
+                self.runtime.step([], seeds[k], self.config.eps)
+            sums[2 * k : 2 * k + 2] = self._loss_sums(mine)
+            self._verify()
+        gathered = self.ranks.gather([float(self.interrupted), *sums])
+        self.stopping = any(values[0] for values in gathered)
+        # a rank's part that another scored is an exact zero
+        total = [sum(values) / len(batch) for values in list(zip(*gathered, strict=True))[1:]]
+        return list(zip(total[::2], total[1::2], strict=True))
+
+    def _loss_sums(self, batch: list[int]) -> list[float]:
+        """Losses at theta + eps z and theta - eps z, summed over the batch: the same z for every micro-batch."""
         size, labels = self.config.micro_batch_size or len(batch), self.labels["train"]
         sums = [0.0, 0.0]
         for i in range(0, len(batch), size):
             part = batch[i : i + size]
             for sign, scores in enumerate(self.runtime.score_pair("train", part)):
                 sums[sign] += self.objective(scores, labels[part]).item() * len(part)
-        return sums[0] / len(batch), sums[1] / len(batch)
+        return sums
 
     def _apply(self, record: StepRecord) -> None:
         """Update theta and write both signs of the next step, in one pass."""
@@ -120,6 +138,8 @@ class Trainer:
         update = StepUpdate(record.seeds, record.coefficients, record.decay)
         due = self.verify_every > 0 and len(self.records) % self.verify_every == 0
         self._write_next(record.step + 1, [update], watch=due and len(self.records) < self.config.steps)
+        if due and self.ranks.size > 1:
+            self.ranks.check_equal(self.runtime.theta(), len(self.records))
 
     def _write_next(self, step: int, updates: list[StepUpdate], watch: bool) -> None:
         self.watching = watch
@@ -142,7 +162,8 @@ class Trainer:
 
     def _evaluate_if_due(self, step: int) -> None:
         """Evaluate dev on schedule, and test and train before the first step; keep the adapter if it is the best."""
-        if step % self.eval_every and step != self.config.steps:
+        due = step % self.eval_every == 0 or step == self.config.steps
+        if not due or not self.ranks.leads:
             return
         if step == 0:
             for split in self._before_and_after():
@@ -227,6 +248,8 @@ class Trainer:
             "seconds_cache_filling": seconds["filling"],
             "seconds_evaluation": seconds["evaluation"],
             "steps_per_second": self.steps_timed / max(seconds["training"], 1e-9),
+            "ranks": self.ranks.size,
+            "bytes_exchanged_per_step": self.ranks.bytes_exchanged / max(self.steps_here, 1),
             "tokens_scored": tokens.scored,
             "tokens_computed": round(tokens.computed),
             "tokens_reused": round(tokens.reused),
@@ -243,7 +266,7 @@ class Trainer:
         self.interrupted = True
 
     def _stop(self) -> None:
-        if best_step(self.metrics) is None:
+        if self.ranks.leads and best_step(self.metrics) is None:
             save_adapter(self.run.adapter, self.runtime.spec.peft, self.runtime.theta())
         done = len(self.records)
         self.monitor.say(f"stopped after step {done}; continue with: mezo train --resume {self.run.path}")

@@ -1,0 +1,110 @@
+"""Data parallelism by scalars: real processes on gloo, equal to one process, stopped by a rank that differs."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mezo import commands
+from mezo.checkpoint import WEIGHTS
+from mezo.trajectory import read_trajectory
+
+SUMS = 1e-6  # float32 forward passes of other batch shapes; the sums over ranks are float64
+
+
+def torchrun(config, ranks, as_flags, before="", restarts=0):
+    """Run `mezo train` in several processes; `before` is Python code each of them runs first."""
+    changed = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default
+    }
+    script = Path(config.output_dir).with_suffix(".py")
+    script.write_text(f"import sys\n{before}\nfrom mezo.cli import main\nsys.exit(main())\n")
+    launch = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, str(script), "train", *as_flags(changed)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def outcome(directory):
+    records = read_trajectory(Path(directory) / "trajectory.jsonl")[1]
+    return records, load_file(Path(directory) / "adapter" / WEIGHTS)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_sharing_the_batch_equals_one_process_to_summation_order(tiny_config, tmp_path, as_flags, ranks):
+    one = dataclasses.replace(tiny_config, steps=12, eval_every=6)
+    several = dataclasses.replace(one, output_dir=str(tmp_path / "several"))
+    commands.train(one)
+    done = torchrun(several, ranks, as_flags)
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(outcome(one.output_dir)[0], outcome(several.output_dir)[0], strict=True):
+        assert b.seeds == a.seeds
+        assert b.loss_plus == pytest.approx(a.loss_plus, abs=SUMS)
+    result = json.loads((Path(several.output_dir) / "result.json").read_text())
+    assert result["ranks"] == ranks
+    # three float64 numbers a rank each step, and a hash where theta is compared
+    assert 3 * 8 * ranks <= result["bytes_exchanged_per_step"] <= 4 * 8 * ranks
+
+
+def test_sharing_perturbations_equals_one_process_bit_for_bit(tiny_config, tmp_path, as_flags):
+    one = dataclasses.replace(tiny_config, steps=12, eval_every=6, num_perturbations=3, parallel="perturbations")
+    several = dataclasses.replace(one, output_dir=str(tmp_path / "several"))
+    commands.train(one)
+    done = torchrun(several, 2, as_flags)
+    assert done.returncode == 0, done.stderr
+    (records, adapter), (again, same) = outcome(one.output_dir), outcome(several.output_dir)
+    assert again == records
+    assert all(torch.equal(adapter[name], same[name]) for name in adapter)
+
+
+def test_a_rank_whose_theta_differs_stops_the_run_by_name(tiny_config, as_flags):
+    flip = """
+import os, torch
+from mezo.runtimes.hf import HFRuntime
+load = HFRuntime.load
+def wrong(self, theta):
+    load(self, theta)
+    if os.environ["RANK"] == "1":
+        self.master.tensors[0].view(torch.int32)[0, 0] ^= 1
+HFRuntime.load = wrong
+"""
+    done = torchrun(dataclasses.replace(tiny_config, steps=12, verify_every=3), 2, as_flags, before=flip)
+    assert done.returncode != 0
+    assert "step 3: theta of rank 1 differs from that of rank 0" in done.stderr
+
+
+def test_a_killed_rank_is_restarted_and_the_log_carries_on(tiny_config, tmp_path, as_flags):
+    """SIGKILL to rank 1 in step 7: torchrun starts all ranks again and they replay the log."""
+    kill = """
+import os, signal
+from mezo.trainer import Trainer
+measure = Trainer._measure
+def die(self, step):
+    if step == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return measure(self, step)
+Trainer._measure = die
+"""
+    options = {"steps": 12, "eval_every": 6, "num_perturbations": 2, "parallel": "perturbations"}
+    one = dataclasses.replace(tiny_config, **options)
+    several = dataclasses.replace(one, output_dir=str(tmp_path / "several"))
+    commands.train(one)
+    done = torchrun(several, 2, as_flags, before=kill, restarts=1)
+    assert done.returncode == 0, done.stderr
+    (records, adapter), (again, same) = outcome(one.output_dir), outcome(several.output_dir)
+    assert again == records
+    assert all(torch.equal(adapter[name], same[name]) for name in adapter)
+
+
+def test_more_ranks_than_work_are_refused(tiny_config, as_flags):
+    done = torchrun(dataclasses.replace(tiny_config, parallel="perturbations"), 2, as_flags)
+    assert "--num-perturbations 1 cannot be shared by 2 ranks" in done.stderr
+    assert not Path(tiny_config.output_dir).exists()
