@@ -55,4 +55,5 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["summary"] = rows.summary
     for row in output_json["benchmarks"]:
         row["stats"] = {name: row["stats"][name] for name in ("min", "median", "max", "iqr", "rounds")}
-        row.pop("options", None)
+        for name in ("options", "params", "param", "group"):
+            row.pop(name, None)

@@ -16,7 +16,7 @@ def _cpu_model() -> str:
 
 
 def describe() -> dict:
-    """CPU, cores, threads and the versions a time depends on."""
+    """CPU, cores, threads, versions, and the load average: what a time depends on."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -24,6 +24,7 @@ def describe() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numba": numba.__version__,
+        "load": os.getloadavg()[0],
         "vectors": torch.backends.cpu.get_cpu_capability(),
     }
 
