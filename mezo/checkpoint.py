@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from mezo.config import Config, UserError
 from mezo.runtimes.base import AdapterSpec
 from mezo.trajectory import StepRecord, drop_torn_line, header, read_lines, read_trajectory
-from mezo_kernels import ParamLayout, lora_init, step_
+from mezo_kernels import ParamLayout, canonical_name, lora_init, step_
 
 WEIGHTS, PEFT_CONFIG, INITIAL = "adapter_model.safetensors", "adapter_config.json", "initial_adapter.safetensors"
 UPDATES_PER_PASS = 512
@@ -130,13 +130,36 @@ def save_adapter(directory: Path, peft: dict, theta: dict[str, torch.Tensor]) ->
     os.replace(part, directory / WEIGHTS)
 
 
-def load_adapter(directory: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Read an adapter as float32 tensors by canonical name, checked against the shapes to be trained."""
-    path = Path(directory) / WEIGHTS if Path(directory).is_dir() else Path(directory)
+def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
+    """Tensors of an adapter directory or file as float32, by canonical name."""
+    path = directory / WEIGHTS if directory.is_dir() else directory
     try:
-        theta = {name: tensor.float() for name, tensor in load_file(path).items()}
+        return {canonical_name(name): tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"adapter {directory}: {WEIGHTS} cannot be read there ({error})") from error
+
+
+def check_plain_lora(peft: dict, directory: str) -> None:
+    """Raise UserError if an adapter is more than LoRA on linear layers of one rank."""
+    if peft.get("peft_type") != "LORA":
+        raise UserError(f"adapter {directory}: peft_type must be LORA, got {peft.get('peft_type')}")
+    for key in (
+        "use_dora",
+        "use_rslora",
+        "modules_to_save",
+        "rank_pattern",
+        "alpha_pattern",
+        "trainable_token_indices",
+    ):
+        if peft.get(key):
+            raise UserError(f"adapter {directory}: {key} is {peft[key]}, only plain LoRA can be trained on")
+    if peft.get("bias", "none") != "none" or not isinstance(peft["target_modules"], list):
+        raise UserError(f"adapter {directory}: expected bias none and a list of target_modules")
+
+
+def load_adapter(directory: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Read an adapter as float32 tensors by canonical name, checked against the shapes to be trained."""
+    theta = read_adapter(Path(directory))
     if set(theta) != set(shapes):
         odd = sorted(set(theta) ^ set(shapes))[0]
         raise UserError(

@@ -18,6 +18,9 @@ USAGE = """usage: mezo COMMAND [options]
   train    fine-tune a model with forward passes only; --resume RUN continues a run
   eval     score a run's adapter, or any adapter
   replay   rebuild an adapter from a run's log alone
+  export   write a run's adapter, or the base model with the adapter merged
+  import   make an adapter of someone else's ready for --adapter
+  trajectory show, verify or truncate a run's log
   verify   compare every backend with the reference on this machine, bit for bit
   demo     fine-tune a small model on movie reviews, from download to plots
 
@@ -27,7 +30,16 @@ mezo COMMAND --help lists a command's options."""
 def main(argv: list[str] | None = None) -> int:
     """Run a command; exit code 0, 1 (the run or check failed), 2 (a mistake in the call) or 130 (Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": _train, "eval": _eval, "replay": _replay, "verify": _verify, "demo": _demo}
+    commands = {
+        "train": _train,
+        "eval": _eval,
+        "replay": _replay,
+        "export": _export,
+        "import": _import,
+        "trajectory": _trajectory,
+        "verify": _verify,
+        "demo": _demo,
+    }
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
@@ -164,6 +176,75 @@ def _replay(argv: list[str]) -> int:
     backend = None if options.backend == "auto" else options.backend
     steps = commands.replay(options.run, options.output_dir, options.until, backend)
     print(f"replayed {steps} steps of {options.run} into {options.output_dir}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _ExportOptions:
+    """Write a run's best adapter for others to use."""
+
+    run: tyro.conf.Positional[str]
+    """Run directory, or any adapter directory."""
+    output_dir: str
+    """Directory to create."""
+    format: Literal["peft", "merged"] = "peft"
+    """peft: the adapter; merged: the base model with the adapter added in float32 and cast once."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the merged model; auto is that of the base checkpoint."""
+
+
+def _export(argv: list[str]) -> int:
+    options = tyro.cli(_ExportOptions, args=argv, prog="mezo export")
+    from mezo import commands
+
+    commands.export(options.run, options.output_dir, options.format, options.dtype)
+    print(f"exported {options.run} to {options.output_dir}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _ImportOptions:
+    """Make a LoRA adapter from elsewhere (any dtype) ready for `mezo train --adapter`."""
+
+    adapter: tyro.conf.Positional[str]
+    """PEFT adapter directory."""
+    output_dir: str
+    """Adapter directory to create."""
+
+
+def _import(argv: list[str]) -> int:
+    options = tyro.cli(_ImportOptions, args=argv, prog="mezo import")
+    from mezo import commands
+
+    commands.import_adapter(options.adapter, options.output_dir)
+    print(f"imported {options.adapter}; start from it with: mezo train --adapter {options.output_dir}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrajectoryOptions:
+    """Show, check or cut back a run's log."""
+
+    action: tyro.conf.Positional[Literal["show", "verify", "truncate"]]
+    """show: a summary; verify: that every line follows from the header and config; truncate: cut back to --step."""
+    run: tyro.conf.Positional[str]
+    """Run directory."""
+    step: int = -1
+    """Steps to keep, for truncate; what is cut off is kept in the run directory."""
+
+
+def _trajectory(argv: list[str]) -> int:
+    options = tyro.cli(_TrajectoryOptions, args=argv, prog="mezo trajectory")
+    from mezo import logbook
+
+    if options.action == "show":
+        for label, text in logbook.summary(options.run).items():
+            print(f"{label:<17} {text}")
+    elif options.action == "verify":
+        print(f"{options.run}: {logbook.verify(options.run)} steps, each follows from the header and config.json")
+    else:
+        kept = logbook.truncate(options.run, options.step)
+        print(f"cut {options.run} back to {options.step} steps; what was there is in {kept}")
     return 0
 
 

@@ -11,6 +11,7 @@ from mezo.config import Config, UserError
 from mezo.objectives import evaluate as evaluate_scores
 from mezo.parallel import Ranks
 from mezo.runtimes.hf import HFRuntime
+from mezo.runtimes.merge import merge
 from mezo.runtimes.peft_model import is_masked, load_tokenizer
 from mezo.tasks import load_splits
 from mezo.trainer import Trainer
@@ -97,11 +98,46 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
 
 def replay(run: str, output_dir: str, until: str = "best", backend: str | None = None) -> int:
     """Rebuild an adapter from a run's log and write it; return the number of steps applied."""
-    if Path(output_dir).exists():
-        raise UserError(f"--output-dir {output_dir} exists and is never overwritten: choose another")
+    _refuse_output(output_dir)
     theta, header, steps = checkpoint.replay(run, until, backend)
     checkpoint.save_adapter(Path(output_dir), header["peft"], theta)
     return steps
+
+
+def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -> None:
+    """Write a run's best adapter for others to use.
+
+    Args:
+        run: run directory, or any adapter directory.
+        output_dir: directory to create.
+        form: "peft", an adapter; "merged", the base model with the adapter added in float32 and cast once.
+        dtype: of the merged model; auto is that of the base checkpoint.
+    """
+    _refuse_output(output_dir)
+    adapter = Path(run) / "adapter" if (Path(run) / "adapter").is_dir() else Path(run)
+    peft = checkpoint.read_peft_config(adapter)
+    if form == "merged":
+        merge(peft["base_model_name_or_path"], adapter, Path(output_dir), dtype)
+    else:
+        checkpoint.save_adapter(Path(output_dir), peft, checkpoint.read_adapter(adapter))
+
+
+def import_adapter(adapter: str, output_dir: str) -> None:
+    """Turn a LoRA adapter made elsewhere into one that `--adapter` starts from: float32, canonical names, checked."""
+    _refuse_output(output_dir)
+    peft = checkpoint.read_peft_config(adapter)
+    checkpoint.check_plain_lora(peft, adapter)
+    theta = checkpoint.read_adapter(Path(adapter))
+    kept = {key: peft[key] for key in ("base_model_name_or_path", "r", "lora_alpha", "target_modules")}
+    layers, task = peft.get("layers_to_transform"), peft.get("task_type")
+    plain = {"peft_type": "LORA", "lora_dropout": 0.0, "bias": "none", "inference_mode": True}
+    kept |= {"layers_to_transform": layers, "task_type": task, **plain}
+    checkpoint.save_adapter(Path(output_dir), kept, theta)
+
+
+def _refuse_output(path: str) -> None:
+    if Path(path).exists():
+        raise UserError(f"--output-dir {path} exists and is never overwritten: choose another")
 
 
 def _load(config: Config) -> tuple[HFRuntime, dict]:

@@ -1,0 +1,84 @@
+"""Looking at a run's log and cutting it: what `mezo trajectory` does."""
+
+import itertools
+from pathlib import Path
+
+from mezo import checkpoint
+from mezo.checkpoint import RunDirectory
+from mezo.config import UserError
+from mezo.estimator import coefficients, projected_grad
+from mezo.trajectory import drop_torn_line, read_trajectory
+from mezo_kernels import perturbation_seed
+
+
+def summary(run: str) -> dict:
+    """What a log holds, as label -> text."""
+    path = Path(run) / "trajectory.jsonl"
+    first, records = read_trajectory(path)
+    torn = len(path.read_bytes()) - path.read_bytes().rfind(b"\n") - 1
+    grads = [abs(g) for record in records if not record.skipped for g in record.projected_grads]
+    elements = sum(rows * cols for rows, cols in first["shapes"].values())
+    return {
+        "format": f"{first['format']} version {first['version']}, z stream {first['z_stream']}",
+        "model": f"{first['model']} (weights {first['model_hash'][:12]})",
+        "parameters": f"{elements:,} in {len(first['shapes'])} tensors",
+        "start": "from the z stream" if first["init"]["kind"] == "stream" else f"from {first['init']['file']}",
+        "run seed": str(first["run_seed"]),
+        "steps": f"{len(records)} ({sum(record.skipped for record in records)} skipped)",
+        "|projected_grad|": f"mean {sum(grads) / max(len(grads), 1):.4g}, {grads.count(0)} of {len(grads)} zero",
+        "torn last line": f"{torn} bytes, to be dropped" if torn else "no",
+    }
+
+
+def verify(run: str) -> int:
+    """Check that a log is whole and agrees with itself and with config.json; return its number of steps.
+
+    Raises:
+        UserError: the first line that is damaged, or whose seeds, estimates or coefficients do not follow.
+    """
+    directory = RunDirectory(Path(run))
+    first, records = read_trajectory(directory.trajectory)
+    config = directory.read_config()
+    for record in records:
+        line = f"{directory.trajectory}: line {record.step + 2}"
+        seeds = tuple(perturbation_seed(first["run_seed"], record.step, k) for k in range(len(record.seeds)))
+        if record.seeds != seeds:
+            raise UserError(f"{line}: seeds {record.seeds} are not those of step {record.step}, {seeds}")
+        if record.skipped:
+            if any(record.coefficients) or record.decay != 1:
+                raise UserError(f"{line}: a skipped step must change nothing")
+            continue
+        pairs = zip(record.loss_plus, record.loss_minus, strict=True)
+        grads = tuple(projected_grad(plus, minus, config.eps) for plus, minus in pairs)
+        if record.projected_grads != grads or record.coefficients != coefficients(grads, config.lr):
+            raise UserError(f"{line}: the estimates or coefficients do not follow from the losses, eps and lr")
+    return len(records)
+
+
+def truncate(run: str, step: int) -> Path:
+    """Cut a run back to `step` steps, so that it resumes from there; what is cut off is kept in a folder beside.
+
+    Returns:
+        The folder in the run directory that holds the files as they were.
+    """
+    directory = RunDirectory.open(run)
+    drop_torn_line(directory.trajectory)
+    _, records = read_trajectory(directory.trajectory)
+    if not 0 <= step <= len(records):
+        raise UserError(f"--step must be from 0 to {len(records)}, got {step}")
+    kept = next(p for n in itertools.count(1) if not (p := directory.path / f"before-truncate-{n}").exists())
+    kept.mkdir()
+    lines = directory.trajectory.read_bytes().splitlines(keepends=True)
+    rows = directory.read_metrics()
+    # a test score after the run belongs to the run's end
+    rows = [row for row in rows if row["step"] <= step and (row["split"] == "dev" or row["step"] == 0)]
+    for path in (directory.trajectory, directory.metrics, directory.adapter, directory.result, directory.plots):
+        if path.exists():
+            path.rename(kept / path.name)
+    checkpoint.replace_file(directory.trajectory, b"".join(lines[: step + 1]))
+    directory.write_metrics(rows)
+    if checkpoint.best_step(rows) is not None:
+        theta, first, _ = checkpoint.replay(directory.path)
+        checkpoint.save_adapter(directory.adapter, first["peft"], theta)
+    directory.release()
+    return kept

@@ -1,0 +1,34 @@
+"""An adapter merged into its base model."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from mezo.config import UserError
+from mezo.runtimes.peft_model import is_masked, load_tokenizer
+
+
+def merge(model: str, adapter: Path, output_dir: Path, dtype: str = "auto") -> None:
+    """Write base + (lora_alpha / r) B A as a transformers model: added in float32 and cast once.
+
+    Args:
+        model: base model, path or hub id.
+        adapter: PEFT adapter directory.
+        output_dir: directory to create.
+        dtype: of the result; auto is that of the base checkpoint.
+    """
+    auto = AutoModelForMaskedLM if is_masked(model) else AutoModelForCausalLM
+    try:
+        base = auto.from_pretrained(model, dtype=torch.float32)
+        wanted = auto.from_pretrained(model, dtype="auto").dtype if dtype == "auto" else getattr(torch, dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {model}: it could not be loaded ({str(error).splitlines()[0]})") from error
+    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    part = output_dir.with_name(output_dir.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    merged.to(wanted).save_pretrained(part)
+    load_tokenizer(model).save_pretrained(part)
+    part.rename(output_dir)
