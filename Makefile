@@ -18,7 +18,7 @@ lint: $(READY)  ## style, without changing anything
 	$(VENV)/bin/ruff format --check .
 
 bench: $(READY)  ## the fused ops against their peers; JSON under bench/results/
-	$(VENV)/bin/python -m pytest bench
+	$(VENV)/bin/python -m pytest bench --benchmark-json=$(RESULTS)/bench.json
 
 test-gpu:  ## the tests that need a CUDA or ROCm device, in the current environment
 	$(PYTHON) -m pytest -m gpu
