@@ -22,9 +22,13 @@ SHAPES = {
     "flat-16M": {"w": (1 << 24,)},
     "tiny-448x64": {f"w{i}": (64,) for i in range(448)},
 }
+REPLAYED = {"lora-r8-all": _lora(8, ATTENTION | MLP)}
 
 
 def make(shape: str, dtype: torch.dtype = torch.float32, std: float = 0.02) -> dict[str, torch.Tensor]:
     """Parameters by name, normal with the standard deviation of a weight."""
     generator = torch.Generator().manual_seed(0)
-    return {name: (torch.randn(size, generator=generator) * std).to(dtype) for name, size in SHAPES[shape].items()}
+    return {
+        name: (torch.randn(size, generator=generator) * std).to(dtype)
+        for name, size in (SHAPES | REPLAYED)[shape].items()
+    }

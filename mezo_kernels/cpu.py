@@ -273,10 +273,10 @@ def _step_parallel(threads, items, buffer, updates, coefficients, decays, draws,
 
 
 @njit(error_model="numpy", nogil=True, cache=True)
-def _draw_items(items, buffer, squares, write, k0, k1, stream):
+def _draw_items(items, lo, hi, buffer, thread, squares, write, k0, k1, stream):
     """Sum of z**2 of each item in float64, and z itself to the item's address where asked."""
-    scratch = buffer.ctypes.data
-    for it in range(items.shape[0]):
+    scratch = buffer.ctypes.data + thread * 4 * SCRATCH
+    for it in range(lo, hi):
         item = items[it]
         n = item[3]
         address = _draw(scratch, item[4], n, uint32(item[5]), stream, k0, k1)
@@ -287,6 +287,14 @@ def _draw_items(items, buffer, squares, write, k0, k1, stream):
         for j in range(n):
             total += np.float64(z[j]) * np.float64(z[j])
         squares[it] = total
+
+
+@njit(parallel=True, error_model="numpy", nogil=True, cache=True)
+def _draw_parallel(threads, items, buffer, squares, write, k0, k1, stream):
+    n = items.shape[0]
+    for t in prange(threads):
+        lo, hi = t * n // threads, (t + 1) * n // threads
+        _draw_items(items, lo, hi, buffer, t, squares, write, k0, k1, stream)
 
 
 def _target(tensor: torch.Tensor, position: np.ndarray) -> list[np.ndarray]:
@@ -338,8 +346,7 @@ def standard_normal(seed, tensor_id, start, n_elements, distribution, device) ->
     out = torch.empty(n_elements, dtype=torch.float32)
     if n_elements:
         geometry = torch.tensor([(0, tensor_id, start, 1, n_elements, n_elements)])
-        (items, _), k = _build_items([out], [], [], geometry), _keys([seed])[0]
-        _draw_items(items, _scratch(1), np.empty(len(items)), True, k[0], k[1], STREAMS[distribution])
+        _run_draw(*_build_items([out], [], [], geometry), True, seed, distribution)
     return out
 
 
@@ -359,9 +366,8 @@ def _run(theta, plus, minus, geometry, seeds, coefficients, decays, draws, next_
     items, n_elements = _items(theta, plus, minus, geometry)
     passes = (_keys(seeds), np.array(coefficients, F), np.array(decays, F), np.array(draws, np.bool_))
     arguments = (*passes, _keys(next_seeds), F(eps), STREAMS[distribution])
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, len(items))
-    work = n_elements * max(1, len(seeds) + len(next_seeds))
-    if threads == 1 or work < PARALLEL_FROM:
+    threads = _threads(items, n_elements * max(1, len(seeds) + len(next_seeds)))
+    if threads == 1:
         _step_items(items, 0, len(items), _scratch(1), 0, *arguments)
     else:
         with _pool:
@@ -370,7 +376,24 @@ def _run(theta, plus, minus, geometry, seeds, coefficients, decays, draws, next_
 
 def sum_of_squares(theta, geometry, seed, distribution) -> float:
     """Sum over all elements of z**2, in float64, correctly rounded over the work items."""
-    (items, _), k = _items(theta, [], [], geometry), _keys([seed])[0]
-    squares = np.empty(len(items))
-    _draw_items(items, _scratch(1), squares, False, k[0], k[1], STREAMS[distribution])
-    return math.fsum(squares)
+    return math.fsum(_run_draw(*_items(theta, [], [], geometry), False, seed, distribution))
+
+
+def _run_draw(items: np.ndarray, n_elements: int, write: bool, seed: int, distribution: str) -> np.ndarray:
+    """Draw z of all items, to their addresses where `write`; return the sum of squares of each."""
+    squares, k = np.empty(len(items)), _keys([seed])[0]
+    arguments = (squares, write, k[0], k[1], STREAMS[distribution])
+    threads = _threads(items, n_elements)
+    if threads == 1:
+        _draw_items(items, 0, len(items), _scratch(1), 0, *arguments)
+    else:
+        with _pool:
+            _draw_parallel(threads, items, _scratch(threads), *arguments)
+    return squares
+
+
+def _threads(items: np.ndarray, work: int) -> int:
+    """How many threads a call is worth; `work` in elements drawn."""
+    if work < PARALLEL_FROM:
+        return 1
+    return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, len(items))
