@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mezo.config import Config, UserError
-from mezo.runtimes.base import AdapterSpec
+from mezo.runtimes.base import AdapterSpec, Example, passes
 from mezo.trajectory import StepRecord, drop_torn_line, header, read_lines, read_trajectory
 from mezo_kernels import ParamLayout, canonical_name, lora_init, step_
 
@@ -33,23 +35,29 @@ class RunDirectory:
         self.config, self.trajectory = path / "config.json", path / "trajectory.jsonl"
         self.metrics, self.result = path / "metrics.jsonl", path / "result.json"
         self.adapter, self.plots, self.tensorboard = path / "adapter", path / "plots", path / "tensorboard"
+        self.launch = path / ".launch"
         self._lock = None
 
     @classmethod
     def create(cls, path: str, config: Config, first_line: dict, initial: Path | None = None) -> "RunDirectory":
-        """Make the directory with its config and log header. Raises UserError if it exists."""
-        run = cls(Path(path))
+        """Make the directory with its config and log header, whole or not at all. Raises UserError if it exists."""
         refuse_existing(path)
+        part = cls(Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part"))
         try:
-            run.path.mkdir(parents=True)
+            part.path.mkdir(parents=True)
+            part._acquire()
+            if initial is not None:
+                shutil.copyfile(initial, part.path / INITIAL)
+            replace_file(part.launch, launch_id().encode())
+            replace_file(part.config, config.to_json().encode())
+            replace_file(part.trajectory, (json.dumps(first_line) + "\n").encode())
+            part.metrics.touch()
+            part.path.rename(path)
         except OSError as error:
+            shutil.rmtree(part.path, ignore_errors=True)
             raise UserError(f"--output-dir {path} cannot be created: {error.strerror}; choose another") from error
-        run._acquire()
-        if initial is not None:
-            shutil.copyfile(initial, run.path / INITIAL)
-        replace_file(run.config, config.to_json().encode())
-        replace_file(run.trajectory, (json.dumps(first_line) + "\n").encode())
-        run.metrics.touch()
+        run = cls(Path(path))
+        run._lock = part._lock
         return run
 
     @classmethod
@@ -59,13 +67,17 @@ class RunDirectory:
         if not run.config.is_file() or not run.trajectory.is_file():
             raise UserError(f"--resume {path}: not a run directory (no config.json or no trajectory.jsonl there)")
         run._acquire()
+        run.metrics.touch()
         drop_torn_line(run.trajectory)
         drop_torn_line(run.metrics)
         return run
 
     def read_config(self) -> Config:
         """The configuration the run was started with."""
-        return Config.from_dict(json.loads(self.config.read_text()))
+        try:
+            return Config.from_dict(json.loads(self.config.read_text()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}: not a run directory with a readable config.json ({error})") from error
 
     def read_metrics(self) -> list[dict]:
         """Evaluations so far, oldest first."""
@@ -91,6 +103,11 @@ class RunDirectory:
     def release(self) -> None:
         """Let another process in."""
         self._lock.close()
+
+
+def launch_id() -> str:
+    """Names the torchrun launch this process belongs to, across its restarts; empty without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def refuse_existing(path: str) -> None:
@@ -127,6 +144,8 @@ def save_adapter(directory: Path, peft: dict, theta: dict[str, torch.Tensor]) ->
     replace_file(directory / PEFT_CONFIG, json.dumps(peft, indent=2).encode())
     part = directory / (WEIGHTS + ".part")
     save_file({name: tensor.contiguous() for name, tensor in theta.items()}, part, metadata={"format": "pt"})
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
     os.replace(part, directory / WEIGHTS)
 
 
@@ -183,8 +202,11 @@ def read_peft_config(directory: str | Path) -> dict:
 
 
 def adapter_options(directory: str | Path) -> dict:
-    """The options of `mezo train` that an adapter's adapter_config.json fixes."""
+    """The options of `mezo train` that adapter_config.json fixes. Raises UserError if the adapter is not plain LoRA."""
+    if (Path(directory) / "trajectory.jsonl").is_file():
+        raise UserError(f"--adapter {directory} is a run directory: give {Path(directory) / 'adapter'}")
     peft = read_peft_config(directory)
+    check_plain_lora(peft, str(directory))
     layers = peft.get("layers_to_transform")
     return {
         "model": peft.get("base_model_name_or_path") or "",
@@ -195,52 +217,66 @@ def adapter_options(directory: str | Path) -> dict:
     }
 
 
-def make_header(config: Config, spec: AdapterSpec) -> dict:
+def data_hash(splits: dict[str, Sequence[Example]]) -> str:
+    """SHA-256 of the tokenised examples of all splits."""
+    digest = hashlib.sha256()
+    for split, examples in splits.items():
+        digest.update(split.encode())
+        for e in examples:
+            digest.update(json.dumps([e.prompt, e.options, e.label, e.mask]).encode())
+    return digest.hexdigest()
+
+
+def make_header(config: Config, spec: AdapterSpec, splits: dict[str, Sequence[Example]]) -> dict:
     """Header of a new run's log."""
     init = {"kind": "stream"}
     if config.adapter:
         digest = hashlib.sha256((Path(config.adapter) / WEIGHTS).read_bytes()).hexdigest()
         init = {"kind": "file", "file": INITIAL, "sha256": digest}
-    return header(config.seed, init, asdict(spec))
+    return header(config.seed, data_hash(splits), init, asdict(spec))
 
 
 def initial_theta(first_line: dict, path: Path) -> dict[str, torch.Tensor]:
     """theta_0 of a run: lora_A from the z stream and lora_B zero, or the adapter file at `path` it started from."""
     shapes = {name: tuple(shape) for name, shape in first_line["shapes"].items()}
     if first_line["init"]["kind"] == "file":
-        if hashlib.sha256(path.read_bytes()).hexdigest() != first_line["init"]["sha256"]:
-            raise UserError(f"{path} is not the adapter this run started from: its SHA-256 differs; restore it")
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != first_line["init"]["sha256"]:
+            raise UserError(f"{path}: the adapter this run started from is missing or differs (SHA-256); restore it")
         return load_adapter(path, shapes)
     seed = first_line["run_seed"]
     return {n: lora_init(seed, n, s) if n.endswith("lora_A.weight") else torch.zeros(s) for n, s in shapes.items()}
 
 
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> str | None:
+    """None if two sets of float32 tensors agree in every bit, else the first name that differs."""
+    different = (n for n in a if n not in b or not torch.equal(a[n].view(torch.int32), b[n].view(torch.int32)))
+    return next(different, None)
+
+
 def replay_records(theta: dict[str, torch.Tensor], records: list[StepRecord], backend: str | None = None) -> None:
     """Apply the records to theta in place, many updates to a pass; the same bits as step after step."""
-    layout = ParamLayout(theta)
-    passes = []
-    for record in records:
-        if record.decay != 1:
-            passes.append((0, 0.0, record.decay))
-        passes += list(zip(record.seeds, record.coefficients, strict=True))
-    starts = range(0, len(passes), UPDATES_PER_PASS)
-    for start in track(starts, "replay", transient=True, disable=len(starts) < 4):
-        step_(layout, passes[start : start + UPDATES_PER_PASS], backend=backend)
+    layout, updates = ParamLayout(theta), passes(records)
+    starts = range(0, len(updates), UPDATES_PER_PASS)
+    for start in track(starts, "replay", transient=True, disable=len(starts) < 4 or not sys.stderr.isatty()):
+        step_(layout, updates[start : start + UPDATES_PER_PASS], backend=backend)
 
 
-def replay(run: str | Path, until: str = "best", backend: str | None = None) -> tuple[dict, dict, int]:
+def replay(path: str | Path, until: str = "best", backend: str | None = None) -> tuple[dict, dict, int]:
     """Rebuild theta of a run from its log.
 
     Args:
-        run: run directory; only its logs are read (and the adapter it started from, if there was one).
+        path: run directory; only its logs are read (and the adapter it started from, if there was one).
         until: "best" (what adapter/ holds), "last", or a number of steps.
         backend: of the fused ops.
     Returns:
         (theta, header, steps applied).
     """
-    directory = Path(run)
+    directory = Path(path)
     first_line, records = read_trajectory(directory / "trajectory.jsonl")
-    best = best_step(RunDirectory(directory).read_metrics()) if until == "best" else None
+    run = RunDirectory(directory)
+    if until == "best" and not run.metrics.is_file():
+        raise UserError(f"{run.metrics} is missing, which says which step was best; give --until last or a number")
+    best = best_step(run.read_metrics()) if until == "best" else None
     if until not in ("best", "last") and not (until.isdecimal() and int(until) <= len(records)):
         raise UserError(f"--until must be best, last or a number of steps from 0 to {len(records)}, got {until}")
     steps = len(records) if until == "last" else best if until == "best" else int(until)

@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), 2)
     except RunError as error:
         return _fail(str(error), 1)
+    except OSError as error:
+        return _fail(f"{error}; nothing that was logged is lost, `mezo train --resume RUN` continues a run", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
 
@@ -142,7 +144,9 @@ def _saved_config(run: Path) -> Config:
 def _eval(argv: list[str]) -> int:
     if not argv or argv[0].startswith("-"):
         print("usage: mezo eval RUN_OR_ADAPTER [data options of mezo train]\n\nScores an adapter on the given splits.")
-        return 0 if "--help" in argv or "-h" in argv else 2
+        if "--help" in argv or "-h" in argv:
+            return 0
+        raise UserError("the run or adapter comes first: mezo eval RUN_OR_ADAPTER [options]")
     target, rest = Path(argv[0]), argv[1:]
     from mezo import commands
     from mezo.checkpoint import adapter_options
@@ -252,7 +256,10 @@ def _verify(argv: list[str]) -> int:
     options = tyro.cli(_VerifyOptions, args=argv, prog="mezo verify")
     import mezo_kernels
 
-    rows = mezo_kernels.verify(options.device or None)
+    try:
+        rows = mezo_kernels.verify(options.device or None)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
     table = Table("backend", "check", "result", "detail", title="against the reference and the frozen vectors")
     for row in rows:
         table.add_row(row.backend, row.check, "ok" if row.ok else "MISMATCH", row.detail)

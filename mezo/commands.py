@@ -1,6 +1,7 @@
 """What each command does, as functions; cli.py parses arguments and prints errors."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from mezo.runtimes.hf import HFRuntime
 from mezo.runtimes.merge import merge
 from mezo.runtimes.peft_model import is_masked, load_tokenizer
 from mezo.tasks import load_splits
-from mezo.trainer import Trainer
+from mezo.trainer import Trainer, score_split
 from mezo.trajectory import read_trajectory
 
 
@@ -26,21 +27,46 @@ def train(config: Config) -> dict | None:
     Raises:
         UserError: before anything is written.
     """
-    ranks = Ranks()
-    if ranks.restarted and (Path(config.output_dir) / "trajectory.jsonl").is_file():
+    ranks, config = Ranks(), with_adapter_options(config).absolute()
+    if ranks.restarted and _started_here(config):
         return resume(config.output_dir, ranks)
     if ranks.leads:
         checkpoint.refuse_existing(config.output_dir)
     _check_ranks(config, ranks)
-    runtime, splits = _load(config)
-    header = checkpoint.make_header(config, runtime.spec)
+    runtime, splits, seconds = _load(config, need="train")
+    header = checkpoint.make_header(config, runtime.spec, splits)
     initial = Path(config.adapter) / checkpoint.WEIGHTS
     runtime.load(checkpoint.initial_theta(header, initial))
     if ranks.leads:
         run = RunDirectory.create(config.output_dir, config, header, initial if config.adapter else None)
     else:
         run = RunDirectory(Path(config.output_dir))
-    return Trainer(config, runtime, splits, run, ranks=ranks).train()
+    return Trainer(config, runtime, splits, run, ranks=ranks, seconds_loading=seconds).train()
+
+
+def with_adapter_options(config: Config) -> Config:
+    """The configuration with what its --adapter fixes: rank, scale, modules and layers are the adapter's own."""
+    if not config.adapter:
+        return config
+    fixed = {k: v for k, v in checkpoint.adapter_options(config.adapter).items() if k != "model"}
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    for name, value in fixed.items():
+        given = getattr(config, name)
+        if given != defaults[name] and _unordered(given) != _unordered(value):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {given} contradicts --adapter {config.adapter}, which has {value}: leave it out")
+    return dataclasses.replace(config, **fixed)
+
+
+def _unordered(value):
+    return sorted(value) if isinstance(value, tuple) else value
+
+
+def _started_here(config: Config) -> bool:
+    """True if this launch of torchrun made the run directory, before one of its ranks died."""
+    run = RunDirectory(Path(config.output_dir))
+    same_launch = run.launch.is_file() and run.launch.read_text() == checkpoint.launch_id()
+    return same_launch and run.read_config() == config
 
 
 def resume(path: str, ranks: Ranks | None = None) -> dict | None:
@@ -58,12 +84,12 @@ def resume(path: str, ranks: Ranks | None = None) -> dict | None:
     _check_ranks(config, ranks)
     if ranks.leads:
         run.write_metrics([row for row in run.read_metrics() if row["step"] <= len(records)])
-    runtime, splits = _load(config)
-    _same_run(first_line, checkpoint.make_header(config, runtime.spec), path)
+    runtime, splits, seconds = _load(config, need="train")
+    _same_run(first_line, checkpoint.make_header(config, runtime.spec, splits), path)
     theta = checkpoint.initial_theta(first_line, run.path / checkpoint.INITIAL)
-    checkpoint.replay_records(theta, records, _backend(config))
+    checkpoint.replay_records(theta, records)
     runtime.load(theta)
-    return Trainer(config, runtime, splits, run, records, ranks).train()
+    return Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds).train()
 
 
 def _check_ranks(config: Config, ranks: Ranks) -> None:
@@ -82,17 +108,14 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
     Returns:
         accuracy, loss, f1 and auc by split.
     """
-    runtime, splits = _load(dataclasses.replace(config, trunk_cache="off"))
+    runtime, splits, _ = _load(dataclasses.replace(config, trunk_cache="off"))
     if adapter is not None:
         runtime.load(checkpoint.load_adapter(adapter, runtime.spec.shapes))
     size = config.eval_batch_size or config.batch_size
     results = {}
     for split, examples in splits.items():
-        parts = [runtime.score(split, range(i, min(len(examples), i + size))) for i in range(0, len(examples), size)]
-        width = max(part.shape[1] for part in parts)
-        pad = torch.nn.functional.pad
-        scores = torch.cat([pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in parts])
-        results[split] = evaluate_scores(scores, torch.tensor([example.label for example in examples]))
+        labels = torch.tensor([example.label for example in examples])
+        results[split] = evaluate_scores(score_split(runtime, split, len(examples), size), labels, config.objective)
     return results
 
 
@@ -140,22 +163,22 @@ def _refuse_output(path: str) -> None:
         raise UserError(f"--output-dir {path} exists and is never overwritten: choose another")
 
 
-def _load(config: Config) -> tuple[HFRuntime, dict]:
-    """Tokenizer and data first: they are quick to load, and most mistakes are there."""
+def _load(config: Config, need: str | None = None) -> tuple[HFRuntime, dict, float]:
+    """Runtime, examples and the seconds it took. Data first: it is quick to load, and most mistakes are there."""
+    started = time.perf_counter()
+    config.refuse_missing_files()
     tokenizer = load_tokenizer(config.model)
     splits = load_splits(config, tokenizer, masked=is_masked(config.model))
+    if need is not None and need not in splits:
+        raise UserError("--train-file is missing: give one, or a --task")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     runtime = HFRuntime(config, pad)
     runtime.prepare(splits)
-    return runtime, splits
-
-
-def _backend(config: Config) -> str | None:
-    return None if config.backend == "auto" else config.backend
+    return runtime, splits, time.perf_counter() - started - runtime.seconds_filling
 
 
 def _same_run(logged: dict, now: dict, path: str) -> None:
-    for key in ("run_seed", "peft", "shapes", "model_hash"):
+    for key in ("run_seed", "data_hash", "dtype", "peft", "shapes", "model_hash"):
         a, b = logged[key], now[key]
         if key == "shapes":
             a, b = ({name: tuple(shape) for name, shape in shapes.items()} for shapes in (a, b))
@@ -173,13 +196,10 @@ def _short(value) -> str:
 def _check_finished(run: RunDirectory) -> dict:
     """Rebuild the adapter of a finished run from its log and compare it with adapter/."""
     theta, _, steps = checkpoint.replay(run.path)
-    saved = checkpoint.load_adapter(run.adapter, {name: tuple(t.shape) for name, t in theta.items()})
-    different = [
-        name for name in theta if not torch.equal(theta[name].view(torch.int32), saved[name].view(torch.int32))
-    ]
+    different = checkpoint.same_bits(theta, checkpoint.read_adapter(run.adapter))
     if different:
         raise UserError(
-            f"{run.path}: adapter/ is not what the log gives ({different[0]} differs);"
+            f"{run.path}: adapter/ is not what the log gives ({different} differs);"
             f" rebuild it with: mezo replay {run.path} --output-dir NEW"
         )
     return {**run.read_result(), "checked_steps": steps}

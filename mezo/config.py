@@ -5,7 +5,10 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
+
+PATHS = ("model", "train_file", "dev_file", "test_file", "adapter")
+FLOAT32 = (1.1754943508222875e-38, 3.4028234663852886e38)  # smallest normal and largest number
 
 
 class UserError(ValueError):
@@ -113,23 +116,55 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
-        """Build from a mapping such as a parsed config.json or YAML file; unknown keys are refused."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = [key for key in values if key not in fields]
+        """Build from a mapping such as a parsed config.json or YAML file.
+
+        Raises:
+            UserError: an unknown key, or a value of the wrong type.
+        """
+        kinds = get_type_hints(cls)
+        unknown = [key for key in values if key not in kinds]
         if unknown:
-            raise UserError(f"unknown configuration key {unknown[0]!r}; known keys: {', '.join(fields)}")
-        tuples = {name for name, field in fields.items() if isinstance(field.default, tuple)}
-        return cls(**{key: tuple(value) if key in tuples else value for key, value in values.items()})
+            raise UserError(f"unknown configuration key {unknown[0]!r}; known keys: {', '.join(kinds)}")
+        return cls(**{key: _typed(key, value, kinds[key]) for key, value in values.items()})
+
+    def refuse_missing_files(self) -> None:
+        """Raise UserError for a data file that is not there."""
+        for name in ("train_file", "dev_file", "test_file"):
+            path = getattr(self, name)
+            _require(not path or Path(path).is_file(), f"--{name.replace('_', '-')}: no such file: {path}")
+
+    def absolute(self) -> "Config":
+        """The same configuration, valid from any working directory."""
+        paths = {n: str(Path(v).absolute()) for n in PATHS if (v := getattr(self, n)) and Path(v).exists()}
+        return dataclasses.replace(self, **paths)
+
+
+def _typed(key: str, value, kind):
+    """`value` as `kind`, an annotation of Config's: YAML reads 1e-3 as text, and one item of a list as itself."""
+    options = get_args(kind)
+    if get_origin(kind) is Literal:
+        _require(value in options, f"{key} must be one of {', '.join(options)}; got {value!r}")
+        return value
+    if get_origin(kind) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_typed(key, item, options[0]) for item in items)
+    if kind is float and (isinstance(value, int | str) and not isinstance(value, bool)):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    fits = type(value) is kind
+    _require(fits, f"{key} must be {'text' if kind is str else 'a ' + kind.__name__}, got {value!r}")
+    return value
 
 
 def check(config: Config) -> None:
     """Raise UserError on a value that no run can have; what depends on model or data is checked when that is read."""
     _require(bool(config.model), "--model is missing: give a path or a hub id")
     _require(bool(config.output_dir), "--output-dir is missing: give the run directory to create")
-    _require(bool(config.task) != bool(config.train_file), "give one of --task and --train-file")
+    files = config.train_file or config.dev_file or config.test_file
     _require(
-        not (config.task and (config.dev_file or config.test_file)),
-        "--dev-file and --test-file go with --train-file; a --task brings its own",
+        bool(config.task) != bool(files), "give one of --task and --train-file; a --task brings its own dev and test"
     )
     words = config.label_words
     _require(len(words) != 1, f"--label-words needs at least two words, got {words}")
@@ -153,14 +188,13 @@ def check(config: Config) -> None:
     for name in ("lr", "eps"):
         value = getattr(config, name)
         _require(math.isfinite(value) and value > 0, f"--{name} must be a finite number > 0, got {value}")
+        _require(FLOAT32[0] <= value <= FLOAT32[1], f"--{name} must be within float32, {FLOAT32}; got {value}")
+    size, micro = config.batch_size, config.micro_batch_size
+    _require(micro <= size, f"--micro-batch-size must be at most --batch-size, {size}; got {micro}")
     decay = config.weight_decay
     _require(0 <= decay * config.lr < 1, f"--weight-decay must be at least 0 and below 1 / lr, got {decay}")
     _require(0 <= config.seed < 2**64, f"--seed must be in [0, 2**64), got {config.seed}")
     _require(config.verify_every >= -1, f"--verify-every must be at least -1, got {config.verify_every}")
-    for name in ("train_file", "dev_file", "test_file"):
-        path = getattr(config, name)
-        flag = name.replace("_", "-")
-        _require(not path or Path(path).is_file(), f"--{flag}: no such file: {path}")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,9 +1,9 @@
 """The demo: a 135M-parameter model learns to tell good film reviews from bad, with forward passes only."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -26,16 +26,13 @@ def run(prompt: str = "it-was", steps: int = 4000, output_dir: Path = Path("runs
     Returns:
         Exit code: 0, 1 if the log does not replay to the adapter, 130 after Ctrl-C.
     """
-    directory = _run_directory(output_dir)
-    if directory.exists():
-        result = commands.resume(str(directory))
-    else:
-        result = commands.train(demo_config(prompt, steps, directory))
+    config = _free_or_unfinished(demo_config(prompt, steps, output_dir))
+    directory = Path(config.output_dir)
+    result = commands.resume(str(directory)) if directory.exists() else commands.train(config)
     if result is None:
         return 130
     theta, _, replayed = checkpoint.replay(directory)
-    saved = checkpoint.load_adapter(directory / "adapter", {name: tuple(t.shape) for name, t in theta.items()})
-    same = all(torch.equal(theta[name].view(torch.int32), saved[name].view(torch.int32)) for name in theta)
+    same = checkpoint.same_bits(theta, checkpoint.read_adapter(directory / "adapter")) is None
     verdict = "equal to adapter/ bit for bit" if same else "DIFFERENT from adapter/"
     _show(result, directory, f"{replayed} steps replayed from the log: {verdict}")
     return 0 if same else 1
@@ -62,10 +59,17 @@ def demo_config(prompt: str, steps: int, output_dir: Path) -> Config:
     )
 
 
-def _run_directory(wanted: Path) -> Path:
-    """The first of wanted, wanted-2, wanted-3, ... that is free or unfinished."""
-    names = itertools.chain([wanted], (wanted.with_name(f"{wanted.name}-{n}") for n in itertools.count(2)))
-    return next(path for path in names if not (path / "result.json").is_file())
+def _free_or_unfinished(wanted: Config) -> Config:
+    """`wanted` in the first of its directory, directory-2, ... that is free, or holds this very run unfinished."""
+    names = (wanted.output_dir if n == 1 else f"{wanted.output_dir}-{n}" for n in itertools.count(1))
+    configs = (dataclasses.replace(wanted, output_dir=name) for name in names)
+    return next(config for config in configs if _is_free_or_unfinished(config))
+
+
+def _is_free_or_unfinished(config: Config) -> bool:
+    run = checkpoint.RunDirectory(Path(config.output_dir))
+    unfinished = run.config.is_file() and not run.result.is_file()
+    return not run.path.exists() or (unfinished and run.read_config() == config.absolute())
 
 
 def _show(result: dict, run: Path, replayed: str) -> None:

@@ -2,6 +2,8 @@
 
 import math
 
+LARGEST = 3.4028234663852886e38  # float32
+
 
 def projected_grad(loss_plus: float, loss_minus: float, eps: float) -> float:
     """(loss_plus - loss_minus) / (2 eps): the estimate of z . grad loss, with an O(eps**2) bias.
@@ -21,6 +23,6 @@ def coefficients(projected_grads: tuple[float, ...], lr: float) -> tuple[float, 
     return tuple(lr * g / len(projected_grads) for g in projected_grads)
 
 
-def usable(losses: tuple[float, ...]) -> bool:
-    """True if every loss is finite; a step with one that is not must change nothing."""
-    return all(math.isfinite(loss) for loss in losses)
+def usable(numbers: tuple[float, ...]) -> bool:
+    """True if every loss or coefficient is a finite float32; a step with one that is not must change nothing."""
+    return all(math.isfinite(number) and abs(number) < LARGEST for number in numbers)

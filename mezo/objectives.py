@@ -4,6 +4,7 @@ Scores are the mean log-probability of each option's tokens, float64 (batch, opt
 options than the widest one its row ends in -inf. Labels are the indices of the right options, int64 (batch,).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -84,19 +85,21 @@ def predictions(scores: torch.Tensor) -> torch.Tensor:
     return best.amin(-1)
 
 
-def evaluate(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float | None]:
+def evaluate(scores: torch.Tensor, labels: torch.Tensor, objective: str = "cross_entropy") -> dict[str, float | None]:
     """Accuracy, loss, F1 and AUC of a split.
 
     Args:
         scores: (examples, options).
         labels: (examples,), int64.
+        objective: what is trained; decides the loss.
 
     Returns:
         accuracy: share of examples whose right option has the highest score.
-        loss: cross-entropy over the options.
+        loss: cross-entropy over the options; for lm_cross_entropy that objective itself.
         f1: of class 1 where there are two options, else the mean over the classes that occur or are predicted.
         auc: area under the ROC curve of scores[:, 1] - scores[:, 0]; None unless there are two options, both classes
             occur and every score is finite.
+        A value that is not finite is None.
 
     >>> metrics = evaluate(torch.tensor([[-1.0, -2.0], [-4.0, -3.0], [-1.0, -3.0]]), torch.tensor([0, 1, 1]))
     >>> {name: round(value, 4) for name, value in metrics.items()}
@@ -106,12 +109,14 @@ def evaluate(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float | No
 
     predicted, right = predictions(scores).cpu().numpy(), labels.cpu().numpy()
     binary = scores.shape[1] == 2 and bool(scores.isfinite().all())
-    return {
+    loss = lm_cross_entropy if objective == "lm_cross_entropy" else cross_entropy
+    values = {
         "accuracy": -negative_accuracy(scores, labels).item(),
-        "loss": cross_entropy(scores, labels).item(),
+        "loss": loss(scores, labels).item(),
         "f1": float(f1_score(right, predicted, average="binary" if binary else "macro", zero_division=0)),
         "auc": _auc(scores, labels) if binary else None,
     }
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
 
 
 def _auc(scores: torch.Tensor, labels: torch.Tensor) -> float | None:

@@ -1,6 +1,7 @@
 """The training loop: measure two losses, log the step, apply it (MeZO, arXiv 2305.17333, algorithm 1)."""
 
 import json
+import os
 import signal
 import threading
 import time
@@ -34,6 +35,7 @@ class Trainer:
         run: its locked directory.
         records: steps done already.
         ranks: the processes that share the work; rank 0 alone writes and evaluates.
+        seconds_loading: what loading took, for the result.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Trainer:
         run: RunDirectory,
         records: Sequence[StepRecord] = (),
         ranks: Ranks | None = None,
+        seconds_loading: float = 0.0,
     ):
         self.config, self.runtime, self.run, self.ranks = config, runtime, run, ranks or Ranks()
         self.records = list(records)
@@ -53,9 +56,10 @@ class Trainer:
         self.objective = OBJECTIVES[config.objective]
         self.eval_every = config.eval_every or max(1, config.steps // TENTHS)
         self.verify_every = config.verify_every or max(1, config.steps // TENTHS)
-        self.seconds = {"training": 0.0, "evaluation": 0.0, "filling": runtime.seconds_filling}
+        self.seconds = dict.fromkeys(("training", "evaluation", "compilation"), 0.0)
+        self.seconds |= {"loading": seconds_loading, "filling": runtime.seconds_filling}
         self.steps_timed, self.steps_here = 0, 0
-        self.watching, self.interrupted, self.stopping = False, False, False
+        self.due, self.interrupted, self.stopping = False, False, False
 
     def train(self) -> dict | None:
         """Run to the last step; return what result.json holds, {} on ranks above 0, None if stopped by Ctrl-C."""
@@ -66,7 +70,7 @@ class Trainer:
             with Monitor(self.run.tensorboard, self.config.steps, start, quiet=not self.ranks.leads) as self.monitor:
                 self.monitor.say(self.runtime.describe())
                 self._restore_clock()
-                self._write_next(start, [], watch=self.verify_every > 0)
+                self._compile(start)
                 self._evaluate_if_due(start)
                 for step in range(start, self.config.steps):
                     self._step(step)
@@ -78,6 +82,13 @@ class Trainer:
                 self.log.close()
             if handler is not None:
                 signal.signal(signal.SIGINT, handler)
+
+    def _compile(self, start: int) -> None:
+        """Write the first step's perturbations; the first call of a fused op is compiled or read from a cache."""
+        started = time.perf_counter()
+        self.due = self.verify_every > 0
+        self._write_next(start, [])
+        self.seconds["compilation"] += time.perf_counter() - started
 
     def _step(self, step: int) -> None:
         started, filled = time.perf_counter(), self.runtime.seconds_filling
@@ -99,10 +110,11 @@ class Trainer:
         losses = self._share_losses(seeds, self.batches(step))
         loss_plus, loss_minus = zip(*losses, strict=True)
         grads = tuple(projected_grad(*pair, self.config.eps) for pair in losses)
-        if not usable(loss_plus + loss_minus):
+        steps = coefficients(grads, self.config.lr)
+        if not usable(loss_plus + loss_minus + steps):
             return StepRecord(step, seeds, grads, (0.0,) * len(seeds), 1.0, loss_plus, loss_minus, skipped=True)
         decay = 1 - self.config.lr * self.config.weight_decay
-        return StepRecord(step, seeds, grads, coefficients(grads, self.config.lr), decay, loss_plus, loss_minus)
+        return StepRecord(step, seeds, grads, steps, decay, loss_plus, loss_minus)
 
     def _share_losses(self, seeds: tuple[int, ...], batch: list[int]) -> list[tuple[float, float]]:
         """Mean losses (plus, minus) of the batch for every seed, each rank having scored its part."""
@@ -113,7 +125,7 @@ class Trainer:
         for k in range(n) if by_data else range(rank, n, size):
             if k:
                 self._verify()
-                self.runtime.step([], seeds[k], self.config.eps)
+                self.runtime.step([], seeds[k], self.config.eps, watch=self.due)
             sums[2 * k : 2 * k + 2] = self._loss_sums(mine)
             self._verify()
         gathered = self.ranks.gather([float(self.interrupted), *sums])
@@ -135,23 +147,22 @@ class Trainer:
     def _apply(self, record: StepRecord) -> None:
         """Update theta and write both signs of the next step, in one pass."""
         self.records.append(record)
-        update = StepUpdate(record.seeds, record.coefficients, record.decay)
-        due = self.verify_every > 0 and len(self.records) % self.verify_every == 0
-        self._write_next(record.step + 1, [update], watch=due and len(self.records) < self.config.steps)
-        if due and self.ranks.size > 1:
+        self.due = self.verify_every > 0 and len(self.records) % self.verify_every == 0
+        self._write_next(record.step + 1, [StepUpdate(record.seeds, record.coefficients, record.decay)])
+        if len(self.records) == self.config.steps:
+            self._verify()
+        if self.due and self.ranks.size > 1:
             self.ranks.check_equal(self.runtime.theta(), len(self.records))
 
-    def _write_next(self, step: int, updates: list[StepUpdate], watch: bool) -> None:
-        self.watching = watch
-        self.runtime.step(updates, perturbation_seed(self.config.seed, step), self.config.eps, watch=watch)
+    def _write_next(self, step: int, updates: list[StepUpdate]) -> None:
+        self.runtime.step(updates, perturbation_seed(self.config.seed, step), self.config.eps, watch=self.due)
 
     def _verify(self) -> None:
-        if self.watching:
-            self.watching = False
-            difference = self.runtime.verify()
-            if difference:
-                step = len(self.records)
-                raise RunError(f"step {step}: the kernels disagree with the reference: {difference}; run `mezo verify`")
+        """In a step that is due, compare what the model used with the reference."""
+        difference = self.runtime.verify() if self.due else None
+        if difference:
+            step = len(self.records)
+            raise RunError(f"step {step}: the kernels disagree with the reference: {difference}; run `mezo verify`")
 
     def _give_up_if_stuck(self) -> None:
         last = self.records[-MAX_SKIPPED:]
@@ -179,7 +190,9 @@ class Trainer:
 
     def _evaluate(self, split: str, step: int) -> dict:
         started, filled = time.perf_counter(), self.runtime.seconds_filling
-        row = {"step": step, "split": split, **evaluate(self._scores(split), self.labels[split])}
+        size = self.config.eval_batch_size or self.config.batch_size
+        scores = score_split(self.runtime, split, len(self.labels[split]), size)
+        row = {"step": step, "split": split, **evaluate(scores, self.labels[split], self.config.objective)}
         if split == "dev":
             row["is_best"] = self._beats(row)
             if row["is_best"]:
@@ -187,25 +200,23 @@ class Trainer:
         filling = self.runtime.seconds_filling - filled
         self.seconds["filling"] += filling
         self.seconds["evaluation"] += time.perf_counter() - started - filling
-        row["clock"] = self._clock()
-        self.metrics.append(row)
-        with open(self.run.metrics, "ab") as file:
-            write_line(file.fileno(), json.dumps(row) + "\n")
+        self._log_metrics(row)
         self.monitor.evaluation(row)
         return row
 
-    def _scores(self, split: str) -> torch.Tensor:
-        n, size = len(self.labels[split]), self.config.eval_batch_size or self.config.batch_size
-        parts = [self.runtime.score(split, range(i, min(n, i + size))) for i in range(0, n, size)]
-        width = max(part.shape[1] for part in parts)
-        pad = torch.nn.functional.pad
-        return torch.cat([pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in parts])
+    def _log_metrics(self, row: dict) -> None:
+        """Add a row, on the disk before any later step is."""
+        row["clock"] = self._clock()
+        self.metrics.append(row)
+        with open(self.run.metrics, "ab") as file:
+            write_line(file.fileno(), json.dumps(row, allow_nan=False) + "\n")
+            os.fsync(file.fileno())
 
     def _beats(self, row: dict) -> bool:
-        """Higher dev accuracy, or lower dev loss where the objective has no options to be right about."""
+        """Higher dev accuracy, or lower dev loss where the objective has no options to be right about; never a NaN."""
         sign, key = (-1, "loss") if self.config.objective == "lm_cross_entropy" else (1, "accuracy")
-        others = [r for r in self.metrics if r["split"] == "dev" and r["step"] < row["step"]]
-        return all(sign * row[key] > sign * other[key] for other in others)
+        others = [r[key] for r in self.metrics if r["split"] == "dev" and r["step"] < row["step"]]
+        return row[key] is not None and all(sign * row[key] > sign * other for other in others if other is not None)
 
     def _clock(self) -> dict:
         counts = {"tokens": self.runtime.tokens, "eval_tokens": self.runtime.eval_tokens}
@@ -227,7 +238,7 @@ class Trainer:
             save_adapter(self.run.adapter, self.runtime.spec.peft, self.runtime.theta())
         self.runtime.load(load_adapter(self.run.adapter, self.runtime.spec.shapes))
         step = self.config.steps if best is None else best
-        scored = {row["split"] for row in self.metrics if row["split"] != "dev"}
+        scored = {row["split"] for row in self.metrics if row["split"] in ("test", "train")}
         after = {split: self._evaluate(split, step) for split in sorted(scored)}
         result = self._result(step, after)
         replace_file(self.run.result, json.dumps(result, indent=2).encode())
@@ -244,8 +255,11 @@ class Trainer:
             "dev": [_take(row, ("step", *keys)) for row in self.metrics if row["split"] == "dev"],
             "best_step": best,
             "steps": len(self.records),
+            "steps_counted": self.steps_timed,
             "seconds_training": seconds["training"],
+            "seconds_loading": seconds["loading"],
             "seconds_cache_filling": seconds["filling"],
+            "seconds_compilation": seconds["compilation"],
             "seconds_evaluation": seconds["evaluation"],
             "steps_per_second": self.steps_timed / max(seconds["training"], 1e-9),
             "ranks": self.ranks.size,
@@ -269,7 +283,17 @@ class Trainer:
         if self.ranks.leads and best_step(self.metrics) is None:
             save_adapter(self.run.adapter, self.runtime.spec.peft, self.runtime.theta())
         done = len(self.records)
+        if self.ranks.leads:
+            self._log_metrics({"step": done, "split": "stop"})
         self.monitor.say(f"stopped after step {done}; continue with: mezo train --resume {self.run.path}")
+
+
+def score_split(runtime: Runtime, split: str, n: int, size: int) -> torch.Tensor:
+    """Option scores of all n examples of a split at theta, `size` at a time, padded with -inf to one width."""
+    parts = [runtime.score(split, range(i, min(n, i + size))) for i in range(0, n, size)]
+    width = max(part.shape[1] for part in parts)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in parts])
 
 
 def _take(row: dict, keys: Sequence[str]) -> dict:

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mezo.config import UserError
+from mezo.config import RunError, UserError
 from mezo_kernels import Z_STREAM_VERSION
 
 FORMAT, VERSION = "mezo-trajectory", 1
-HEADER = ("z_stream", "run_seed", "init", "peft", "shapes", "model", "model_hash")
+HEADER = ("z_stream", "run_seed", "data_hash", "init", "peft", "shapes", "model", "model_hash", "dtype")
 FSYNC_SECONDS = 1.0
 
 
@@ -72,16 +72,17 @@ def _decode(value):
     return float(value) if isinstance(value, str) else value
 
 
-def header(run_seed: int, init: dict, spec: dict) -> dict:
+def header(run_seed: int, data_hash: str, init: dict, spec: dict) -> dict:
     """First line of a log: with the records it is all that replay needs.
 
     Args:
         run_seed: seed of the run.
+        data_hash: SHA-256 of the tokenised examples, so that a run is not resumed on others.
         init: {"kind": "stream"}: lora_A from the z stream, lora_B zero; or {"kind": "file", "file", "sha256"}.
         spec: fields of `AdapterSpec`.
     """
-    fixed = {"format": FORMAT, "version": VERSION, "z_stream": Z_STREAM_VERSION, "run_seed": run_seed, "init": init}
-    return {**fixed, **spec}
+    fixed = {"format": FORMAT, "version": VERSION, "z_stream": Z_STREAM_VERSION}
+    return {**fixed, "run_seed": run_seed, "data_hash": data_hash, "init": init, **spec}
 
 
 class TrajectoryWriter:
@@ -118,7 +119,7 @@ def write_line(file: int, line: str) -> None:
             raise OSError(f"only {written} of {len(data)} bytes were written")
     except OSError as error:
         os.ftruncate(file, start)
-        raise UserError(f"the log could not be written ({error}); free some space and resume the run") from error
+        raise RunError(f"the log could not be written ({error}); free some space and resume the run") from error
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict]]:

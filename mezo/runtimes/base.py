@@ -50,13 +50,15 @@ class AdapterSpec:
         peft: fields of PEFT's adapter_config.json.
         shapes: full shape of each trained parameter by canonical name, in order.
         model: id or path of the base model.
-        model_hash: hash of the base weights, or empty where they were not read.
+        model_hash: SHA-256 of the base weights in `dtype`.
+        dtype: of the base model, e.g. "float32".
     """
 
     peft: dict
     shapes: dict[str, tuple[int, ...]]
     model: str
-    model_hash: str = ""
+    model_hash: str
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,20 @@ class StepUpdate:
     seeds: Sequence[int] = ()
     coefficients: Sequence[float] = ()
     decay: float = 1.0
+
+
+def passes(updates: Sequence) -> list[tuple]:
+    """Step updates (or records) as updates of `mezo_kernels.step_`: each decays theta, then adds its directions.
+
+    >>> passes([StepUpdate([7], [0.5], decay=0.9), StepUpdate([8], [0.25])])
+    [(0, 0.0, 0.9), (7, 0.5), (8, 0.25)]
+    """
+    made = []
+    for update in updates:
+        if update.decay != 1:
+            made.append((0, 0.0, update.decay))
+        made += zip(update.seeds, update.coefficients, strict=True)
+    return made
 
 
 class Runtime(Protocol):

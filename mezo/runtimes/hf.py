@@ -6,13 +6,13 @@ import torch
 from torch.nn import functional
 
 from mezo.config import Config, UserError
-from mezo.runtimes.base import Example, StepUpdate, TokenCount
+from mezo.runtimes.base import Example, StepUpdate, TokenCount, passes
 from mezo.runtimes.peft_model import load_adapted
 from mezo.runtimes.rows import RowBatch, option_scores, rows_of
 from mezo.runtimes.trunk import GROUP, Trunk, no_cache, scored
-from mezo_kernels import ParamLayout, lora_init, step_
+from mezo_kernels import ParamLayout, available_backends, lora_init, step_
 
-PROOF_ROWS = 8
+PROOF_EXAMPLES = 3  # besides the longest
 PROOF_TOLERANCE = 1e-4  # on option log-probabilities in float32; shapes differ, so sums are ordered differently
 
 
@@ -24,9 +24,10 @@ class HFRuntime:
     """
 
     def __init__(self, config: Config, pad: int = 0):
-        self.device = torch.device(_device(config.device))
+        self.device = _device(config.device)
         self.dtype = _dtype(config.dtype, self.device)
         self.backend = None if config.backend == "auto" else config.backend
+        _check_backend(self.backend, self.device)
         self.parts, self.spec = load_adapted(config, self.device, self.dtype)
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
         self.pad, self.config = pad, config
@@ -47,16 +48,26 @@ class HFRuntime:
         self._check_lengths()
         several = any(len(option) > 1 for examples in splits.values() for e in examples for option in e.options)
         self.vocabulary = self.vocabulary or several
-        if self.config.trunk_cache != "off" and self.parts.first > 0:
+        if self.config.trunk_cache in ("cpu", "device") and self.parts.first == 0:
+            raise UserError(
+                "--trunk-cache: layer 0 is adapted, nothing lies below it; use --layers-to-transform or auto"
+            )
+        if self.config.trunk_cache == "off" or self.parts.first == 0:
+            self._prove(
+                "--model", "the model changes its hidden states or logits after its layers or head, unsupported"
+            )
+        else:
             self._prepare_trunk()
 
     def _check_lengths(self) -> None:
-        limit = getattr(self.parts.model.config, "max_position_embeddings", None)
-        longest = max(len(row.ids) for nested in self.rows.values() for own in nested for row in own)
+        limit, longest = getattr(self.parts.model.config, "max_position_embeddings", None), self._longest()
         if limit is not None and longest > limit:
             raise UserError(
                 f"--max-length: a prompt has {longest} tokens, the model takes {limit}; use --max-length {limit}"
             )
+
+    def _longest(self) -> int:
+        return max(len(row.ids) for nested in self.rows.values() for own in nested for row in own)
 
     def _prepare_trunk(self) -> None:
         """Prove the trunk exact, then fill it; a training set too large to be seen once is filled as it is drawn."""
@@ -66,7 +77,8 @@ class HFRuntime:
         later = {split for split in rows if split == "train" and drawn < len(self.examples[split])}
         for split in rows:
             self.trunk.register(split, rows[split], group=1 if split in later else GROUP)
-        self._prove_trunk()
+        self._prove("--trunk-cache", "use --trunk-cache off")
+        self.trunk.clear()
         for split in [split for split in rows if split not in later]:
             count = self.tokens if split == "train" else self.eval_tokens
             count.computed += self._trunk_share(self.trunk.fill(split))
@@ -90,14 +102,14 @@ class HFRuntime:
         """See `Runtime.step`: one fused pass."""
         if watch:
             self.watched = ([t.clone() for t in self.master.tensors], list(updates), next_seed, eps)
-        apply(self.master, updates, next_seed, eps, self.plus, self.minus, backend=self.backend)
+        step_(self.master, passes(updates), 1.0, next_seed, eps, self.plus, self.minus, backend=self.backend)
 
     def verify(self) -> str | None:
         """See `Runtime.verify`: what is compared is what the model's parameters point at."""
         before, updates, next_seed, eps = self.watched
         master = self.master.like([t.clone() for t in before])
         plus, minus = (master.like([torch.empty_like(p) for p in self.params]) for _ in range(2))
-        apply(master, updates, next_seed, eps, plus, minus, backend="reference")
+        step_(master, passes(updates), 1.0, next_seed, eps, plus, minus, backend="reference")
         used = [self.master.tensors, *(self._use(copy) for copy in (self.plus, self.minus))]
         for what, expected, got in zip(("theta", "plus", "minus"), (master, plus, minus), used, strict=True):
             for name, a, b in zip(expected.names, expected.tensors, got, strict=True):
@@ -111,7 +123,7 @@ class HFRuntime:
     @torch.no_grad()
     def score_pair(self, split: str, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Runtime.score_pair`. Both signs run on the same gathered batch."""
-        forward = self._forward(split, indices, self.tokens, passes=2)
+        forward = self._forward(split, indices, self.tokens, signs=2)
         self._use(self.plus)
         plus = forward()
         self._use(self.minus)
@@ -121,7 +133,7 @@ class HFRuntime:
     def score(self, split: str, indices: Sequence[int]) -> torch.Tensor:
         """See `Runtime.score`. A 16-bit model sees theta rounded once."""
         self._point([t.to(self.dtype) for t in self.master.tensors])
-        return self._forward(split, indices, self.eval_tokens, passes=1)()
+        return self._forward(split, indices, self.eval_tokens, signs=1)()
 
     def describe(self) -> str:
         """See `Runtime.describe`."""
@@ -130,6 +142,8 @@ class HFRuntime:
         if self.trunk:
             kind = "scored positions only" if self.trunk.keep_kv else f"layers {self.parts.first} to {layers - 1}"
             cache = f"trunk cache on {self.trunk.storage} ({self.trunk.nbytes / 2**20:.0f} MiB; runs {kind})"
+            if self.trunk.full:
+                cache += "; it is full and computes rows again: raise --trunk-cache-bytes"
         return f"{n:,} LoRA parameters, {self.dtype} base on {self.device}, {cache}"
 
     def _use(self, copy: ParamLayout) -> list[torch.Tensor]:
@@ -140,24 +154,29 @@ class HFRuntime:
         for p, tensor in zip(self.params, tensors, strict=True):
             p.data = tensor
 
-    def _forward(self, split, indices, count: TokenCount, passes: int) -> Callable[[], torch.Tensor]:
+    def _forward(self, split, indices, count: TokenCount, signs: int) -> Callable[[], torch.Tensor]:
         """Gather a batch and count its tokens; each call of the result scores it with the weights then in use."""
         rows = [row for i in indices for row in self.rows[split][i]]
         batch = RowBatch.of(rows, self.pad, self.device)
         examples = [self.examples[split][i] for i in indices]
         n_layers, first = len(self.parts.layers), self.parts.first
         tokens = sum(len(row.ids) for row in rows)
-        count.scored += passes * tokens
+        count.scored += signs * tokens
+        hidden, filled = self._hidden(split, indices, batch)
         if self.trunk is None:
-            hidden = lambda: self._full_hidden(batch)  # noqa: E731
-            count.computed += passes * tokens
+            count.computed += signs * tokens
         else:
-            starts = self.first_row[split]
-            numbers = [n for i in indices for n in range(starts[i], starts[i] + len(self.rows[split][i]))]
-            hidden, filled = self.trunk.hidden(split, numbers, batch)
             run = int(batch.valid.sum()) if self.trunk.keep_kv else tokens
-            count.computed += passes * run * (n_layers - first) / n_layers + self._trunk_share(filled)
+            count.computed += signs * run * (n_layers - first) / n_layers + self._trunk_share(filled)
         return lambda: option_scores(examples, self._log_probs(hidden(), batch.targets), batch.valid.cpu())
+
+    def _hidden(self, split, indices, batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:
+        """A function that gives the hidden states at the scored positions, and the tokens whose trunk was run."""
+        if self.trunk is None:
+            return lambda: self._full_hidden(batch), 0
+        starts = self.first_row[split]
+        numbers = [n for i in indices for n in range(starts[i], starts[i] + len(self.rows[split][i]))]
+        return self.trunk.hidden(split, numbers, batch)
 
     def _trunk_share(self, tokens: int) -> float:
         """Work of filling the cache, in tokens through the whole model; keys and values count as one layer."""
@@ -175,9 +194,10 @@ class HFRuntime:
             logits = head(hidden).float()
             log_z = logits.double().logsumexp(-1, keepdim=True) if self.vocabulary else 0.0
             return (logits.gather(-1, targets).double() - log_z).cpu()
+        # a handful of rows of the head, in float32: 16-bit logits near 20 come in steps of an eighth
         tokens, inverse = targets.unique(return_inverse=True)
-        bias = None if head.bias is None else head.bias[tokens]
-        logits = functional.linear(hidden, head.weight[tokens], bias).gather(-1, inverse)
+        bias = None if head.bias is None else head.bias[tokens].float()
+        logits = functional.linear(hidden.float(), head.weight[tokens].float(), bias).gather(-1, inverse)
         return logits.double().cpu()
 
     def _trunk(self) -> Trunk:
@@ -187,7 +207,7 @@ class HFRuntime:
             parts.body,
             parts.layers,
             parts.first,
-            keep_kv=parts.kv_free,
+            keep_kv=parts.kv_free and not (parts.window and parts.window < self._longest()),
             causal=parts.causal,
             pad=self.pad,
             device=self.device,
@@ -196,30 +216,36 @@ class HFRuntime:
         )
 
     @torch.no_grad()
-    def _prove_trunk(self) -> None:
-        """Compare the trunk's scores with the model's own forward pass, at an adapter that changes them."""
-        split = next(iter(self.examples))
-        indices = range(min(PROOF_ROWS, len(self.examples[split])))
+    def _prove(self, flag: str, remedy: str) -> None:
+        """Compare scores with the model's own forward pass on the longest rows, at an adapter that changes them."""
+        split, indices = self._hardest()
         rows = [row for i in indices for row in self.rows[split][i]]
         batch = RowBatch.of(rows, self.pad, self.device)
         # kept under one adapter, used under another, as in training
         self._point_at_noise(seed=0)
-        run, _ = self.trunk.hidden(split, range(len(rows)), batch)
+        run = self._hidden(split, indices, batch)[0]
         self._point_at_noise(seed=1)
         expected = self._model_log_probs(batch)
         vocabulary, self.vocabulary = self.vocabulary, True
         got = self._log_probs(run(), batch.targets)
-        self.vocabulary, floor = vocabulary, PROOF_TOLERANCE
+        self.vocabulary, allowed = vocabulary, PROOF_TOLERANCE
         if self.dtype != torch.float32:
             sizes = {1, 2, 3} & set(range(len(rows)))
-            floor = max((self._batch_noise(rows, expected, size) for size in sizes), default=0.0)
+            noise = max((self._batch_noise(rows, expected, size) for size in sizes), default=0.0)
+            allowed = max(noise, 1e-6)
         worst = float((got - expected).abs().masked_fill(~batch.valid[:, :, None].cpu(), 0).max())
-        if not worst <= floor:
+        if not worst <= allowed:
             raise UserError(
-                f"--trunk-cache is not exact on this model: option log-probabilities differ by {worst:.2g} from the"
-                f" full forward pass (allowed {floor:.2g}); use --trunk-cache off"
+                f"{flag}: option log-probabilities are not exact on this model, they differ by {worst:.2g} from its"
+                f" full forward pass (allowed {allowed:.2g}); {remedy}"
             )
-        self.trunk.clear()
+
+    def _hardest(self) -> tuple[str, list[int]]:
+        """The split with the longest row, and its longest and first examples."""
+        length = lambda split, i: max(len(row.ids) for row in self.rows[split][i])  # noqa: E731
+        longest = {split: max(range(len(own)), key=lambda i: length(split, i)) for split, own in self.rows.items()}
+        split = max(longest, key=lambda split: length(split, longest[split]))
+        return split, sorted({longest[split], *range(min(PROOF_EXAMPLES, len(self.rows[split])))})
 
     def _point_at_noise(self, seed: int) -> None:
         noise = (lora_init(seed, name, shape) for name, shape in self.spec.shapes.items())
@@ -241,16 +267,6 @@ class HFRuntime:
         return worst
 
 
-def apply(master, updates: Sequence[StepUpdate], next_seed, eps, plus, minus, backend=None) -> None:
-    """`mezo_kernels.step_` of a sequence of step updates: each decays theta, then adds its directions in order."""
-    passes = []
-    for update in updates:
-        if update.decay != 1:
-            passes.append((0, 0.0, update.decay))
-        passes += [(seed, c) for seed, c in zip(update.seeds, update.coefficients, strict=True)]
-    step_(master, passes, next_seed=next_seed, eps=eps, plus=plus, minus=minus, backend=backend)
-
-
 def _starts(rows: list[list]) -> list[int]:
     starts, total = [], 0
     for own in rows:
@@ -259,8 +275,22 @@ def _starts(rows: list[list]) -> list[int]:
     return starts
 
 
-def _device(name: str) -> str:
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device must be cpu, cuda or cuda:N, got {name}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch sees no GPU here; use --device cpu")
+    return device
+
+
+def _check_backend(backend: str | None, device: torch.device) -> None:
+    available = available_backends(device)
+    if backend is not None and backend not in available:
+        raise UserError(f"--backend {backend} does not run on {device}; available there: {', '.join(available)}")
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

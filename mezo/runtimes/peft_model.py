@@ -30,8 +30,9 @@ class AdaptedModel:
         head: hidden states -> logits.
         params: trained parameters by canonical name.
         causal: True for a decoder, False for a masked language model.
-        first: index of the lowest adapted layer (len(layers) if only the head is adapted).
+        first: index of the lowest adapted layer.
         kv_free: no key or value depends on the adapter.
+        window: how far back the last layer attends, or None.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class AdaptedModel:
     causal: bool
     first: int
     kv_free: bool
+    window: int | None
 
 
 def load_tokenizer(model: str):
@@ -89,10 +91,15 @@ def load_adapted(config: Config, device: torch.device, dtype: torch.dtype) -> tu
     head = next(child for child in base.children() if child is not body)
     adapted = [i for i, layer in enumerate(layers) if any(".lora_" in name for name, _ in layer.named_parameters())]
     kv_free = adapted == [len(layers) - 1] and _adapted_leaves(layers[-1]) <= KV_FREE
-    first = adapted[0] if adapted else len(layers)
+    first = adapted[0]
     shapes = {name: tuple(p.shape) for name, p in params.items()}
-    spec = AdapterSpec(_peft_fields(lora, config.model), shapes, config.model, weights)
-    return AdaptedModel(model, body, layers, head, params, causal, first, kv_free), spec
+    spec = AdapterSpec(_peft_fields(lora, config.model), shapes, config.model, weights, str(dtype).split(".")[1])
+    return AdaptedModel(model, body, layers, head, params, causal, first, kv_free, _window(base.config)), spec
+
+
+def _window(config) -> int | None:
+    kinds = getattr(config, "layer_types", None)
+    return None if kinds and kinds[-1] == "full_attention" else getattr(config, "sliding_window", None)
 
 
 def _layers(body: nn.Module, n_layers: int) -> nn.ModuleList | None:

@@ -88,7 +88,7 @@ class Trunk:
         self.rows: dict[str, list[list[Row]]] = {}
         self.place: dict[str, list[tuple[int, int]]] = {}
         self.groups: OrderedDict[tuple[str, int], list[Entry]] = OrderedDict()
-        self.nbytes, self.seconds = 0, 0.0
+        self.nbytes, self.seconds, self.full = 0, 0.0, False
         attentions = [m for m in layers[first].modules() if hasattr(m, "is_causal") and hasattr(m, "layer_idx")]
         self.attention = attentions[0] if attentions else None
 
@@ -177,6 +177,7 @@ class Trunk:
         self.groups[key] = entries
         self.nbytes += sum(entry.nbytes for entry in entries)
         while self.nbytes > self.limit and len(self.groups) > 1:
+            self.full = True
             _, gone = self.groups.popitem(last=False)
             self.nbytes -= sum(entry.nbytes for entry in gone)
         self.seconds += time.perf_counter() - started

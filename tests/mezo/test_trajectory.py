@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mezo.config import UserError
 from mezo.trajectory import StepRecord, TrajectoryWriter, drop_torn_line, header, read_trajectory
 
-SPEC = {"peft": {"r": 8}, "shapes": {"w.lora_A.weight": [8, 4]}, "model": "m", "model_hash": "0"}
+SPEC = {"peft": {}, "shapes": {"w.lora_A.weight": [8, 4]}, "model": "m", "model_hash": "0", "dtype": "float32"}
 floats = st.floats(allow_nan=False)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -22,7 +22,7 @@ def record(step, skipped=False, grad=0.1):
 @pytest.fixture
 def log(tmp_path):
     path = tmp_path / "trajectory.jsonl"
-    path.write_text(json.dumps(header(7, {"kind": "stream"}, SPEC)) + "\n")
+    path.write_text(json.dumps(header(7, "d", {"kind": "stream"}, SPEC)) + "\n")
     writer = TrajectoryWriter(path)
     for step in range(5):
         writer.append(record(step))
@@ -33,7 +33,7 @@ def log(tmp_path):
 def test_round_trip(log):
     first, records = read_trajectory(log)
     fixed = {"format": "mezo-trajectory", "version": 1, "z_stream": 1}
-    assert first == {**fixed, "run_seed": 7, "init": {"kind": "stream"}, **SPEC}
+    assert first == {**fixed, "run_seed": 7, "data_hash": "d", "init": {"kind": "stream"}, **SPEC}
     assert records == [record(step) for step in range(5)]
 
 
@@ -88,7 +88,7 @@ def test_damage_is_named(log, change, message):
 @given(data=st.binary(max_size=300), at=st.integers(0, 2000))
 def test_no_bytes_crash_the_reader(tmp_path_factory, data, at):
     path = tmp_path_factory.mktemp("fuzz") / "trajectory.jsonl"
-    whole = json.dumps(header(7, {"kind": "stream"}, SPEC)) + "\n" + "".join(record(s).to_line() for s in range(3))
+    whole = json.dumps(header(7, "d", {"kind": "stream"}, SPEC)) + "\n" + "".join(record(s).to_line() for s in range(3))
     base = whole.encode()
     path.write_bytes(base[:at] + data + base[at:])
     try:
