@@ -41,7 +41,7 @@ def train(config: Config) -> dict | None:
         run = RunDirectory.create(config.output_dir, config, header, initial if config.adapter else None)
     else:
         run = RunDirectory(Path(config.output_dir))
-    return Trainer(config, runtime, splits, run, ranks=ranks, seconds_loading=seconds).train()
+    return _carry_through(Trainer(config, runtime, splits, run, ranks=ranks, seconds_loading=seconds), ranks)
 
 
 def with_adapter_options(config: Config) -> Config:
@@ -89,7 +89,13 @@ def resume(path: str, ranks: Ranks | None = None) -> dict | None:
     theta = checkpoint.initial_theta(first_line, run.path / checkpoint.INITIAL)
     checkpoint.replay_records(theta, records)
     runtime.load(theta)
-    return Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds).train()
+    return _carry_through(Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds), ranks)
+
+
+def _carry_through(trainer: Trainer, ranks: Ranks) -> dict | None:
+    result = trainer.train()
+    ranks.close()
+    return result
 
 
 def _check_ranks(config: Config, ranks: Ranks) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 PATHS = ("model", "train_file", "dev_file", "test_file", "adapter")
+KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 FLOAT32 = (1.1754943508222875e-38, 3.4028234663852886e38)  # smallest normal and largest number
 
 
@@ -154,7 +155,7 @@ def _typed(key: str, value, kind):
         except ValueError:
             pass
     fits = type(value) is kind
-    _require(fits, f"{key} must be {'text' if kind is str else 'a ' + kind.__name__}, got {value!r}")
+    _require(fits, f"{key} must be {KINDS[kind]}, got {value!r}")
     return value
 
 

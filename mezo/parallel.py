@@ -62,6 +62,12 @@ class Ranks:
         self.bytes_exchanged += own.nbytes * self.size
         return [part.tolist() for part in parts]
 
+    def close(self) -> None:
+        """Wait for the other ranks and part; a rank that leaves early takes the connections of the others down."""
+        if self.size > 1:
+            self.gather([0.0])
+            dist.destroy_process_group()
+
     def check_equal(self, theta: dict[str, torch.Tensor], step: int) -> None:
         """Raise RunError naming the ranks whose theta differs from rank 0's in any bit."""
         digest = hashlib.sha256()

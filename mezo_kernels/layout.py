@@ -202,26 +202,34 @@ def check_no_alias(slots: Iterable[ParamSlot]) -> None:
         cluster_end = max(cluster_end, end)
 
 
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    """True unless each dimension, from the smallest stride up, steps over all that the smaller ones reach."""
+    reach = 0
+    for stride, n in sorted((stride, n) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (n - 1)
+    return False
+
+
 def _check_cluster(cluster: list[tuple[int, ParamSlot]]) -> None:
-    """Count the writes to each byte of a stretch of memory; more than one is an alias."""
-    dense = len(cluster) == 1 and cluster[0][1].tensor.is_contiguous()
-    if not cluster or dense:
+    """Mark the bytes that each slot of a stretch of memory writes; one that is marked already is an alias."""
+    for _, slot in cluster:
+        if _overlaps_itself(slot.tensor):
+            raise ValueError(f"{slot.name}: elements share storage (an expanded or overlapping view); call .clone()")
+    if len(cluster) < 2:
         return
     base = cluster[0][0]
     span = max(_byte_range(slot.tensor)[1] for _, slot in cluster) - base
     written = torch.zeros(span, dtype=torch.bool)
     for start, slot in cluster:
-        tensor, size = slot.tensor, slot.tensor.element_size()
-        shape, stride = (*tensor.shape, size), (*(s * size for s in tensor.stride()), 1)
-        # a self-overlapping view reaches fewer distinct bytes than it has
-        view = torch.as_strided(written, shape, stride, start - base)
+        size = slot.tensor.element_size()
+        strides = (*(stride * size for stride in slot.tensor.stride()), 1)
+        view = torch.as_strided(written, (*slot.tensor.shape, size), strides, start - base)
         if view.any():
             others = ", ".join(other.name for _, other in cluster if other is not slot)
             raise ValueError(f"{slot.name} shares storage with another parameter ({others}); list tied weights once")
-        before = int(written.sum())
         view.fill_(True)
-        if int(written.sum()) - before != tensor.numel() * size:
-            raise ValueError(f"{slot.name}: elements share storage (an expanded or overlapping view); call .clone()")
 
 
 class AddressCache:

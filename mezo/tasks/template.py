@@ -31,7 +31,7 @@ class Template:
         """Parse a template; the field that may be cut is `text_field`, or the only one if the template has no other.
 
         Raises:
-            UserError: unbalanced braces, or a placeholder that is not a plain field name.
+            UserError: unbalanced braces, a placeholder that is not a plain field name, or none at all.
         """
         try:
             parsed = list(string.Formatter().parse(text.replace("\\n", "\n")))
@@ -45,6 +45,10 @@ class Template:
                 )
             pieces.append((literal, field))
         names = {field for _, field in pieces if field}
+        if not names:
+            raise UserError(
+                f"--prompt {text!r} takes no field, so every example would be the same: add one, e.g. {{text}}"
+            )
         if text_field is not None and text_field not in names:
             text_field = next(iter(names)) if len(names) == 1 else None
         return cls(text, tuple(pieces), text_field)

@@ -1,13 +1,12 @@
 """The command line: good calls work, mistakes are one line with a remedy, exit code 2 and nothing written."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-import mezo_kernels
+import mezo_kernels.reference
 from mezo.cli import main
 from mezo.config import Config
 
@@ -30,6 +29,11 @@ MISTAKES = {
     "too many shots": ({"k_shot": 40}, "k_shot asks for 40"),
     "field not in data": ({"prompt": "{sentence} It was"}, "sentence"),
     "both limits": ({"k_shot": 2, "num_train": 4}, "--k-shot and --num-train exclude each other"),
+    "prompt without a field": ({"prompt": "It was"}, "takes no field, so every example would be the same"),
+    "eps below float32": ({"eps": 1e-50}, "--eps must be within float32"),
+    "micro-batch": ({"micro_batch_size": 9}, "--micro-batch-size must be at most --batch-size, 8; got 9"),
+    "no such adapter": ({"adapter": "./gone"}, "./gone is neither a run nor an adapter"),
+    "no such device": ({"device": "gpu"}, "--device must be cpu, cuda or cuda:N, got gpu"),
     "task and file": ({"task": "sst2"}, "give one of --task and --train-file"),
     "no such task": ({"task": "nonsense", "train_file": "", "dev_file": "", "test_file": ""}, "nonsense"),
 }
@@ -120,12 +124,40 @@ def test_config_file_with_flags_on_top(tiny_options, tmp_path, capfd):
     assert "unknown configuration key 'stepz'" in capfd.readouterr().err
 
 
+YAML_MISTAKES = {
+    "steps: many": "steps must be a whole number, got 'many'",
+    "steps: 8.5": "steps must be a whole number, got 8.5",
+    "lr: fast": "lr must be a number, got 'fast'",
+    "objective: nonsense": "objective must be one of cross_entropy, lm_cross_entropy, accuracy; got 'nonsense'",
+    "eval_train: maybe": "eval_train must be true or false, got 'maybe'",
+    "prompt: 3": "prompt must be text, got 3",
+}
+
+
+@pytest.mark.parametrize("line", list(YAML_MISTAKES))
+def test_yaml_values_are_checked(line, tmp_path, capfd):
+    (tmp_path / "run.yaml").write_text(line)
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert YAML_MISTAKES[line] in capfd.readouterr().err
+
+
+def test_yaml_means_what_it_looks_like(tmp_path):
+    values = {"model": "m", "output_dir": "o", "task": "sst2", "lr": "1e-3", "layers_to_transform": 2, "eps": 1}
+    config = Config.from_dict(values)
+    assert (config.lr, config.layers_to_transform, config.eps) == (1e-3, (2,), 1.0)
+
+
+def test_verify_on_this_machine(capfd):
+    assert main(["verify", "--device", "cpu"]) == 0
+    assert "numba" in capfd.readouterr().out
+    assert main(["verify", "--device", "nonsense"]) == 2
+
+
 def test_verify_exit_code(monkeypatch, capfd):
-    row = dataclasses.make_dataclass("Row", ["backend", "check", "ok", "detail"])
-    monkeypatch.setattr(mezo_kernels, "verify", lambda device=None: [row("numba", "perturb_", True, "")], raising=False)
-    assert main(["verify"]) == 0
-    monkeypatch.setattr(mezo_kernels, "verify", lambda device=None: [row("numba", "perturb_", False, "index 3")])
-    assert main(["verify"]) == 1
+    """The reference itself is bent: every backend then disagrees with it."""
+    draw = mezo_kernels.reference.standard_normal
+    monkeypatch.setattr(mezo_kernels.reference, "standard_normal", lambda *arguments: draw(*arguments) + 1)
+    assert main(["verify", "--device", "cpu"]) == 1
     assert "MISMATCH" in capfd.readouterr().out
 
 

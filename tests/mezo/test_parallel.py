@@ -108,3 +108,13 @@ def test_more_ranks_than_work_are_refused(tiny_config, as_flags):
     done = torchrun(dataclasses.replace(tiny_config, parallel="perturbations"), 2, as_flags)
     assert "--num-perturbations 1 cannot be shared by 2 ranks" in done.stderr
     assert not Path(tiny_config.output_dir).exists()
+
+
+def test_a_restart_never_continues_a_run_of_another_launch(tiny_config, as_flags):
+    """The directory is there before the launch: it is refused, also by the second attempt of an elastic restart."""
+    commands.train(dataclasses.replace(tiny_config, steps=5))
+    before = (Path(tiny_config.output_dir) / "trajectory.jsonl").read_bytes()
+    done = torchrun(dataclasses.replace(tiny_config, steps=5), 2, as_flags, restarts=1)
+    assert done.returncode != 0
+    assert done.stderr.count("exists and is never overwritten") >= 2
+    assert (Path(tiny_config.output_dir) / "trajectory.jsonl").read_bytes() == before

@@ -19,7 +19,7 @@ from mezo import checkpoint, commands
 from mezo.batches import Batches
 from mezo.config import Config, RunError, UserError
 from mezo.monitor import Monitor
-from mezo.objectives import OBJECTIVES, cross_entropy
+from mezo.objectives import OBJECTIVES, cross_entropy, evaluate
 from mezo.runtimes.hf import HFRuntime
 from mezo.trajectory import read_trajectory
 from tests.tiny_models import LAST_LAYER, build
@@ -109,7 +109,10 @@ def interrupted_copy(run, target, steps, torn=b""):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     lines = (target / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
     (target / "trajectory.jsonl").write_bytes(b"".join(lines[: steps + 1]) + torn)
-    rows = [row for row in (target / "metrics.jsonl").read_text().splitlines() if json.loads(row)["step"] < steps]
+    rows = (target / "metrics.jsonl").read_text().splitlines()
+    tests = [i for i, row in enumerate(rows) if json.loads(row)["split"] == "test"]
+    # the second score of the test set ends a run
+    rows = [row for row in rows[: tests[1]] if json.loads(row)["step"] < steps]
     (target / "metrics.jsonl").write_text("".join(row + "\n" for row in rows))
     if rows and any(json.loads(row).get("is_best") for row in rows):
         best = max(json.loads(row)["step"] for row in rows if json.loads(row).get("is_best"))
@@ -126,6 +129,108 @@ def test_resume_is_exact(finished, tmp_path, steps, torn):
     assert same_bits(adapter(copy), adapter(run))
     assert again["test"] == result["test"]
     assert again["best_step"] == result["best_step"]
+
+
+CONFIGURATIONS = {
+    "layer trunk": {"layers_to_transform": (1, 2)},
+    "no trunk": {"layers_to_transform": (), "trunk_cache": "off"},
+    "evicting": {"trunk_cache_bytes": 4000},
+    "bfloat16": {"dtype": "bfloat16"},
+    "lm_cross_entropy": {"objective": "lm_cross_entropy"},
+    "accuracy": {"objective": "accuracy"},
+    "no dev set": {"dev_file": ""},
+    "micro-batches": {"micro_batch_size": 3},
+}
+
+
+@pytest.mark.parametrize("name", list(CONFIGURATIONS))
+def test_resume_is_exact_in_every_configuration(tiny_config, tmp_path, name):
+    config = dataclasses.replace(tiny_config, steps=20, **CONFIGURATIONS[name])
+    commands.train(config)
+    run, copy = Path(config.output_dir), tmp_path / "copy"
+    interrupted_copy(run, copy, 13)
+    result = commands.resume(str(copy))
+    assert (copy / "trajectory.jsonl").read_bytes() == (run / "trajectory.jsonl").read_bytes()
+    assert same_bits(adapter(copy), adapter(run))
+    assert result["best_step"] == json.loads((run / "result.json").read_text())["best_step"]
+    # 10 steps until the last evaluation (none without a dev set), and 7 after the crash at 13
+    assert result["steps_counted"] == (7 if name == "no dev set" else 17)
+
+
+def test_lm_cross_entropy_keeps_the_lowest_dev_loss(tiny_config, tmp_path):
+    """With one option the accuracy is always 1: the loss of the option's tokens must decide."""
+    files = {}
+    for split in ("train", "dev"):
+        rows = [{"prompt": f"the {word} was", "options": [" good"], "answer": 0} for word in ("film", "plot", "story")]
+        files[f"{split}_file"] = str(tmp_path / f"{split}.jsonl")
+        Path(files[f"{split}_file"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain = {"prompt": "", "label_words": (), "test_file": "", "objective": "lm_cross_entropy", "batch_size": 3}
+    result = commands.train(dataclasses.replace(tiny_config, **files, **plain))
+    losses = {row["step"]: row["loss"] for row in result["dev"]}
+    assert losses[result["best_step"]] == min(losses.values()) < losses[0]
+
+
+def test_a_nan_evaluation_is_never_the_best(tiny_config, monkeypatch):
+    calls = iter(range(100))
+
+    def broken(scores, labels, objective):
+        values = evaluate(scores, labels, objective)
+        # call 0 scores the test set, call 1 dev at step 0
+        return {**values, "accuracy": None, "loss": None} if next(calls) == 1 else values
+
+    monkeypatch.setattr("mezo.trainer.evaluate", broken)
+    result = commands.train(tiny_config)
+    assert result["dev"][0]["accuracy"] is None
+    assert result["best_step"] > 0
+
+
+def test_resume_refuses_other_data(finished, tiny_config, tmp_path):
+    run, config, _ = finished
+    copy = tmp_path / "copy"
+    interrupted_copy(run, copy, 20)
+    lines = Path(config.train_file).read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(reversed(lines)))
+    saved = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**saved, "train_file": str(tmp_path / "train.jsonl")}))
+    with pytest.raises(UserError, match="data_hash of the log and of the model at hand differ"):
+        commands.resume(str(copy))
+
+
+def test_an_adapter_brings_its_own_scale(finished, tiny_config):
+    run, _, _ = finished
+    start = dataclasses.replace(tiny_config, adapter=str(run / "adapter"), steps=1, target_modules=(), lora_alpha=16)
+    commands.train(start)
+    assert checkpoint.RunDirectory(Path(start.output_dir)).read_config().target_modules == (
+        "o_proj",
+        "q_proj",
+        "up_proj",
+    )
+    with pytest.raises(UserError, match=r"--lora-alpha 64 contradicts --adapter .*, which has 16: leave it out"):
+        commands.train(dataclasses.replace(start, lora_alpha=64, output_dir=start.output_dir + "-2"))
+    with pytest.raises(UserError, match=r"is a run directory: give .*adapter"):
+        commands.train(dataclasses.replace(start, adapter=str(run), output_dir=start.output_dir + "-2"))
+
+
+def test_every_perturbation_of_a_step_is_verified(tiny_config, monkeypatch):
+    written = HFRuntime.step
+
+    def flip_second(self, updates, next_seed, eps, watch=False):
+        written(self, updates, next_seed, eps, watch=watch)
+        if not updates and self.tokens.scored:
+            self.plus.tensors[0].view(torch.int32)[0, 0] ^= 1
+
+    monkeypatch.setattr(HFRuntime, "step", flip_second)
+    with pytest.raises(RunError, match=r"plus of .*lora_A.weight at index 0"):
+        commands.train(dataclasses.replace(tiny_config, num_perturbations=2, verify_every=1))
+
+
+def test_best_needs_the_evaluations(finished, tmp_path):
+    run, _, _ = finished
+    (tmp_path / "log").mkdir()
+    shutil.copy(run / "trajectory.jsonl", tmp_path / "log")
+    with pytest.raises(UserError, match=r"metrics.jsonl is missing, which says which step was best"):
+        checkpoint.replay(tmp_path / "log")
+    assert checkpoint.replay(tmp_path / "log", until="last")[2] == 40
 
 
 def test_resume_of_a_finished_run_checks_it(finished, tmp_path):
