@@ -1,4 +1,7 @@
-"""Replay of a log: many updates to a pass, against the original loop step by step and against drawing z alone."""
+"""Replay of a log: many updates to a pass, against the original loop step by step and against drawing z alone.
+
+Drawing alone is `sum_of_squares`: the same z, on as many threads, added up in registers rather than stored.
+"""
 
 import statistics
 
@@ -8,7 +11,7 @@ import pytest
 from rows import seconds, summary
 from shapes import REPLAYED, make
 
-from mezo_kernels import ParamLayout, standard_normal, step_
+from mezo_kernels import ParamLayout, step_, sum_of_squares
 
 COEFFICIENT, STEPS, ROUNDS = 1e-8, 200, 3
 TARGET_TO_ORIGINAL, TARGET_OF_DRAWING = 4.0, 0.8  # from the requirements
@@ -26,7 +29,7 @@ def test_replay_of_a_run(benchmark, shape):
 
     def draw():
         for seed, _ in log:
-            standard_normal(seed, "w", 0, layout.n_elements)
+            sum_of_squares(layout, seed)
 
     step_(layout, log[:1])
     originals, draws = [], []

@@ -2,14 +2,18 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mezo import checkpoint
 from mezo.config import UserError
 from mezo.trajectory import StepRecord, TrajectoryWriter, drop_torn_line, header, read_trajectory
+from mezo_kernels import available_backends
 
+GOLDEN, STEPS_OF_GOLDEN = Path(__file__).parents[1] / "golden" / "trajectory-v1", 8
 SPEC = {"peft": {}, "shapes": {"w.lora_A.weight": [8, 4]}, "model": "m", "model_hash": "0", "dtype": "float32"}
 floats = st.floats(allow_nan=False)
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -96,3 +100,12 @@ def test_no_bytes_crash_the_reader(tmp_path_factory, data, at):
     except UserError:
         return
     assert [r.step for r in records] == list(range(len(records)))
+
+
+@pytest.mark.parametrize("backend", ["reference", "numba", "triton"])
+def test_version_1_is_read_and_replayed_for_good(backend):
+    if backend not in available_backends("cpu"):
+        pytest.skip("Triton is interpreted only where there is no GPU")
+    theta, first, steps = checkpoint.replay(GOLDEN, backend=backend)
+    assert (first["version"], first["run_seed"], steps) == (1, 2**64 - 3, STEPS_OF_GOLDEN)
+    assert checkpoint.same_bits(theta, checkpoint.read_adapter(GOLDEN)) is None

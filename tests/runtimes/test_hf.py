@@ -104,9 +104,9 @@ def test_models_that_change_their_logits_after_the_head_are_refused(tmp_path, la
     """Granite divides its logits: scores from the bare head would be wrong by that factor."""
     torch.manual_seed(0)
     model = GraniteForCausalLM(GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=8.0))
+    path, adapted = save_model(model, tmp_path), {"layers_to_transform": layers, "target_modules": ("q_proj", "v_proj")}
     with pytest.raises(UserError, match=r"not exact on this model, they differ by .* from its full forward pass"):
-        adapted = {"layers_to_transform": layers, "target_modules": ("q_proj", "v_proj")}
-        runtime(save_model(model, tmp_path), examples(4), **adapted)
+        runtime(path, examples(4), **adapted)
 
 
 def test_a_sliding_window_shorter_than_a_row_keeps_whole_rows(tmp_path):

@@ -1,0 +1,61 @@
+"""What a machine can do to a run: a full disk, a place that cannot be written."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mezo import commands
+from mezo.config import UserError
+from mezo.trajectory import read_trajectory
+
+LIMIT = 12_000  # bytes a file may have: more than an adapter, a little more than half of the log of 80 steps
+
+
+def test_a_full_disk_loses_nothing_that_was_logged(tiny_config, tmp_path, as_flags):
+    """A limit on the size of files stands for the disk: the write that crosses it is cut short, as on a full one."""
+    config = dataclasses.replace(tiny_config, steps=80)
+    commands.train(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    changed = {
+        field.name: values[field.name] for field in dataclasses.fields(config) if values[field.name] != field.default
+    }
+    limited = (
+        "import resource, signal, sys\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from mezo import monitor\nmonitor.LOG_EVERY = 10**9\n"
+        f"from mezo.cli import main\nresource.setrlimit(resource.RLIMIT_FSIZE, ({LIMIT}, -1))\nsys.exit(main())\n"
+    )
+    command = [sys.executable, "-c", limited, "train", *as_flags(changed)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "the log could not be written" in done.stderr
+    log = Path(tiny_config.output_dir) / "trajectory.jsonl"
+    assert log.read_bytes().endswith(b"}\n")
+    assert 10 < len(read_trajectory(log)[1]) < 80
+    commands.resume(tiny_config.output_dir)
+    assert log.read_bytes() == (tmp_path / "whole" / "trajectory.jsonl").read_bytes()
+
+
+def test_a_place_that_cannot_be_written_is_refused(tiny_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = dataclasses.replace(tiny_config, output_dir=str(tmp_path / "file" / "run"))
+    with pytest.raises(UserError, match="cannot be created: Not a directory; choose another"):
+        commands.train(config)
+
+
+def test_a_missing_start_is_named(tiny_config, tmp_path):
+    commands.train(dataclasses.replace(tiny_config, steps=2))
+    started = dataclasses.replace(
+        tiny_config, adapter=tiny_config.output_dir + "/adapter", output_dir=str(tmp_path / "second"), steps=2
+    )
+    commands.train(started)
+    shutil.rmtree(tiny_config.output_dir)
+    commands.replay(str(tmp_path / "second"), str(tmp_path / "replayed"))
+    (tmp_path / "second" / "initial_adapter.safetensors").unlink()
+    with pytest.raises(UserError, match="the adapter this run started from is missing or differs"):
+        commands.replay(str(tmp_path / "second"), str(tmp_path / "again"))
