@@ -1,0 +1,26 @@
+"""The README's Python runs as it stands, and the files it points to are there."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_examples_run_and_learn():
+    namespace = {}
+    for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
+        exec(block, namespace)
+    model, x, y = namespace["model"], namespace["x"], namespace["y"]
+    assert (model(x).argmax(1) == y).float().mean() > 0.8
+    assert not namespace["plus"].tensors[0].equal(namespace["minus"].tensors[0])
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_proofs_named_in_the_tables_exist():
+    for name in re.findall(r"`(tests/[\w/]+\.py)`", TEXT):
+        assert (ROOT / name).is_file(), name
