@@ -8,6 +8,7 @@ import importlib
 import math
 import os
 from collections.abc import Sequence
+from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -281,7 +282,15 @@ def _unavailable(backend: str, device: torch.device) -> str | None:
             return "it needs a CUDA or ROCm device, or TRITON_INTERPRET=1 set before Python starts"
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
+        if device.type != "cuda" and _interpreter_is_broken():
+            return "Triton's interpreter before 3.7 does not run with numpy 2.4 or later"
     return None
+
+
+def _interpreter_is_broken() -> bool:
+    """Triton 3.6's `tl.range` converts an array of one element to a number, which numpy has stopped to do."""
+    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    return triton < (3, 7) and numpy >= (2, 4)
 
 
 def _module(backend: str | None, device: torch.device):
