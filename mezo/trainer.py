@@ -223,7 +223,7 @@ class Trainer:
         return {"steps": self.steps_timed, **self.seconds, **{k: [c.scored, c.computed] for k, c in counts.items()}}
 
     def _restore_clock(self) -> None:
-        """Carry on the totals of the sessions before this one, as of their last evaluation."""
+        """Carry on the totals of the processes before this one, as of their last evaluation."""
         if self.metrics and self.records:
             clock = dict(self.metrics[-1]["clock"])
             self.steps_timed = clock.pop("steps")
