@@ -85,7 +85,9 @@ def resume(path: str, ranks: Ranks | None = None) -> dict | None:
     if ranks.leads:
         run.write_metrics([row for row in run.read_metrics() if row["step"] <= len(records)])
     runtime, splits, seconds = _load(config, need="train")
-    _same_run(first_line, checkpoint.make_header(config, runtime.spec, splits), path)
+    # the adapter it started from has been copied into the run: its source may be gone
+    own = dataclasses.replace(config, adapter="")
+    _same_run(first_line, checkpoint.make_header(own, runtime.spec, splits), path)
     theta = checkpoint.initial_theta(first_line, run.path / checkpoint.INITIAL)
     checkpoint.replay_records(theta, records)
     runtime.load(theta)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mezo import commands
+from mezo import commands, logbook
 from mezo.config import UserError
 from mezo.trajectory import read_trajectory
 
@@ -48,7 +48,7 @@ def test_a_place_that_cannot_be_written_is_refused(tiny_config, tmp_path):
         commands.train(config)
 
 
-def test_a_missing_start_is_named(tiny_config, tmp_path):
+def test_a_run_keeps_the_adapter_it_started_from_and_names_it_if_lost(tiny_config, tmp_path):
     commands.train(dataclasses.replace(tiny_config, steps=2))
     started = dataclasses.replace(
         tiny_config, adapter=tiny_config.output_dir + "/adapter", output_dir=str(tmp_path / "second"), steps=2
@@ -56,6 +56,10 @@ def test_a_missing_start_is_named(tiny_config, tmp_path):
     commands.train(started)
     shutil.rmtree(tiny_config.output_dir)
     commands.replay(str(tmp_path / "second"), str(tmp_path / "replayed"))
+    whole = (tmp_path / "second" / "trajectory.jsonl").read_bytes()
+    logbook.truncate(str(tmp_path / "second"), 1)
+    commands.resume(str(tmp_path / "second"))
+    assert (tmp_path / "second" / "trajectory.jsonl").read_bytes() == whole
     (tmp_path / "second" / "initial_adapter.safetensors").unlink()
     with pytest.raises(UserError, match="the adapter this run started from is missing or differs"):
         commands.replay(str(tmp_path / "second"), str(tmp_path / "again"))
