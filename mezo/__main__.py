@@ -4,4 +4,5 @@ import sys
 
 from mezo.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # processes that an engine spawns import this module again
+    sys.exit(main())

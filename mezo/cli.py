@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from mezo.config import Config, RunError, UserError
+from mezo.config import MACHINE, Config, RunError, UserError
 
 USAGE = """usage: mezo COMMAND [options]
 
@@ -71,10 +71,10 @@ def _train(argv: list[str]) -> int:
 
         result = commands.train(config)
     else:
-        _refuse_contradiction(path, rest)
+        machine = _machine_options(path, rest)
         from mezo import commands
 
-        result = commands.resume(path)
+        result = commands.resume(path, machine=machine)
     if result is None:
         return 130
     if result:
@@ -123,16 +123,17 @@ def _take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
     return None, argv
 
 
-def _refuse_contradiction(path: str, rest: list[str]) -> None:
-    """--resume takes its configuration from the run; arguments that say the same are tolerated."""
+def _machine_options(path: str, rest: list[str]) -> dict:
+    """Options given with --resume that say where the run goes on; all others are the run's own, and must agree."""
     if not rest:
-        return
+        return {}
     saved = dataclasses.asdict(_saved_config(Path(path)))
     asked = dataclasses.asdict(_parse(rest, "mezo train", saved))
     for name, value in asked.items():
-        if value != saved[name]:
+        if value != saved[name] and name not in MACHINE:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {value} contradicts the run, which has {saved[name]}: give --resume {path} alone")
+    return {name: asked[name] for name in MACHINE if asked[name] != saved[name]}
 
 
 def _saved_config(run: Path) -> Config:

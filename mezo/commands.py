@@ -2,6 +2,8 @@
 
 import dataclasses
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from mezo.checkpoint import RunDirectory
 from mezo.config import Config, UserError
 from mezo.objectives import evaluate as evaluate_scores
 from mezo.parallel import Ranks
-from mezo.runtimes.hf import HFRuntime
+from mezo.runtimes.base import Runtime
 from mezo.runtimes.merge import merge
 from mezo.runtimes.peft_model import is_masked, load_tokenizer
 from mezo.tasks import load_splits
@@ -33,15 +35,15 @@ def train(config: Config) -> dict | None:
     if ranks.leads:
         checkpoint.refuse_existing(config.output_dir)
     _check_ranks(config, ranks)
-    runtime, splits, seconds = _load(config, need="train")
-    header = checkpoint.make_header(config, runtime.spec, splits)
-    initial = Path(config.adapter) / checkpoint.WEIGHTS
-    runtime.load(checkpoint.initial_theta(header, initial))
-    if ranks.leads:
-        run = RunDirectory.create(config.output_dir, config, header, initial if config.adapter else None)
-    else:
-        run = RunDirectory(Path(config.output_dir))
-    return _carry_through(Trainer(config, runtime, splits, run, ranks=ranks, seconds_loading=seconds), ranks)
+    with _loaded(config, need="train") as (runtime, splits, seconds):
+        header = checkpoint.make_header(config, runtime.spec, splits)
+        initial = Path(config.adapter) / checkpoint.WEIGHTS
+        runtime.load(checkpoint.initial_theta(header, initial))
+        if ranks.leads:
+            run = RunDirectory.create(config.output_dir, config, header, initial if config.adapter else None)
+        else:
+            run = RunDirectory(Path(config.output_dir))
+        return _carry_through(Trainer(config, runtime, splits, run, ranks=ranks, seconds_loading=seconds), ranks)
 
 
 def with_adapter_options(config: Config) -> Config:
@@ -69,29 +71,33 @@ def _started_here(config: Config) -> bool:
     return same_launch and run.read_config() == config
 
 
-def resume(path: str, ranks: Ranks | None = None) -> dict | None:
+def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None) -> dict | None:
     """Carry an interrupted run through, to the bit; check a finished one.
 
+    Args:
+        path: run directory.
+        ranks: the processes that share the work.
+        machine: options of `mezo.config.MACHINE` that differ from the run's: where and how it goes on.
     Returns:
         As `train`; for a finished run, its result.
     """
     ranks = ranks or Ranks()
     run = RunDirectory.open(path) if ranks.leads else RunDirectory(Path(path))
-    config = run.read_config()
+    config = dataclasses.replace(run.read_config(), **(machine or {}))
     first_line, records = read_trajectory(run.trajectory)
     if run.result.is_file() and len(records) >= config.steps:
         return _check_finished(run)
     _check_ranks(config, ranks)
     if ranks.leads:
         run.write_metrics([row for row in run.read_metrics() if row["step"] <= len(records)])
-    runtime, splits, seconds = _load(config, need="train")
-    # the adapter it started from has been copied into the run: its source may be gone
-    own = dataclasses.replace(config, adapter="")
-    _same_run(first_line, checkpoint.make_header(own, runtime.spec, splits), path)
-    theta = checkpoint.initial_theta(first_line, run.path / checkpoint.INITIAL)
-    checkpoint.replay_records(theta, records)
-    runtime.load(theta)
-    return _carry_through(Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds), ranks)
+    with _loaded(config, need="train") as (runtime, splits, seconds):
+        # the adapter it started from has been copied into the run: its source may be gone
+        own = dataclasses.replace(config, adapter="")
+        _same_run(first_line, checkpoint.make_header(own, runtime.spec, splits), path)
+        theta = checkpoint.initial_theta(first_line, run.path / checkpoint.INITIAL)
+        checkpoint.replay_records(theta, records)
+        runtime.load(theta)
+        return _carry_through(Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds), ranks)
 
 
 def _carry_through(trainer: Trainer, ranks: Ranks) -> dict | None:
@@ -116,15 +122,16 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
     Returns:
         accuracy, loss, f1 and auc by split.
     """
-    runtime, splits, _ = _load(dataclasses.replace(config, trunk_cache="off"))
-    if adapter is not None:
-        runtime.load(checkpoint.load_adapter(adapter, runtime.spec.shapes))
-    size = config.eval_batch_size or config.batch_size
-    results = {}
-    for split, examples in splits.items():
-        labels = torch.tensor([example.label for example in examples])
-        results[split] = evaluate_scores(score_split(runtime, split, len(examples), size), labels, config.objective)
-    return results
+    with _loaded(dataclasses.replace(config, trunk_cache="off")) as (runtime, splits, _):
+        if adapter is not None:
+            runtime.load(checkpoint.load_adapter(adapter, runtime.spec.shapes))
+        size = config.eval_batch_size or config.batch_size
+        results = {}
+        for split, examples in splits.items():
+            labels = torch.tensor([example.label for example in examples])
+            scores = score_split(runtime, split, len(examples), size)
+            results[split] = evaluate_scores(scores, labels, config.objective)
+        return results
 
 
 def replay(run: str, output_dir: str, until: str = "best", backend: str | None = None) -> int:
@@ -171,7 +178,8 @@ def _refuse_output(path: str) -> None:
         raise UserError(f"--output-dir {path} exists and is never overwritten: choose another")
 
 
-def _load(config: Config, need: str | None = None) -> tuple[HFRuntime, dict, float]:
+@contextmanager
+def _loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, dict, float]]:
     """Runtime, examples and the seconds it took. Data first: it is quick to load, and most mistakes are there."""
     started = time.perf_counter()
     config.refuse_missing_files()
@@ -180,9 +188,23 @@ def _load(config: Config, need: str | None = None) -> tuple[HFRuntime, dict, flo
     if need is not None and need not in splits:
         raise UserError("--train-file is missing: give one, or a --task")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    runtime = HFRuntime(config, pad)
-    runtime.prepare(splits)
-    return runtime, splits, time.perf_counter() - started - runtime.seconds_filling
+    runtime = _runtime(config, pad)
+    try:
+        runtime.prepare(splits)
+        yield runtime, splits, time.perf_counter() - started - runtime.seconds_filling
+    finally:
+        runtime.close()
+
+
+def _runtime(config: Config, pad: int) -> Runtime:
+    """The runtime that --runtime names; the other one's libraries are not imported."""
+    if config.runtime == "sglang":
+        from mezo.runtimes.sglang import SGLangRuntime
+
+        return SGLangRuntime(config, pad)
+    from mezo.runtimes.hf import HFRuntime
+
+    return HFRuntime(config, pad)
 
 
 def _same_run(logged: dict, now: dict, path: str) -> None:

@@ -9,6 +9,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 PATHS = ("model", "train_file", "dev_file", "test_file", "adapter")
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+MACHINE = ("runtime", "tp", "radix", "deterministic", "engine_arg", "device", "backend", "trunk_cache",
+           "trunk_cache_bytes", "eval_batch_size", "noise", "verify_every")  # fmt: skip
+"""Options that say where and how a run is computed, not what: a resumed run may have others."""
 FLOAT32 = (1.1754943508222875e-38, 3.4028234663852886e38)  # smallest normal and largest number
 
 
@@ -28,8 +31,8 @@ class Config:
     """Path or hub id of the base model."""
     output_dir: str = ""
     """Run directory to create; an existing one is never overwritten."""
-    runtime: Literal["hf"] = "hf"
-    """What computes the losses: hf is transformers + PEFT in this process."""
+    runtime: Literal["hf", "sglang"] = "hf"
+    """What computes the losses: hf is transformers + PEFT in this process, sglang the SGLang engine."""
 
     task: str = ""
     """A built-in task (sst2); leave empty to train on --train-file."""
@@ -94,6 +97,8 @@ class Config:
 
     eval_train: bool = False
     """Score the training set too, before and after the run."""
+    noise: bool = True
+    """At every evaluation score a batch four times at theta itself, and report what that puts on projected_grad."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the base model; auto is float32 on a CPU and bfloat16 on a GPU. The trained master is float32 always."""
@@ -105,6 +110,14 @@ class Config:
     """Where to keep what does not depend on the adapter; auto is on (cpu on a CPU, device on a GPU) wherever exact."""
     trunk_cache_bytes: int = 4 << 30
     """Limit of the trunk cache; the least recently used entries go first."""
+    tp: int = 1
+    """sglang: tensor-parallel ranks of the engine."""
+    radix: Literal["auto", "off"] = "auto"
+    """sglang: reuse keys and values wherever exact (auto), or never."""
+    deterministic: bool = False
+    """sglang: the engine's deterministic mode, where its attention backend has one."""
+    engine_arg: tuple[str, ...] = ()
+    """sglang: further arguments of the engine, key=value each, e.g. attention_backend=triton mem_fraction_static=0.8."""
     verify_every: int = 0
     """Steps between comparisons of the kernels with the reference, bit for bit; 0 is a tenth of the run, -1 never."""
 
@@ -171,7 +184,7 @@ def check(config: Config) -> None:
     _require(len(words) != 1, f"--label-words needs at least two words, got {words}")
     _require(len(set(words)) == len(words), f"--label-words must differ, got {words}: drop the repeated one")
     _require(not (config.k_shot and config.num_train), "--k-shot and --num-train exclude each other: drop one")
-    for name in ("steps", "batch_size", "num_perturbations", "r", "lora_alpha", "max_length", "trunk_cache_bytes"):
+    for name in ("steps", "batch_size", "num_perturbations", "r", "lora_alpha", "max_length", "trunk_cache_bytes", "tp"):
         value = getattr(config, name)
         _require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
     for name in (
@@ -195,6 +208,9 @@ def check(config: Config) -> None:
     decay = config.weight_decay
     _require(0 <= decay * config.lr < 1, f"--weight-decay must be at least 0 and below 1 / lr, got {decay}")
     _require(0 <= config.seed < 2**64, f"--seed must be in [0, 2**64), got {config.seed}")
+    for name, plain in (("tp", 1), ("radix", "auto"), ("deterministic", False), ("engine_arg", ())):
+        given = config.runtime == "sglang" or getattr(config, name) == plain
+        _require(given, f"--{name.replace('_', '-')} is of the engine: use --runtime sglang with it")
     _require(config.verify_every >= -1, f"--verify-every must be at least -1, got {config.verify_every}")
 
 

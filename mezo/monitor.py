@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mezo.trajectory import StepRecord
 
+NOISY = 0.1  # of projected_grad, from where its noise is warned of
 LOG_EVERY = 10  # steps between TensorBoard points; one costs about a tenth of a millisecond
 
 
@@ -66,6 +67,16 @@ class Monitor:
             self.writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.say(f"step {row['step']:>6}  {row['split']:<5} {shown}{'  *' if row.get('is_best') else ''}")
+
+    def noise(self, step: int, noise: float, signal: float) -> None:
+        """Show the noise of projected_grad beside its root mean square; a warning above a tenth of it."""
+        if self.writer:
+            self.writer.add_scalar("train/projected_grad_noise", noise, step)
+        if noise > NOISY * signal:
+            self.say(
+                f"step {step:>6}  noise  {noise:.3g} on projected_grad of {signal:.3g}: more than a tenth."
+                " Raise --eps or --batch-size, or use --dtype float32 or --deterministic"
+            )
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

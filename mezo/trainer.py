@@ -1,6 +1,7 @@
 """The training loop: measure two losses, log the step, apply it (MeZO, arXiv 2305.17333, algorithm 1)."""
 
 import json
+import math
 import os
 import signal
 import threading
@@ -58,6 +59,7 @@ class Trainer:
         self.verify_every = config.verify_every or max(1, config.steps // TENTHS)
         self.seconds = dict.fromkeys(("training", "evaluation", "compilation"), 0.0)
         self.seconds |= {"loading": seconds_loading, "filling": runtime.seconds_filling}
+        self.parts = dict.fromkeys(runtime.seconds, 0.0)
         self.steps_timed, self.steps_here = 0, 0
         self.due, self.interrupted, self.stopping = False, False, False
 
@@ -91,7 +93,7 @@ class Trainer:
         self.seconds["compilation"] += time.perf_counter() - started
 
     def _step(self, step: int) -> None:
-        started, filled = time.perf_counter(), self.runtime.seconds_filling
+        started, filled, parts = time.perf_counter(), self.runtime.seconds_filling, dict(self.runtime.seconds)
         record = self._measure(step)
         if self.log:
             self.log.append(record)
@@ -99,6 +101,8 @@ class Trainer:
         filling = self.runtime.seconds_filling - filled
         self.seconds["filling"] += filling
         self.seconds["training"] += time.perf_counter() - started - filling
+        for part, seconds in self.runtime.seconds.items():
+            self.parts[part] += seconds - parts[part]
         self.steps_timed, self.steps_here = self.steps_timed + 1, self.steps_here + 1
         self.monitor.step(record, self.steps_timed / self.seconds["training"])
         self._give_up_if_stuck()
@@ -118,15 +122,16 @@ class Trainer:
 
     def _share_losses(self, seeds: tuple[int, ...], batch: list[int]) -> list[tuple[float, float]]:
         """Mean losses (plus, minus) of the batch for every seed, each rank having scored its part."""
-        rank, size, n = self.ranks.rank, self.ranks.size, len(seeds)
+        rank, size = self.ranks.rank, self.ranks.size
         by_data = self.config.parallel == "data"
         mine = batch[rank * len(batch) // size : (rank + 1) * len(batch) // size] if by_data else batch
-        sums = [0.0] * (2 * n)
-        for k in range(n) if by_data else range(rank, n, size):
-            if k:
+        sums = [0.0] * (2 * len(seeds))
+        for n, held in enumerate(self._held_together()):
+            if n:
                 self._verify()
-                self.runtime.step([], seeds[k], self.config.eps, watch=self.due)
-            sums[2 * k : 2 * k + 2] = self._loss_sums(mine)
+                self.runtime.step([], [seeds[k] for k in held], self.config.eps, watch=self.due)
+            for k, pair in zip(held, self._loss_sums(mine), strict=True):
+                sums[2 * k : 2 * k + 2] = pair
             self._verify()
         gathered = self.ranks.gather([float(self.interrupted), *sums])
         self.stopping = any(values[0] for values in gathered)
@@ -134,14 +139,23 @@ class Trainer:
         total = [sum(values) / len(batch) for values in list(zip(*gathered, strict=True))[1:]]
         return list(zip(total[::2], total[1::2], strict=True))
 
-    def _loss_sums(self, batch: list[int]) -> list[float]:
-        """Losses at theta + eps z and theta - eps z, summed over the batch: the same z for every micro-batch."""
+    def _held_together(self) -> list[list[int]]:
+        """This rank's perturbations of a step, as many at a time as the runtime holds."""
+        by_data, n = self.config.parallel == "data", self.config.num_perturbations
+        mine = range(n) if by_data else range(self.ranks.rank, n, self.ranks.size)
+        return [list(mine[i : i + self.runtime.pairs]) for i in range(0, len(mine), self.runtime.pairs)]
+
+    def _loss_sums(self, batch: list[int]) -> list[list[float]]:
+        """Losses (plus, minus) of each perturbation held, summed over the batch: the same z for every micro-batch."""
         size, labels = self.config.micro_batch_size or len(batch), self.labels["train"]
-        sums = [0.0, 0.0]
+        sums = None
         for i in range(0, len(batch), size):
             part = batch[i : i + size]
-            for sign, scores in enumerate(self.runtime.score_pair("train", part)):
-                sums[sign] += self.objective(scores, labels[part]).item() * len(part)
+            pairs = self.runtime.score_pairs("train", part)
+            sums = sums or [[0.0, 0.0] for _ in pairs]
+            for own, pair in zip(sums, pairs, strict=True):
+                for sign, scores in enumerate(pair):
+                    own[sign] += self.objective(scores, labels[part]).item() * len(part)
         return sums
 
     def _apply(self, record: StepRecord) -> None:
@@ -155,7 +169,8 @@ class Trainer:
             self.ranks.check_equal(self.runtime.theta(), len(self.records))
 
     def _write_next(self, step: int, updates: list[StepUpdate]) -> None:
-        self.runtime.step(updates, perturbation_seed(self.config.seed, step), self.config.eps, watch=self.due)
+        seeds = [perturbation_seed(self.config.seed, step, k) for k in self._held_together()[0]]
+        self.runtime.step(updates, seeds, self.config.eps, watch=self.due)
 
     def _verify(self) -> None:
         """In a step that is due, compare what the model used with the reference."""
@@ -179,9 +194,29 @@ class Trainer:
         if step == 0:
             for split in self._before_and_after():
                 self._evaluate(split, step)
-        if "dev" in self.labels and not any(r["split"] == "dev" and r["step"] == step for r in self.metrics):
+        known = {row["split"] for row in self.metrics if row["step"] == step}
+        if "dev" in self.labels and "dev" not in known:
             self._evaluate("dev", step)
+        if self.config.noise and step and "noise" not in known:
+            self._measure_noise(step)
         self.log.sync()
+
+    def _measure_noise(self, step: int) -> None:
+        """Score the last batch twice with theta in every copy: what differs is noise, on the scale of projected_grad."""
+        started = time.perf_counter()
+        self.runtime.equalise()
+        batch = self.batches(step - 1)
+        losses = [[sum_ / len(batch) for sum_ in pair] for _ in range(2) for pair in self._loss_sums(batch)[:1]]
+        (plus, minus), (plus_again, minus_again) = losses
+        differences = (plus - minus, plus_again - minus_again, plus - plus_again, minus - minus_again)
+        seeds = [perturbation_seed(self.config.seed, step, k) for k in self._held_together()[0]]
+        self.runtime.step([], seeds, self.config.eps)
+        since = max((r["step"] for r in self.metrics if r["split"] == "noise"), default=0)
+        grads = [g for record in self.records[since:] if not record.skipped for g in record.projected_grads]
+        noise, signal = (_rms([d / (2 * self.config.eps) for d in differences]), _rms(grads))
+        self.seconds["evaluation"] += time.perf_counter() - started
+        self._log_metrics({"step": step, "split": "noise", "noise": noise, "projected_grad_rms": signal})
+        self.monitor.noise(step, noise, signal)
 
     def _before_and_after(self) -> list[str]:
         splits = ["test", "train"] if self.config.eval_train else ["test"]
@@ -220,7 +255,7 @@ class Trainer:
 
     def _clock(self) -> dict:
         counts = {"tokens": self.runtime.tokens, "eval_tokens": self.runtime.eval_tokens}
-        return {"steps": self.steps_timed, **self.seconds, **{k: [c.scored, c.computed] for k, c in counts.items()}}
+        return {"steps": self.steps_timed, **self.seconds, "parts": dict(self.parts), **{k: [c.scored, c.computed] for k, c in counts.items()}}
 
     def _restore_clock(self) -> None:
         """Carry on the totals of the processes before this one, as of their last evaluation."""
@@ -230,6 +265,9 @@ class Trainer:
             for name in ("tokens", "eval_tokens"):
                 count, (scored, computed) = getattr(self.runtime, name), clock.pop(name)
                 count.scored, count.computed = count.scored + scored, count.computed + computed
+            # another runtime may have done those steps: its parts are kept beside ours
+            for part, seconds in clock.pop("parts", {}).items():
+                self.parts[part] = self.parts.get(part, 0.0) + seconds
             self.seconds = {name: self.seconds[name] + clock[name] for name in self.seconds}
 
     def _finish(self) -> dict:
@@ -257,6 +295,7 @@ class Trainer:
             "steps": len(self.records),
             "steps_counted": self.steps_timed,
             "seconds_training": seconds["training"],
+            "seconds_of_training": {**self.parts, "bookkeeping": seconds["training"] - sum(self.parts.values())},
             "seconds_loading": seconds["loading"],
             "seconds_cache_filling": seconds["filling"],
             "seconds_compilation": seconds["compilation"],
@@ -270,9 +309,16 @@ class Trainer:
             "eval_tokens_scored": eval_tokens.scored,
             "eval_tokens_computed": round(eval_tokens.computed),
             "eval_tokens_reused": round(eval_tokens.reused),
+            **self._noise(),
             "zero_gradient_share": sum(g == 0 for g in grads) / max(len(grads), 1),
             "skipped_steps": sum(record.skipped for record in self.records),
         }
+
+    def _noise(self) -> dict:
+        """Noise of projected_grad beside its root mean square, over the whole run."""
+        rows = [row for row in self.metrics if row["split"] == "noise"]
+        noise, signal = (_rms([row[key] for row in rows]) for key in ("noise", "projected_grad_rms"))
+        return {"projected_grad_noise": noise, "projected_grad_rms": signal} if rows else {}
 
     def _interrupt(self, number, frame) -> None:
         if self.interrupted:
@@ -294,6 +340,10 @@ def score_split(runtime: Runtime, split: str, n: int, size: int) -> torch.Tensor
     width = max(part.shape[1] for part in parts)
     pad = torch.nn.functional.pad
     return torch.cat([pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in parts])
+
+
+def _rms(values: Sequence[float]) -> float:
+    return math.sqrt(sum(value * value for value in values) / max(len(values), 1))
 
 
 def _take(row: dict, keys: Sequence[str]) -> dict:

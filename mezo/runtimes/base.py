@@ -85,36 +85,55 @@ def passes(updates: Sequence) -> list[tuple]:
 
 
 class Runtime(Protocol):
-    """A model, theta, and the two perturbed copies of theta."""
+    """A model, theta, and perturbed copies of theta.
+
+    Args:
+        spec: what is trained.
+        tokens, eval_tokens: work of training and of evaluation.
+        seconds: time so far by part, such as "kernels" and "forward".
+        seconds_filling: time so far spent on filling caches ahead of use.
+        pairs: perturbations whose two copies are held at once.
+    """
 
     spec: AdapterSpec
     tokens: TokenCount
     eval_tokens: TokenCount
+    seconds: dict[str, float]
     seconds_filling: float
+    pairs: int
 
     def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
         """Register every example that will be scored, named by split and index from then on, and fill caches."""
 
     def load(self, theta: dict[str, torch.Tensor]) -> None:
-        """Set theta from float32 tensors by canonical name."""
+        """Set theta from float32 tensors by canonical name; the perturbed copies are stale until `step`."""
 
     def theta(self) -> dict[str, torch.Tensor]:
         """Copies of theta on the CPU, float32, by canonical name."""
 
-    def step(self, updates: Sequence[StepUpdate], next_seed: int, eps: float, *, watch: bool = False) -> None:
-        """Apply the updates in one pass and write theta + eps z(next_seed) and theta - eps z(next_seed).
+    def step(self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float, *, watch: bool = False) -> None:
+        """Apply the updates and write theta + eps z(seed) and theta - eps z(seed) for each seed, in one pass.
 
-        With `watch`, keep what `verify` needs.
+        At most `pairs` seeds. With `watch`, keep what `verify` needs.
         """
 
     def verify(self) -> str | None:
         """Rebuild with the reference backend what the watched step wrote; name the first difference, or None."""
 
-    def score_pair(self, split: str, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Option scores at theta + eps z and theta - eps z, each float64 (len(indices), options), padded with -inf."""
+    def equalise(self) -> None:
+        """Write theta, rounded once, to every perturbed copy: what `score_pairs` then differs by is noise."""
+
+    def score_pairs(self, split: str, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Option scores at theta + eps z and theta - eps z of each seed of the last step.
+
+        Each is float64 (len(indices), options), padded with -inf.
+        """
 
     def score(self, split: str, indices: Sequence[int]) -> torch.Tensor:
-        """Option scores at theta itself; the perturbed copies stay as they are."""
+        """Option scores at theta itself; the perturbed copies are as they were afterwards."""
 
     def describe(self) -> str:
         """One line on what is trained, where, and what is cached."""
+
+    def close(self) -> None:
+        """Free what outlives this object: processes, scratch files. Safe to call twice."""

@@ -1,16 +1,19 @@
 """The in-process runtime: transformers computes the losses, the trunk cache saves what theta cannot change."""
 
+import time
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch.nn import functional
 
 from mezo.config import Config, UserError
-from mezo.runtimes.base import Example, StepUpdate, TokenCount, passes
-from mezo.runtimes.peft_model import load_adapted
+from mezo.runtimes.base import Example, StepUpdate, TokenCount
+from mezo.runtimes.peft_model import load_adapted, reference_log_probs
 from mezo.runtimes.rows import RowBatch, option_scores, rows_of
+from mezo.runtimes.theta import PerturbedTheta
 from mezo.runtimes.trunk import GROUP, Trunk, no_cache, scored
-from mezo_kernels import ParamLayout, available_backends, lora_init, step_
+from mezo_kernels import ParamLayout, available_backends, lora_init
 
 PROOF_EXAMPLES = 3  # besides the longest
 PROOF_TOLERANCE = 1e-4  # on option log-probabilities in float32; shapes differ, so sums are ordered differently
@@ -22,6 +25,8 @@ class HFRuntime:
     The float32 master and the two perturbed copies lie beside the model; a copy is put to use by pointing the
     adapter's parameters at it, so nothing is copied and nothing is ever restored by arithmetic.
     """
+
+    pairs = 1
 
     def __init__(self, config: Config, pad: int = 0):
         self.device = _device(config.device)
@@ -35,7 +40,8 @@ class HFRuntime:
         empty = lambda dtype: [torch.zeros_like(p, dtype=dtype) for p in self.params]  # noqa: E731
         self.master = ParamLayout(dict(zip(self.spec.shapes, empty(torch.float32), strict=True)))
         self.plus, self.minus = self.master.like(empty(self.dtype)), self.master.like(empty(self.dtype))
-        self.watched = None
+        self.perturbed = PerturbedTheta(self.master, [(self.plus, self.minus)], self.backend)
+        self.seconds = dict.fromkeys(("kernels", "forward"), 0.0)
         self.examples: dict[str, Sequence[Example]] = {}
         self.trunk: Trunk | None = None
         self.vocabulary = config.objective == "lm_cross_entropy"
@@ -98,36 +104,28 @@ class HFRuntime:
         tensors = (t.detach().to("cpu", copy=True) for t in self.master.tensors)
         return dict(zip(self.master.names, tensors, strict=True))
 
-    def step(self, updates: Sequence[StepUpdate], next_seed: int, eps: float, *, watch: bool = False) -> None:
+    def step(self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float, *, watch: bool = False) -> None:
         """See `Runtime.step`: one fused pass."""
-        if watch:
-            self.watched = ([t.clone() for t in self.master.tensors], list(updates), next_seed, eps)
-        step_(self.master, passes(updates), 1.0, next_seed, eps, self.plus, self.minus, backend=self.backend)
+        with self._timed("kernels"):
+            self.perturbed.step(updates, seeds, eps, watch=watch)
+
+    def equalise(self) -> None:
+        """See `Runtime.equalise`."""
+        self.perturbed.show([self.plus, self.minus])
 
     def verify(self) -> str | None:
         """See `Runtime.verify`: what is compared is what the model's parameters point at."""
-        before, updates, next_seed, eps = self.watched
-        master = self.master.like([t.clone() for t in before])
-        plus, minus = (master.like([torch.empty_like(p) for p in self.params]) for _ in range(2))
-        step_(master, passes(updates), 1.0, next_seed, eps, plus, minus, backend="reference")
-        used = [self.master.tensors, *(self._use(copy) for copy in (self.plus, self.minus))]
-        for what, expected, got in zip(("theta", "plus", "minus"), (master, plus, minus), used, strict=True):
-            for name, a, b in zip(expected.names, expected.tensors, got, strict=True):
-                bits = torch.int32 if a.dtype == torch.float32 else torch.int16
-                different = (a.view(bits) != b.view(bits)).flatten().nonzero()
-                if len(different):
-                    i = int(different[0])
-                    return f"{what} of {name} at index {i}: expected {a.flatten()[i]:.9g}, got {b.flatten()[i]:.9g}"
-        return None
+        return self.perturbed.verify([self._use(copy) for copy in (self.plus, self.minus)])
 
     @torch.no_grad()
-    def score_pair(self, split: str, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Runtime.score_pair`. Both signs run on the same gathered batch."""
-        forward = self._forward(split, indices, self.tokens, signs=2)
-        self._use(self.plus)
-        plus = forward()
-        self._use(self.minus)
-        return plus, forward()
+    def score_pairs(self, split: str, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """See `Runtime.score_pairs`. Both signs run on the same gathered batch."""
+        with self._timed("forward"):
+            forward = self._forward(split, indices, self.tokens, signs=2)
+            self._use(self.plus)
+            plus = forward()
+            self._use(self.minus)
+            return [(plus, forward())]
 
     @torch.no_grad()
     def score(self, split: str, indices: Sequence[int]) -> torch.Tensor:
@@ -145,6 +143,15 @@ class HFRuntime:
             if self.trunk.full:
                 cache += "; it is full and computes rows again: raise --trunk-cache-bytes"
         return f"{n:,} LoRA parameters, {self.dtype} base on {self.device}, {cache}"
+
+    def close(self) -> None:
+        """See `Runtime.close`."""
+
+    @contextmanager
+    def _timed(self, part: str):
+        began = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - began
 
     def _use(self, copy: ParamLayout) -> list[torch.Tensor]:
         self._point(copy.tensors)
@@ -225,7 +232,7 @@ class HFRuntime:
         self._point_at_noise(seed=0)
         run = self._hidden(split, indices, batch)[0]
         self._point_at_noise(seed=1)
-        expected = self._model_log_probs(batch)
+        expected = reference_log_probs(self.parts.model, batch)
         vocabulary, self.vocabulary = self.vocabulary, True
         got = self._log_probs(run(), batch.targets)
         self.vocabulary, allowed = vocabulary, PROOF_TOLERANCE
@@ -251,17 +258,12 @@ class HFRuntime:
         noise = (lora_init(seed, name, shape) for name, shape in self.spec.shapes.items())
         self._point([tensor.to(self.device, self.dtype) for tensor in noise])
 
-    def _model_log_probs(self, batch: RowBatch) -> torch.Tensor:
-        logits = self.parts.model(input_ids=batch.ids, attention_mask=batch.mask).logits
-        log_probs = scored(logits, batch.positions).double().log_softmax(-1)
-        return log_probs.gather(-1, batch.targets).cpu()
-
     def _batch_noise(self, rows, expected: torch.Tensor, size: int) -> float:
         """How far the full forward pass moves when the same rows are run `size` at a time."""
         worst = 0.0
         for start in range(0, len(rows), size):
             part = RowBatch.of(rows[start : start + size], self.pad, self.device)
-            got, at = self._model_log_probs(part), part.valid[:, :, None].cpu()
+            got, at = reference_log_probs(self.parts.model, part), part.valid[:, :, None].cpu()
             want = expected[start : start + size, : got.shape[1], : got.shape[2]]
             worst = max(worst, float((got - want).abs().masked_fill(~at, 0).max()))
         return worst

@@ -11,12 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from mezo.config import Config, UserError
 from mezo.runtimes.base import AdapterSpec
-from mezo.runtimes.trunk import ATTENTION
+from mezo.runtimes.reuse import KV_FREE
+from mezo.runtimes.rows import RowBatch
+from mezo.runtimes.trunk import ATTENTION, scored
 from mezo_kernels import canonical_name
-
-# adapted modules of a layer that leave its keys and values alone
-KV_FREE = {"q_proj", "query", "o_proj", "out_proj", "dense", "gate_proj", "up_proj", "down_proj",
-           "fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h"}  # fmt: skip
 
 
 @dataclass
@@ -95,6 +93,12 @@ def load_adapted(config: Config, device: torch.device, dtype: torch.dtype) -> tu
     shapes = {name: tuple(p.shape) for name, p in params.items()}
     spec = AdapterSpec(_peft_fields(lora, config.model), shapes, config.model, weights, str(dtype).split(".")[1])
     return AdaptedModel(model, body, layers, head, params, causal, first, kv_free, _window(base.config)), spec
+
+
+def reference_log_probs(model: nn.Module, batch: RowBatch) -> torch.Tensor:
+    """log p of a batch's targets by the model's own forward pass, float64 on the CPU, (rows, scored, candidates)."""
+    logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits
+    return scored(logits, batch.positions).double().log_softmax(-1).gather(-1, batch.targets).cpu()
 
 
 def _window(config) -> int | None:

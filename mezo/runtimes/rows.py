@@ -108,3 +108,21 @@ def option_scores(examples: Sequence[Example], log_probs: torch.Tensor, valid: t
         scores[i, :n] = means[row, :n] if shared else means[row : row + n, 0]
         row += used
     return scores
+
+
+def scores_of(examples: Sequence[Example], rows: Sequence[Row], tables: Sequence[list[dict[int, float]]]) -> torch.Tensor:
+    """`option_scores` from log-probabilities by token, one table for each scored position of each row.
+
+    >>> example = Example((3, 4), ((5,), (6,)), label=0)
+    >>> scores_of([example], rows_of(example), [[{5: -1.0, 6: -2.0}]])
+    tensor([[-1., -2.]], dtype=torch.float64)
+    """
+    scored = max(len(row.positions) for row in rows)
+    candidates = max(len(target) for row in rows for target in row.targets)
+    log_probs = torch.zeros(len(rows), scored, candidates, dtype=torch.float64)
+    valid = torch.zeros(len(rows), scored, dtype=torch.bool)
+    for i, (row, table) in enumerate(zip(rows, tables, strict=True)):
+        valid[i, : len(row.positions)] = True
+        for p, target in enumerate(row.targets):
+            log_probs[i, p, : len(target)] = torch.tensor([table[p][t] for t in target], dtype=torch.float64)
+    return option_scores(examples, log_probs, valid)

@@ -65,12 +65,12 @@ def test_trunk_cache_is_exact(family, adapted, several):
     cached = runtime(model, data, **options)
     plain = runtime(model, data, trunk_cache="off", **options)
     for one in (cached, plain):
-        one.step([], next_seed=7, eps=1e-2)
+        one.step([], seeds=[7], eps=1e-2)
     batch = [0, 33, 5, 17]
-    for a, b in zip(cached.score_pair("train", batch), plain.score_pair("train", batch), strict=True):
+    for a, b in zip(cached.score_pairs("train", batch)[0], plain.score_pairs("train", batch)[0], strict=True):
         assert torch.allclose(a, b, atol=ROUNDING, rtol=0)
     assert torch.allclose(cached.score("train", range(9)), plain.score("train", range(9)), atol=ROUNDING, rtol=0)
-    plus, minus = cached.score_pair("train", batch)
+    plus, minus = cached.score_pairs("train", batch)[0]
     assert (plus - minus).abs().max() > 10 * ROUNDING
 
 
@@ -161,8 +161,8 @@ def test_eviction_changes_no_bit(llama, adapted):
     for step in range(6):
         batch = random.Random(step).sample(range(100), 16)
         for one in (whole, small):
-            one.step([], next_seed=step, eps=1e-2)
-        for a, b in zip(whole.score_pair("train", batch), small.score_pair("train", batch), strict=True):
+            one.step([], seeds=[step], eps=1e-2)
+        for a, b in zip(whole.score_pairs("train", batch)[0], small.score_pairs("train", batch)[0], strict=True):
             assert torch.equal(a, b)
         assert small.trunk.nbytes <= limit or len(small.trunk.groups) == 1
 
@@ -172,9 +172,9 @@ def test_large_training_sets_are_cached_as_they_are_drawn(llama):
     data, options = examples(40), {"steps": 2, "batch_size": 4, **ADAPTED["last layer"]("llama")}
     built = runtime(llama, data, **options)
     assert built.tokens.computed == 0
-    built.step([], next_seed=1, eps=1e-2)
+    built.step([], seeds=[1], eps=1e-2)
     drawn = [3, 9, 27, 3]
-    plus, _ = built.score_pair("train", drawn)
+    plus, _ = built.score_pairs("train", drawn)[0]
     assert len(built.trunk.groups) == 3
     assert torch.equal(plus[0], plus[3])
 
@@ -184,8 +184,8 @@ def test_tokens_are_counted(llama):
     built = runtime(llama, data, **ADAPTED["last layer"]("llama"))
     total = sum(len(example.prompt) for example in data)
     assert built.tokens.computed == pytest.approx(total), "filling the cache runs every layer once"
-    built.step([], next_seed=1, eps=1e-2)
-    built.score_pair("train", range(10))
+    built.step([], seeds=[1], eps=1e-2)
+    built.score_pairs("train", range(10))
     scored = 2 * sum(len(example.prompt) for example in data[:10])
     assert built.tokens.scored == scored
     assert built.tokens.computed == pytest.approx(total + 2 * 10 / 3), "one position through one of three layers"
@@ -207,7 +207,7 @@ def test_adapter_loads_in_peft_with_equal_logits(family, tmp_path):
 
 def test_verify_names_a_flipped_bit(llama):
     built = runtime(llama, examples(4), **ADAPTED["last layer"]("llama"))
-    built.step([StepUpdate([5], [1e-3], 0.999)], next_seed=6, eps=1e-2, watch=True)
+    built.step([StepUpdate([5], [1e-3], 0.999)], seeds=[6], eps=1e-2, watch=True)
     assert built.verify() is None
     name = built.plus.names[3]
     built.plus.tensors[3].view(torch.int32)[1, 2] ^= 1
@@ -217,10 +217,10 @@ def test_verify_names_a_flipped_bit(llama):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bit_base_uses_single_roundings(llama, dtype):
     built = runtime(llama, examples(8), dtype=dtype, **ADAPTED["last layer"]("llama"))
-    built.step([StepUpdate([5], [1e-3])], next_seed=6, eps=1e-2, watch=True)
+    built.step([StepUpdate([5], [1e-3])], seeds=[6], eps=1e-2, watch=True)
     assert {t.dtype for t in built.plus.tensors} == {getattr(torch, dtype)}
     assert {t.dtype for t in built.master.tensors} == {torch.float32}
-    plus, minus = built.score_pair("train", range(4))
+    plus, minus = built.score_pairs("train", range(4))[0]
     assert torch.isfinite(plus).all()
     assert not torch.equal(plus, minus)
     assert built.verify() is None
@@ -228,10 +228,10 @@ def test_sixteen_bit_base_uses_single_roundings(llama, dtype):
 
 def test_evaluation_leaves_the_perturbed_copies(llama):
     built = runtime(llama, examples(8), **ADAPTED["last layer"]("llama"))
-    built.step([], next_seed=6, eps=1e-2)
-    before = built.score_pair("train", range(4))
+    built.step([], seeds=[6], eps=1e-2)
+    before = built.score_pairs("train", range(4))[0]
     built.score("train", range(8))
-    for a, b in zip(before, built.score_pair("train", range(4)), strict=True):
+    for a, b in zip(before, built.score_pairs("train", range(4))[0], strict=True):
         assert torch.equal(a, b)
 
 

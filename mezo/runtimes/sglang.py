@@ -1,0 +1,334 @@
+"""The SGLang runtime: the inference engine computes the losses of both signs in one batch, and keeps what is exact."""
+
+import itertools
+import json
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mezo.config import Config, RunError, UserError
+from mezo.runtimes.base import Example, StepUpdate, TokenCount
+from mezo.runtimes.peft_model import load_adapted, reference_log_probs
+from mezo.runtimes.reuse import warm_ups, why_kv_depends
+from mezo.runtimes.rows import Row, RowBatch, rows_of, scores_of
+from mezo.runtimes.sglang_arguments import (
+    check_heads,
+    engine_arguments,
+    engine_options,
+    pairs_of,
+    write_placeholders,
+)
+from mezo.runtimes.sglang_engine import EngineHandle, accelerated
+from mezo_kernels import available_backends, lora_init
+
+PROOF_EXAMPLES = 3  # besides the longest
+PROOF_TOLERANCE = 1e-4  # on log-probabilities in float32
+PROOF_SHARE = 0.2  # in 16 bits or quantised: of what the adapters of the proof change
+SCORE_ONLY = {"max_new_tokens": 0, "temperature": 0.0}
+
+
+class SGLangRuntime:
+    """An SGLang engine with MeZO's state in each tensor-parallel worker; implements `mezo.runtimes.base.Runtime`.
+
+    A step is two messages: one call that updates theta and writes both signs into the engine's adapter slots, with
+    scalars alone, and one batch of requests that scores them.
+
+    KV is reused within one version of theta, whose cache namespace is its own. Where no key or value depends on theta
+    all versions and both signs share one namespace, and a prompt seen before costs one token.
+    """
+
+    def __init__(self, config: Config, pad: int = 0):
+        if config.trunk_cache in ("cpu", "device"):
+            raise UserError(f"--trunk-cache {config.trunk_cache} is of the hf runtime: with sglang use --radix auto or off")
+        self.config, self.pad = config, pad
+        self.options = engine_options(config)
+        check_heads(config)
+        self.pairs = pairs_of(config, self.options)
+        self.backend = _backend(config.backend)
+        dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _default_dtype()
+        self._parts, self.spec = load_adapted(config, torch.device("cpu"), dtype)
+        if not self._parts.causal:
+            raise UserError(f"--model {config.model} fills masks, which SGLang does not score: use --runtime hf")
+        self.kv_depends = why_kv_depends(self.spec.shapes, len(self._parts.layers))
+        self.shared = self.kv_depends is None and config.radix == "auto"
+        self.tokens, self.eval_tokens = TokenCount(), TokenCount()
+        self.seconds = dict.fromkeys(("kernels", "rpc", "engine"), 0.0)
+        self.seconds_filling = 0.0
+        self.engine: EngineHandle | None = None
+        self._starting = False
+        self._scratch = Path(tempfile.mkdtemp(prefix="mezo-engine-"))
+        self._sent, self._showing = Counter(), "perturbed"
+        self._versions, self._salt = itertools.count(), ""
+        self._visited: set[tuple[int, ...]] = set()
+        self._held = 1
+
+    def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
+        """See `Runtime.prepare`. Starts the engine and proves that it scores as the model itself does."""
+        self.examples = splits
+        self.rows = {split: [rows_of(example) for example in examples] for split, examples in splits.items()}
+        self._check_lengths()
+        proof = self._proof_rows()
+        expected = [self._expected(proof, seed) for seed in (0, 1)]
+        self._parts = None
+        self._launch()
+        self._prove(proof, expected)
+
+    def _check_lengths(self) -> None:
+        limit = getattr(self._parts.model.config, "max_position_embeddings", None)
+        if limit is not None and self._longest() >= limit:
+            raise UserError(
+                f"--max-length: a prompt has {self._longest()} tokens, the engine takes {limit - 1};"
+                f" use --max-length {limit - 1}"
+            )
+
+    def _all_rows(self) -> list[Row]:
+        return [row for nested in self.rows.values() for own in nested for row in own]
+
+    def _longest(self) -> int:
+        return max(len(row.ids) for row in self._all_rows())
+
+    def _launch(self) -> None:
+        own = max(len(rows) for nested in self.rows.values() for rows in nested)
+        batch = self.config.micro_batch_size or self.config.batch_size
+        requests = own * max(2 * self.pairs * batch, self.config.eval_batch_size or self.config.batch_size)
+        held = sum(len(row.ids) for row in self._all_rows()) if self.shared else 0
+        adapters = write_placeholders(self._scratch / "placeholder", self.spec, self.pairs)
+        arguments = engine_arguments(
+            self.config, self.options, self.spec, adapters, requests * self._longest(), held, requests
+        )
+        self._starting = True
+        self.engine = EngineHandle(arguments, self._scratch)
+        self._starting = False
+        shapes = json.dumps({name: list(shape) for name, shape in self.spec.shapes.items()})
+        self.ranks = self._call("setup", shapes=shapes, pairs=self.pairs, share=self.shared, backend=self.backend)
+
+    def load(self, theta: dict[str, torch.Tensor]) -> None:
+        """See `Runtime.load`. Theta goes through a file: at the start of a run and at its end, never in a step."""
+        path = self._scratch / "theta.safetensors"
+        save_file({name: theta[name].float().contiguous() for name in self.spec.shapes}, path)
+        self._call("load", path=str(path))
+        path.unlink()
+        self._changed("stale")
+
+    def theta(self) -> dict[str, torch.Tensor]:
+        """See `Runtime.theta`."""
+        path = self._scratch / "theta.safetensors"
+        self._call("save", path=str(path))
+        full = load_file(path)
+        path.unlink()
+        return {name: full[name] for name in self.spec.shapes}
+
+    def step(self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float, *, watch: bool = False) -> None:
+        """See `Runtime.step`: one call with scalars, one fused pass in every worker."""
+        lists = json.dumps([[list(u.seeds), list(u.coefficients), u.decay] for u in updates])
+        answers = self._call("step", updates=lists, seeds=json.dumps(list(seeds)), eps=eps, watch=watch)
+        slowest = max(answer["seconds"] for answer in answers)
+        self.seconds["kernels"] += slowest
+        self.seconds["rpc"] -= slowest
+        self._held = len(seeds)
+        self._changed("perturbed")
+
+    def equalise(self) -> None:
+        """See `Runtime.equalise`."""
+        self._show("equal")
+
+    def verify(self) -> str | None:
+        """See `Runtime.verify`: every rank compares its shard and its slots of the engine's pool."""
+        if self._showing != "perturbed":
+            self._show("perturbed")
+        found = [(rank, answer["difference"]) for rank, answer in enumerate(self._call("verify"))]
+        return next((f"rank {rank}: {difference}" for rank, difference in found if difference), None)
+
+    def score_pairs(self, split: str, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """See `Runtime.score_pairs`. One batch of requests holds both signs of every perturbation."""
+        if self._showing == "theta":
+            self._show("perturbed")
+        names = [f"{sign}{k}" for k in range(self._held) for sign in ("plus", "minus")]
+        scores = self._score(split, indices, names, self.tokens if self._showing == "perturbed" else self.eval_tokens)
+        return list(zip(scores[::2], scores[1::2], strict=True))
+
+    def score(self, split: str, indices: Sequence[int]) -> torch.Tensor:
+        """See `Runtime.score`. Theta, rounded once, is written to one slot; the next pair finds its slots restored."""
+        if self._showing != "theta":
+            self._show("theta")
+        return self._score(split, indices, ["plus0"], self.eval_tokens)[0]
+
+    def describe(self) -> str:
+        """See `Runtime.describe`."""
+        n = sum(rows * cols for rows, cols in self.spec.shapes.values())
+        if self.config.radix == "off":
+            cache = "radix cache off"
+        elif self.shared:
+            cache = "one radix namespace for all: no key or value depends on theta"
+        else:
+            cache = f"a radix namespace for each version of theta ({self.kv_depends})"
+        ranks = f"tensor parallel {self.config.tp}" if self.config.tp > 1 else "one rank"
+        return f"{n:,} LoRA parameters, {self.spec.dtype} base in SGLang, {ranks}, {cache}"
+
+    def close(self) -> None:
+        """See `Runtime.close`."""
+        failed = self._starting or (self.engine is not None and self.engine.failed)
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+        if not failed:  # else the engine's log is wanted
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _call(self, method: str, **parameters) -> list[dict]:
+        began = time.perf_counter()
+        answers = self.engine.call(method, **parameters)
+        self.seconds["rpc"] += time.perf_counter() - began
+        if "requests" in answers[0]:
+            self._check_requests(answers)
+        return answers
+
+    def _check_requests(self, answers: list[dict]) -> None:
+        """Every request named a slot of ours, on every rank: one that named none was scored by the base model."""
+        for rank, answer in enumerate(answers):
+            if answer["requests"] != dict(self._sent):
+                raise RunError(
+                    f"rank {rank} of the engine saw the requests {answer['requests']}, sent were {dict(self._sent)}:"
+                    " some were not scored by the adapter they belong to"
+                )
+        self._sent.clear()
+
+    def _changed(self, showing: str) -> None:
+        """What the slots hold has changed: from now on requests live in another namespace, unless all share one."""
+        self._showing = showing
+        if not self.shared:
+            self._salt = f"mezo-{next(self._versions)}"
+            self._visited.clear()
+
+    def _show(self, what: str) -> None:
+        self._call("show", what=what)
+        self._changed(what)
+
+    def _score(self, split: str, indices: Sequence[int], names: Sequence[str], count: TokenCount) -> list[torch.Tensor]:
+        """Option scores of the examples under each named slot."""
+        groups = [self.rows[split][i] for i in indices]
+        examples = [self.examples[split][i] for i in indices]
+        rows = [row for group in groups for row in group]
+        tables = self._read(groups, rows, names, count)
+        return [scores_of(examples, rows, tables[i * len(rows) : (i + 1) * len(rows)]) for i in range(len(names))]
+
+    def _read(self, groups, rows: Sequence[Row], names: Sequence[str], count: TokenCount) -> list[list[dict]]:
+        """For every slot and row the log-probabilities of the row's candidates at each scored position."""
+        if self.config.radix == "auto":
+            for wave in self._waves(groups):
+                # in a shared namespace one slot warms the cache of all
+                owners = names[:1] if self.shared else names
+                self._generate([(name, ids) for name in owners for ids in wave], count)
+        wanted = list(rows) * len(names)
+        answers = self._generate(
+            [(name, row.ids) for name in names for row in rows],
+            count,
+            return_logprob=True,
+            logprob_start_len=[_start(row) for row in wanted],
+            token_ids_logprob=[sorted({t for target in row.targets for t in target}) for row in wanted],
+        )
+        return [_table(row, answer) for row, answer in zip(wanted, answers, strict=True)]
+
+    def _waves(self, groups: Sequence[Sequence[Row]]) -> list[list[tuple[int, ...]]]:
+        """Prefixes to send ahead. In a shared namespace every prompt's first visit goes ahead of both signs."""
+        usable = [[(row.ids, row.positions[0]) for row in group] for group in groups]
+        if not self.shared:
+            return warm_ups(usable)
+        fresh = [(ids, n) for group in usable for ids, n in group if n and ids[:n] not in self._visited]
+        prompts = list(dict.fromkeys(ids[:n] for ids, n in fresh))
+        self._visited |= set(prompts)
+        return [*warm_ups([[(ids, len(ids))] for ids in prompts])[:1], prompts] if prompts else []
+
+    def _generate(self, requests: list[tuple[str, Sequence[int]]], count: TokenCount, **wanted) -> list[dict]:
+        """Send (slot, token ids) as one batch of requests; count the tokens as the engine counts them."""
+        began = time.perf_counter()
+        answers = self.engine.generate(
+            input_ids=[list(ids) for _, ids in requests],
+            lora_path=[name for name, _ in requests],
+            sampling_params=SCORE_ONLY,
+            cache_salt=self._salt or None,
+            **wanted,
+        )
+        self.seconds["engine"] += time.perf_counter() - began
+        self._sent.update(name for name, _ in requests)
+        for (_, ids), answer in zip(requests, answers, strict=True):
+            meta = answer["meta_info"]
+            if meta["finish_reason"]["type"] != "length" or meta["prompt_tokens"] != len(ids):
+                raise RunError(f"the SGLang engine did not score a request: {meta['finish_reason']}; resume the run")
+            count.scored += meta["prompt_tokens"]
+            count.computed += meta["prompt_tokens"] - meta["cached_tokens"]
+        return answers
+
+    def _proof_rows(self) -> list[Row]:
+        """The longest row, and a few others."""
+        rows = self._all_rows()
+        return list(dict.fromkeys([max(rows, key=lambda row: len(row.ids)), *rows[:PROOF_EXAMPLES]]))
+
+    def _noise(self, seed: int) -> dict[str, torch.Tensor]:
+        return {name: lora_init(seed, name, shape) for name, shape in self.spec.shapes.items()}
+
+    @torch.no_grad()
+    def _expected(self, rows: list[Row], seed: int) -> torch.Tensor:
+        """Log-probabilities by transformers and PEFT under a noisy adapter, (rows, scored, candidates)."""
+        for name, tensor in self._noise(seed).items():
+            self._parts.params[name].data.copy_(tensor)
+        return reference_log_probs(self._parts.model, RowBatch.of(rows, self.pad, "cpu"))
+
+    def _prove(self, rows: list[Row], expected: list[torch.Tensor]) -> None:
+        """Compare the engine's scores with the model's own forward pass, under two adapters that change them.
+
+        The cache is filled under one adapter and used under the other, as in training: so a namespace that is shared
+        although keys or values depend on theta is found here, too.
+        """
+        valid = RowBatch.of(rows, self.pad, "cpu").valid[:, :, None]
+        spread = float((expected[0] - expected[1]).abs().masked_fill(~valid, 0).max())
+        plain = self.spec.dtype == "float32" and not self.options.get("quantization")
+        allowed = PROOF_TOLERANCE if plain else max(PROOF_TOLERANCE, PROOF_SHARE * spread)
+        for seed in (0, 1):
+            self.load(self._noise(seed))
+            self._show("theta")
+            tables = self._read([[row] for row in rows], rows, ["plus0"], TokenCount())
+            got = torch.zeros_like(expected[seed])
+            for i, (row, table) in enumerate(zip(rows, tables, strict=True)):
+                for p, target in enumerate(row.targets):
+                    got[i, p, : len(target)] = torch.tensor([table[p][t] for t in target])
+            worst = float((got - expected[seed]).abs().masked_fill(~valid, 0)[:, :, : got.shape[2]].max())
+            if not worst <= allowed:
+                raise UserError(
+                    f"--runtime sglang: log-probabilities differ by {worst:.2g} from transformers with PEFT (allowed"
+                    f" {allowed:.2g}, the adapters themselves change {spread:.2g}); try --radix off, --engine-arg"
+                    " attention_backend=..., or --runtime hf"
+                )
+        self._call("flush")  # a prompt's first visit is the run's own, and is counted
+        self._visited.clear()
+
+
+def _start(row: Row) -> int:
+    """From where log-probabilities are wanted; -1 is after the last token alone, which leaves the whole cache usable."""
+    return -1 if len(row.positions) == 1 else row.positions[0]
+
+
+def _table(row: Row, answer: dict) -> list[dict[int, float]]:
+    """Log-probability by token at each scored position."""
+    meta = answer["meta_info"]
+    inner = meta["input_token_ids_logprobs"][1:] if len(row.positions) > 1 else []
+    positions = [*inner, meta["output_token_ids_logprobs"][0]]
+    if len(positions) != len(row.positions):
+        raise RunError(f"the SGLang engine scored {len(positions)} positions of {len(row.positions)}; use another version")
+    return [{token: value for value, token, _ in position} for position in positions]
+
+
+def _default_dtype() -> torch.dtype:
+    return torch.bfloat16 if accelerated() else torch.float32
+
+
+def _backend(name: str) -> str | None:
+    available = available_backends("cuda" if accelerated() else "cpu")
+    if name != "auto" and name not in available:
+        raise UserError(f"--backend {name} does not run here; available: {', '.join(available)}")
+    return None if name == "auto" else name

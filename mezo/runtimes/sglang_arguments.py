@@ -1,0 +1,172 @@
+"""From a run's configuration to the arguments of `sglang.Engine`, and what is refused before anything starts."""
+
+import difflib
+import json
+import os
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from mezo.config import Config, UserError
+from mezo.runtimes.base import AdapterSpec
+from mezo.runtimes.reuse import layer_of, module_of
+from mezo.runtimes.sglang_engine import accelerated
+from mezo.runtimes.sglang_shards import STACKED
+
+MAX_PAIRS = 8  # perturbations held at once, unless max_loras_per_batch says otherwise
+OWN = {  # arguments that an option of ours decides
+    "model_path": "--model", "model": "--model", "tp_size": "--tp", "tp": "--tp", "dtype": "--dtype",
+    "disable_radix_cache": "--radix off", "enable_deterministic_inference": "--deterministic",
+    "lora_paths": "--r, --target-modules", "max_lora_rank": "--r", "lora_target_modules": "--target-modules",
+    "enable_lora": "--r", "device": "--device", "random_seed": "--seed",
+}  # fmt: skip
+ONE_REPLICA = ("dp_size", "pp_size", "attn_dp_size")  # the plugin proves one replica of all layers to be updated
+
+
+def engine_options(config: Config) -> dict:
+    """--engine-arg key=value ..., parsed and checked.
+
+    Raises:
+        UserError: no such argument, one that belongs to an option of ours, or more than one replica.
+    """
+    options = {}
+    for text in config.engine_arg:
+        key, equals, value = text.partition("=")
+        key = key.strip().removeprefix("--").replace("-", "_")
+        if not equals or not key:
+            raise UserError(f"--engine-arg must be key=value, got {text!r}")
+        if key in OWN:
+            raise UserError(f"--engine-arg {key} is decided by {OWN[key]}: use that")
+        options[key] = yaml.safe_load(value)
+        if key in ONE_REPLICA and options[key] != 1:
+            raise UserError(f"--engine-arg {key}={value}: every replica of the model would have to be updated; use --tp")
+    known = _known_arguments()
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise UserError(f"--engine-arg {key}: SGLang's engine has no such argument{hint}")
+    return options
+
+
+def _known_arguments() -> list[str]:
+    from sglang.srt.server_args import ServerArgs
+
+    return [name for name in ServerArgs.__struct_fields__ if not name.startswith("_")]
+
+
+def check_heads(config: Config) -> None:
+    """Raise UserError if a model's heads or MLP cannot be divided by --tp."""
+    if config.tp == 1:
+        return
+    model = AutoConfig.from_pretrained(config.model)
+    heads = model.num_attention_heads
+    kv = getattr(model, "num_key_value_heads", None) or heads
+    for what, n in (("attention heads", heads), ("MLP columns", getattr(model, "intermediate_size", config.tp))):
+        if n % config.tp:
+            raise UserError(f"--tp {config.tp}: {config.model} has {n} {what}, which {config.tp} ranks cannot share")
+    if kv % config.tp and config.tp % kv:
+        raise UserError(f"--tp {config.tp}: {config.model} has {kv} key-value heads, which do not divide or hold it")
+
+
+def pairs_of(config: Config, options: dict) -> int:
+    """Perturbations whose two signs are resident at once: all of a step's, as far as the engine's slots go."""
+    if "max_loras_per_batch" in options:
+        slots = int(options["max_loras_per_batch"])
+        if slots < 3:
+            raise UserError(f"--engine-arg max_loras_per_batch must be at least 3 (both signs and the base), got {slots}")
+        return min(config.num_perturbations, (slots - 1) // 2)
+    return min(config.num_perturbations, MAX_PAIRS)
+
+
+def engine_arguments(
+    config: Config, options: dict, spec: AdapterSpec, adapters: list[dict], tokens: int, held: int, rows: int
+) -> dict:
+    """Arguments of `sglang.Engine`.
+
+    Args:
+        config: the run's.
+        options: the user's own, which win.
+        spec: what is trained.
+        adapters: the engine's `lora_paths`.
+        tokens: that one call may compute.
+        held: tokens that the KV cache should keep beside.
+        rows: requests of the largest call.
+    """
+    arguments = {
+        "model_path": config.model,
+        "dtype": spec.dtype,
+        "tp_size": config.tp,
+        "lora_paths": adapters,
+        "max_loras_per_batch": len(adapters) + 1,
+        "max_lora_rank": spec.peft["r"],
+        "random_seed": config.seed % 2**31,
+        "schedule_policy": "fcfs",
+        "disable_radix_cache": config.radix == "off",
+        "disable_overlap_schedule": True,  # nothing is decoded, and slots change between forward passes
+        "disable_cuda_graph": True,  # of decoding
+        "skip_server_warmup": True,
+        "log_level": "error",
+    }
+    if spec.dtype != "float32":
+        arguments["enable_fp32_lm_head"] = True  # 16-bit logits near 20 come in steps of an eighth
+    if config.deterministic:
+        arguments["enable_deterministic_inference"] = True
+    if accelerated():
+        # under torchrun every rank drives an engine of its own
+        arguments["base_gpu_id"] = int(os.environ.get("LOCAL_RANK", "0")) * config.tp
+    else:
+        arguments |= {
+            "device": "cpu",
+            "attention_backend": "torch_native",
+            "sampling_backend": "pytorch",
+            "grammar_backend": "none",
+            "lora_backend": "torch_native",
+            "mem_fraction_static": 0.8,  # SGLang has a guess for GPUs alone; max_total_tokens is the limit here
+            "chunked_prefill_size": -1,
+            "max_prefill_tokens": max(16384, tokens),
+            "max_total_tokens": max(8192, tokens + held),
+            "max_running_requests": max(64, rows),
+        }
+    return arguments | options
+
+
+def write_placeholders(directory: Path, spec: AdapterSpec, pairs: int) -> list[dict]:
+    """Adapters of zeros that reserve the slots plus0, minus0, ...; return the engine's `lora_paths`.
+
+    The engine stacks query, key and value (and gate and up) of a layer and wants all of them in a file, trained or
+    not; those that are not stay zero for good.
+    """
+    directory.mkdir()
+    tensors = {}
+    kv_rows = _kv_rows(spec)
+    for name, (rows, cols) in spec.shapes.items():
+        tensors[name] = torch.zeros(rows, cols)
+        parent, _, leaf = module_of(name).rpartition(".")
+        for other in _siblings(leaf):
+            twin = name.replace(f"{parent}.{leaf}.", f"{parent}.{other}.")
+            own_rows = rows if name.endswith("lora_A.weight") else kv_rows.get(other, rows)
+            if twin not in spec.shapes:
+                tensors[twin] = torch.zeros(own_rows, cols)
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    modules = sorted({module_of(name).rsplit(".", 1)[-1] for name in tensors})
+    fields = {**spec.peft, "target_modules": modules, "layers_to_transform": sorted({layer_of(n) for n in tensors})}
+    (directory / "adapter_config.json").write_text(json.dumps(fields))
+    names = [f"{sign}{k}" for k in range(pairs) for sign in ("plus", "minus")]
+    return [{"lora_name": name, "lora_path": str(directory), "pinned": True} for name in names]
+
+
+def _siblings(leaf: str) -> list[str]:
+    stack = STACKED.get(leaf, (None,))[0]
+    return [other for other, (own, _) in STACKED.items() if own == stack and other != leaf and stack]
+
+
+def _kv_rows(spec: AdapterSpec) -> dict[str, int]:
+    """Output sizes of q, k and v, which differ under grouped-query attention."""
+    model = AutoConfig.from_pretrained(spec.model)
+    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    kv = (getattr(model, "num_key_value_heads", None) or model.num_attention_heads) * head_dim
+    return {"q_proj": model.num_attention_heads * head_dim, "k_proj": kv, "v_proj": kv}

@@ -1,0 +1,193 @@
+"""Starting SGLang's engine with MeZO's plugin in it, and talking to it without ever waiting for the dead."""
+
+import asyncio
+import json
+import os
+import re
+import secrets
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from mezo.config import RunError, UserError
+from mezo.runtimes.sglang_plugin import ENVIRONMENT
+
+POLL = 0.5  # seconds between looks at the engine's processes while an answer is awaited
+LOG = "engine.log"
+
+
+class EngineHandle:
+    """A running engine.
+
+    Args:
+        arguments: of `sglang.Engine`.
+        directory: for its log; the caller's, kept while the engine runs.
+        patience: seconds that one request or call may take.
+    Raises:
+        UserError: SGLang is missing, or the engine does not start; the message has the engine's own log line.
+    """
+
+    def __init__(self, arguments: dict, directory: Path, patience: float = 1800.0):
+        self.log, self.patience, self.failed = directory / LOG, patience, False
+        token = secrets.token_hex(16)
+        with open(directory / "token", "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(token)
+        environment = {ENVIRONMENT: f"{os.getpid()}:{token}:{directory}", **_environment(arguments)}
+        try:
+            with _environ(environment), _output_to(self.log):
+                self.engine = _start(arguments)
+        except Exception as error:
+            raise UserError(f"the SGLang engine did not start: {self._last_error() or error}; see {self.log}") from error
+        finally:
+            # one-time: a process that finds the variable later does not find the file
+            (directory / "token").unlink()
+        import psutil
+
+        self.processes = [psutil.Process(pid) for pid in self.engine.get_all_child_pids()]
+
+    def call(self, method: str, **parameters) -> list[dict]:
+        """Run one of our methods on every tensor-parallel rank; return what each of them answered.
+
+        Args:
+            method: of `sglang_worker.Worker`.
+            parameters: scalars.
+        Raises:
+            RunError: a rank failed (which one, and why), or a process of the engine is dead.
+            UserError: the plugin is not in the engine.
+        """
+        from sglang.srt.managers.io_struct import RpcReqInput, sock_recv, sock_send
+
+        socket, deadline = self.engine.send_to_rpc, time.monotonic() + self.patience
+        self.check_alive()
+        sock_send(socket, RpcReqInput(method=f"mezo_{method}", parameters=parameters))
+        while not socket.poll(POLL * 1000):
+            self.check_alive()
+            if time.monotonic() > deadline:
+                raise self._failure(f"the SGLang engine did not answer {method} for {self.patience:.0f} s")
+        reply = sock_recv(socket)
+        if not reply.success and "has no attribute 'mezo_" in reply.message:
+            raise UserError(
+                "MeZO's plugin is not in the SGLang engine: install the package (pip install -e .), so that its entry"
+                " point is known, and keep SGLANG_PLUGINS unset or with mezo in it"
+            )
+        if not reply.success:
+            raise self._failure(f"the SGLang engine failed in {method}: {reply.message}")
+        return json.loads(reply.message)
+
+    def generate(self, **request) -> list[dict]:
+        """`Engine.generate`, given up when a process of the engine dies."""
+        return self.engine.loop.run_until_complete(self._guarded(request))
+
+    async def _guarded(self, request: dict) -> list[dict]:
+        task = asyncio.ensure_future(self.engine.async_generate(**request))
+        deadline = time.monotonic() + self.patience
+        try:
+            while not (await asyncio.wait({task}, timeout=POLL))[0]:
+                self.check_alive()
+                if time.monotonic() > deadline:
+                    raise self._failure(f"the SGLang engine did not answer for {self.patience:.0f} s")
+            return task.result()
+        except ValueError as error:
+            raise self._failure(f"the SGLang engine refused a request: {error}") from error
+        finally:
+            task.cancel()
+
+    def check_alive(self) -> None:
+        """Raise RunError if a process of the engine is gone."""
+        for process in self.processes:
+            if not process.is_running() or process.status() in ("zombie", "dead"):
+                line = self._last_error()
+                raise self._failure(f"the SGLang engine died (process {process.pid}){f': {line}' if line else ''}")
+
+    def _failure(self, what: str) -> RunError:
+        self.failed = True
+        return RunError(f"{what}; its log is {self.log}; nothing that was trained is lost, resume the run")
+
+    def close(self) -> None:
+        """End the engine's processes."""
+        self.engine.shutdown()
+
+    def _last_error(self) -> str:
+        """The last line of the engine's log that speaks of an error."""
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.is_file() else []
+        wrong = [line.strip() for line in lines if re.search(r"error|exception|killed|signal", line, re.IGNORECASE)]
+        return wrong[-1][:300] if wrong else ""
+
+
+def _start(arguments: dict):
+    try:
+        import sglang
+    except ImportError as error:
+        raise UserError(f"--runtime sglang: {error}; install it with: pip install 'mezo-kernels[sglang]'") from error
+    engine = sglang.Engine(custom_sigquit_handler=_ignore, **arguments)
+    # Dead children are noticed by `check_alive`; SGLang's own watchdog would kill this process, and the run with it.
+    engine.tokenizer_manager._subprocess_watchdog.stop()
+    engine.tokenizer_manager.signal_handler_class = _Signals
+    return engine
+
+
+def _ignore(number, frame) -> None:
+    """A child of the starting engine failed: that shows when the engine waits for it."""
+
+
+class _Signals:
+    """What the engine's part in this process does on a signal: a child's cry for help is left to `check_alive`."""
+
+    def __init__(self, tokenizer_manager):
+        pass
+
+    def sigterm_handler(self, signum=None, frame=None):
+        sys.exit(143)
+
+    def running_phase_sigquit_handler(self, signum=None, frame=None):
+        pass
+
+
+def accelerated() -> bool:
+    """True if SGLang has a GPU to run on."""
+    return torch.accelerator.is_available()
+
+
+def _environment(arguments: dict) -> dict[str, str]:
+    """What SGLang needs in its environment on a machine without an accelerator; a user's own settings win."""
+    if accelerated():
+        return {}
+    tp, cores = arguments.get("tp_size", 1), sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // tp)
+    threads = min(share, int(os.environ.get("OMP_NUM_THREADS") or share))
+    wanted = {"SGLANG_USE_CPU_ENGINE": "1"}
+    if tp > 1:
+        groups = [cores[i * share : (i + 1) * share] or cores[-1:] for i in range(tp)]
+        wanted["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, group)) for group in groups)
+    return {"OMP_NUM_THREADS": str(threads), **{name: os.environ.get(name, value) for name, value in wanted.items()}}
+
+
+@contextmanager
+def _environ(values: dict[str, str]):
+    """Environment variables for the processes started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+
+
+@contextmanager
+def _output_to(path: Path):
+    """Send standard output and error, of this process and of those it starts meanwhile, to a file."""
+    sys.stdout.flush(), sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        os.dup2(file, 1), os.dup2(file, 2)
+        yield
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os.dup2(saved[0], 1), os.dup2(saved[1], 2)
+        for descriptor in (*saved, file):
+            os.close(descriptor)
