@@ -2,16 +2,18 @@ PYTHON ?= python3
 PROMPT ?= it-was
 VENV := .venv
 READY := $(VENV)/.ready
+READY_SGLANG := $(VENV)/.ready-sglang
+RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint bench crash-test test-gpu clean
+.PHONY: demo test lint bench crash-test verify-sglang test-gpu clean
 
-demo: $(READY)  ## fine-tune a small model on film reviews, from download to plots
-	$(VENV)/bin/mezo demo --prompt $(PROMPT)
+demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
+	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
 
-test: $(READY)  ## every test that needs no GPU
-	$(VENV)/bin/python -m pytest -m "not gpu"
+test: $(READY_SGLANG)  ## every test that needs no GPU, SGLang's engine on the CPU included
+	MEZO_REQUIRE_SGLANG=1 $(VENV)/bin/python -m pytest -m "not gpu"
 
 lint: $(READY)  ## style, without changing anything
 	$(VENV)/bin/ruff check .
@@ -23,6 +25,9 @@ bench: $(READY)  ## the fused ops against their peers; JSON under bench/results/
 crash-test: $(READY)  ## a run killed at 30 random moments ends like one left alone; JSON under bench/results/
 	$(VENV)/bin/python bench/crash_test.py --moments 30 --output $(RESULTS)/crash_test.json
 
+verify-sglang: $(READY_SGLANG)  ## the SGLang runtime against transformers, reuse, overhead; JSON under bench/results/
+	$(VENV)/bin/python bench/verify_sglang.py --output $(RESULTS)/verify_sglang.json
+
 test-gpu:  ## the tests that need a CUDA or ROCm device, in the current environment
 	$(PYTHON) -m pytest -m gpu
 
@@ -30,6 +35,12 @@ $(READY): requirements.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# SGLang's own pins want CUDA packages, so it comes without its dependencies; its kernel package has no build for CPUs
+$(READY_SGLANG): $(READY) requirements-sglang.txt $(wildcard tests/sgl_kernel_names/*.* tests/sgl_kernel_names/*/*.py)
+	$(VENV)/bin/python -m pip install --quiet --constraint requirements.txt --requirement requirements-sglang.txt
+	$(VENV)/bin/python -m pip install --quiet --no-deps sglang==0.5.23 torchvision==0.15.2 ./tests/sgl_kernel_names
 	touch $@
 
 clean:  ## remove the environment and caches, never runs

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ USAGE = """usage: mezo COMMAND [options]
   export   write a run's adapter, or the base model with the adapter merged
   import   make an adapter of someone else's ready for --adapter
   trajectory show, verify or truncate a run's log
+  report   what a finished run did, and where its time and tokens went
   verify   compare every backend with the reference on this machine, bit for bit
   demo     fine-tune a small model on movie reviews, from download to plots
 
@@ -37,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         "export": _export,
         "import": _import,
         "trajectory": _trajectory,
+        "report": _report,
         "verify": _verify,
         "demo": _demo,
     }
@@ -46,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in commands:
         return _fail(f"unknown command {argv[0]!r}: expected one of {', '.join(commands)}", 2)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", module="torchvision")  # SGLang brings it; nothing here looks at pictures
     try:
         return commands[argv[0]](argv[1:])
     except UserError as error:
@@ -253,6 +257,27 @@ def _trajectory(argv: list[str]) -> int:
     return 0
 
 
+@dataclasses.dataclass(frozen=True)
+class _ReportOptions:
+    """Print what a finished run did: results, noise, tokens by the engine's own count, seconds by part."""
+
+    run: tyro.conf.Positional[str]
+    """Run directory."""
+
+
+def _report(argv: list[str]) -> int:
+    options = tyro.cli(_ReportOptions, args=argv, prog="mezo report")
+    from mezo import report
+
+    console = Console(highlight=False)
+    for title, rows in report.tables(options.run).items():
+        table = Table(title=title, title_justify="left", show_header=False)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    return 0
+
+
 def _verify(argv: list[str]) -> int:
     options = tyro.cli(_VerifyOptions, args=argv, prog="mezo verify")
     import mezo_kernels
@@ -280,7 +305,7 @@ def _demo(argv: list[str]) -> int:
     options = tyro.cli(_DemoOptions, args=argv, prog="mezo demo")
     from mezo import demo
 
-    return demo.run(options.prompt, options.steps, Path(options.output_dir))
+    return demo.run(options.prompt, options.steps, Path(options.output_dir), options.runtime)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,8 +317,10 @@ class _DemoOptions:
 
     prompt: Literal["it-was", "sentiment"] = "it-was"
     """'{text} It was' with terrible / great, or 'Review: {text} Sentiment:' with negative / positive."""
-    steps: int = 4000
-    """Optimisation steps."""
+    runtime: Literal["hf", "sglang"] = "hf"
+    """What computes the losses."""
+    steps: int = 0
+    """Optimisation steps; 0 is 4000, or 1000 with sglang, whose engine is made for GPUs."""
     output_dir: str = "runs/demo"
     """Run directory; an unfinished one is resumed, a finished one is kept and a numbered one made beside it."""
 

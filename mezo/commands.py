@@ -199,7 +199,10 @@ def _loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, 
 def _runtime(config: Config, pad: int) -> Runtime:
     """The runtime that --runtime names; the other one's libraries are not imported."""
     if config.runtime == "sglang":
-        from mezo.runtimes.sglang import SGLangRuntime
+        try:
+            from mezo.runtimes.sglang import SGLangRuntime
+        except ImportError as error:
+            raise UserError(f"--runtime sglang: {error}; install it: pip install 'mezo-kernels[sglang]'") from error
 
         return SGLangRuntime(config, pad)
     from mezo.runtimes.hf import HFRuntime

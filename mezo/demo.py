@@ -16,17 +16,22 @@ PROMPTS = {
 }
 
 
-def run(prompt: str = "it-was", steps: int = 4000, output_dir: Path = Path("runs/demo")) -> int:
+STEPS = {"hf": 4000, "sglang": 1000}
+
+
+def run(prompt: str = "it-was", steps: int = 0, output_dir: Path = Path("runs/demo"), runtime: str = "hf") -> int:
     """Run or resume the demo and print its table.
 
     Args:
         prompt: a key of PROMPTS.
-        steps: optimisation steps.
+        steps: optimisation steps; 0 is STEPS of the runtime.
         output_dir: run directory; an unfinished one is resumed, beside a finished one a numbered one is made.
+        runtime: what computes the losses.
     Returns:
         Exit code: 0, 1 if the log does not replay to the adapter, 130 after Ctrl-C.
     """
-    config = _free_or_unfinished(demo_config(prompt, steps, output_dir))
+    wanted = demo_config(prompt, steps or STEPS[runtime], output_dir)
+    config = _free_or_unfinished(dataclasses.replace(wanted, runtime=runtime))
     directory = Path(config.output_dir)
     result = commands.resume(str(directory)) if directory.exists() else commands.train(config)
     if result is None:

@@ -30,6 +30,7 @@ from mezo_kernels import available_backends, lora_init
 PROOF_EXAMPLES = 3  # besides the longest
 PROOF_TOLERANCE = 1e-4  # on log-probabilities in float32
 PROOF_SHARE = 0.2  # in 16 bits or quantised: of what the adapters of the proof change
+FLUSH_SECONDS = 10.0
 SCORE_ONLY = {"max_new_tokens": 0, "temperature": 0.0}
 
 
@@ -198,6 +199,15 @@ class SGLangRuntime:
                 )
         self._sent.clear()
 
+    def _flush(self) -> None:
+        """Forget all keys and values; the engine is given a moment to end its last batch."""
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while not all(answer["flushed"] for answer in self._call("flush")):
+            if time.monotonic() > deadline:
+                raise RunError(f"the SGLang engine did not flush its cache within {FLUSH_SECONDS} s")
+            time.sleep(0.01)
+        self._visited.clear()
+
     def _changed(self, showing: str) -> None:
         """What the slots hold has changed: from now on requests live in another namespace, unless all share one."""
         self._showing = showing
@@ -304,8 +314,7 @@ class SGLangRuntime:
                     f" {allowed:.2g}, the adapters themselves change {spread:.2g}); try --radix off, --engine-arg"
                     " attention_backend=..., or --runtime hf"
                 )
-        self._call("flush")  # a prompt's first visit is the run's own, and is counted
-        self._visited.clear()
+        self._flush()  # a prompt's first visit is the run's own, and is counted
 
 
 def _start(row: Row) -> int:

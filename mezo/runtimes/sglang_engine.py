@@ -1,6 +1,7 @@
 """Starting SGLang's engine with MeZO's plugin in it, and talking to it without ever waiting for the dead."""
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -8,15 +9,22 @@ import secrets
 import sys
 import time
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 
+import psutil
 import torch
+import zmq
 
 from mezo.config import RunError, UserError
 from mezo.runtimes.sglang_plugin import ENVIRONMENT
 
 POLL = 0.5  # seconds between looks at the engine's processes while an answer is awaited
 LOG = "engine.log"
+NO_PLUGIN = (
+    "MeZO's plugin is not in the SGLang engine: install the package (pip install -e .), so that its entry point is"
+    " known, and keep SGLANG_PLUGINS unset or with mezo in it"
+)
 
 
 class EngineHandle:
@@ -27,25 +35,26 @@ class EngineHandle:
         directory: for its log; the caller's, kept while the engine runs.
         patience: seconds that one request or call may take.
     Raises:
-        UserError: SGLang is missing, or the engine does not start; the message has the engine's own log line.
+        UserError: the plugin would be missing, or the engine does not start; then with the engine's own log line.
     """
 
     def __init__(self, arguments: dict, directory: Path, patience: float = 1800.0):
         self.log, self.patience, self.failed = directory / LOG, patience, False
+        _require_plugin()
         token = secrets.token_hex(16)
         with open(directory / "token", "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             file.write(token)
         environment = {ENVIRONMENT: f"{os.getpid()}:{token}:{directory}", **_environment(arguments)}
+        self._before = _children(), _contexts()
         try:
             with _environ(environment), _output_to(self.log):
                 self.engine = _start(arguments)
         except Exception as error:
+            self._sweep()
             raise UserError(f"the SGLang engine did not start: {self._last_error() or error}; see {self.log}") from error
         finally:
             # one-time: a process that finds the variable later does not find the file
             (directory / "token").unlink()
-        import psutil
-
         self.processes = [psutil.Process(pid) for pid in self.engine.get_all_child_pids()]
 
     def call(self, method: str, **parameters) -> list[dict]:
@@ -69,10 +78,7 @@ class EngineHandle:
                 raise self._failure(f"the SGLang engine did not answer {method} for {self.patience:.0f} s")
         reply = sock_recv(socket)
         if not reply.success and "has no attribute 'mezo_" in reply.message:
-            raise UserError(
-                "MeZO's plugin is not in the SGLang engine: install the package (pip install -e .), so that its entry"
-                " point is known, and keep SGLANG_PLUGINS unset or with mezo in it"
-            )
+            raise UserError(NO_PLUGIN)
         if not reply.success:
             raise self._failure(f"the SGLang engine failed in {method}: {reply.message}")
         return json.loads(reply.message)
@@ -109,6 +115,19 @@ class EngineHandle:
     def close(self) -> None:
         """End the engine's processes."""
         self.engine.shutdown()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """End what the engine leaves: processes when it does not start, and sockets that wait for the dead.
+
+        A message to a dead process keeps its socket, and whoever collects the garbage waits for it forever.
+        """
+        children, contexts = self._before
+        for process in _children() - children:
+            process.kill()
+        for context in _contexts():
+            if not any(context is other for other in contexts):
+                context.destroy(linger=0)
 
     def _last_error(self) -> str:
         """The last line of the engine's log that speaks of an error."""
@@ -117,11 +136,25 @@ class EngineHandle:
         return wrong[-1][:300] if wrong else ""
 
 
+def _require_plugin() -> None:
+    """Raise UserError if SGLang would not find or not load the plugin."""
+    allowed = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
+    installed = any(point.name == "mezo" for point in entry_points(group="sglang.srt.plugins"))
+    if not installed or (allowed and "mezo" not in allowed):
+        raise UserError(NO_PLUGIN)
+
+
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _contexts() -> list[zmq.Context]:
+    return [found for found in gc.get_objects() if issubclass(type(found), zmq.Context) and not found.closed]
+
+
 def _start(arguments: dict):
-    try:
-        import sglang
-    except ImportError as error:
-        raise UserError(f"--runtime sglang: {error}; install it with: pip install 'mezo-kernels[sglang]'") from error
+    import sglang
+
     engine = sglang.Engine(custom_sigquit_handler=_ignore, **arguments)
     # Dead children are noticed by `check_alive`; SGLang's own watchdog would kill this process, and the run with it.
     engine.tokenizer_manager._subprocess_watchdog.stop()

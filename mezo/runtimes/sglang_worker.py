@@ -165,11 +165,9 @@ class Worker:
         return self._report()
 
     def flush(self) -> dict:
-        """Forget all cached keys and values."""
+        """Forget all cached keys and values; the engine does so only once it has tidied up after its last batch."""
         self._check()
-        if not self.scheduler.flush_cache(empty_cache=False):
-            raise RuntimeError("the engine's cache could not be flushed")
-        return {}
+        return {"flushed": bool(self.scheduler.flush_cache(empty_cache=False))}
 
     def verify(self) -> dict:
         """What the watched step wrote, compared with the reference: the first difference on this rank, or None."""
@@ -187,7 +185,10 @@ class Worker:
 
     def _check(self) -> None:
         """The slots are where they were, hold what we wrote, and nothing is reading them."""
-        if not self.scheduler.is_fully_idle():
+        busy, last = self.scheduler, self.scheduler.last_batch
+        # a batch that has just been answered is still the last one until the engine's loop comes round again
+        held = [*busy.waiting_queue, *busy.running_batch.reqs, *(last.reqs if last is not None else ())]
+        if busy.chunked_req is not None or not all(req.finished() for req in held):
             raise RuntimeError("the engine still has requests in flight")
         pool = self.manager.memory_pool
         for name, lora_id in self.ids.items():

@@ -1,0 +1,65 @@
+"""How tests reach into an engine that the trainer started: damage to find, and guards to lift. Not part of the product.
+
+Inert unless MEZO_TEST_HOOKS is set. "unguard" in it lets adapters that change keys or values share a cache.
+"""
+
+import os
+
+
+def activate():
+    """Called by SGLang at the start of each of its processes."""
+    wanted = os.environ.get("MEZO_TEST_HOOKS", "")
+    if not wanted:
+        return
+    from mezo.runtimes.sglang_plugin import started_by_trainer
+
+    if not started_by_trainer():
+        return
+    from mezo.runtimes import sglang_worker
+
+    for function in (test_fail, test_flip, test_evict, test_draw):
+        setattr(sglang_worker.Worker, function.__name__, function)
+    if "unguard" in wanted:
+        sglang_worker.why_kv_depends = lambda *arguments: None
+
+
+def test_fail(worker, rank):
+    """Fail on one rank."""
+    if worker.rank == rank:
+        raise ValueError("told to fail")
+    return {}
+
+
+def test_flip(worker, rank, what, name, index):
+    """Flip the lowest bit of an element of theta, or of a slot, on one rank."""
+    import torch
+
+    if worker.rank == rank:
+        layouts = {"theta": worker.theta.master, "plus": worker.theta.pairs[0][0], "minus": worker.theta.pairs[0][1]}
+        layout = layouts[what]
+        tensor = layout.tensors[layout.names.index(name)]
+        row, column = divmod(index, tensor.shape[1])
+        tensor.view(torch.int32)[row, column] ^= 1
+    return {}
+
+
+def test_evict(worker, name):
+    """Make the engine drop an adapter from the pool and load it again from its own copy."""
+    worker.manager.memory_pool.remove_lora(worker.ids[name])
+    worker.manager.fetch_new_loras({worker.ids[name]})
+    return {}
+
+
+def test_draw(worker, path, seed):
+    """Write z of this rank's shard, drawn as the op draws it: theta = 0, then theta + 1 z."""
+    from safetensors.torch import save_file
+
+    from mezo_kernels import perturb_
+
+    import torch
+
+    drawn = worker.theta.master.like([torch.zeros_like(t) for t in worker.theta.master.tensors])
+    perturb_(drawn, 1.0, seed)
+    save_file(dict(zip(drawn.names, drawn.tensors, strict=True)), f"{path}.{worker.rank}")
+    starts = {n: [s.row_start, s.col_start, *s.full_shape] for n, s in worker.shards.items()}
+    return {"starts": starts}
