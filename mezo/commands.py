@@ -14,7 +14,7 @@ from mezo.parallel import Ranks
 from mezo.runtimes.hf import HFRuntime
 from mezo.runtimes.merge import merge
 from mezo.runtimes.peft_model import is_masked, load_tokenizer
-from mezo.tasks import load_splits
+from mezo.tasks import load_splits, with_objective
 from mezo.trainer import Trainer, score_split
 from mezo.trajectory import read_trajectory
 
@@ -27,7 +27,7 @@ def train(config: Config) -> dict | None:
     Raises:
         UserError: before anything is written.
     """
-    ranks, config = Ranks(), with_adapter_options(config).absolute()
+    ranks, config = Ranks(), with_objective(with_adapter_options(config).absolute())
     if ranks.restarted and _started_here(config):
         return resume(config.output_dir, ranks)
     if ranks.leads:
@@ -116,7 +116,8 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
     Returns:
         accuracy, loss, f1 and auc by split.
     """
-    runtime, splits, _ = _load(dataclasses.replace(config, trunk_cache="off"))
+    config = dataclasses.replace(with_objective(config), trunk_cache="off", eval_train=True)
+    runtime, splits, _ = _load(config)
     if adapter is not None:
         runtime.load(checkpoint.load_adapter(adapter, runtime.spec.shapes))
     size = config.eval_batch_size or config.batch_size

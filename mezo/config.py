@@ -32,9 +32,10 @@ class Config:
     """What computes the losses: hf is transformers + PEFT in this process."""
 
     task: str = ""
-    """A built-in task (sst2); leave empty to train on --train-file."""
+    """A task that `mezo tasks` lists; leave empty to train on --train-file alone."""
     train_file: str = ""
-    """JSON lines with text and label (an index into --label-words), or with prompt, options and answer."""
+    """JSON lines with text and label (an index into --label-words), or with prompt, options and answer. Beside --task,
+    files take the place of the hub's splits: lines with the fields that the data set has there."""
     dev_file: str = ""
     """Chooses the best checkpoint; without it the last step is kept."""
     test_file: str = ""
@@ -83,8 +84,9 @@ class Config:
     """Directions averaged per step (n-SPSA)."""
     parallel: Literal["data", "perturbations"] = "data"
     """What the processes that torchrun started share: the examples of a batch, or the perturbations of a step."""
-    objective: Literal["cross_entropy", "lm_cross_entropy", "accuracy"] = "cross_entropy"
-    """Loss: over the options, over the vocabulary for the right option's tokens, or minus the accuracy."""
+    objective: Literal["auto", "cross_entropy", "lm_cross_entropy", "accuracy"] = "auto"
+    """Loss: over the options, over the vocabulary for the right option's tokens, or minus the accuracy; auto is the
+    task's own, cross_entropy for files."""
     seed: int = 0
     """Seed of the run: initial adapter, batches and perturbations are functions of it."""
     eval_every: int = 0
@@ -164,9 +166,7 @@ def check(config: Config) -> None:
     _require(bool(config.model), "--model is missing: give a path or a hub id")
     _require(bool(config.output_dir), "--output-dir is missing: give the run directory to create")
     files = config.train_file or config.dev_file or config.test_file
-    _require(
-        bool(config.task) != bool(files), "give one of --task and --train-file; a --task brings its own dev and test"
-    )
+    _require(bool(config.task or files), "--task and --train-file are missing: give one, or both")
     words = config.label_words
     _require(len(words) != 1, f"--label-words needs at least two words, got {words}")
     _require(len(set(words)) == len(words), f"--label-words must differ, got {words}: drop the repeated one")

@@ -24,7 +24,7 @@ def sample(records: dict[str, list[Record]], config: Config, dev_size: int = 0) 
     Raises:
         UserError: more asked for than there is, or a number for a split that is not there.
     """
-    cut_dev = "dev" not in records and dev_size > 0
+    cut_dev = "dev" not in records and "train" in records and dev_size > 0
     for split in ("dev", "test"):
         number = getattr(config, f"num_{split}")
         if number and split not in records and not (split == "dev" and cut_dev):

@@ -34,7 +34,10 @@ MISTAKES = {
     "micro-batch": ({"micro_batch_size": 9}, "--micro-batch-size must be at most --batch-size, 8; got 9"),
     "no such adapter": ({"adapter": "./gone"}, "./gone is neither a run nor an adapter"),
     "no such device": ({"device": "gpu"}, "--device must be cpu, cuda or cuda:N, got gpu"),
-    "task and file": ({"task": "sst2"}, "give one of --task and --train-file"),
+    "neither task nor file": (
+        {"train_file": "", "dev_file": "", "test_file": ""},
+        "--task and --train-file are missing",
+    ),
     "no such task": ({"task": "nonsense", "train_file": "", "dev_file": "", "test_file": ""}, "nonsense"),
 }
 
@@ -128,7 +131,7 @@ YAML_MISTAKES = {
     "steps: many": "steps must be a whole number, got 'many'",
     "steps: 8.5": "steps must be a whole number, got 8.5",
     "lr: fast": "lr must be a number, got 'fast'",
-    "objective: nonsense": "objective must be one of cross_entropy, lm_cross_entropy, accuracy; got 'nonsense'",
+    "objective: nonsense": "objective must be one of auto, cross_entropy, lm_cross_entropy, accuracy; got 'nonsense'",
     "eval_train: maybe": "eval_train must be true or false, got 'maybe'",
     "prompt: 3": "prompt must be text, got 3",
 }
