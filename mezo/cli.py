@@ -16,7 +16,7 @@ from mezo.config import Config, RunError, UserError
 USAGE = """usage: mezo COMMAND [options]
 
   train    fine-tune a model with forward passes only; --resume RUN continues a run
-  eval     score a run's adapter, or any adapter
+  eval     score a run's adapter, any adapter, or a model without one
   replay   rebuild an adapter from a run's log alone
   export   write a run's adapter, or the base model with the adapter merged
   import   make an adapter of someone else's ready for --adapter
@@ -25,6 +25,12 @@ USAGE = """usage: mezo COMMAND [options]
   demo     fine-tune a small model on movie reviews, from download to plots
 
 mezo COMMAND --help lists a command's options."""
+
+EVAL_USAGE = """usage: mezo eval RUN_OR_ADAPTER [data options of mezo train]
+       mezo eval --model MODEL [data options of mezo train]
+
+Scores an adapter, or a model without one, on the given splits. --num-demonstrations N puts N training examples with
+their answers in front of each prompt (in-context learning)."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -142,14 +148,17 @@ def _saved_config(run: Path) -> Config:
 
 
 def _eval(argv: list[str]) -> int:
-    if not argv or argv[0].startswith("-"):
-        print("usage: mezo eval RUN_OR_ADAPTER [data options of mezo train]\n\nScores an adapter on the given splits.")
-        if "--help" in argv or "-h" in argv:
-            return 0
-        raise UserError("the run or adapter comes first: mezo eval RUN_OR_ADAPTER [options]")
-    target, rest = Path(argv[0]), argv[1:]
+    if not argv or "--help" in argv or "-h" in argv:
+        print(EVAL_USAGE)
+        return 0 if argv else 2
     from mezo import commands
     from mezo.checkpoint import adapter_options
+
+    if argv[0].startswith("-"):
+        config = _parse(argv, "mezo eval", {"output_dir": "unused"})
+        _show_splits(commands.evaluate(config, None))
+        return 0
+    target, rest = Path(argv[0]), argv[1:]
 
     if (target / "config.json").is_file():
         base, target = dataclasses.asdict(_saved_config(target)), target / "adapter"

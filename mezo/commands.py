@@ -27,6 +27,8 @@ def train(config: Config) -> dict | None:
     Raises:
         UserError: before anything is written.
     """
+    if config.num_demonstrations:
+        raise UserError("--num-demonstrations is for mezo eval, training prompts have none: leave it out")
     ranks, config = Ranks(), with_objective(with_adapter_options(config).absolute())
     if ranks.restarted and _started_here(config):
         return resume(config.output_dir, ranks)
@@ -114,7 +116,7 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
         config: model and data; its run settings are not used.
         adapter: adapter directory, or None for the base model with a fresh adapter (whose output is zero).
     Returns:
-        accuracy, loss, f1 and auc by split.
+        accuracy, loss, f1 and auc by split; with num_demonstrations train gives these and is not scored.
     """
     config = dataclasses.replace(with_objective(config), trunk_cache="off", eval_train=True)
     runtime, splits, _ = _load(config)

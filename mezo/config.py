@@ -53,7 +53,10 @@ class Config:
     num_test: int = 0
     """Test examples in all, classes balanced; 0 takes all."""
     data_seed: int = 0
-    """Chooses the examples that k_shot, num_train, num_dev and num_test keep."""
+    """Chooses the examples that k_shot, num_train, num_dev and num_test keep, and the demonstrations."""
+    num_demonstrations: int = 0
+    """For `mezo eval`: training examples with their answers in front of each prompt, classes balanced (in-context
+    learning); those that do not fit into max_length are left out."""
     max_length: int = 512
     """Token budget of a prompt with its longest option; longer texts are cut, the template and the options never."""
 
@@ -183,6 +186,7 @@ def check(config: Config) -> None:
         "eval_batch_size",
         "micro_batch_size",
         "data_seed",
+        "num_demonstrations",
     ):
         value = getattr(config, name)
         _require(value >= 0, f"--{name.replace('_', '-')} must be at least 0, got {value}")

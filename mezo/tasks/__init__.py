@@ -11,6 +11,7 @@ from mezo.tasks.boolq import BOOLQ
 from mezo.tasks.cb import CB
 from mezo.tasks.copa import COPA
 from mezo.tasks.cr import CR
+from mezo.tasks.demonstrations import draw_demonstrations, put_before
 from mezo.tasks.drop import DROP
 from mezo.tasks.jsonl import jsonl_task, with_files
 from mezo.tasks.mnli import MNLI
@@ -63,6 +64,7 @@ def load_splits(
     Returns:
         Examples by split: "train", and "dev" and "test" where there are any. Under lm_cross_entropy a training example
         has its right option alone, which is all that the loss reads, unless the run also scores train (eval_train).
+        With num_demonstrations train is what these are drawn from, and is left out.
 
     Raises:
         UserError: bad data or a configuration that does not fit it; nothing has been written.
@@ -78,6 +80,14 @@ def load_splits(
         for split, rows in task.load().items()
     }
     kept = sample(records, config, task.dev_size)
+    if config.num_demonstrations:
+        if "train" not in kept or len(kept) == 1:
+            missing = "test" if "train" in kept else "train"
+            raise UserError(f"--num-demonstrations needs train and what is tested: give --{missing}-file")
+        drawn = draw_demonstrations(kept.pop("train"), config)
+        kept = {
+            split: put_before(own, drawn, template, tokenizer, config.max_length, masked) for split, own in kept.items()
+        }
     if config.objective == "lm_cross_entropy" and "train" in kept and not config.eval_train:
         kept["train"] = [_right_alone(record) for record in kept["train"]]
     return {split: encode(own, template, tokenizer, config.max_length, masked) for split, own in kept.items()}

@@ -111,6 +111,34 @@ def test_train_eval_replay_resume(tiny_options, as_flags, tmp_path, capfd):
     assert "--steps 11 contradicts the run, which has 10" in capfd.readouterr().err
 
 
+def test_eval_without_an_adapter_and_with_demonstrations(tiny_options, as_flags, capfd):
+    data = {k: tiny_options[k] for k in ("model", "train_file", "test_file", "prompt", "label_words")}
+    assert main(["eval", *as_flags(data)]) == 0
+    plain = capfd.readouterr().out
+    assert "train" in plain
+    assert main(["eval", *as_flags({**data, "num_demonstrations": 4})]) == 0
+    shown = capfd.readouterr().out
+    assert "train" not in shown
+    test = [next(line for line in out.splitlines() if "test" in line) for out in (plain, shown)]
+    assert test[0] != test[1]
+    assert main(["train", *as_flags({**tiny_options, "num_demonstrations": 4})]) == 2
+    assert "--num-demonstrations is for mezo eval" in capfd.readouterr().err
+    assert not Path(tiny_options["output_dir"]).exists()
+
+
+def test_a_tasks_objective_is_settled_in_the_run_directory(tiny_model, tiny_data, tmp_path, as_flags):
+    choice = {"premise": "the film was good.", "choice1": "The plot was", "choice2": "A story", "idx": 0, "label": 0}
+    rows = [{**choice, "question": question} for question in ("cause", "effect")] * 10
+    options = {"model": tiny_model, "task": "copa", "train_file": write(tmp_path / "copa.jsonl", rows), "steps": 2}
+    for name, given in {"auto": {}, "named": {"objective": "cross_entropy"}}.items():
+        run = tmp_path / name
+        assert main(["train", *as_flags({**options, **given, "output_dir": str(run)})]) == 0
+        saved = json.loads((run / "config.json").read_text())
+        assert saved["objective"] == given.get("objective", "lm_cross_entropy")
+        assert main(["train", "--resume", str(run)]) == 0
+        assert main(["eval", str(run)]) == 0
+
+
 def test_resume_of_no_run(tmp_path, capfd):
     assert main(["train", "--resume", str(tmp_path)]) == 2
     assert "not a run directory" in capfd.readouterr().err
