@@ -1,6 +1,7 @@
 """The `mezo` command: train, eval, replay, verify, demo. Heavy imports wait until a command needs them."""
 
 import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ USAGE = """usage: mezo COMMAND [options]
   export   write a run's adapter, or the base model with the adapter merged
   import   make an adapter of someone else's ready for --adapter
   trajectory show, verify or truncate a run's log
+  tasks    list what --task takes: prompts, answers, objectives
   verify   compare every backend with the reference on this machine, bit for bit
   demo     fine-tune a small model on movie reviews, from download to plots
 
@@ -43,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         "export": _export,
         "import": _import,
         "trajectory": _trajectory,
+        "tasks": _tasks,
         "verify": _verify,
         "demo": _demo,
     }
@@ -258,6 +261,20 @@ def _trajectory(argv: list[str]) -> int:
     else:
         kept = logbook.truncate(options.run, options.step)
         print(f"cut {options.run} back to {options.step} steps; what was there is in {kept}")
+    return 0
+
+
+def _tasks(argv: list[str]) -> int:
+    if argv:
+        raise UserError(f"mezo tasks takes no options, got {argv[0]}")
+    from mezo.tasks import TASKS
+
+    for task in TASKS.values():
+        print(f"{task.name}  (trains {task.objective}, reports {task.metric})")
+        for kind, prompt in (("continues", task.prompt), ("fills a mask", task.masked)):
+            if prompt:
+                words = " ".join(map(repr, prompt.label_words)) or "each row's own options"
+                print(f"    {kind:<12} {json.dumps(prompt.template, ensure_ascii=False)}  {words}")
     return 0
 
 

@@ -139,6 +139,19 @@ def test_a_tasks_objective_is_settled_in_the_run_directory(tiny_model, tiny_data
         assert main(["eval", str(run)]) == 0
 
 
+def test_tasks_are_listed(capsys):
+    assert main(["tasks"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        """copa  (trains lm_cross_entropy, reports accuracy)
+    continues    "{premise} {conjunction}"  each row's own options
+"""
+        in out
+    )
+    assert """    fills a mask "{statement}?<mask>, {continuation}"  ' Yes' ' Maybe' ' No'""" in out
+    assert main(["tasks", "--all"]) == 2
+
+
 def test_resume_of_no_run(tmp_path, capfd):
     assert main(["train", "--resume", str(tmp_path)]) == 2
     assert "not a run directory" in capfd.readouterr().err
