@@ -1,6 +1,7 @@
 """The `mezo` command: train, eval, replay, verify, demo. Heavy imports wait until a command needs them."""
 
 import dataclasses
+import json
 import os
 import sys
 import warnings
@@ -17,16 +18,23 @@ from mezo.config import MACHINE, Config, RunError, UserError
 USAGE = """usage: mezo COMMAND [options]
 
   train    fine-tune a model with forward passes only; --resume RUN continues a run
-  eval     score a run's adapter, or any adapter
+  eval     score a run's adapter, any adapter, or a model without one
   replay   rebuild an adapter from a run's log alone
   export   write a run's adapter, or the base model with the adapter merged
   import   make an adapter of someone else's ready for --adapter
   trajectory show, verify or truncate a run's log
   report   what a finished run did, and where its time and tokens went
+  tasks    list what --task takes: prompts, answers, objectives
   verify   compare every backend with the reference on this machine, bit for bit
   demo     fine-tune a small model on movie reviews, from download to plots
 
 mezo COMMAND --help lists a command's options."""
+
+EVAL_USAGE = """usage: mezo eval RUN_OR_ADAPTER [data options of mezo train]
+       mezo eval --model MODEL [data options of mezo train]
+
+Scores an adapter, or a model without one, on the given splits. --num-demonstrations N puts N training examples with
+their answers in front of each prompt (in-context learning)."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         "import": _import,
         "trajectory": _trajectory,
         "report": _report,
+        "tasks": _tasks,
         "verify": _verify,
         "demo": _demo,
     }
@@ -147,14 +156,17 @@ def _saved_config(run: Path) -> Config:
 
 
 def _eval(argv: list[str]) -> int:
-    if not argv or argv[0].startswith("-"):
-        print("usage: mezo eval RUN_OR_ADAPTER [data options of mezo train]\n\nScores an adapter on the given splits.")
-        if "--help" in argv or "-h" in argv:
-            return 0
-        raise UserError("the run or adapter comes first: mezo eval RUN_OR_ADAPTER [options]")
-    target, rest = Path(argv[0]), argv[1:]
+    if not argv or "--help" in argv or "-h" in argv:
+        print(EVAL_USAGE)
+        return 0 if argv else 2
     from mezo import commands
     from mezo.checkpoint import adapter_options
+
+    if argv[0].startswith("-"):
+        config = _parse(argv, "mezo eval", {"output_dir": "unused"})
+        _show_splits(commands.evaluate(config, None))
+        return 0
+    target, rest = Path(argv[0]), argv[1:]
 
     if (target / "config.json").is_file():
         base, target = dataclasses.asdict(_saved_config(target)), target / "adapter"
@@ -275,6 +287,20 @@ def _report(argv: list[str]) -> int:
         for row in rows:
             table.add_row(*row)
         console.print(table)
+    return 0
+
+
+def _tasks(argv: list[str]) -> int:
+    if argv:
+        raise UserError(f"mezo tasks takes no options, got {argv[0]}")
+    from mezo.tasks import TASKS
+
+    for task in TASKS.values():
+        print(f"{task.name}  (trains {task.objective}, reports {task.metric})")
+        for kind, prompt in (("continues", task.prompt), ("fills a mask", task.masked)):
+            if prompt:
+                words = " ".join(map(repr, prompt.label_words)) or "each row's own options"
+                print(f"    {kind:<12} {json.dumps(prompt.template, ensure_ascii=False)}  {words}")
     return 0
 
 

@@ -16,7 +16,7 @@ from mezo.parallel import Ranks
 from mezo.runtimes.base import Runtime
 from mezo.runtimes.merge import merge
 from mezo.runtimes.peft_model import is_masked, load_tokenizer
-from mezo.tasks import load_splits
+from mezo.tasks import load_splits, with_objective
 from mezo.trainer import Trainer, score_split
 from mezo.trajectory import read_trajectory
 
@@ -29,7 +29,9 @@ def train(config: Config) -> dict | None:
     Raises:
         UserError: before anything is written.
     """
-    ranks, config = Ranks(), with_adapter_options(config).absolute()
+    if config.num_demonstrations:
+        raise UserError("--num-demonstrations is for mezo eval, training prompts have none: leave it out")
+    ranks, config = Ranks(), with_objective(with_adapter_options(config).absolute())
     if ranks.restarted and _started_here(config):
         return resume(config.output_dir, ranks)
     if ranks.leads:
@@ -120,9 +122,10 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
         config: model and data; its run settings are not used.
         adapter: adapter directory, or None for the base model with a fresh adapter (whose output is zero).
     Returns:
-        accuracy, loss, f1 and auc by split.
+        accuracy, loss, f1 and auc by split; with num_demonstrations train gives these and is not scored.
     """
-    with _loaded(dataclasses.replace(config, trunk_cache="off")) as (runtime, splits, _):
+    config = dataclasses.replace(with_objective(config), trunk_cache="off", eval_train=True)
+    with _loaded(config) as (runtime, splits, _):
         if adapter is not None:
             runtime.load(checkpoint.load_adapter(adapter, runtime.spec.shapes))
         size = config.eval_batch_size or config.batch_size

@@ -35,9 +35,10 @@ class Config:
     """What computes the losses: hf is transformers + PEFT in this process, sglang the SGLang engine."""
 
     task: str = ""
-    """A built-in task (sst2); leave empty to train on --train-file."""
+    """A task that `mezo tasks` lists; leave empty to train on --train-file alone."""
     train_file: str = ""
-    """JSON lines with text and label (an index into --label-words), or with prompt, options and answer."""
+    """JSON lines with text and label (an index into --label-words), or with prompt, options and answer. Beside --task,
+    files take the place of the hub's splits: lines with the fields that the data set has there."""
     dev_file: str = ""
     """Chooses the best checkpoint; without it the last step is kept."""
     test_file: str = ""
@@ -55,7 +56,10 @@ class Config:
     num_test: int = 0
     """Test examples in all, classes balanced; 0 takes all."""
     data_seed: int = 0
-    """Chooses the examples that k_shot, num_train, num_dev and num_test keep."""
+    """Chooses the examples that k_shot, num_train, num_dev and num_test keep, and the demonstrations."""
+    num_demonstrations: int = 0
+    """For `mezo eval`: training examples with their answers in front of each prompt, classes balanced (in-context
+    learning); those that do not fit into max_length are left out."""
     max_length: int = 512
     """Token budget of a prompt with its longest option; longer texts are cut, the template and the options never."""
 
@@ -86,8 +90,9 @@ class Config:
     """Directions averaged per step (n-SPSA)."""
     parallel: Literal["data", "perturbations"] = "data"
     """What the processes that torchrun started share: the examples of a batch, or the perturbations of a step."""
-    objective: Literal["cross_entropy", "lm_cross_entropy", "accuracy"] = "cross_entropy"
-    """Loss: over the options, over the vocabulary for the right option's tokens, or minus the accuracy."""
+    objective: Literal["auto", "cross_entropy", "lm_cross_entropy", "accuracy"] = "auto"
+    """Loss: over the options, over the vocabulary for the right option's tokens, or minus the accuracy; auto is the
+    task's own, cross_entropy for files."""
     seed: int = 0
     """Seed of the run: initial adapter, batches and perturbations are functions of it."""
     eval_every: int = 0
@@ -177,9 +182,7 @@ def check(config: Config) -> None:
     _require(bool(config.model), "--model is missing: give a path or a hub id")
     _require(bool(config.output_dir), "--output-dir is missing: give the run directory to create")
     files = config.train_file or config.dev_file or config.test_file
-    _require(
-        bool(config.task) != bool(files), "give one of --task and --train-file; a --task brings its own dev and test"
-    )
+    _require(bool(config.task or files), "--task and --train-file are missing: give one, or both")
     words = config.label_words
     _require(len(words) != 1, f"--label-words needs at least two words, got {words}")
     _require(len(set(words)) == len(words), f"--label-words must differ, got {words}: drop the repeated one")
@@ -196,6 +199,7 @@ def check(config: Config) -> None:
         "eval_batch_size",
         "micro_batch_size",
         "data_seed",
+        "num_demonstrations",
     ):
         value = getattr(config, name)
         _require(value >= 0, f"--{name.replace('_', '-')} must be at least 0, got {value}")

@@ -55,6 +55,7 @@ def demo_config(prompt: str, steps: int, output_dir: Path) -> Config:
         test_file=str(data["test"]),
         prompt=template,
         label_words=words,
+        objective="cross_entropy",
         target_modules=("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         layers_to_transform=(29,),
         steps=steps,

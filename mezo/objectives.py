@@ -99,7 +99,7 @@ def evaluate(scores: torch.Tensor, labels: torch.Tensor, objective: str = "cross
         f1: of class 1 where there are two options, else the mean over the classes that occur or are predicted.
         auc: area under the ROC curve of scores[:, 1] - scores[:, 0]; None unless there are two options, both classes
             occur and every score is finite.
-        A value that is not finite is None.
+        A value that is not finite is None; so are accuracy and f1 where there is one option, which is always right.
 
     >>> metrics = evaluate(torch.tensor([[-1.0, -2.0], [-4.0, -3.0], [-1.0, -3.0]]), torch.tensor([0, 1, 1]))
     >>> {name: round(value, 4) for name, value in metrics.items()}
@@ -116,6 +116,8 @@ def evaluate(scores: torch.Tensor, labels: torch.Tensor, objective: str = "cross
         "f1": float(f1_score(right, predicted, average="binary" if binary else "macro", zero_division=0)),
         "auc": _auc(scores, labels) if binary else None,
     }
+    if scores.shape[1] == 1:
+        values |= {"accuracy": None, "f1": None}
     return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
 
 

@@ -1,10 +1,11 @@
-"""A user's own files: JSON lines with text and label, or with prompt, options and answer."""
+"""Local files: JSON lines with a task's own fields, with text and label, or with prompt, options and answer."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from mezo.config import Config, UserError
-from mezo.tasks.base import Task
+from mezo.tasks.base import Prompt, Task
 
 
 def jsonl_task(config: Config) -> Task:
@@ -19,18 +20,22 @@ def jsonl_task(config: Config) -> Task:
     Returns:
         A task that reads them when it is loaded; it has no dev split unless a file is given.
     """
+    # A prompt of the user's own ends with the question: cutting its end would cut what is asked.
+    prompt = Prompt("{text}") if config.label_words else Prompt("{prompt}", text_field=None)
+    return with_files(Task("jsonl", dict, prompt, dev_size=0), config)
+
+
+def with_files(task: Task, config: Config) -> Task:
+    """The task with its rows taken from the files that the configuration names, and from nowhere else.
+
+    Returns:
+        A task that reads them when it is loaded; `task` itself where no file is named.
+    """
     files = {"train": config.train_file, "dev": config.dev_file, "test": config.test_file}
     files = {split: path for split, path in files.items() if path}
-    labelled = bool(config.label_words)
-    return Task(
-        "jsonl",
-        lambda: {split: read_jsonl(path) for split, path in files.items()},
-        template="{text}" if labelled else "{prompt}",
-        # A prompt of the user's own ends with the question: cutting its end would cut what is asked.
-        text_field="text" if labelled else None,
-        dev_size=0,
-        sources=files,
-    )
+    if not files:
+        return task
+    return replace(task, load=lambda: {split: read_jsonl(path) for split, path in files.items()}, sources=files)
 
 
 def read_jsonl(path: str | Path) -> list[dict]:

@@ -24,7 +24,7 @@ def sample(records: dict[str, list[Record]], config: Config, dev_size: int = 0) 
     Raises:
         UserError: more asked for than there is, or a number for a split that is not there.
     """
-    cut_dev = "dev" not in records and dev_size > 0
+    cut_dev = "dev" not in records and "train" in records and dev_size > 0
     for split in ("dev", "test"):
         number = getattr(config, f"num_{split}")
         if number and split not in records and not (split == "dev" and cut_dev):
@@ -66,14 +66,37 @@ def balanced_quotas(sizes: Sequence[int], number: int) -> list[int]:
     return quotas
 
 
-def _pool(records: Sequence[Record], config: Config, split: str) -> Pool:
+def class_pool(records: Sequence[Record], seed: int, split: str) -> Pool:
+    """Records by class, each class shuffled; records with options of their own have no classes and are one.
+
+    >>> class_pool([Record({}, (" no", " yes"), label, "") for label in (0, 1, 1)], 0, "train")
+    {0: [0], 1: [1, 2]}
+    """
     labels, classes = [record.label for record in records], len(records[0].options)
-    if any(record.options != records[0].options for record in records):
-        # Options of each record's own make no classes: all records are one.
-        if config.k_shot and split != "test":
-            raise UserError(f"--k-shot needs the same options in every record of {split}: use --num-{split}")
+    if not share_options(records):
         labels, classes = [0] * len(records), 1
-    return shuffled_classes(labels, classes, config.data_seed, split)
+    return shuffled_classes(labels, classes, seed, split)
+
+
+def share_options(records: Sequence[Record]) -> bool:
+    """Whether all records have the same options: these are classes then."""
+    return all(record.options == records[0].options for record in records)
+
+
+def take_balanced(pool: Pool, number: int) -> list[int]:
+    """`number` indices of a pool that has so many, balanced over its classes.
+
+    >>> take_balanced({0: [4, 0, 2], 1: [1, 3]}, 3)
+    [4, 0, 1]
+    """
+    quotas = balanced_quotas([len(indices) for indices in pool.values()], number)
+    return [i for indices, quota in zip(pool.values(), quotas, strict=True) for i in indices[:quota]]
+
+
+def _pool(records: Sequence[Record], config: Config, split: str) -> Pool:
+    if config.k_shot and split != "test" and not share_options(records):
+        raise UserError(f"--k-shot needs the same options in every record of {split}: use --num-{split}")
+    return class_pool(records, config.data_seed, split)
 
 
 def _select(pool: Pool, config: Config, split: str) -> list[int]:
@@ -115,8 +138,7 @@ def _per_class(pool: Pool, k_shot: int, splits: int, split: str) -> list[int]:
 
 
 def _balanced(pool: Pool, number: int, split: str) -> list[int]:
-    sizes = [len(indices) for indices in pool.values()]
-    if number > sum(sizes):
-        raise UserError(f"{split} has {sum(sizes)} examples, --num-{split} asks for {number}: lower it")
-    quotas = balanced_quotas(sizes, number)
-    return [i for indices, quota in zip(pool.values(), quotas, strict=True) for i in indices[:quota]]
+    size = sum(map(len, pool.values()))
+    if number > size:
+        raise UserError(f"{split} has {size} examples, --num-{split} asks for {number}: lower it")
+    return take_balanced(pool, number)

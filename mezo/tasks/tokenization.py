@@ -36,7 +36,7 @@ def encode(
         UserError: the template alone exceeds the budget, a token would span prompt and option, two options have the
             same tokens, or the mask is missing or has no single-token option.
     """
-    split = _MaskedSplitter(template, tokenizer) if masked else _CausalSplitter(template, tokenizer)
+    split = _splitter(template, tokenizer, masked)
     records = list(records)
     examples = split(records)
     while over := [i for i, example in enumerate(examples) if _length(example, masked) > max_length]:
@@ -55,6 +55,17 @@ def encode(
     return examples
 
 
+def prompt_lengths(
+    records: Sequence[Record], template: Template, tokenizer: PreTrainedTokenizerBase, masked: bool
+) -> list[int]:
+    """Tokens that each record's whole prompt takes with its longest option; arguments as `encode`'s."""
+    return [_length(example, masked) for example in _splitter(template, tokenizer, masked)(list(records))]
+
+
+def _splitter(template: Template, tokenizer: PreTrainedTokenizerBase, masked: bool):
+    return _MaskedSplitter(template, tokenizer) if masked else _CausalSplitter(template, tokenizer)
+
+
 class _CausalSplitter:
     """Prompt and options as a decoder sees them: the option follows the prompt."""
 
@@ -65,7 +76,7 @@ class _CausalSplitter:
         self.suffix = _suffix_length(tokenizer)
 
     def __call__(self, records: Sequence[Record]) -> list[Example]:
-        prompts = [self.template.render(record.fields) for record in records]
+        prompts = [record.before + self.template.render(record.fields) for record in records]
         answered = [prompt + option for prompt, r in zip(prompts, records, strict=True) for option in r.options]
         joint = iter(self._ids(answered))
         examples = []
@@ -97,7 +108,7 @@ class _MaskedSplitter:
         self.words: dict[str, int] = {}
 
     def __call__(self, records: Sequence[Record]) -> list[Example]:
-        prompts = [self.template.render(record.fields) for record in records]
+        prompts = [record.before + self.template.render(record.fields) for record in records]
         examples = []
         for record, ids in zip(records, _token_ids(self.tokenizer, prompts), strict=True):
             masks = ids.count(self.mask_id)

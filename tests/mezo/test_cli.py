@@ -34,7 +34,10 @@ MISTAKES = {
     "micro-batch": ({"micro_batch_size": 9}, "--micro-batch-size must be at most --batch-size, 8; got 9"),
     "no such adapter": ({"adapter": "./gone"}, "./gone is neither a run nor an adapter"),
     "no such device": ({"device": "gpu"}, "--device must be cpu, cuda or cuda:N, got gpu"),
-    "task and file": ({"task": "sst2"}, "give one of --task and --train-file"),
+    "neither task nor file": (
+        {"train_file": "", "dev_file": "", "test_file": ""},
+        "--task and --train-file are missing",
+    ),
     "no such task": ({"task": "nonsense", "train_file": "", "dev_file": "", "test_file": ""}, "nonsense"),
 }
 
@@ -108,6 +111,47 @@ def test_train_eval_replay_resume(tiny_options, as_flags, tmp_path, capfd):
     assert "--steps 11 contradicts the run, which has 10" in capfd.readouterr().err
 
 
+def test_eval_without_an_adapter_and_with_demonstrations(tiny_options, as_flags, capfd):
+    data = {k: tiny_options[k] for k in ("model", "train_file", "test_file", "prompt", "label_words")}
+    assert main(["eval", *as_flags(data)]) == 0
+    plain = capfd.readouterr().out
+    assert "train" in plain
+    assert main(["eval", *as_flags({**data, "num_demonstrations": 4})]) == 0
+    shown = capfd.readouterr().out
+    assert "train" not in shown
+    test = [next(line for line in out.splitlines() if "test" in line) for out in (plain, shown)]
+    assert test[0] != test[1]
+    assert main(["train", *as_flags({**tiny_options, "num_demonstrations": 4})]) == 2
+    assert "--num-demonstrations is for mezo eval" in capfd.readouterr().err
+    assert not Path(tiny_options["output_dir"]).exists()
+
+
+def test_a_tasks_objective_is_settled_in_the_run_directory(tiny_model, tiny_data, tmp_path, as_flags):
+    choice = {"premise": "the film was good.", "choice1": "The plot was", "choice2": "A story", "idx": 0, "label": 0}
+    rows = [{**choice, "question": question} for question in ("cause", "effect")] * 10
+    options = {"model": tiny_model, "task": "copa", "train_file": write(tmp_path / "copa.jsonl", rows), "steps": 2}
+    for name, given in {"auto": {}, "named": {"objective": "cross_entropy"}}.items():
+        run = tmp_path / name
+        assert main(["train", *as_flags({**options, **given, "output_dir": str(run)})]) == 0
+        saved = json.loads((run / "config.json").read_text())
+        assert saved["objective"] == given.get("objective", "lm_cross_entropy")
+        assert main(["train", "--resume", str(run)]) == 0
+        assert main(["eval", str(run)]) == 0
+
+
+def test_tasks_are_listed(capsys):
+    assert main(["tasks"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        """copa  (trains lm_cross_entropy, reports accuracy)
+    continues    "{premise} {conjunction}"  each row's own options
+"""
+        in out
+    )
+    assert """    fills a mask "{statement}?<mask>, {continuation}"  ' Yes' ' Maybe' ' No'""" in out
+    assert main(["tasks", "--all"]) == 2
+
+
 def test_resume_of_no_run(tmp_path, capfd):
     assert main(["train", "--resume", str(tmp_path)]) == 2
     assert "not a run directory" in capfd.readouterr().err
@@ -128,7 +172,7 @@ YAML_MISTAKES = {
     "steps: many": "steps must be a whole number, got 'many'",
     "steps: 8.5": "steps must be a whole number, got 8.5",
     "lr: fast": "lr must be a number, got 'fast'",
-    "objective: nonsense": "objective must be one of cross_entropy, lm_cross_entropy, accuracy; got 'nonsense'",
+    "objective: nonsense": "objective must be one of auto, cross_entropy, lm_cross_entropy, accuracy; got 'nonsense'",
     "eval_train: maybe": "eval_train must be true or false, got 'maybe'",
     "prompt: 3": "prompt must be text, got 3",
 }

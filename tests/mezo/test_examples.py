@@ -3,22 +3,30 @@
 import difflib
 import importlib.util
 import inspect
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from mezo import cli, tasks
+from tests.tiny_models import save
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def dropin():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the model is tiny: waking a second thread costs more than it computes
-    spec = importlib.util.spec_from_file_location("dropin_original_loop", EXAMPLES / "dropin_original_loop.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
+    yield load("dropin_original_loop")
     torch.set_num_threads(threads)
 
 
@@ -51,3 +59,18 @@ def test_main_prints_both(dropin, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("plain: loss")
     assert lines[1].endswith("torch.float32 0.0e+00, torch.bfloat16 0.0e+00")
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+def test_a_task_of_your_own(family, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+    tasks.register(load("own_task").WEATHER)
+    assert cli.main(["tasks"]) == 0
+    assert "    fills a mask \"{report} The weather is<mask>.\"  ' terrible' ' great'\n" in capsys.readouterr().out
+    run = tmp_path / "run"
+    options = ["--task", "weather", "--output-dir", str(run), "--steps", "4", "--batch-size", "4"]
+    assert cli.main(["train", "--model", save(family, tmp_path / "model"), *options]) == 0
+    result = json.loads((run / "result.json").read_text())
+    assert [row["step"] for row in result["dev"]] == [0, 1, 2, 3, 4]
+    assert result["test"]["after"]["accuracy"] is not None
+    assert cli.main(["train", "--resume", str(run)]) == 0

@@ -71,3 +71,8 @@ def test_evaluate_three_classes_is_macro_f1():
 
 def test_evaluate_has_no_auc_with_one_class():
     assert evaluate(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1]))["auc"] is None
+
+
+def test_one_option_is_right_always_and_says_nothing():
+    metrics = evaluate(torch.tensor([[-1.0], [-3.0]]), torch.tensor([0, 0]), "lm_cross_entropy")
+    assert metrics == {"accuracy": None, "loss": 2.0, "f1": None, "auc": None}

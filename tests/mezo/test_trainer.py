@@ -158,7 +158,7 @@ def test_resume_is_exact_in_every_configuration(tiny_config, tmp_path, name):
 
 
 def test_lm_cross_entropy_keeps_the_lowest_dev_loss(tiny_config, tmp_path):
-    """With one option the accuracy is always 1: the loss of the option's tokens must decide."""
+    """With one option there is no accuracy: the loss of the option's tokens must decide."""
     files = {}
     for split in ("train", "dev"):
         rows = [{"prompt": f"the {word} was", "options": [" good"], "answer": 0} for word in ("film", "plot", "story")]

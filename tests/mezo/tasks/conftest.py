@@ -2,8 +2,9 @@
 
 import json
 
+import datasets
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mezo.config import Config
@@ -42,6 +43,27 @@ def encoder():
     )
 
 
+@pytest.fixture(scope="module")
+def roberta():
+    """A byte-level encoder tokenizer as RoBERTa's: label words, with their leading space, are one token each."""
+    words = "terrible bad okay good great objective subjective Yes Maybe No"
+    words += " Description Entity Expression Human Location Number"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" " + words] * 9, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    mask = AddedToken("<mask>", lstrip=True, special=True)  # as RoBERTa's, it takes the space before it
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token=mask, **special)
+
+
 @pytest.fixture
 def make(tmp_path):
     """A Config whose files hold the given rows; keywords are its other fields."""
@@ -67,5 +89,6 @@ def hub(monkeypatch):
         "validation": [{"idx": i, "sentence": f"a dull film {i} ", "label": (i + 1) % 2} for i in range(10)],
         "test": [{"idx": i, "sentence": "no label ", "label": -1} for i in range(10)],
     }
-    monkeypatch.setattr("datasets.load_dataset", lambda name: {"stanfordnlp/sst2": rows}[name])
+    data = datasets.DatasetDict({split: datasets.Dataset.from_list(own) for split, own in rows.items()})
+    monkeypatch.setattr("datasets.load_dataset", lambda path: {"stanfordnlp/sst2": data}[path])
     return rows

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from mezo import tasks
 from mezo.config import Config, UserError
 from mezo.runtimes.base import Example
-from mezo.tasks import Task, load_splits, register, sst2
+from mezo.tasks import Prompt, Task, load_splits, register
 from mezo.tasks.sampling import shuffled_classes
 from mezo.tasks.template import Template
 
@@ -209,7 +209,7 @@ def test_no_network_says_to_use_files(monkeypatch, bpe):
         raise ConnectionError(f"Couldn't reach {name!r} on the Hub\nsecond line")
 
     monkeypatch.setattr("datasets.load_dataset", offline)
-    with pytest.raises(UserError, match=r"--train-file train\.jsonl --prompt '\{text\} It was'") as error:
+    with pytest.raises(UserError, match=r"sst2 cannot be loaded .*beside --task, --train-file train\.jsonl") as error:
         load_splits(sst2_config(), bpe)
     assert "\n" not in str(error.value)
 
@@ -222,15 +222,11 @@ def test_hub_rows_also_work_from_a_file(bpe, make, hub):
 def test_a_task_of_your_own(monkeypatch, bpe):
     monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
     rows = [{"premise": "a dull film", "options": [" great", " terrible"], "answer": 1}]
-    register(Task("mine", lambda: {"train": rows}, "{premise} so it was", dev_size=0))
+    register(Task("mine", lambda: {"train": rows}, Prompt("{premise} so it was"), dev_size=0))
     (example,) = load_splits(Config(model="m", output_dir="o", task="mine"), bpe)["train"]
     assert bpe.decode(example.prompt[1:] + example.options[1]) == "a dull film so it was terrible"
     with pytest.raises(ValueError, match="'mine' exists"):
         register(Task("mine", lambda: {}))
-
-
-def test_sst2_test_split_is_the_labelled_one(hub):
-    assert [row["label"] for row in sst2.splits(hub)["test"]] == [1, 0] * 5
 
 
 def test_template_with_the_text_field_twice():

@@ -1,0 +1,27 @@
+"""DROP: questions that take counting or arithmetic over a passage (Dua et al. 2019). Trained on the first answer."""
+
+from mezo.tasks.base import Prompt, Row, Task
+from mezo.tasks.hub import from_hub
+
+
+def answered(row: Row) -> Row | None:
+    """The first answer as the only option, with the line break that ends it; None: there is none.
+
+    >>> row = {"passage": "Two won, one lost.", "question": "How many played? ", "query_id": "1"}
+    >>> answered({**row, "answers_spans": {"spans": ["3"], "types": ["number"]}})["options"]
+    [' 3\\n']
+    """
+    if not row["answers_spans"]["spans"]:
+        return None
+    options = [f" {row['answers_spans']['spans'][0].strip()}\n"]
+    return {**row, "question": row["question"].strip(), "options": options, "answer": 0}
+
+
+DROP = Task(
+    "drop",
+    from_hub("ucinlp/drop"),
+    prompt=Prompt("Passage: {passage}\nQuestion: {question}\nAnswer:", text_field="passage"),
+    row=answered,
+    objective="lm_cross_entropy",
+    metric="loss",
+)

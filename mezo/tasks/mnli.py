@@ -1,0 +1,13 @@
+"""MNLI: does a sentence entail another, in ten genres (Williams et al. 2018; GLUE)? Tested on the matched genres."""
+
+from mezo.tasks.base import Task
+from mezo.tasks.entailment import joined, masked_prompt
+from mezo.tasks.hub import from_hub, labelled
+
+# the hub's labels: entailment, neutral, contradiction
+MNLI = Task(
+    "mnli",
+    from_hub("nyu-mll/glue", "mnli", test="validation_matched"),
+    masked=masked_prompt((" Yes", " Maybe", " No")),
+    row=labelled(joined),
+)

@@ -1,0 +1,34 @@
+"""ReCoRD: which entity of a news passage fills the blank of a statement about it (Zhang et al. 2018; SuperGLUE)?"""
+
+from mezo.tasks.base import Prompt, Row, Task
+from mezo.tasks.hub import from_hub
+
+
+def completed(row: Row) -> Row | None:
+    """The statement completed with each entity; of several names of the right one, the first alone is kept.
+
+    An evaluation that counts any of these names as right may come out higher, never lower. None: no answer is known.
+
+    >>> row = {"passage": "Ann met Bo.\\n@highlight\\nThey sang", "query": "@placeholder sang", "answers": ["Ann"]}
+    >>> [completed({**row, "entities": ["Bo", "Ann"]})[field] for field in ("passage", "options", "answer")]
+    ['Ann met Bo.\\n- They sang', [' Bo sang', ' Ann sang'], 1]
+    """
+    if not row["answers"]:
+        return None
+    right = row["answers"][0]
+    names = [name for name in dict.fromkeys([*row["entities"], right]) if name == right or name not in row["answers"]]
+    return {
+        **row,
+        "passage": row["passage"].replace("@highlight\n", "- "),
+        "options": [" " + row["query"].replace("@placeholder", name) for name in names],
+        "answer": names.index(right),
+    }
+
+
+RECORD = Task(
+    "record",
+    from_hub("aps/super_glue", "record"),
+    prompt=Prompt("{passage}\n-", text_field="passage"),
+    row=completed,
+    objective="lm_cross_entropy",
+)

@@ -1,0 +1,16 @@
+"""RTE: does a passage entail a sentence (Dagan et al. 2005; SuperGLUE)?"""
+
+from mezo.tasks.base import Prompt, Task
+from mezo.tasks.entailment import joined, masked_prompt
+from mezo.tasks.hub import from_hub, labelled
+
+# the hub's labels: entailment, not_entailment
+RTE = Task(
+    "rte",
+    from_hub("aps/super_glue", "rte"),
+    prompt=Prompt(
+        '{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n', ("Yes", "No"), text_field="premise"
+    ),
+    masked=masked_prompt((" Yes", " No")),
+    row=labelled(joined),
+)

@@ -1,0 +1,13 @@
+"""SNLI: does a picture's caption entail a sentence (Bowman et al. 2015)? Pairs without a gold label are left out."""
+
+from mezo.tasks.base import Task
+from mezo.tasks.entailment import joined, masked_prompt
+from mezo.tasks.hub import from_hub, labelled
+
+# the hub's labels: entailment, neutral, contradiction
+SNLI = Task(
+    "snli",
+    from_hub("stanfordnlp/snli"),
+    masked=masked_prompt((" Yes", " Maybe", " No")),
+    row=labelled(joined),
+)

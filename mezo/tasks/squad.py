@@ -1,0 +1,27 @@
+"""SQuAD: questions whose answer is a span of a passage (Rajpurkar et al. 2016). Trained on the first answer."""
+
+from mezo.tasks.base import Prompt, Row, Task
+from mezo.tasks.hub import from_hub
+
+
+def answered(row: Row) -> Row | None:
+    """The first answer as the only option, with the line break that ends it; None: there is none.
+
+    >>> row = {"title": "Ice", "context": "Ice is cold.", "question": " What is cold?", "id": "1"}
+    >>> answered({**row, "answers": {"text": ["Ice", "ice"], "answer_start": [0, 0]}})["options"]
+    [' Ice\\n']
+    """
+    if not row["answers"]["text"]:
+        return None
+    options = [f" {row['answers']['text'][0].strip()}\n"]
+    return {**row, "question": row["question"].strip(), "options": options, "answer": 0}
+
+
+SQUAD = Task(
+    "squad",
+    from_hub("rajpurkar/squad"),
+    prompt=Prompt("Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:", text_field="context"),
+    row=answered,
+    objective="lm_cross_entropy",
+    metric="loss",
+)
