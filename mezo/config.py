@@ -122,7 +122,7 @@ class Config:
     deterministic: bool = False
     """sglang: the engine's deterministic mode, where its attention backend has one."""
     engine_arg: tuple[str, ...] = ()
-    """sglang: further arguments of the engine, key=value each, e.g. attention_backend=triton mem_fraction_static=0.8."""
+    """sglang: further arguments of the engine, key=value each: attention_backend=triton mem_fraction_static=0.8."""
     verify_every: int = 0
     """Steps between comparisons of the kernels with the reference, bit for bit; 0 is a tenth of the run, -1 never."""
 
@@ -187,7 +187,16 @@ def check(config: Config) -> None:
     _require(len(words) != 1, f"--label-words needs at least two words, got {words}")
     _require(len(set(words)) == len(words), f"--label-words must differ, got {words}: drop the repeated one")
     _require(not (config.k_shot and config.num_train), "--k-shot and --num-train exclude each other: drop one")
-    for name in ("steps", "batch_size", "num_perturbations", "r", "lora_alpha", "max_length", "trunk_cache_bytes", "tp"):
+    for name in (
+        "steps",
+        "batch_size",
+        "num_perturbations",
+        "r",
+        "lora_alpha",
+        "max_length",
+        "trunk_cache_bytes",
+        "tp",
+    ):
         value = getattr(config, name)
         _require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
     for name in (

@@ -28,7 +28,7 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
         raise UserError(f"{run}: no result.json there; give a finished run, or use `mezo trajectory show {run}`")
     result, config = directory.read_result(), directory.read_config()
     first, records = read_trajectory(directory.trajectory)
-    splits = [(split, *(_change(result[split], key) for key in ("accuracy", "auc", "loss"))) for split in ("test", "train") if split in result]  # fmt: skip
+    splits = [_split(name, result[name]) for name in ("test", "train") if name in result]
     facts = [
         ("model", first["model"]),
         ("runtime", config.runtime + (f", tensor parallel {config.tp}" if config.tp > 1 else "")),
@@ -45,6 +45,10 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
         "tokens": [_tokens(result, prefix, what) for prefix, what in (("", "training"), ("eval_", "evaluation"))],
         "seconds of training": _seconds(result),
     }
+
+
+def _split(name: str, split: dict) -> tuple[str, ...]:
+    return name, *(_change(split, key) for key in ("accuracy", "auc", "loss"))
 
 
 def _change(split: dict, key: str) -> str:

@@ -202,7 +202,7 @@ class Trainer:
         self.log.sync()
 
     def _measure_noise(self, step: int) -> None:
-        """Score the last batch twice with theta in every copy: what differs is noise, on the scale of projected_grad."""
+        """Score the last batch twice with theta in every copy: what differs is noise, here of projected_grad."""
         started = time.perf_counter()
         self.runtime.equalise()
         batch = self.batches(step - 1)
@@ -255,7 +255,12 @@ class Trainer:
 
     def _clock(self) -> dict:
         counts = {"tokens": self.runtime.tokens, "eval_tokens": self.runtime.eval_tokens}
-        return {"steps": self.steps_timed, **self.seconds, "parts": dict(self.parts), **{k: [c.scored, c.computed] for k, c in counts.items()}}
+        return {
+            "steps": self.steps_timed,
+            **self.seconds,
+            "parts": dict(self.parts),
+            **{k: [c.scored, c.computed] for k, c in counts.items()},
+        }
 
     def _restore_clock(self) -> None:
         """Carry on the totals of the processes before this one, as of their last evaluation."""

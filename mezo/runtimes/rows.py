@@ -110,7 +110,9 @@ def option_scores(examples: Sequence[Example], log_probs: torch.Tensor, valid: t
     return scores
 
 
-def scores_of(examples: Sequence[Example], rows: Sequence[Row], tables: Sequence[list[dict[int, float]]]) -> torch.Tensor:
+def scores_of(
+    examples: Sequence[Example], rows: Sequence[Row], tables: Sequence[list[dict[int, float]]]
+) -> torch.Tensor:
     """`option_scores` from log-probabilities by token, one table for each scored position of each row.
 
     >>> example = Example((3, 4), ((5,), (6,)), label=0)

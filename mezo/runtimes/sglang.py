@@ -46,7 +46,9 @@ class SGLangRuntime:
 
     def __init__(self, config: Config, pad: int = 0):
         if config.trunk_cache in ("cpu", "device"):
-            raise UserError(f"--trunk-cache {config.trunk_cache} is of the hf runtime: with sglang use --radix auto or off")
+            raise UserError(
+                f"--trunk-cache {config.trunk_cache} is of the hf runtime: with sglang use --radix auto or off"
+            )
         self.config, self.pad = config, pad
         self.options = engine_options(config)
         check_heads(config)
@@ -318,7 +320,7 @@ class SGLangRuntime:
 
 
 def _start(row: Row) -> int:
-    """From where log-probabilities are wanted; -1 is after the last token alone, which leaves the whole cache usable."""
+    """From where log-probabilities are wanted; -1, after the last token alone, leaves the whole cache usable."""
     return -1 if len(row.positions) == 1 else row.positions[0]
 
 
@@ -328,7 +330,9 @@ def _table(row: Row, answer: dict) -> list[dict[int, float]]:
     inner = meta["input_token_ids_logprobs"][1:] if len(row.positions) > 1 else []
     positions = [*inner, meta["output_token_ids_logprobs"][0]]
     if len(positions) != len(row.positions):
-        raise RunError(f"the SGLang engine scored {len(positions)} positions of {len(row.positions)}; use another version")
+        raise RunError(
+            f"the SGLang engine scored {len(positions)} positions of {len(row.positions)}; use another version"
+        )
     return [{token: value for value, token, _ in position} for position in positions]
 
 

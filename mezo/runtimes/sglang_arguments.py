@@ -42,7 +42,9 @@ def engine_options(config: Config) -> dict:
             raise UserError(f"--engine-arg {key} is decided by {OWN[key]}: use that")
         options[key] = yaml.safe_load(value)
         if key in ONE_REPLICA and options[key] != 1:
-            raise UserError(f"--engine-arg {key}={value}: every replica of the model would have to be updated; use --tp")
+            raise UserError(
+                f"--engine-arg {key}={value}: every replica of the model would have to be updated; use --tp"
+            )
     known = _known_arguments()
     for key in options:
         if key not in known:
@@ -77,7 +79,9 @@ def pairs_of(config: Config, options: dict) -> int:
     if "max_loras_per_batch" in options:
         slots = int(options["max_loras_per_batch"])
         if slots < 3:
-            raise UserError(f"--engine-arg max_loras_per_batch must be at least 3 (both signs and the base), got {slots}")
+            raise UserError(
+                f"--engine-arg max_loras_per_batch must be at least 3 (both signs and the base), got {slots}"
+            )
         return min(config.num_perturbations, (slots - 1) // 2)
     return min(config.num_perturbations, MAX_PAIRS)
 

@@ -51,7 +51,9 @@ class EngineHandle:
                 self.engine = _start(arguments)
         except Exception as error:
             self._sweep()
-            raise UserError(f"the SGLang engine did not start: {self._last_error() or error}; see {self.log}") from error
+            raise UserError(
+                f"the SGLang engine did not start: {self._last_error() or error}; see {self.log}"
+            ) from error
         finally:
             # one-time: a process that finds the variable later does not find the file
             (directory / "token").unlink()

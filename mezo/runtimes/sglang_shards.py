@@ -103,8 +103,10 @@ def _run(numbers: torch.Tensor, name: str) -> tuple[int, int]:
 
 
 def _check_view(shard: Shard, pool, name: str) -> None:
-    view = shard.view(pool, 0)
+    view = tuple(shard.view(pool, 0).shape)
     wanted = tuple(end - start for start, end in (shard.rows, shard.cols))
-    inside = all(start + n <= full for start, n, full in zip((shard.row_start, shard.col_start), wanted, shard.full_shape, strict=True))  # fmt: skip
-    if tuple(view.shape) != wanted or not inside:
-        raise ValueError(f"{name}: the engine's buffer has room for {tuple(view.shape)}, its shard is {wanted}")
+    ends = shard.row_start + wanted[0], shard.col_start + wanted[1]
+    if view != wanted or ends > shard.full_shape or ends[1] > shard.full_shape[1]:
+        raise ValueError(
+            f"{name}: the engine's buffer has room for {view}, the shard is {wanted} of {shard.full_shape}"
+        )

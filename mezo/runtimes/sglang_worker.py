@@ -108,7 +108,9 @@ class Worker:
 
     def _layouts(self, pairs: int, backend: str | None) -> PerturbedTheta:
         views = {name: self._views(slot) for name, slot in self.slots.items()}
-        zeros = [torch.zeros_like(t, dtype=torch.float32, memory_format=torch.contiguous_format) for t in views["plus0"]]
+        zeros = [
+            torch.zeros_like(t, dtype=torch.float32, memory_format=torch.contiguous_format) for t in views["plus0"]
+        ]
         items = zip(self.shards.items(), zeros, strict=True)
         master = ParamLayout(ParamSlot(n, t, s.full_shape, s.row_start, s.col_start) for (n, s), t in items)
         copies = [(master.like(views[f"plus{k}"]), master.like(views[f"minus{k}"])) for k in range(pairs)]

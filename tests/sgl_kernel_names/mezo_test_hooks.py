@@ -52,11 +52,10 @@ def test_evict(worker, name):
 
 def test_draw(worker, path, seed):
     """Write z of this rank's shard, drawn as the op draws it: theta = 0, then theta + 1 z."""
+    import torch
     from safetensors.torch import save_file
 
     from mezo_kernels import perturb_
-
-    import torch
 
     drawn = worker.theta.master.like([torch.zeros_like(t) for t in worker.theta.master.tensors])
     perturb_(drawn, 1.0, seed)

@@ -1,4 +1,4 @@
-"""Real SGLang engines on the CPU, one at a time. Without SGLang these tests are skipped, or fail where it is required."""
+"""Real SGLang engines on the CPU, one at a time. Without SGLang these tests are skipped, unless it is required."""
 
 import importlib.util
 import os

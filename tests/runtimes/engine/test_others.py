@@ -42,8 +42,9 @@ def test_a_plain_engine_is_unhooked(llama, monkeypatch, leaked):
 
 def test_an_engine_without_the_plugin_is_refused(llama, monkeypatch):
     monkeypatch.setenv("SGLANG_PLUGINS", "somebody_elses")
-    with pytest.raises(UserError, match="MeZO's plugin is not in the SGLang engine: install"), engine(
-        llama, examples(2)
+    with (
+        pytest.raises(UserError, match="MeZO's plugin is not in the SGLang engine: install"),
+        engine(llama, examples(2)),
     ):
         pass
 
@@ -62,8 +63,9 @@ def test_the_token_opens_one_engine_only(tmp_path, monkeypatch):
 
 
 def test_the_engines_own_reason_is_given_when_it_does_not_start(llama, capfd):
-    with pytest.raises(UserError, match=r"the SGLang engine did not start: .*nonsense"), engine(
-        llama, examples(2), engine_arg=("attention_backend=nonsense",)
+    with (
+        pytest.raises(UserError, match=r"the SGLang engine did not start: .*nonsense"),
+        engine(llama, examples(2), engine_arg=("attention_backend=nonsense",)),
     ):
         pass
     assert "nonsense" not in capfd.readouterr().err, "the engine's output goes to its log"

@@ -85,8 +85,9 @@ def test_the_plan_says_what_it_is(running):
 def test_sharing_with_key_adapters_is_refused_by_the_workers(llama, data, monkeypatch):
     """The trainer's plan is overruled: the workers look at what is trained themselves."""
     monkeypatch.setattr("mezo.runtimes.sglang.why_kv_depends", lambda names, n_layers: None)
-    with pytest.raises(RunError, match=r"may not share a cache: .*k_proj.* may change keys or values"), engine(
-        llama, data, **WITH_KEYS
+    with (
+        pytest.raises(RunError, match=r"may not share a cache: .*k_proj.* may change keys or values"),
+        engine(llama, data, **WITH_KEYS),
     ):
         pass
 
@@ -94,8 +95,9 @@ def test_sharing_with_key_adapters_is_refused_by_the_workers(llama, data, monkey
 def test_sharing_with_key_adapters_is_wrong(llama, data, monkeypatch):
     """Forced past both guards: the start-up proof refuses it, and without the proof the losses are wrong."""
     monkeypatch.setattr("mezo.runtimes.sglang.why_kv_depends", lambda names, n_layers: None)
-    with pytest.raises(UserError, match="log-probabilities differ by .* from transformers with PEFT"), engine(
-        llama, data, hooks="unguard", **WITH_KEYS
+    with (
+        pytest.raises(UserError, match=r"log-probabilities differ by .* from transformers with PEFT"),
+        engine(llama, data, hooks="unguard", **WITH_KEYS),
     ):
         pass
 

@@ -152,7 +152,7 @@ def test_requests_that_the_base_model_scored_are_caught(runtime, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(runtime.engine, "generate", forget_the_first)
         runtime.score_pairs("train", range(3))
-    with pytest.raises(RunError, match="saw the requests .*'other': 2.* some were not scored by the adapter"):
+    with pytest.raises(RunError, match=r"saw the requests .*'other': 2.* some were not scored by the adapter"):
         runtime.step([], [7, 8], 1e-2)
     runtime._sent.clear()
 

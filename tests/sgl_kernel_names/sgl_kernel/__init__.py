@@ -1,7 +1,7 @@
-"""The names that SGLang's CPU engine imports from its kernel package, which has no CPU wheel. There are no numerics here.
+"""The names that SGLang's CPU engine imports from its kernel package, which has no CPU wheel. No numerics are here.
 
-SGLang computes with its own torch fallbacks; these functions serve speculative decoding and moves of the KV cache, which
-the tests do not use. Each raises if it is called after all.
+SGLang computes with its own torch fallbacks; these functions serve speculative decoding and moves of the KV cache,
+which the tests do not use. Each raises if it is called after all.
 """
 
 NAMES = (
