@@ -1,0 +1,166 @@
+"""Whole runs through the engine: equal to the hf runtime's, resumed on either, killed, stopped, and reported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from mezo import checkpoint, commands, logbook, report
+from mezo.config import Config
+from mezo.trajectory import read_trajectory
+from tests.mezo.conftest import write_jsonl
+
+STEPS = 30
+NOISE = 1e-5  # on losses near 1, after a few steps of two implementations
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory, model):
+    directory = tmp_path_factory.mktemp("data")
+    sizes = {"train": 48, "dev": 20, "test": 20}
+    files = {f"{s}_file": write_jsonl(directory / f"{s}.jsonl", n, i) for i, (s, n) in enumerate(sizes.items())}
+    words = {"prompt": "{text} It was", "label_words": (" terrible", " great")}
+    shape = {"target_modules": ("q_proj", "o_proj", "up_proj"), "layers_to_transform": (2,)}
+    return {"model": model("llama"), **files, **words, **shape, "steps": STEPS, "batch_size": 8, "lr": 1e-3,
+            "eps": 1e-2, "eval_every": 10, "num_perturbations": 2, "weight_decay": 0.1}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, common):
+    """The same run by both runtimes: {runtime: (directory, result)}."""
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "0")
+        for runtime in ("hf", "sglang"):
+            path = tmp_path_factory.mktemp(runtime) / "run"
+            config = Config(**common, runtime=runtime, output_dir=str(path), verify_every=1)
+            made[runtime] = path, commands.train(config)
+    return made
+
+
+def losses(path):
+    records = read_trajectory(path / "trajectory.jsonl")[1]
+    return [loss for record in records for loss in record.loss_plus + record.loss_minus]
+
+
+def test_a_run_is_the_hf_runtimes(runs):
+    (hf, hf_result), (ours, result) = runs["hf"], runs["sglang"]
+    assert read_trajectory(hf / "trajectory.jsonl")[0] == read_trajectory(ours / "trajectory.jsonl")[0], "header"
+    assert losses(ours) == pytest.approx(losses(hf), abs=NOISE)
+    assert result["best_step"] == hf_result["best_step"]
+    assert result["test"]["after"] == pytest.approx(hf_result["test"]["after"], abs=NOISE)
+    assert logbook.verify(str(ours)) == STEPS
+
+
+def test_tokens_are_the_engines_count(runs):
+    """Every prompt of the training set is visited for the first time once; after that a request is one token."""
+    path, result = runs["sglang"]
+    requests = STEPS * 8 * 2 * 2
+    assert result["tokens_computed"] + result["tokens_reused"] == result["tokens_scored"]
+    assert requests < result["tokens_computed"] < requests + 48 * 7
+    assert result["eval_tokens_computed"] < result["eval_tokens_scored"] / 2
+
+
+def test_time_and_noise_are_reported(runs):
+    path, result = runs["sglang"]
+    parts = result["seconds_of_training"]
+    assert set(parts) == {"kernels", "rpc", "engine", "bookkeeping"}
+    assert all(seconds > 0 for seconds in parts.values())
+    assert sum(parts.values()) == pytest.approx(result["seconds_training"])
+    assert 0 <= result["projected_grad_noise"] < 1e-3 * result["projected_grad_rms"]
+    tables = report.tables(str(path))
+    assert [row[0] for row in tables["seconds of training"]] == list(parts)
+    assert ("runtime", "sglang") in tables["result"]
+
+
+@pytest.mark.parametrize(("first", "second"), [("hf", "sglang"), ("sglang", "hf")])
+def test_a_run_of_one_runtime_resumes_on_the_other(runs, common, tmp_path, first, second):
+    """Cut back to 10 steps and carried on elsewhere: the old steps are kept, the new ones are the same but for noise."""
+    path, result = runs[first]
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", path, copy], check=True)
+    logbook.truncate(str(copy), 10)
+    again = commands.resume(str(copy), machine={"runtime": second})
+    old, new = ((p / "trajectory.jsonl").read_bytes().splitlines() for p in (path, copy))
+    assert old[:11] == new[:11]
+    assert losses(copy) == pytest.approx(losses(path), abs=NOISE)
+    assert again["best_step"] == result["best_step"]
+    theta, _, _ = checkpoint.replay(copy)
+    assert checkpoint.same_bits(theta, checkpoint.read_adapter(copy / "adapter")) is None
+
+
+def start(common, output_dir, steps, *more):
+    """`python -m mezo train --runtime sglang` as a user starts it."""
+    argv = [sys.executable, "-m", "mezo", "train", "--runtime", "sglang", "--output-dir", str(output_dir)]
+    for name, value in {**common, "steps": steps}.items():
+        argv += ["--" + name.replace("_", "-")]
+        argv += [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.Popen(
+        [*argv, *more], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )  # fmt: skip
+
+
+def wait_for_steps(process, log, n):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.is_file() and log.read_bytes().count(b"\n") > n:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"no {n} steps: {process.communicate()[1][-2000:]}")
+
+
+def test_a_killed_worker_ends_the_run_and_loses_nothing(common, tmp_path):
+    run = tmp_path / "run"
+    process = start(common, run, 400)
+    wait_for_steps(process, run / "trajectory.jsonl", 5)
+    children = psutil.Process(process.pid).children(recursive=True)
+    worker = next(child for child in children if "scheduler" in "".join(child.cmdline()))
+    worker.kill()
+    killed = time.monotonic()
+    error = process.communicate(timeout=60)[1]
+    assert time.monotonic() - killed < 30
+    assert process.returncode == 1
+    assert "mezo: error: the SGLang engine died" in error
+    assert "nothing that was trained is lost, resume the run" in error
+    assert not [child for child in children if child.is_running() and child.status() != "zombie"]
+    done = len(read_trajectory(run / "trajectory.jsonl")[1])
+    assert 5 <= done < 400
+    logbook.truncate(str(run), done)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "steps": done + 10}))
+    result = commands.resume(str(run))
+    assert result["steps"] == done + 10
+    theta, _, _ = checkpoint.replay(run)
+    assert checkpoint.same_bits(theta, checkpoint.read_adapter(run / "adapter")) is None, "fed the same projected_grads"
+
+
+def test_ctrl_c_ends_after_the_step_and_the_engine_with_it(common, tmp_path):
+    run = tmp_path / "run"
+    process = start(common, run, 4000)
+    wait_for_steps(process, run / "trajectory.jsonl", 5)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the engine's processes as well
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert "stopped after step" in error
+    assert not [child for child in children if child.is_running() and child.status() != "zombie"]
+    assert logbook.verify(str(run)) >= 5
+
+
+def test_eval_through_the_engine(runs, capsys):
+    from mezo.cli import main
+
+    path, result = runs["hf"]
+    assert main(["eval", str(path), "--runtime", "sglang"]) == 0
+    assert f"{result['test']['after']['accuracy']:.4f}" in capsys.readouterr().out
