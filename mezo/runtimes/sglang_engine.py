@@ -21,6 +21,7 @@ from mezo.runtimes.sglang_plugin import ENVIRONMENT
 
 POLL = 0.5  # seconds between looks at the engine's processes while an answer is awaited
 LOG = "engine.log"
+TORCHRUN = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_ADDR|MASTER_PORT)$|TORCHELASTIC_")
 NO_PLUGIN = (
     "MeZO's plugin is not in the SGLang engine: install the package (pip install -e .), so that its entry point is"
     " known, and keep SGLANG_PLUGINS unset or with mezo in it"
@@ -186,10 +187,12 @@ def accelerated() -> bool:
     return torch.accelerator.is_available()
 
 
-def _environment(arguments: dict) -> dict[str, str]:
-    """What SGLang needs in its environment on a machine without an accelerator; a user's own settings win."""
+def _environment(arguments: dict) -> dict[str, str | None]:
+    """What SGLang's processes need in their environment, None for what they must not see; a user's own settings win."""
+    # torchrun's addresses belong to the trainers: an engine's ranks meet elsewhere
+    hidden = dict.fromkeys(name for name in os.environ if TORCHRUN.match(name))
     if accelerated():
-        return {}
+        return hidden
     tp, cores = arguments.get("tp_size", 1), sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // tp)
     threads = min(share, int(os.environ.get("OMP_NUM_THREADS") or share))
@@ -197,19 +200,26 @@ def _environment(arguments: dict) -> dict[str, str]:
     if tp > 1:
         groups = [cores[i * share : (i + 1) * share] or cores[-1:] for i in range(tp)]
         wanted["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, group)) for group in groups)
-    return {"OMP_NUM_THREADS": str(threads), **{name: os.environ.get(name, value) for name, value in wanted.items()}}
+    return {**hidden, "OMP_NUM_THREADS": str(threads), **{name: os.environ.get(name, value) for name, value in wanted.items()}}
 
 
 @contextmanager
-def _environ(values: dict[str, str]):
-    """Environment variables for the processes started meanwhile."""
+def _environ(values: dict[str, str | None]):
+    """Environment variables for the processes started meanwhile; None removes one."""
     before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    _set_environ(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+        _set_environ(before)
+
+
+def _set_environ(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def test_a_run_is_the_hf_runtimes(runs):
 
 def test_tokens_are_the_engines_count(runs):
     """Every prompt of the training set is visited for the first time once; after that a request is one token."""
-    path, result = runs["sglang"]
+    _, result = runs["sglang"]
     requests = STEPS * 8 * 2 * 2
     assert result["tokens_computed"] + result["tokens_reused"] == result["tokens_scored"]
     assert requests < result["tokens_computed"] < requests + 48 * 7
@@ -85,7 +85,7 @@ def test_time_and_noise_are_reported(runs):
 
 @pytest.mark.parametrize(("first", "second"), [("hf", "sglang"), ("sglang", "hf")])
 def test_a_run_of_one_runtime_resumes_on_the_other(runs, common, tmp_path, first, second):
-    """Cut back to 10 steps and carried on elsewhere: the old steps are kept, the new ones are the same but for noise."""
+    """Cut back to 10 steps and carried on elsewhere: old steps are kept, new ones are the same but for noise."""
     path, result = runs[first]
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", path, copy], check=True)
@@ -99,15 +99,15 @@ def test_a_run_of_one_runtime_resumes_on_the_other(runs, common, tmp_path, first
     assert checkpoint.same_bits(theta, checkpoint.read_adapter(copy / "adapter")) is None
 
 
-def start(common, output_dir, steps, *more):
+def start(common, output_dir, steps, launcher=()):
     """`python -m mezo train --runtime sglang` as a user starts it."""
-    argv = [sys.executable, "-m", "mezo", "train", "--runtime", "sglang", "--output-dir", str(output_dir)]
+    argv = [sys.executable, *launcher, "-m", "mezo", "train", "--runtime", "sglang", "--output-dir", str(output_dir)]
     for name, value in {**common, "steps": steps}.items():
         argv += ["--" + name.replace("_", "-")]
         argv += [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.Popen(
-        [*argv, *more], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        argv, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )  # fmt: skip
 
 
@@ -156,6 +156,16 @@ def test_ctrl_c_ends_after_the_step_and_the_engine_with_it(common, tmp_path):
     assert "stopped after step" in error
     assert not [child for child in children if child.is_running() and child.status() != "zombie"]
     assert logbook.verify(str(run)) >= 5
+
+
+def test_two_trainers_share_a_batch_with_an_engine_each(runs, common, tmp_path):
+    """torchrun's own addresses must not reach the engines; the ranks' losses add up to those of one process."""
+    run = tmp_path / "run"
+    process = start(common, run, STEPS, ("-m", "torch.distributed.run", "--nproc-per-node", "2"))
+    error = process.communicate(timeout=180)[1]
+    assert process.returncode == 0, error[-2000:]
+    assert losses(run) == pytest.approx(losses(runs["sglang"][0]), abs=NOISE)
+    assert json.loads((run / "result.json").read_text())["ranks"] == 2
 
 
 def test_eval_through_the_engine(runs, capsys):
