@@ -208,8 +208,8 @@ class _ExportOptions:
     """Run directory, or any adapter directory."""
     output_dir: str
     """Directory to create."""
-    format: Literal["peft", "merged"] = "peft"
-    """peft: the adapter; merged: the base model with the adapter added in float32 and cast once."""
+    format: Literal["peft", "sglang", "merged"] = "peft"
+    """peft: the adapter; sglang: the same in a form its --lora-paths takes; merged: base model and adapter in one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the merged model; auto is that of the base checkpoint."""
 

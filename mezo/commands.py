@@ -16,6 +16,7 @@ from mezo.parallel import Ranks
 from mezo.runtimes.base import Runtime
 from mezo.runtimes.merge import merge
 from mezo.runtimes.peft_model import is_masked, load_tokenizer
+from mezo.runtimes.stacks import complete_fields, complete_stacks
 from mezo.tasks import load_splits, with_objective
 from mezo.trainer import Trainer, score_split
 from mezo.trajectory import read_trajectory
@@ -151,7 +152,8 @@ def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -
     Args:
         run: run directory, or any adapter directory.
         output_dir: directory to create.
-        form: "peft", an adapter; "merged", the base model with the adapter added in float32 and cast once.
+        form: "peft", an adapter; "sglang", the same with zeros for the projections that SGLang's loader wants beside
+            trained ones; "merged", the base model with the adapter added in float32 and cast once.
         dtype: of the merged model; auto is that of the base checkpoint.
     """
     _refuse_output(output_dir)
@@ -159,8 +161,12 @@ def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -
     peft = checkpoint.read_peft_config(adapter)
     if form == "merged":
         merge(peft["base_model_name_or_path"], adapter, Path(output_dir), dtype)
-    else:
-        checkpoint.save_adapter(Path(output_dir), peft, checkpoint.read_adapter(adapter))
+        return
+    tensors = checkpoint.read_adapter(adapter)
+    if form == "sglang":
+        tensors = complete_stacks(peft["base_model_name_or_path"], tensors)
+        peft = complete_fields(peft, tensors)
+    checkpoint.save_adapter(Path(output_dir), peft, tensors)
 
 
 def import_adapter(adapter: str, output_dir: str) -> None:

@@ -215,8 +215,9 @@ class Trainer:
         grads = [g for record in self.records[since:] if not record.skipped for g in record.projected_grads]
         noise, signal = (_rms([d / (2 * self.config.eps) for d in differences]), _rms(grads))
         self.seconds["evaluation"] += time.perf_counter() - started
-        self._log_metrics({"step": step, "split": "noise", "noise": noise, "projected_grad_rms": signal})
-        self.monitor.noise(step, noise, signal)
+        if math.isfinite(noise):  # theta at which the loss is not finite is reported as a skipped step
+            self._log_metrics({"step": step, "split": "noise", "noise": noise, "projected_grad_rms": signal})
+            self.monitor.noise(step, noise, signal)
 
     def _before_and_after(self) -> list[str]:
         splits = ["test", "train"] if self.config.eval_train else ["test"]

@@ -19,6 +19,7 @@ from mezo.runtimes.reuse import warm_ups, why_kv_depends
 from mezo.runtimes.rows import Row, RowBatch, rows_of, scores_of
 from mezo.runtimes.sglang_arguments import (
     check_heads,
+    check_version,
     engine_arguments,
     engine_options,
     pairs_of,
@@ -49,6 +50,7 @@ class SGLangRuntime:
             raise UserError(
                 f"--trunk-cache {config.trunk_cache} is of the hf runtime: with sglang use --radix auto or off"
             )
+        check_version()
         self.config, self.pad = config, pad
         self.options = engine_options(config)
         check_heads(config)

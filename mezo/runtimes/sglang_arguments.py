@@ -3,19 +3,21 @@
 import difflib
 import json
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import yaml
+from packaging.version import Version
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from mezo.config import Config, UserError
 from mezo.runtimes.base import AdapterSpec
-from mezo.runtimes.reuse import layer_of, module_of
 from mezo.runtimes.sglang_engine import accelerated
-from mezo.runtimes.sglang_shards import STACKED
+from mezo.runtimes.stacks import complete_fields, complete_stacks
 
+OLDEST = "0.5.23"
 MAX_PAIRS = 8  # perturbations held at once, unless max_loras_per_batch says otherwise
 OWN = {  # arguments that an option of ours decides
     "model_path": "--model", "model": "--model", "tp_size": "--tp", "tp": "--tp", "dtype": "--dtype",
@@ -24,6 +26,13 @@ OWN = {  # arguments that an option of ours decides
     "enable_lora": "--r", "device": "--device", "random_seed": "--seed",
 }  # fmt: skip
 ONE_REPLICA = ("dp_size", "pp_size", "attn_dp_size")  # the plugin proves one replica of all layers to be updated
+
+
+def check_version() -> None:
+    """Raise UserError if the SGLang at hand is older than what this runtime has been tested on."""
+    found = version("sglang")
+    if Version(found) < Version(OLDEST):
+        raise UserError(f"--runtime sglang: SGLang {found} is installed, {OLDEST} or later is needed; upgrade it")
 
 
 def engine_options(config: Config) -> dict:
@@ -141,36 +150,11 @@ def engine_arguments(
 def write_placeholders(directory: Path, spec: AdapterSpec, pairs: int) -> list[dict]:
     """Adapters of zeros that reserve the slots plus0, minus0, ...; return the engine's `lora_paths`.
 
-    The engine stacks query, key and value (and gate and up) of a layer and wants all of them in a file, trained or
-    not; those that are not stay zero for good.
+    Members of a stack that are not trained stay zero for good.
     """
     directory.mkdir()
-    tensors = {}
-    kv_rows = _kv_rows(spec)
-    for name, (rows, cols) in spec.shapes.items():
-        tensors[name] = torch.zeros(rows, cols)
-        parent, _, leaf = module_of(name).rpartition(".")
-        for other in _siblings(leaf):
-            twin = name.replace(f"{parent}.{leaf}.", f"{parent}.{other}.")
-            own_rows = rows if name.endswith("lora_A.weight") else kv_rows.get(other, rows)
-            if twin not in spec.shapes:
-                tensors[twin] = torch.zeros(own_rows, cols)
+    tensors = complete_stacks(spec.model, {name: torch.zeros(shape) for name, shape in spec.shapes.items()})
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    modules = sorted({module_of(name).rsplit(".", 1)[-1] for name in tensors})
-    fields = {**spec.peft, "target_modules": modules, "layers_to_transform": sorted({layer_of(n) for n in tensors})}
-    (directory / "adapter_config.json").write_text(json.dumps(fields))
+    (directory / "adapter_config.json").write_text(json.dumps(complete_fields(spec.peft, tensors)))
     names = [f"{sign}{k}" for k in range(pairs) for sign in ("plus", "minus")]
     return [{"lora_name": name, "lora_path": str(directory), "pinned": True} for name in names]
-
-
-def _siblings(leaf: str) -> list[str]:
-    stack = STACKED.get(leaf, (None,))[0]
-    return [other for other, (own, _) in STACKED.items() if own == stack and other != leaf and stack]
-
-
-def _kv_rows(spec: AdapterSpec) -> dict[str, int]:
-    """Output sizes of q, k and v, which differ under grouped-query attention."""
-    model = AutoConfig.from_pretrained(spec.model)
-    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-    kv = (getattr(model, "num_key_value_heads", None) or model.num_attention_heads) * head_dim
-    return {"q_proj": model.num_attention_heads * head_dim, "k_proj": kv, "v_proj": kv}

@@ -200,7 +200,8 @@ def _environment(arguments: dict) -> dict[str, str | None]:
     if tp > 1:
         groups = [cores[i * share : (i + 1) * share] or cores[-1:] for i in range(tp)]
         wanted["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, group)) for group in groups)
-    return {**hidden, "OMP_NUM_THREADS": str(threads), **{name: os.environ.get(name, value) for name, value in wanted.items()}}
+    ours = {name: os.environ.get(name, value) for name, value in wanted.items()}
+    return {**hidden, "OMP_NUM_THREADS": str(threads), **ours}
 
 
 @contextmanager

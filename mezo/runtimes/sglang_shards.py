@@ -5,10 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from mezo.runtimes.reuse import layer_of, module_of
-
-# the engine stacks these projections: (stacked module, position in it)
-STACKED = {"q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 1), "v_proj": ("qkv_proj", 2),
-           "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}  # fmt: skip
+from mezo.runtimes.stacks import STACKED
 
 
 @dataclass(frozen=True)

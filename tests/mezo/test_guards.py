@@ -48,6 +48,39 @@ def test_a_place_that_cannot_be_written_is_refused(tiny_config, tmp_path):
         commands.train(config)
 
 
+def as_ordinary_user(argv):
+    """The command without root's licence to write everywhere."""
+    return argv if os.geteuid() else ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", *argv]
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root, and no setpriv to drop its rights")
+def test_a_read_only_directory_is_refused_and_a_read_only_run_loses_nothing(tiny_config, tmp_path, as_flags):
+    places = {"parent": tmp_path / "parent", "run": tmp_path / "run"}
+    places["parent"].mkdir()
+    commands.train(dataclasses.replace(tiny_config, steps=4, output_dir=str(places["run"])))
+    (places["run"] / "result.json").unlink()
+    log = (places["run"] / "trajectory.jsonl").read_bytes()
+    for place in places.values():
+        place.chmod(0o555)
+    values = {f.name: getattr(tiny_config, f.name) for f in dataclasses.fields(tiny_config)}
+    changed = {f.name: values[f.name] for f in dataclasses.fields(tiny_config) if values[f.name] != f.default}
+    changed["output_dir"] = str(places["parent"] / "run")
+    mezo = [sys.executable, "-m", "mezo", "train"]
+    new, old = (
+        subprocess.run(as_ordinary_user(argv), capture_output=True, text=True, timeout=120, check=False)
+        for argv in ([*mezo, *as_flags(changed)], [*mezo, "--resume", str(places["run"])])
+    )
+    for place in places.values():
+        place.chmod(0o755)
+    assert new.returncode == 2, new.stderr
+    assert "cannot be created: Permission denied; choose another" in new.stderr
+    assert not list(places["parent"].iterdir())
+    assert old.returncode in (1, 2), old.stderr
+    assert "mezo: error:" in old.stderr
+    assert "Permission denied" in old.stderr
+    assert (places["run"] / "trajectory.jsonl").read_bytes() == log
+
+
 def test_a_run_keeps_the_adapter_it_started_from_and_names_it_if_lost(tiny_config, tmp_path):
     commands.train(dataclasses.replace(tiny_config, steps=2))
     started = dataclasses.replace(

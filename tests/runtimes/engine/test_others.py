@@ -83,12 +83,13 @@ def test_the_triton_lora_backend_scores_the_same(llama):
     assert max(worst(a, b) for a, b in zip(got, want, strict=True)) < 5e-5
 
 
-def test_an_exported_adapter_is_served_with_equal_logits(llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("form", "modules"), [("peft", ("q_proj", "v_proj")), ("sglang", ("q_proj", "up_proj"))])
+def test_an_exported_adapter_is_served_with_equal_logits(llama, tmp_path, monkeypatch, form, modules):
     """What `mezo export` writes, loaded by SGLang's own --lora-paths and by PEFT."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    runtime = reference(llama, examples(2), target_modules=("q_proj", "v_proj"))
+    runtime = reference(llama, examples(2), target_modules=modules)
     checkpoint.save_adapter(tmp_path / "run" / "adapter", runtime.spec.peft, noisy(runtime))
-    commands.export(str(tmp_path / "run"), str(tmp_path / "exported"))
+    commands.export(str(tmp_path / "run"), str(tmp_path / "exported"), form)
     ids, wanted = [5, 9, 12, 30, 7], list(range(64))
     peft = PeftModel.from_pretrained(build("llama"), str(tmp_path / "exported")).eval()
     with torch.no_grad():
