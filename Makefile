@@ -23,7 +23,7 @@ bench: $(READY)  ## the fused ops against their peers; JSON under bench/results/
 	$(VENV)/bin/python -m pytest bench --benchmark-json=$(RESULTS)/bench.json
 
 crash-test: $(READY)  ## a run killed at 30 random moments ends like one left alone; JSON under bench/results/
-	$(VENV)/bin/python bench/crash_test.py --moments 30 --output $(RESULTS)/crash_test.json
+	$(VENV)/bin/python bench/crash_test.py --moments 30 --steps 20000 --output $(RESULTS)/crash_test.json
 
 verify-sglang: $(READY_SGLANG)  ## the SGLang runtime against transformers, reuse, overhead; JSON under bench/results/
 	$(VENV)/bin/python bench/verify_sglang.py --output $(RESULTS)/verify_sglang.json

@@ -4,6 +4,7 @@ Run: python bench/crash_test.py --moments 30 --output bench/results/MACHINE/cras
 """
 
 import argparse
+import gzip
 import json
 import os
 import random
@@ -109,12 +110,15 @@ def crash_test(moments: int, steps: int, seed: int, directory: Path) -> dict:
     assert start(final).wait() == 0
     files = ("trajectory.jsonl", "adapter/adapter_model.safetensors")
     same = {name: (whole / name).read_bytes() == (killed / name).read_bytes() for name in files}
+    log = (whole / "trajectory.jsonl").read_bytes()
     return {
         "moments": len(kills),
         "killed_while": {name: kills.count(name) for name in sorted(set(kills))},
         "steps": steps,
         "bytes_of_torn_lines": torn,
         "equal": same,
+        "log_bytes": len(log),
+        "log_bytes_compressed": len(gzip.compress(log)),
         "startup_seconds": round(startup, 2),
     }
 

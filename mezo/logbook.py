@@ -1,5 +1,6 @@
 """Looking at a run's log and cutting it: what `mezo trajectory` does."""
 
+import gzip
 import itertools
 from pathlib import Path
 
@@ -15,9 +16,9 @@ def summary(run: str) -> dict:
     """What a log holds, as label -> text."""
     path = Path(run) / "trajectory.jsonl"
     first, records = read_trajectory(path)
-    torn = len(path.read_bytes()) - path.read_bytes().rfind(b"\n") - 1
+    data, elements = path.read_bytes(), sum(rows * cols for rows, cols in first["shapes"].values())
+    torn = len(data) - data.rfind(b"\n") - 1
     grads = [abs(g) for record in records if not record.skipped for g in record.projected_grads]
-    elements = sum(rows * cols for rows, cols in first["shapes"].values())
     return {
         "format": f"{first['format']} version {first['version']}, z stream {first['z_stream']}",
         "model": f"{first['model']} (weights {first['model_hash'][:12]})",
@@ -26,6 +27,7 @@ def summary(run: str) -> dict:
         "run seed": str(first["run_seed"]),
         "steps": f"{len(records)} ({sum(record.skipped for record in records)} skipped)",
         "|projected_grad|": f"mean {sum(grads) / max(len(grads), 1):.4g}, {grads.count(0)} of {len(grads)} zero",
+        "size": f"{len(data):,} bytes, {len(gzip.compress(data)):,} compressed; the adapter is {4 * elements:,}",
         "torn last line": f"{torn} bytes, to be dropped" if torn else "no",
     }
 

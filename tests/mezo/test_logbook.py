@@ -39,6 +39,20 @@ def test_show(finished, capsys):
     shown = capsys.readouterr().out
     assert "30 (0 skipped)" in shown
     assert "1,024 in 4 tensors" in shown
+    size = (finished / "trajectory.jsonl").stat().st_size
+    assert f"{size:,} bytes" in shown
+    assert "the adapter is 4,096" in shown
+
+
+def test_report(finished, capsys):
+    assert main(["report", str(finished)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    result = json.loads((finished / "result.json").read_text())
+    assert f"{result['tokens_scored']:,} scored" in shown
+    assert all(part in shown for part in ("kernels", "forward", "bookkeeping", "noise of projected_grad"))
+    assert f"accuracy {result['test']['before']['accuracy']:.4f} -> {result['test']['after']['accuracy']:.4f}" in shown
+    assert main(["report", str(finished / "adapter")]) == 2
+    assert "no result.json there" in capsys.readouterr().err
 
 
 def test_verify_recomputes_every_line(finished, tmp_path):
