@@ -28,7 +28,6 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
         raise UserError(f"{run}: no result.json there; give a finished run, or use `mezo trajectory show {run}`")
     result, config = directory.read_result(), directory.read_config()
     first, records = read_trajectory(directory.trajectory)
-    splits = [_split(name, result[name]) for name in ("test", "train") if name in result]
     facts = [
         ("model", first["model"]),
         ("runtime", config.runtime + (f", tensor parallel {config.tp}" if config.tp > 1 else "")),
@@ -41,19 +40,20 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
         facts.append(("noise of projected_grad", f"{noise:.3g}, beside a root mean square of {signal:.3g}"))
     return {
         "result": facts,
-        "before -> after": splits,
+        "before, after": _changes(result),
         "tokens": [_tokens(result, prefix, what) for prefix, what in (("", "training"), ("eval_", "evaluation"))],
         "seconds of training": _seconds(result),
     }
 
 
-def _split(name: str, split: dict) -> tuple[str, ...]:
-    return name, *(_change(split, key) for key in ("accuracy", "auc", "loss"))
+def _changes(result: dict) -> list[tuple[str, ...]]:
+    scored = [name for name in ("test", "train") if name in result]
+    pairs = [(f"{name} {key}", result[name], key) for name in scored for key in ("accuracy", "auc", "f1", "loss")]
+    return [(label, _number(row["before"][key]), _number(row["after"][key])) for label, row, key in pairs]
 
 
-def _change(split: dict, key: str) -> str:
-    before, after = split["before"][key], split["after"][key]
-    return "-" if before is None or after is None else f"{key} {before:.4f} -> {after:.4f}"
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _tokens(result: dict, prefix: str, what: str) -> tuple[str, ...]:

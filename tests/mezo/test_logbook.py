@@ -50,7 +50,8 @@ def test_report(finished, capsys):
     result = json.loads((finished / "result.json").read_text())
     assert f"{result['tokens_scored']:,} scored" in shown
     assert all(part in shown for part in ("kernels", "forward", "bookkeeping", "noise of projected_grad"))
-    assert f"accuracy {result['test']['before']['accuracy']:.4f} -> {result['test']['after']['accuracy']:.4f}" in shown
+    before, after = (result["test"][when]["accuracy"] for when in ("before", "after"))
+    assert f"test accuracy │ {before:.4f} │ {after:.4f}" in shown
     assert main(["report", str(finished / "adapter")]) == 2
     assert "no result.json there" in capsys.readouterr().err
 
