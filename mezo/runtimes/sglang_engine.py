@@ -116,7 +116,11 @@ class EngineHandle:
         return RunError(f"{what}; its log is {self.log}; nothing that was trained is lost, resume the run")
 
     def close(self) -> None:
-        """End the engine's processes."""
+        """End the engine's processes, and its tasks in this one: the event loop is the next engine's too."""
+        tasks = [task for task in self.engine.tokenizer_manager.asyncio_tasks if not task.done()]
+        for task in tasks:
+            task.cancel()
+        self.engine.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         self.engine.shutdown()
         self._sweep()
 
