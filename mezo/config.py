@@ -82,6 +82,12 @@ class Config:
     """Examples per forward pass, to save memory; 0 is the whole batch."""
     lr: float = 1e-4
     """Learning rate."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How lr goes to the end of the run; the paper's is constant."""
+    warmup_steps: int = 0
+    """Steps over which lr rises from 0 first."""
+    clip: float = 0.0
+    """Bring projected_grad into [-clip, clip]; 0 leaves it as it is."""
     eps: float = 1e-2
     """Perturbation scale."""
     weight_decay: float = 0.0
@@ -208,6 +214,7 @@ def check(config: Config) -> None:
         "eval_batch_size",
         "micro_batch_size",
         "data_seed",
+        "warmup_steps",
         "num_demonstrations",
     ):
         value = getattr(config, name)
@@ -218,6 +225,9 @@ def check(config: Config) -> None:
         _require(FLOAT32[0] <= value <= FLOAT32[1], f"--{name} must be within float32, {FLOAT32}; got {value}")
     size, micro = config.batch_size, config.micro_batch_size
     _require(micro <= size, f"--micro-batch-size must be at most --batch-size, {size}; got {micro}")
+    _require(config.warmup_steps <= config.steps, f"--warmup-steps must be at most --steps, got {config.warmup_steps}")
+    clip = config.clip
+    _require(math.isfinite(clip) and clip >= 0, f"--clip must be a finite number >= 0, got {clip}")
     decay = config.weight_decay
     _require(0 <= decay * config.lr < 1, f"--weight-decay must be at least 0 and below 1 / lr, got {decay}")
     _require(0 <= config.seed < 2**64, f"--seed must be in [0, 2**64), got {config.seed}")

@@ -14,13 +14,38 @@ def projected_grad(loss_plus: float, loss_minus: float, eps: float) -> float:
     return (loss_plus - loss_minus) / (2 * eps)
 
 
-def coefficients(projected_grads: tuple[float, ...], lr: float) -> tuple[float, ...]:
+def learning_rate(step: int, steps: int, lr: float, schedule: str = "constant", warmup_steps: int = 0) -> float:
+    """lr of a step: a linear rise over the first warmup_steps, then constant, a line or half a cosine down to 0.
+
+    The formulas of transformers' schedules of these names, in which step 0 of a warm-up has lr 0. A pure function of
+    the step, so a run resumes anywhere; the log holds the coefficients that came of it.
+
+    >>> [learning_rate(step, 4, 1.0, "linear") for step in range(4)]
+    [1.0, 0.75, 0.5, 0.25]
+    >>> [round(learning_rate(step, 6, 1.0, "cosine", 2), 3) for step in range(6)]
+    [0.0, 0.5, 1.0, 0.854, 0.5, 0.146]
+    """
+    if step < warmup_steps:
+        return lr * step / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return lr * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[schedule]
+
+
+def coefficients(projected_grads: tuple[float, ...], lr: float, clip: float = 0.0) -> tuple[float, ...]:
     """c_k = (lr * projected_grad_k) / n of the update theta <- theta - sum_k c_k z_k, formed in float64.
+
+    Args:
+        projected_grads: one a perturbation.
+        lr: learning rate of the step.
+        clip: each projected_grad is first brought into [-clip, clip]; 0 leaves it as it is.
 
     >>> coefficients((2.0, -4.0), lr=0.5)
     (0.5, -1.0)
+    >>> coefficients((2.0, -4.0), lr=0.5, clip=2.0)
+    (0.5, -0.5)
     """
-    return tuple(lr * g / len(projected_grads) for g in projected_grads)
+    clipped = tuple(max(-clip, min(clip, g)) for g in projected_grads) if clip else projected_grads
+    return tuple(lr * g / len(clipped) for g in clipped)
 
 
 def usable(numbers: tuple[float, ...]) -> bool:

@@ -14,7 +14,7 @@ from mezo import plots
 from mezo.batches import Batches
 from mezo.checkpoint import RunDirectory, best_step, load_adapter, replace_file, save_adapter
 from mezo.config import Config, RunError
-from mezo.estimator import coefficients, projected_grad, usable
+from mezo.estimator import coefficients, learning_rate, projected_grad, usable
 from mezo.monitor import Monitor
 from mezo.objectives import OBJECTIVES, evaluate
 from mezo.parallel import Ranks
@@ -114,11 +114,16 @@ class Trainer:
         losses = self._share_losses(seeds, self.batches(step))
         loss_plus, loss_minus = zip(*losses, strict=True)
         grads = tuple(projected_grad(*pair, self.config.eps) for pair in losses)
-        steps = coefficients(grads, self.config.lr)
+        lr = self._lr(step)
+        steps = coefficients(grads, lr, self.config.clip)
         if not usable(loss_plus + loss_minus + steps):
             return StepRecord(step, seeds, grads, (0.0,) * len(seeds), 1.0, loss_plus, loss_minus, skipped=True)
-        decay = 1 - self.config.lr * self.config.weight_decay
+        decay = 1 - lr * self.config.weight_decay
         return StepRecord(step, seeds, grads, steps, decay, loss_plus, loss_minus)
+
+    def _lr(self, step: int) -> float:
+        config = self.config
+        return learning_rate(step, config.steps, config.lr, config.lr_schedule, config.warmup_steps)
 
     def _share_losses(self, seeds: tuple[int, ...], batch: list[int]) -> list[tuple[float, float]]:
         """Mean losses (plus, minus) of the batch for every seed, each rank having scored its part."""
@@ -317,6 +322,9 @@ class Trainer:
             "eval_tokens_reused": round(eval_tokens.reused),
             **self._noise(),
             "zero_gradient_share": sum(g == 0 for g in grads) / max(len(grads), 1),
+            "clipped_share": sum(abs(g) > self.config.clip for g in grads) / max(len(grads), 1)
+            if self.config.clip
+            else 0.0,
             "skipped_steps": sum(record.skipped for record in self.records),
         }
 

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from mezo import checkpoint, commands
+from mezo import checkpoint, commands, logbook
 from mezo.batches import Batches
 from mezo.config import Config, RunError, UserError
 from mezo.monitor import Monitor
@@ -138,6 +138,7 @@ CONFIGURATIONS = {
     "bfloat16": {"dtype": "bfloat16"},
     "lm_cross_entropy": {"objective": "lm_cross_entropy"},
     "accuracy": {"objective": "accuracy"},
+    "schedule and clipping": {"lr_schedule": "cosine", "warmup_steps": 3, "clip": 0.2, "weight_decay": 0.1},
     "no dev set": {"dev_file": ""},
     "micro-batches": {"micro_batch_size": 3},
 }
@@ -279,6 +280,22 @@ def test_sigkill_loses_nothing(finished, tmp_path, as_flags):
         commands.resume(str(tmp_path / "killed"))
     assert log.read_bytes() == (run / "trajectory.jsonl").read_bytes()
     assert same_bits(adapter(tmp_path / "killed"), adapter(run))
+
+
+def test_schedule_and_clipping_act_on_every_step(tiny_config):
+    changes = {"lr_schedule": "linear", "warmup_steps": 10, "clip": 0.2, "weight_decay": 0.5, "num_perturbations": 2}
+    config = dataclasses.replace(tiny_config, **changes)
+    result = commands.train(config)
+    records = read_trajectory(Path(config.output_dir, "trajectory.jsonl"))[1]
+    rates = [config.lr * (t / 10 if t < 10 else (40 - t) / 30) for t in range(40)]
+    for record, lr in zip(records, rates, strict=True):
+        assert record.decay == pytest.approx(1 - lr * 0.5, rel=1e-12)
+        wanted = [lr * max(-0.2, min(0.2, g)) / 2 for g in record.projected_grads]
+        assert record.coefficients == pytest.approx(wanted, rel=1e-12)
+    clipped = [abs(g) > 0.2 for record in records for g in record.projected_grads]
+    assert 0 < sum(clipped) < len(clipped)
+    assert result["clipped_share"] == sum(clipped) / len(clipped)
+    assert logbook.verify(config.output_dir) == 40
 
 
 def test_noise_is_measured_and_restores_the_copies(tiny_config, tmp_path):
