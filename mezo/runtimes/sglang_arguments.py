@@ -129,8 +129,12 @@ def engine_arguments(
     if config.deterministic:
         arguments["enable_deterministic_inference"] = True
     if accelerated():
-        # under torchrun every rank drives an engine of its own
-        arguments["base_gpu_id"] = int(os.environ.get("LOCAL_RANK", "0")) * config.tp
+        # under torchrun every rank drives an engine of its own; a call is one forward pass, both signs of it alike
+        arguments |= {
+            "base_gpu_id": int(os.environ.get("LOCAL_RANK", "0")) * config.tp,
+            "chunked_prefill_size": max(8192, tokens),
+            "max_prefill_tokens": max(16384, tokens),
+        }
     else:
         arguments |= {
             "device": "cpu",
