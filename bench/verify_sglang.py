@@ -85,7 +85,7 @@ def tokens_of(runtime, n: int, updates: list[StepUpdate], seed: int) -> TokenCou
     runtime.step(updates, [seed], EPS)
     runtime.tokens = TokenCount()
     runtime.score_pairs("train", range(n))
-    return runtime.tokens
+    return dataclasses.replace(runtime.tokens)  # the runtime goes on counting in its own
 
 
 def reuse_last_layer(config: Config, data: list[Example]) -> dict:
