@@ -25,7 +25,12 @@ OWN = {  # arguments that an option of ours decides
     "lora_paths": "--r, --target-modules", "max_lora_rank": "--r", "lora_target_modules": "--target-modules",
     "enable_lora": "--r", "device": "--device", "random_seed": "--seed",
 }  # fmt: skip
-ONE_REPLICA = ("dp_size", "pp_size", "attn_dp_size")  # the plugin proves one replica of all layers to be updated
+ONE = {  # what the plugin reaches: one replica of all layers, on this machine
+    "dp_size": "every replica of the model would have to be updated",
+    "attn_dp_size": "every replica of the model would have to be updated",
+    "pp_size": "a stage holds some of the layers only",
+    "nnodes": "the engine's processes on other machines are not the trainer's to hook",
+}
 
 
 def check_version() -> None:
@@ -50,10 +55,8 @@ def engine_options(config: Config) -> dict:
         if key in OWN:
             raise UserError(f"--engine-arg {key} is decided by {OWN[key]}: use that")
         options[key] = yaml.safe_load(value)
-        if key in ONE_REPLICA and options[key] != 1:
-            raise UserError(
-                f"--engine-arg {key}={value}: every replica of the model would have to be updated; use --tp"
-            )
+        if key in ONE and options[key] != 1:
+            raise UserError(f"--engine-arg {key}={value}: {ONE[key]}; use --tp, or torchrun with an engine a process")
     known = _known_arguments()
     for key in options:
         if key not in known:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -121,6 +122,8 @@ class EngineHandle:
         for task in tasks:
             task.cancel()
         self.engine.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        for number in (signal.SIGTERM, signal.SIGQUIT):
+            self.engine.loop.remove_signal_handler(number)
         self.engine.shutdown()
         self._sweep()
 

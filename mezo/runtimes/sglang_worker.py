@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sglang.srt.managers.io_struct import RpcReqOutput
 
@@ -128,7 +129,9 @@ class Worker:
 
     def load(self, path: str) -> dict:
         """Set this rank's shard of theta from a safetensors file of full float32 tensors that rank 0 can read."""
-        full = self.group.broadcast_object(load_file(path) if self.rank == 0 else None)
+        full = self.group.broadcast_object(_read(path) if self.rank == 0 else None)
+        if isinstance(full, str):
+            raise ValueError(full)
         for name, tensor in zip(self.theta.master.names, self.theta.master.tensors, strict=True):
             tensor.copy_(self.shards[name].block(full[name]))
         return {}
@@ -196,6 +199,14 @@ class Worker:
         for name, lora_id in self.ids.items():
             if seen.loads[lora_id] or pool.uid_to_buffer_id.get(lora_id) != self.slots[name]:
                 raise RuntimeError(f"adapter slot {name} was evicted by the engine: what was trained in it is gone")
+
+
+def _read(path: str) -> dict[str, torch.Tensor] | str:
+    """The tensors of a file, or why there are none: the ranks that wait for them must hear it."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        return f"{path}: {error}"
 
 
 def _join(name: str, parts: list[tuple[Shard, torch.Tensor]]) -> torch.Tensor:

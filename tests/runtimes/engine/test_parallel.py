@@ -105,6 +105,13 @@ def test_replicated_factors_must_agree(both):
     runtime.load(noisy(runtime))
 
 
+def test_a_file_that_rank_0_cannot_read_is_an_error_on_both(both, tmp_path):
+    runtime, _ = both
+    with pytest.raises(RunError, match=r"failed in load: rank 0: ValueError: .*nowhere.*; rank 1: ValueError"):
+        runtime._call("load", path=str(tmp_path / "nowhere.safetensors"))
+    runtime.engine.failed = False
+
+
 def test_a_failure_of_the_rank_that_the_engine_hides_is_raised(both):
     runtime, _ = both
     with pytest.raises(RunError, match="failed in test_fail: rank 1: ValueError: told to fail"):

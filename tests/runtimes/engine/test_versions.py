@@ -175,6 +175,7 @@ def test_bad_requests_are_errors_and_not_hangs(running):
     ("others", "message"),
     [
         ({"engine_arg": ("dp_size=2",)}, "dp_size=2: every replica .* use --tp"),
+        ({"engine_arg": ("nnodes=2",)}, "nnodes=2: the engine's processes on other machines .* use --tp"),
         ({"engine_arg": ("tp_size=2",)}, "--engine-arg tp_size is decided by --tp"),
         ({"engine_arg": ("atention_backend=triton",)}, "no such argument; did you mean .*attention_backend"),
         ({"engine_arg": ("quantization",)}, "--engine-arg must be key=value, got 'quantization'"),
