@@ -16,6 +16,8 @@ from mezo.runtimes.rows import RowBatch
 from mezo.runtimes.trunk import ATTENTION, scored
 from mezo_kernels import canonical_name
 
+REFERENCE_ROWS = 8  # of a full forward pass: the logits of every token of them are held at once
+
 
 @dataclass
 class AdaptedModel:
@@ -97,8 +99,14 @@ def load_adapted(config: Config, device: torch.device, dtype: torch.dtype) -> tu
 
 def reference_log_probs(model: nn.Module, batch: RowBatch) -> torch.Tensor:
     """log p of a batch's targets by the model's own forward pass, float64 on the CPU, (rows, scored, candidates)."""
-    logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits
-    return scored(logits, batch.positions).double().log_softmax(-1).gather(-1, batch.targets).cpu()
+    parts = zip(
+        *(t.split(REFERENCE_ROWS) for t in (batch.ids, batch.mask, batch.positions, batch.targets)), strict=True
+    )
+    found = []
+    for ids, mask, positions, targets in parts:
+        logits = scored(model(input_ids=ids, attention_mask=mask).logits, positions)
+        found.append(logits.double().log_softmax(-1).gather(-1, targets).cpu())
+    return torch.cat(found)
 
 
 def _window(config) -> int | None:
