@@ -57,15 +57,24 @@ def test_scores_are_those_of_transformers(runtime, plain):
 
 
 def test_both_signs_are_one_batch(runtime, monkeypatch):
-    sent = []
+    """One call, the same rows for every slot, and the same number of tokens from the cache for each."""
+    calls = []
     generate = runtime.engine.generate
-    monkeypatch.setattr(runtime.engine, "generate", lambda **request: sent.append(request) or generate(**request))
+
+    def listen(**request):
+        calls.append((request, generate(**request)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(runtime.engine, "generate", listen)
     runtime.score_pairs("train", range(12, 15))
-    scored = [request for request in sent if request.get("return_logprob")]
+    scored = [(request, answers) for request, answers in calls if request.get("return_logprob")]
     assert len(scored) == 1
-    names = scored[0]["lora_path"]
+    names = scored[0][0]["lora_path"]
+    cached = [answer["meta_info"]["cached_tokens"] for answer in scored[0][1]]
+    assert cached[:6] == cached[6:12] == cached[12:18] == cached[18:]
+    assert sum(cached) > 0
     assert {name: names.count(name) for name in names} == dict.fromkeys(("plus0", "minus0", "plus1", "minus1"), 6)
-    rows = [tuple(ids) for ids in scored[0]["input_ids"]]
+    rows = [tuple(ids) for ids in scored[0][0]["input_ids"]]
     assert rows[:6] == rows[6:12] == rows[12:18] == rows[18:]
 
 
