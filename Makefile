@@ -26,7 +26,7 @@ crash-test: $(READY)  ## a run killed at 30 random moments ends like one left al
 	$(VENV)/bin/python bench/crash_test.py --moments 30 --steps 20000 --output $(RESULTS)/crash_test.json
 
 verify-sglang: $(READY_SGLANG)  ## the SGLang runtime against transformers, reuse, overhead; JSON under bench/results/
-	$(VENV)/bin/python bench/verify_sglang.py --output $(RESULTS)/verify_sglang.json
+	$(VENV)/bin/python bench/verify_sglang.py --again --output $(RESULTS)/verify_sglang.json
 
 test-gpu:  ## the tests that need a CUDA or ROCm device, in the current environment
 	$(PYTHON) -m pytest -m gpu

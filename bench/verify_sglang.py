@@ -199,8 +199,8 @@ def few_shot_examples(model: str) -> list[Example]:
     return [Example((*prefix, *ids), options, label) for ids, label in short]
 
 
-def measure(directory: Path, steps: int) -> dict:
-    """Everything, in the order of its cost."""
+def measure(directory: Path, steps: int, results: dict, keep) -> dict:
+    """Every part that `results` lacks, in the order of its cost; `keep` is called with the results after each."""
     last = dataclasses.replace(demo.demo_config("it-was", 10, directory / "unused"), runtime="sglang")
     every = dataclasses.replace(last, layers_to_transform=(), target_modules=ALL)
     data = load_splits(last, load_tokenizer(last.model), masked=False)["train"]
@@ -215,10 +215,10 @@ def measure(directory: Path, steps: int) -> dict:
         "overhead, all layers": lambda: overhead(every, data, 8),
         "demo": lambda: demo_run(directory, steps),
     }
-    results = {}
-    for name, part in parts.items():
+    for name, part in ((name, part) for name, part in parts.items() if name not in results):
         began = time.perf_counter()
         results[name] = part()
+        keep(results)
         print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
     return results
 
@@ -246,18 +246,25 @@ def verdicts(results: dict) -> dict[str, bool]:
 def main() -> int:
     """Measure, print, write; exit code 1 if something does not hold."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; parts that are in it are kept")
+    parser.add_argument("--again", action="store_true", help="measure every part again")
     parser.add_argument("--steps", type=int, default=1000, help="of the demo")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        results = measure(Path(directory), options.steps)
-    holds = verdicts(results)
+    output = options.output
+    before = json.loads(output.read_text()) if output.is_file() and not options.again else {}
     machine = {**describe(), **{name: version(name) for name in ("sglang", "transformers", "peft")}}
-    text = json.dumps({"command": "make verify-sglang", "holds": holds, "machine": machine, **results}, indent=2)
-    print(text)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
+
+    def keep(results: dict, **others) -> None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        everything = {"command": "make verify-sglang", **others, "machine": machine, **results}
+        output.write_text(json.dumps(everything, indent=2) + "\n")
+
+    known = {name: part for name, part in before.items() if name not in ("command", "holds", "machine")}
+    with tempfile.TemporaryDirectory() as directory:
+        results = measure(Path(directory), options.steps, known, keep)
+    holds = verdicts(results)
+    keep(results, holds=holds)
+    print(output.read_text())
     return 0 if all(holds.values()) else 1
 
 
