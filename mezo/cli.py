@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from mezo.config import MACHINE, Config, RunError, UserError
+from mezo.config import ENGINE, MACHINE, Config, RunError, UserError
 
 USAGE = """usage: mezo COMMAND [options]
 
@@ -141,12 +141,15 @@ def _machine_options(path: str, rest: list[str]) -> dict:
     if not rest:
         return {}
     saved = dataclasses.asdict(_saved_config(Path(path)))
+    if _take_option(rest, "--runtime")[0] == "hf":
+        # the engine's options have no meaning there
+        saved |= {name: getattr(Config, name) for name in ENGINE}
     asked = dataclasses.asdict(_parse(rest, "mezo train", saved))
     for name, value in asked.items():
         if value != saved[name] and name not in MACHINE:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {value} contradicts the run, which has {saved[name]}: give --resume {path} alone")
-    return {name: asked[name] for name in MACHINE if asked[name] != saved[name]}
+    return {name: asked[name] for name in MACHINE}
 
 
 def _saved_config(run: Path) -> Config:

@@ -9,8 +9,10 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 PATHS = ("model", "train_file", "dev_file", "test_file", "adapter")
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-MACHINE = ("runtime", "tp", "radix", "deterministic", "engine_arg", "device", "backend", "trunk_cache",
-           "trunk_cache_bytes", "eval_batch_size", "noise", "verify_every")  # fmt: skip
+ENGINE = ("tp", "radix", "deterministic", "engine_arg")
+"""Options of the sglang runtime alone."""
+MACHINE = ("runtime", *ENGINE, "device", "backend", "trunk_cache", "trunk_cache_bytes",
+           "eval_batch_size", "noise", "verify_every")  # fmt: skip
 """Options that say where and how a run is computed, not what: a resumed run may have others."""
 FLOAT32 = (1.1754943508222875e-38, 3.4028234663852886e38)  # smallest normal and largest number
 
@@ -231,8 +233,8 @@ def check(config: Config) -> None:
     decay = config.weight_decay
     _require(0 <= decay * config.lr < 1, f"--weight-decay must be at least 0 and below 1 / lr, got {decay}")
     _require(0 <= config.seed < 2**64, f"--seed must be in [0, 2**64), got {config.seed}")
-    for name, plain in (("tp", 1), ("radix", "auto"), ("deterministic", False), ("engine_arg", ())):
-        given = config.runtime == "sglang" or getattr(config, name) == plain
+    for name in ENGINE:
+        given = config.runtime == "sglang" or getattr(config, name) == getattr(Config, name)
         _require(given, f"--{name.replace('_', '-')} is of the engine: use --runtime sglang with it")
     _require(config.verify_every >= -1, f"--verify-every must be at least -1, got {config.verify_every}")
 

@@ -30,7 +30,7 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
     first, records = read_trajectory(directory.trajectory)
     facts = [
         ("model", first["model"]),
-        ("runtime", config.runtime + (f", tensor parallel {config.tp}" if config.tp > 1 else "")),
+        ("runtime", result["runtime"]),
         ("steps", f"{len(records)}, best {result['best_step']}, {result['skipped_steps']} skipped"),
         ("speed", f"{result['steps_per_second']:.2f} steps/s at batch {config.batch_size}"),
         ("zero projected_grads", f"{100 * result['zero_gradient_share']:.1f} %"),

@@ -312,6 +312,7 @@ class Trainer:
             "seconds_compilation": seconds["compilation"],
             "seconds_evaluation": seconds["evaluation"],
             "steps_per_second": self.steps_timed / max(seconds["training"], 1e-9),
+            "runtime": self.config.runtime,
             "ranks": self.ranks.size,
             "bytes_exchanged_per_step": self.ranks.bytes_exchanged / max(self.steps_here, 1),
             "tokens_scored": tokens.scored,

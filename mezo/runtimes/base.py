@@ -29,7 +29,7 @@ class TokenCount:
     """Tokens scored, and the work done for them, in tokens through the whole model.
 
     Args:
-        scored: tokens that plain forward passes would have run.
+        scored: tokens that the forward passes asked for would have run without a cache; an engine's warm-ups count too.
         computed: tokens run; one that went through m of n layers counts m / n. Cache filling is included.
     """
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from mezo.runtimes.base import Example
 
@@ -108,6 +109,17 @@ def option_scores(examples: Sequence[Example], log_probs: torch.Tensor, valid: t
         scores[i, :n] = means[row, :n] if shared else means[row : row + n, 0]
         row += used
     return scores
+
+
+def padded(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Score tensors one above the other, padded with -inf to one width.
+
+    >>> padded([torch.zeros(1, 2), torch.zeros(1, 1)])
+    tensor([[0., 0.],
+            [0., -inf]])
+    """
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([functional.pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in parts])
 
 
 def scores_of(

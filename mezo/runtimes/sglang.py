@@ -1,5 +1,6 @@
 """The SGLang runtime: the inference engine computes the losses of both signs in one batch, and keeps what is exact."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -16,8 +17,10 @@ from mezo.config import Config, RunError, UserError
 from mezo.runtimes.base import Example, StepUpdate, TokenCount
 from mezo.runtimes.peft_model import load_adapted, reference_log_probs
 from mezo.runtimes.reuse import warm_ups, why_kv_depends
-from mezo.runtimes.rows import Row, RowBatch, rows_of, scores_of
+from mezo.runtimes.rows import Row, RowBatch, padded, rows_of, scores_of
 from mezo.runtimes.sglang_arguments import (
+    call_tokens,
+    check_device,
     check_heads,
     check_version,
     engine_arguments,
@@ -51,6 +54,7 @@ class SGLangRuntime:
                 f"--trunk-cache {config.trunk_cache} is of the hf runtime: with sglang use --radix auto or off"
             )
         check_version()
+        check_device(config.device)
         self.config, self.pad = config, pad
         self.options = engine_options(config)
         check_heads(config)
@@ -58,6 +62,9 @@ class SGLangRuntime:
         self.backend = _backend(config.backend)
         dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _default_dtype()
         self._parts, self.spec = load_adapted(config, torch.device("cpu"), dtype)
+        self.dtype = self.spec.dtype
+        if self.options.get("quantization"):  # another base: a run is not resumed without it
+            self.spec = dataclasses.replace(self.spec, dtype=f"{self.dtype}, quantised {self.options['quantization']}")
         if not self._parts.causal:
             raise UserError(f"--model {config.model} fills masks, which SGLang does not score: use --runtime hf")
         self.kv_depends = why_kv_depends(self.spec.shapes, len(self._parts.layers))
@@ -66,7 +73,7 @@ class SGLangRuntime:
         self.seconds = dict.fromkeys(("kernels", "rpc", "engine"), 0.0)
         self.seconds_filling = 0.0
         self.engine: EngineHandle | None = None
-        self._starting = False
+        self._keep_log = False
         self._scratch = Path(tempfile.mkdtemp(prefix="mezo-engine-"))
         self._sent, self._showing = Counter(), "perturbed"
         self._versions, self._salt = itertools.count(), ""
@@ -99,19 +106,32 @@ class SGLangRuntime:
         return max(len(row.ids) for row in self._all_rows())
 
     def _launch(self) -> None:
-        own = max(len(rows) for nested in self.rows.values() for rows in nested)
-        batch = self.config.micro_batch_size or self.config.batch_size
-        requests = own * max(2 * self.pairs * batch, self.config.eval_batch_size or self.config.batch_size)
         held = sum(len(row.ids) for row in self._all_rows()) if self.shared else 0
         adapters = write_placeholders(self._scratch / "placeholder", self.spec, self.pairs)
+        requests, tokens = self._largest_call()
+        self.call_tokens = call_tokens(tokens)
         arguments = engine_arguments(
-            self.config, self.options, self.spec, adapters, requests * self._longest(), held, requests
+            self.config, self.options, self.dtype, self.spec, adapters, self.call_tokens, held, requests
         )
-        self._starting = True
-        self.engine = EngineHandle(arguments, self._scratch)
-        self._starting = False
+        try:
+            self.engine = EngineHandle(arguments, self._scratch)
+        except UserError:
+            self._keep_log = True
+            raise
         shapes = json.dumps({name: list(shape) for name, shape in self.spec.shapes.items()})
         self.ranks = self._call("setup", shapes=shapes, pairs=self.pairs, share=self.shared, backend=self.backend)
+
+    def _largest_call(self) -> tuple[int, int]:
+        """Requests, and tokens, of the largest batch that training or evaluation may ask for."""
+        config = self.config
+        sizes = {"train": 2 * self.pairs * (config.micro_batch_size or config.batch_size)}
+        evaluated = config.eval_batch_size or config.batch_size
+        requests, tokens = 1, 1
+        for split, nested in self.rows.items():
+            copies, own = max(sizes.get(split, 1), evaluated), max(len(rows) for rows in nested)
+            requests = max(requests, copies * own)
+            tokens = max(tokens, copies * max(sum(len(row.ids) for row in rows) for rows in nested))
+        return requests, tokens
 
     def load(self, theta: dict[str, torch.Tensor]) -> None:
         """See `Runtime.load`. Theta goes through a file: at the start of a run and at its end, never in a step."""
@@ -140,8 +160,9 @@ class SGLangRuntime:
         self._changed("perturbed")
 
     def equalise(self) -> None:
-        """See `Runtime.equalise`."""
+        """See `Runtime.equalise`. One pair tells as much as all."""
         self._show("equal")
+        self._held = 1
 
     def verify(self) -> str | None:
         """See `Runtime.verify`: every rank compares its shard and its slots of the engine's pool."""
@@ -152,8 +173,11 @@ class SGLangRuntime:
 
     def score_pairs(self, split: str, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """See `Runtime.score_pairs`. One batch of requests holds both signs of every perturbation."""
+        assert self._showing != "stale", "load() leaves the copies behind: step() first"
         if self._showing == "theta":
             self._show("perturbed")
+        if self._showing == "equal":
+            self._changed("equal")  # each measurement of noise finds the cache as a step does
         names = [f"{sign}{k}" for k in range(self._held) for sign in ("plus", "minus")]
         scores = self._score(split, indices, names, self.tokens if self._showing == "perturbed" else self.eval_tokens)
         return list(zip(scores[::2], scores[1::2], strict=True))
@@ -178,7 +202,7 @@ class SGLangRuntime:
 
     def close(self) -> None:
         """See `Runtime.close`."""
-        failed = self._starting or (self.engine is not None and self.engine.failed)
+        failed = self._keep_log or (self.engine is not None and self.engine.failed)
         if self.engine is not None:
             self.engine.close()
             self.engine = None
@@ -227,9 +251,25 @@ class SGLangRuntime:
         """Option scores of the examples under each named slot."""
         groups = [self.rows[split][i] for i in indices]
         examples = [self.examples[split][i] for i in indices]
-        rows = [row for group in groups for row in group]
-        tables = self._read(groups, rows, names, count)
-        return [scores_of(examples, rows, tables[i * len(rows) : (i + 1) * len(rows)]) for i in range(len(names))]
+        scores = [[] for _ in names]
+        for part in self._parts_of(groups, len(names)):
+            rows = [row for group in groups[part] for row in group]
+            tables = self._read(groups[part], rows, names, count)
+            for i, own in enumerate(scores):
+                own.append(scores_of(examples[part], rows, tables[i * len(rows) : (i + 1) * len(rows)]))
+        self._call("report")  # no score leaves before every rank has said whose requests it saw
+        return [padded(own) for own in scores]
+
+    def _parts_of(self, groups: Sequence[Sequence[Row]], copies: int) -> list[slice]:
+        """Examples whose requests, for all slots, are one forward pass of the engine: both signs always together."""
+        parts, start, tokens = [], 0, 0
+        for i, group in enumerate(groups):
+            own = copies * sum(len(row.ids) for row in group)
+            if tokens and tokens + own > self.call_tokens:
+                parts.append(slice(start, i))
+                start, tokens = i, 0
+            tokens += own
+        return [*parts, slice(start, len(groups))]
 
     def _read(self, groups, rows: Sequence[Row], names: Sequence[str], count: TokenCount) -> list[list[dict]]:
         """For every slot and row the log-probabilities of the row's candidates at each scored position."""
@@ -252,7 +292,9 @@ class SGLangRuntime:
         """Prefixes to send ahead. In a shared namespace every prompt's first visit goes ahead of both signs."""
         usable = [[(row.ids, row.positions[0]) for row in group] for group in groups]
         if not self.shared:
-            return warm_ups(usable)
+            waves = [[ids for ids in wave if ids not in self._visited] for wave in warm_ups(usable)]
+            self._visited.update(*waves)
+            return [wave for wave in waves if wave]
         fresh = [(ids, n) for group in usable for ids, n in group if n and ids[:n] not in self._visited]
         prompts = list(dict.fromkeys(ids[:n] for ids, n in fresh))
         self._visited |= set(prompts)
@@ -301,7 +343,7 @@ class SGLangRuntime:
         """
         valid = RowBatch.of(rows, self.pad, "cpu").valid[:, :, None]
         spread = float((expected[0] - expected[1]).abs().masked_fill(~valid, 0).max())
-        plain = self.spec.dtype == "float32" and not self.options.get("quantization")
+        plain = self.spec.dtype == "float32"
         allowed = PROOF_TOLERANCE if plain else max(PROOF_TOLERANCE, PROOF_SHARE * spread)
         for seed in (0, 1):
             self.load(self._noise(seed))
@@ -319,6 +361,7 @@ class SGLangRuntime:
                     " attention_backend=..., or --runtime hf"
                 )
         self._flush()  # a prompt's first visit is the run's own, and is counted
+        self.load({name: torch.zeros(shape) for name, shape in self.spec.shapes.items()})
 
 
 def _start(row: Row) -> int:

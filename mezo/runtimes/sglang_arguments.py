@@ -14,16 +14,17 @@ from transformers import AutoConfig
 
 from mezo.config import Config, UserError
 from mezo.runtimes.base import AdapterSpec
-from mezo.runtimes.sglang_engine import accelerated
+from mezo.runtimes.sglang_engine import PATIENCE, accelerated
 from mezo.runtimes.stacks import complete_fields, complete_stacks
 
 OLDEST = "0.5.23"
+MAX_CALL_TOKENS = 16384  # of a forward pass on a GPU
 MAX_PAIRS = 8  # perturbations held at once, unless max_loras_per_batch says otherwise
 OWN = {  # arguments that an option of ours decides
     "model_path": "--model", "model": "--model", "tp_size": "--tp", "tp": "--tp", "dtype": "--dtype",
     "disable_radix_cache": "--radix off", "enable_deterministic_inference": "--deterministic",
     "lora_paths": "--r, --target-modules", "max_lora_rank": "--r", "lora_target_modules": "--target-modules",
-    "enable_lora": "--r", "device": "--device", "random_seed": "--seed",
+    "enable_lora": "--r", "device": "the machine", "random_seed": "--seed",
 }  # fmt: skip
 ONE = {  # what the plugin reaches: one replica of all layers, on this machine
     "dp_size": "every replica of the model would have to be updated",
@@ -98,14 +99,38 @@ def pairs_of(config: Config, options: dict) -> int:
     return min(config.num_perturbations, MAX_PAIRS)
 
 
+def check_device(device: str) -> None:
+    """Raise UserError if --device asks for another device than the one SGLang takes."""
+    taken = "cuda" if accelerated() else "cpu"
+    if device not in ("auto", taken):
+        raise UserError(f"--device {device}: SGLang runs on {taken} here; use --device auto, or CUDA_VISIBLE_DEVICES")
+
+
+def call_tokens(tokens: int) -> int:
+    """Tokens that one forward pass of the engine may have, for a largest call of `tokens`.
+
+    On a GPU the engine sets memory aside by this number: larger calls are divided by examples, both signs together.
+    """
+    rounded = -(-max(8192, tokens) // 128) * 128  # a multiple of every page size
+    return min(rounded, MAX_CALL_TOKENS) if accelerated() else rounded
+
+
 def engine_arguments(
-    config: Config, options: dict, spec: AdapterSpec, adapters: list[dict], tokens: int, held: int, rows: int
+    config: Config,
+    options: dict,
+    dtype: str,
+    spec: AdapterSpec,
+    adapters: list[dict],
+    tokens: int,
+    held: int,
+    rows: int,
 ) -> dict:
     """Arguments of `sglang.Engine`.
 
     Args:
         config: the run's.
         options: the user's own, which win.
+        dtype: of the base model.
         spec: what is trained.
         adapters: the engine's `lora_paths`.
         tokens: that one call may compute.
@@ -114,7 +139,7 @@ def engine_arguments(
     """
     arguments = {
         "model_path": config.model,
-        "dtype": spec.dtype,
+        "dtype": dtype,
         "tp_size": config.tp,
         "lora_paths": adapters,
         "max_loras_per_batch": len(adapters) + 1,
@@ -125,9 +150,10 @@ def engine_arguments(
         "disable_overlap_schedule": True,  # nothing is decoded, and slots change between forward passes
         "disable_cuda_graph": True,  # of decoding
         "skip_server_warmup": True,
+        "watchdog_timeout": PATIENCE,  # a call is one forward pass, which on a CPU may take minutes
         "log_level": "error",
     }
-    if spec.dtype != "float32":
+    if dtype != "float32":
         arguments["enable_fp32_lm_head"] = True  # 16-bit logits near 20 come in steps of an eighth
     if config.deterministic:
         arguments["enable_deterministic_inference"] = True
@@ -135,8 +161,8 @@ def engine_arguments(
         # under torchrun every rank drives an engine of its own; a call is one forward pass, both signs of it alike
         arguments |= {
             "base_gpu_id": int(os.environ.get("LOCAL_RANK", "0")) * config.tp,
-            "chunked_prefill_size": max(8192, tokens),
-            "max_prefill_tokens": max(16384, tokens),
+            "chunked_prefill_size": tokens,
+            "max_prefill_tokens": tokens,
         }
     else:
         arguments |= {
@@ -147,8 +173,8 @@ def engine_arguments(
             "lora_backend": "torch_native",
             "mem_fraction_static": 0.8,  # SGLang has a guess for GPUs alone; max_total_tokens is the limit here
             "chunked_prefill_size": -1,
-            "max_prefill_tokens": max(16384, tokens),
-            "max_total_tokens": max(8192, tokens + held),
+            "max_prefill_tokens": tokens,
+            "max_total_tokens": tokens + held,
             "max_running_requests": max(64, rows),
         }
     return arguments | options

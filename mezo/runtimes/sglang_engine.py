@@ -9,7 +9,7 @@ import secrets
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from mezo.runtimes.sglang_plugin import ENVIRONMENT
 
 POLL = 0.5  # seconds between looks at the engine's processes while an answer is awaited
 LOG = "engine.log"
+PATIENCE = 1800.0  # seconds
 TORCHRUN = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_ADDR|MASTER_PORT)$|TORCHELASTIC_")
 NO_PLUGIN = (
     "MeZO's plugin is not in the SGLang engine: install the package (pip install -e .), so that its entry point is"
@@ -40,23 +41,26 @@ class EngineHandle:
         UserError: the plugin would be missing, or the engine does not start; then with the engine's own log line.
     """
 
-    def __init__(self, arguments: dict, directory: Path, patience: float = 1800.0):
+    def __init__(self, arguments: dict, directory: Path, patience: float = PATIENCE):
         self.log, self.patience, self.failed = directory / LOG, patience, False
         _require_plugin()
         token = secrets.token_hex(16)
         with open(directory / "token", "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             file.write(token)
         environment = {ENVIRONMENT: f"{os.getpid()}:{token}:{directory}", **_environment(arguments)}
-        self._before = _children(), _contexts()
+        children, contexts = _children(), _contexts()
         try:
             with _environ(environment), _output_to(self.log):
                 self.engine = _start(arguments)
         except Exception as error:
-            self._sweep()
             raise UserError(
                 f"the SGLang engine did not start: {self._last_error() or error}; see {self.log}"
             ) from error
         finally:
+            own = [c for c in _contexts() if not any(c is other for other in contexts)]
+            self._own = _children() - children, own
+            if not hasattr(self, "engine"):
+                self._sweep()
             # one-time: a process that finds the variable later does not find the file
             (directory / "token").unlink()
         self.processes = [psutil.Process(pid) for pid in self.engine.get_all_child_pids()]
@@ -89,7 +93,11 @@ class EngineHandle:
 
     def generate(self, **request) -> list[dict]:
         """`Engine.generate`, given up when a process of the engine dies."""
-        return self.engine.loop.run_until_complete(self._guarded(request))
+        try:
+            return self.engine.loop.run_until_complete(self._guarded(request))
+        finally:
+            # the engine's first request takes SIGTERM for the event loop, which does not run between requests
+            self.engine.loop.remove_signal_handler(signal.SIGTERM)
 
     async def _guarded(self, request: dict) -> list[dict]:
         task = asyncio.ensure_future(self.engine.async_generate(**request))
@@ -122,22 +130,21 @@ class EngineHandle:
         for task in tasks:
             task.cancel()
         self.engine.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        for number in (signal.SIGTERM, signal.SIGQUIT):
-            self.engine.loop.remove_signal_handler(number)
         self.engine.shutdown()
         self._sweep()
+        self.engine.loop.remove_signal_handler(signal.SIGQUIT)
 
     def _sweep(self) -> None:
         """End what the engine leaves: processes when it does not start, and sockets that wait for the dead.
 
         A message to a dead process keeps its socket, and whoever collects the garbage waits for it forever.
         """
-        children, contexts = self._before
-        for process in _children() - children:
-            process.kill()
-        for context in _contexts():
-            if not any(context is other for other in contexts):
-                context.destroy(linger=0)
+        children, contexts = self._own
+        for process in children:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        for context in contexts:
+            context.destroy(linger=0)
 
     def _last_error(self) -> str:
         """The last line of the engine's log that speaks of an error."""
@@ -183,7 +190,7 @@ class _Signals:
         pass
 
     def sigterm_handler(self, signum=None, frame=None):
-        sys.exit(143)
+        sys.exit(143)  # while that first request runs
 
     def running_phase_sigquit_handler(self, signum=None, frame=None):
         pass

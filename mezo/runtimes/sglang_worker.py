@@ -157,7 +157,7 @@ class Worker:
         steps = [StepUpdate(*update) for update in json.loads(updates)]
         self.theta.step(steps, json.loads(seeds), eps, watch=watch)
         _wait(device)
-        return {"seconds": time.perf_counter() - began, **self._report()}
+        return {"seconds": time.perf_counter() - began, **self.report()}
 
     def show(self, what: str) -> dict:
         """Write "theta" to plus0, "equal" theta to all slots, or the "perturbed" copies of the last step."""
@@ -167,7 +167,7 @@ class Worker:
             self.theta.restore()
         else:
             self.theta.show(copies[:1] if what == "theta" else copies)
-        return self._report()
+        return self.report()
 
     def flush(self) -> dict:
         """Forget all cached keys and values; the engine does so only once it has tidied up after its last batch."""
@@ -179,13 +179,14 @@ class Worker:
         self._check()
         return {"difference": self.theta.verify()}
 
-    def _report(self) -> dict:
+    def report(self) -> dict:
         """Requests since the last report, by slot; those of no slot of ours are under "other"."""
         names = {lora_id: name for name, lora_id in self.ids.items()}
         counts = Counter()
         for lora_id, n in seen.requests.items():
             counts[names.get(lora_id, "other")] += n
         seen.requests.clear()
+        self._check()
         return {"requests": counts}
 
     def _check(self) -> None:
@@ -217,6 +218,8 @@ def _join(name: str, parts: list[tuple[Shard, torch.Tensor]]) -> torch.Tensor:
         if not (block.isnan().all() or torch.equal(block, tensor)):
             raise RuntimeError(f"{name} of rank {rank} differs from that of another rank that holds the same elements")
         block.copy_(tensor)
+    if full.isnan().any() and not any(tensor.isnan().any() for _, tensor in parts):
+        raise RuntimeError(f"no rank holds some of the elements of {name}")
     return full
 
 

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from mezo import checkpoint, commands, logbook, report
+from mezo.cli import main
 from mezo.config import Config
 from mezo.trajectory import read_trajectory
 from tests.mezo.conftest import write_jsonl
@@ -81,6 +82,7 @@ def test_time_and_noise_are_reported(runs):
     tables = report.tables(str(path))
     assert [row[0] for row in tables["seconds of training"]] == list(parts)
     assert ("runtime", "sglang") in tables["result"]
+    assert ("runtime", "hf") in report.tables(str(runs["hf"][0]))["result"]
 
 
 @pytest.mark.parametrize(("first", "second"), [("hf", "sglang"), ("sglang", "hf")])
@@ -168,9 +170,22 @@ def test_two_trainers_share_a_batch_with_an_engine_each(runs, common, tmp_path):
     assert json.loads((run / "result.json").read_text())["ranks"] == 2
 
 
-def test_eval_through_the_engine(runs, capsys):
-    from mezo.cli import main
-
+def test_eval_through_the_engine(runs, common, capsys):
+    """A run's adapter, and a model without one: the noise of the start-up proof must be gone."""
     path, result = runs["hf"]
     assert main(["eval", str(path), "--runtime", "sglang"]) == 0
     assert f"{result['test']['after']['accuracy']:.4f}" in capsys.readouterr().out
+    data = {k: v for k, v in common.items() if k.endswith("_file") or k in ("prompt", "label_words", "model")}
+    base = {r: commands.evaluate(Config(**data, runtime=r, output_dir="unused"), None) for r in ("hf", "sglang")}
+    assert base["sglang"]["test"] == pytest.approx(base["hf"]["test"], abs=NOISE)
+
+
+def test_a_run_with_engine_options_resumes_in_process(runs, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", runs["sglang"][0], copy], check=True)
+    config = json.loads((copy / "config.json").read_text())
+    given = {"tp": 2, "engine_arg": ["attention_backend=torch_native"], "radix": "off"}
+    (copy / "config.json").write_text(json.dumps({**config, **given}))
+    logbook.truncate(str(copy), 10)
+    assert main(["train", "--resume", str(copy), "--runtime", "hf"]) == 0, capsys.readouterr().err
+    assert losses(copy) == pytest.approx(losses(runs["sglang"][0]), abs=NOISE)

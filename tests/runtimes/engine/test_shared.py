@@ -1,7 +1,6 @@
 """Adapters that change no key or value: both signs and all steps share one namespace. One engine for the module."""
 
 import pytest
-import torch
 
 from mezo.config import RunError, UserError
 from mezo.runtimes.base import StepUpdate, TokenCount
@@ -69,12 +68,9 @@ def test_forgetting_the_adapter_is_caught_here_too(running, monkeypatch):
         request["lora_path"] = [None] * len(request["lora_path"])
         return generate(**request)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(running.engine, "generate", base)
-        plus, minus = running.score_pairs("train", range(3))[0]
-    assert torch.allclose(plus, minus, atol=1e-5, rtol=0), "the base model has no signs"
+    monkeypatch.setattr(running.engine, "generate", base)
     with pytest.raises(RunError, match="some were not scored by the adapter they belong to"):
-        running.step([], [7], 1e-2)
+        running.score_pairs("train", range(3))
     running._sent.clear()
 
 

@@ -158,12 +158,11 @@ def test_requests_that_the_base_model_scored_are_caught(runtime, monkeypatch):
         request["lora_path"][0] = None
         return generate(**request)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(runtime.engine, "generate", forget_the_first)
-        runtime.score_pairs("train", range(3))
-    with pytest.raises(RunError, match=r"saw the requests .*'other': 2.* some were not scored by the adapter"):
-        runtime.step([], [7, 8], 1e-2)
-    runtime._sent.clear()
+    monkeypatch.setattr(runtime.engine, "generate", forget_the_first)
+    for score in (runtime.score_pairs, runtime.score):
+        with pytest.raises(RunError, match=r"saw the requests .*'other': .* some were not scored by the adapter"):
+            score("train", range(3))
+        runtime._sent.clear()
 
 
 def test_an_evicted_slot_is_caught(qwen, running):
