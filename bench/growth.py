@@ -28,8 +28,7 @@ def point(x: int, case: Case, runs: dict, device: str) -> dict:
         "copy": rows.copier(8 * case.elements, device),
         "drawing z": lambda: sum_of_squares(case.layout, 1),
     }
-    calls = max(1, min(20, (1 << 20) // case.elements))
-    times = rows.in_turn([*limits.values(), *runs.values()], calls, device)
+    times = rows.in_turn([*limits.values(), *runs.values()], device)
     seconds = [statistics.median(part) for part in times]
     return {"x": x, "elements": case.elements, "seconds": dict(zip((*limits, *runs), seconds, strict=True))}
 

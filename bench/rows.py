@@ -9,6 +9,7 @@ import memory
 import torch
 
 SECONDS_OF_ROW, MIN_ROUNDS, MAX_ROUNDS = 1.5, 5, 31
+SECONDS_OF_SAMPLE, MAX_CALLS = 5e-3, 50
 # from the requirements: one perturb_ against one pass of the original loop, one step_ against its four passes
 TARGETS = {"perturb": 4.5, "step": 8.0}
 summary: list[str] = []
@@ -28,15 +29,20 @@ def seconds(run: Callable, device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
-def in_turn(runs: list[Callable], calls: int, device: str = "cpu") -> list[list[float]]:
-    """Seconds of a call of each, `calls` to a sample, by round; as many rounds as fit into SECONDS_OF_ROW."""
+def in_turn(runs: list[Callable], device: str = "cpu") -> list[tuple[float, ...]]:
+    """Seconds of a call of each, by round; as many rounds as fit into SECONDS_OF_ROW.
+
+    A sample of a short call is many of them, so that the clock and a stray interrupt do not matter.
+    """
+    warm = [seconds(run, device) for run in runs]
+    calls = [max(1, min(MAX_CALLS, int(SECONDS_OF_SAMPLE / taken))) for taken in warm]
 
     def once():
-        return [seconds(lambda run=run: [run() for _ in range(calls)], device) / calls for run in runs]
+        pairs = zip(runs, calls, strict=True)
+        return [seconds(lambda run=run, n=n: [run() for _ in range(n)], device) / n for run, n in pairs]
 
-    once()
     first = once()
-    rounds = int(SECONDS_OF_ROW / (calls * sum(first)))
+    rounds = int(SECONDS_OF_ROW / sum(n * taken for n, taken in zip(calls, first, strict=True)))
     return list(zip(first, *(once() for _ in range(min(MAX_ROUNDS, max(MIN_ROUNDS, rounds)) - 1)), strict=True))
 
 
@@ -58,13 +64,11 @@ def measure(benchmark, op: str, work, elements: int, nbytes: int, device: str, b
     """
     work.run()
     peak = memory.peak(work.run, device)
-    # a sample of a small case is many calls, so that the clock and a stray interrupt do not matter
-    calls = max(1, min(20, 1_000_000 // elements))
     runs = [work.run, copier(nbytes, device), *([baseline.run] if baseline else [])]
-    times = in_turn(runs, calls, device)
+    times = in_turn(runs, device)
     median, copy = statistics.median(times[0]), statistics.median(times[1])
     row = {"op": op, "elements": elements, "bytes": nbytes, "seconds": median, "seconds_best": min(times[0])}
-    row |= {"calls": calls, "rounds": len(times[0]), "elements_per_s": elements / median}
+    row |= {"rounds": len(times[0]), "elements_per_s": elements / median}
     row |= {"GB_per_s": nbytes / median / 1e9, "copy_seconds": copy, "copy_seconds_best": min(times[1])}
     row |= {"fraction_of_copy": copy / median, "launches": work.launches}
     row |= {"peak_bytes": peak, "held_bytes": work.held, "device": device}
