@@ -1,6 +1,6 @@
-"""Replay of a log: many updates to a pass, against the original loop step by step and against drawing z alone.
+"""Replay of a log: many updates to a pass, against the original loop step by step and against `sum_of_squares`.
 
-Drawing alone is `sum_of_squares`: the same z, on as many threads, added up in registers rather than stored.
+Drawing is `sum_of_squares`: the same z, on as many threads, added up in float64, not stored; `growth.py` draws alone.
 """
 
 import statistics

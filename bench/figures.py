@@ -34,7 +34,7 @@ def grid(axes, machine: dict) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     name = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    axes.text(1, -0.16, f"{name}, torch {machine['torch']}", transform=axes.transAxes, ha="right", fontsize=7)
+    axes.text(1, -0.2, f"{name}, torch {machine['torch']}", transform=axes.transAxes, ha="right", fontsize=7)
 
 
 def draw_growth(name: str, points: list[dict], machine: dict, path: Path) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 import machine
 import rows
 import torch
+from drawing import drawer
 from providers import COEFFICIENT, foreach, original, ours
 from shapes import Case, case_of
 
-from mezo_kernels import step_, sum_of_squares
+from mezo_kernels import step_
 
 ELEMENTS = {"cpu": [1 << n for n in range(20, 27)], "cuda": [1 << n for n in range(20, 31)]}
 TENSORS, ELEMENTS_OF_TENSORS = [1 << n for n in range(13)], 1 << 20
@@ -26,7 +27,7 @@ def point(x: int, case: Case, runs: dict, device: str) -> dict:
     """Seconds of a call by name, medians of rounds in turn; among them the limits: a copy, and drawing z once."""
     limits = {
         "copy": rows.copier(8 * case.elements, device),
-        "drawing z": lambda: sum_of_squares(case.layout, 1),
+        "drawing z": drawer(case, device),
     }
     times = rows.in_turn([*limits.values(), *runs.values()], device)
     seconds = [statistics.median(part) for part in times]
