@@ -7,7 +7,7 @@ RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint bench crash-test verify-sglang test-gpu clean
+.PHONY: demo test lint bench bench-compare bench-growth bench-figures bench-gpu crash-test verify-sglang test-gpu clean
 
 demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
@@ -20,7 +20,23 @@ lint: $(READY)  ## style, without changing anything
 	$(VENV)/bin/ruff format --check .
 
 bench: $(READY)  ## the fused ops against their peers; JSON under bench/results/
-	$(VENV)/bin/python -m pytest bench --benchmark-json=$(RESULTS)/bench.json
+	$(VENV)/bin/python -m pytest bench --benchmark-quiet --benchmark-json=$(RESULTS)/bench.json
+
+bench-compare: $(READY)  ## fails where an op's ratio to the copy of its run fell by 10 %; BASE=old.json [NEW=new.json]
+	@test -n "$(BASE)" || { echo "give the older result: make bench-compare BASE=path/to/old.json"; exit 2; }
+	$(VENV)/bin/python bench/compare.py $(BASE) $(or $(NEW),$(RESULTS)/bench.json)
+
+bench-growth: $(READY)  ## cost over parameters, tensors and updates; JSON under bench/results/
+	$(VENV)/bin/python bench/growth.py --output $(RESULTS)/growth.json
+
+bench-figures: $(READY)  ## figures of bench/results/<machine>/ from its JSON alone
+	$(VENV)/bin/python bench/figures.py $(RESULTS)
+
+bench-gpu:  ## bench and bench-growth on a CUDA device, in the current environment; JSON and figures under bench/results/<gpu>/
+	folder=$$($(PYTHON) bench/machine.py cuda) && \
+	$(PYTHON) -m pytest bench --device cuda --benchmark-quiet --benchmark-json=$$folder/bench.json && \
+	$(PYTHON) bench/growth.py --device cuda --output $$folder/growth.json && \
+	$(PYTHON) bench/figures.py $$folder
 
 crash-test: $(READY)  ## a run killed at 30 random moments ends like one left alone; JSON under bench/results/
 	$(VENV)/bin/python bench/crash_test.py --moments 30 --steps 20000 --output $(RESULTS)/crash_test.json

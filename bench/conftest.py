@@ -1,6 +1,5 @@
 """How every row is measured: parity first, then rounds in which the copy and the original take their turns."""
 
-import functools
 import sys
 from pathlib import Path
 
@@ -11,16 +10,31 @@ from mezo_kernels import ParamLayout, perturb_, step_
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine
+import providers
 import rows
+from shapes import FLOATS, make
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="where everything is timed")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    name = request.config.getoption("--device")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.exit("--device cuda needs a GPU that torch sees; torch.cuda.is_available() is False", returncode=1)
+    return name
 
 
 @pytest.fixture(scope="session", autouse=True)
-def parity():
+def parity(device):
     """No timing on a red gate: the timed backend gives the bits of the reference."""
     for n in (1, 1027, 5000):
         results = []
         for backend in (None, "reference"):
-            theta = ParamLayout({"w": torch.linspace(-1, 1, n), "v": torch.ones(7, n)})
+            values = {"w": torch.linspace(-1, 1, n), "v": torch.ones(7, n)}
+            theta = ParamLayout({name: value.to(device) for name, value in values.items()})
             targets = [theta.like([torch.zeros_like(t, dtype=torch.bfloat16) for t in theta.tensors]) for _ in "+-"]
             perturb_(theta, 0.3, 2**63 + n, backend=backend)
             step_(theta, [(1, 0.1), (2, 0.2, 0.9)], 0.99, 3, 1e-2, *targets, backend=backend)
@@ -30,16 +44,31 @@ def parity():
 
 
 @pytest.fixture
-def measure(benchmark):
-    """Time a function as `rows.measure` does."""
-    return functools.partial(rows.measure, benchmark)
+def measure(benchmark, device, request):
+    """Time an op of a provider on a case, in turn with a copy and, where it is ours, with the original loop."""
+
+    def run(op, shape, dtype, provider, **options):
+        reason = providers.unsuitable(provider, shape, dtype, device)
+        if reason:
+            pytest.skip(reason)
+        if provider == "torch.compile of the reference":
+            request.getfixturevalue("compiler")
+        case = make(shape, FLOATS[dtype], device)
+        work = providers.PROVIDERS[provider](op, case, **options)
+        ours = provider == "ours" and not options
+        baseline = providers.original(op, case) if ours else None
+        nbytes = rows.bytes_of(op, case.elements, FLOATS[dtype])
+        facts = {"shape": shape, "tensors": len(case.params), "dtype": dtype, "provider": provider} | options
+        rows.measure(benchmark, op, work, case.elements, nbytes, device, baseline, **facts)
+
+    return run
 
 
 @pytest.fixture(scope="session")
-def compiler():
+def compiler(device):
     """Skips where torch.compile cannot make code for this machine."""
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2))
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:
         pytest.skip(f"torch.compile does not run here: {type(error).__name__}: {str(error).splitlines()[0]}")
 
@@ -50,10 +79,9 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Keep what a reader needs: no raw samples, no dump of the machine."""
-    output_json["machine_info"] = machine.describe()
+    """Keep what a reader needs: rows by our own clock, no raw samples, no dump of the machine."""
+    output_json["machine_info"] = machine.describe(config.getoption("--device"))
     output_json["summary"] = rows.summary
     for row in output_json["benchmarks"]:
-        row["stats"] = {name: row["stats"][name] for name in ("min", "median", "max", "iqr", "rounds")}
-        for name in ("options", "params", "param", "group"):
+        for name in ("options", "params", "param", "group", "stats"):
             row.pop(name, None)

@@ -224,10 +224,14 @@ def _store(value, address, stride, dtype, n):
 
 @njit(error_model="numpy", nogil=True, cache=True)
 def _subtract(y, x, c, z, n):
-    """y <- x - (c * z), all addresses of n floats."""
-    x, y, z = _array(x, 1, n, np.float32), _array(y, 1, n, np.float32), _array(z, 1, n, np.float32)
-    for j in range(n):
-        y[j] = x[j] - c * z[j]
+    """y <- x - (c * z), n floats at each address; y may be x, which LLVM must be told or it takes the scalar loop."""
+    same, x, y, z = x == y, _array(x, 1, n, np.float32), _array(y, 1, n, np.float32), _array(z, 1, n, np.float32)
+    if same:
+        for j in range(n):
+            x[j] = x[j] - c * z[j]
+    else:
+        for j in range(n):
+            y[j] = x[j] - c * z[j]
 
 
 @njit(error_model="numpy", nogil=True, cache=True)
@@ -333,10 +337,6 @@ _items = AddressCache(_build_items)
 _pool = threading.Lock()  # numba's default thread pool aborts the process when two threads enter it at once
 
 
-def _scratch(threads: int) -> np.ndarray:
-    return np.empty(threads * SCRATCH, F)
-
-
 def _keys(seeds: list[int]) -> np.ndarray:
     return np.array([(s & 0xFFFFFFFF, s >> 32) for s in seeds], dtype=np.uint32).reshape(-1, 2)
 
@@ -368,10 +368,10 @@ def _run(theta, plus, minus, geometry, seeds, coefficients, decays, draws, next_
     arguments = (*passes, _keys(next_seeds), F(eps), STREAMS[distribution])
     threads = _threads(items, n_elements * max(1, len(seeds) + len(next_seeds)))
     if threads == 1:
-        _step_items(items, 0, len(items), _scratch(1), 0, *arguments)
+        _step_items(items, 0, len(items), np.empty(SCRATCH, F), 0, *arguments)
     else:
         with _pool:
-            _step_parallel(threads, items, _scratch(threads), *arguments)
+            _step_parallel(threads, items, np.empty(threads * SCRATCH, F), *arguments)
 
 
 def sum_of_squares(theta, geometry, seed, distribution) -> float:
@@ -385,10 +385,10 @@ def _run_draw(items: np.ndarray, n_elements: int, write: bool, seed: int, distri
     arguments = (squares, write, k[0], k[1], STREAMS[distribution])
     threads = _threads(items, n_elements)
     if threads == 1:
-        _draw_items(items, 0, len(items), _scratch(1), 0, *arguments)
+        _draw_items(items, 0, len(items), np.empty(SCRATCH, F), 0, *arguments)
     else:
         with _pool:
-            _draw_parallel(threads, items, _scratch(threads), *arguments)
+            _draw_parallel(threads, items, np.empty(threads * SCRATCH, F), *arguments)
     return squares
 
 

@@ -241,19 +241,26 @@ class AddressCache:
 
     def __init__(self, build, max_entries: int = 64):
         self.build, self.max_entries = build, max_entries
-        self.tables, self.layouts = OrderedDict(), {}
+        # latest: layouts -> (key, table) of their last call; comparing with it saves the hash of every address
+        self.tables, self.layouts, self.latest = OrderedDict(), {}, {}
 
     def __call__(self, theta, plus, minus, geometry: list[torch.Tensor]):
-        tensors = (*theta, *plus, *minus)
         layouts = tuple(map(torch.Tensor.data_ptr, geometry))
         strided, _ = self.layouts.get(layouts) or self._meet(layouts, geometry)
-        key = (layouts, *map(torch.Tensor.data_ptr, tensors))
+        key = [*map(torch.Tensor.data_ptr, theta), *map(torch.Tensor.data_ptr, (*plus, *minus))]
         # a clone made by a compiler keeps the strides of dense tensors only
         if strided:
-            key += tuple(map(torch.Tensor.stride, tensors))
+            key += map(torch.Tensor.stride, (*theta, *plus, *minus))
+        latest, table = self.latest.get(layouts, (None, None))
+        if latest != key:
+            table = self._look_up((layouts, *key), theta, plus, minus, geometry[0])
+            self.latest[layouts] = key, table
+        return table
+
+    def _look_up(self, key: tuple, *arguments):
         table = self.tables.get(key)
         if table is None:
-            table = self.tables[key] = self.build(theta, plus, minus, geometry[0])
+            table = self.tables[key] = self.build(*arguments)
             if len(self.tables) > self.max_entries:
                 self.tables.popitem(last=False)
         return table
@@ -263,5 +270,6 @@ class AddressCache:
         if len(self.layouts) >= self.max_entries:
             self.tables.clear()
             self.layouts.clear()
+            self.latest.clear()
         met = self.layouts[layouts] = any(g[0, STRIDED].item() for g in geometry), list(geometry)
         return met

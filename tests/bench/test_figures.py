@@ -1,0 +1,76 @@
+"""`make bench-figures`: figures of the JSON files and of nothing else."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MACHINE = {"cpu": "imagined", "threads": 2, "torch": "2.13.0"}
+FIGURES = [
+    *(f"growth_{name}.svg" for name in ("parameters", "tensors", "updates")),
+    "bench_perturb.svg",
+    "bench_step.svg",
+]
+
+
+def growth():
+    def series(*xs):
+        seconds = [{"copy": x, "drawing z": 2.0 * x, "ours": 3.0 * x, "original loop": 20.0 * x} for x in xs]
+        return [{"x": x, "elements": 1024, "seconds": s} for x, s in zip(xs, seconds, strict=True)]
+
+    return {"machine": MACHINE, "series": {name: series(1, 2, 4) for name in ("parameters", "tensors", "updates")}}
+
+
+def bench(ops=("perturb", "step"), fraction=0.5):
+    facts = [{"op": op, "shape": s, "provider": p} for op in ops for s in ("a", "b") for p in ("ours", "peer " + s)]
+    rows = [f | {"dtype": "float32", "fraction_of_copy": fraction} for f in facts]
+    rows.append({"op": "first call", "seconds": 3.0})
+    return {"machine_info": MACHINE, "benchmarks": [{"extra_info": row} for row in rows]}
+
+
+def draw(folder, **files):
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    command = [sys.executable, str(ROOT / "bench/figures.py"), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    result = draw(tmp_path, growth=growth(), bench=bench())
+    assert result.returncode == 0, result.stderr
+    return {name: (tmp_path / name).read_bytes() for name in FIGURES}
+
+
+def test_one_figure_a_question_with_the_limits_in_it(drawn):
+    for name in FIGURES:
+        assert drawn[name].startswith(b"<?xml")
+        assert b"copy of the same bytes (limit)" in drawn[name]
+        assert b"imagined, 2 threads" in drawn[name]
+    assert all(b"drawing z alone (limit)" in drawn[name] for name in FIGURES[:3])
+
+
+def test_the_same_json_gives_the_same_bytes_and_other_json_others(drawn, tmp_path):
+    draw(tmp_path, growth=growth(), bench=bench())
+    assert {name: (tmp_path / name).read_bytes() for name in FIGURES} == drawn
+    draw(tmp_path, bench=bench(fraction=0.7))
+    assert (tmp_path / "bench_step.svg").read_bytes() != drawn["bench_step.svg"]
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"bench": bench()}, "run `make bench-growth` first"),
+        ({"growth": growth()}, "run `make bench` first"),
+        ({"growth": growth(), "bench": bench(ops=["perturb"])}, "has no row of step"),
+    ],
+    ids=["no growth", "no bench", "no step"],
+)
+def test_what_is_missing_is_said(tmp_path, files, says):
+    result = draw(tmp_path, **files)
+    assert result.returncode == 1
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
