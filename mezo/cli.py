@@ -1,4 +1,4 @@
-"""The `mezo` command: train, eval, replay, verify, demo. Heavy imports wait until a command needs them."""
+"""The `mezo` command, as USAGE lists it. Heavy imports wait until a command needs them."""
 
 import dataclasses
 import json
