@@ -11,6 +11,7 @@ import torch
 from mezo import checkpoint
 from mezo.checkpoint import RunDirectory
 from mezo.config import Config, UserError
+from mezo.evaluation import score_split
 from mezo.objectives import evaluate as evaluate_scores
 from mezo.parallel import Ranks
 from mezo.runtimes.base import Runtime
@@ -18,7 +19,7 @@ from mezo.runtimes.merge import merge
 from mezo.runtimes.peft_model import is_masked, load_tokenizer
 from mezo.runtimes.stacks import complete_fields, complete_stacks
 from mezo.tasks import load_splits, with_objective
-from mezo.trainer import Trainer, score_split
+from mezo.trainer import Trainer
 from mezo.trajectory import read_trajectory
 
 

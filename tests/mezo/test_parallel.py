@@ -85,13 +85,13 @@ def test_a_killed_rank_is_restarted_and_the_log_carries_on(tiny_config, tmp_path
     """SIGKILL to rank 1 in step 7: torchrun starts all ranks again and they replay the log."""
     kill = """
 import os, signal
-from mezo.trainer import Trainer
-measure = Trainer._measure
-def die(self, step):
+from mezo.measurement import Measurement
+record = Measurement.record
+def die(self, step, *rest):
     if step == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
-    return measure(self, step)
-Trainer._measure = die
+    return record(self, step, *rest)
+Measurement.record = die
 """
     options = {"steps": 12, "eval_every": 6, "num_perturbations": 2, "parallel": "perturbations"}
     one = dataclasses.replace(tiny_config, **options)

@@ -179,7 +179,7 @@ def test_a_nan_evaluation_is_never_the_best(tiny_config, monkeypatch):
         # call 0 scores the test set, call 1 dev at step 0
         return {**values, "accuracy": None, "loss": None} if next(calls) == 1 else values
 
-    monkeypatch.setattr("mezo.trainer.evaluate", broken)
+    monkeypatch.setattr("mezo.evaluation.evaluate", broken)
     result = commands.train(tiny_config)
     assert result["dev"][0]["accuracy"] is None
     assert result["best_step"] > 0

@@ -1,0 +1,74 @@
+"""What result.json says of a run."""
+
+from collections.abc import Sequence
+
+from mezo.clock import Clock
+from mezo.config import Config
+from mezo.evaluation import rms
+from mezo.parallel import Ranks
+from mezo.trajectory import StepRecord
+
+METRICS = "accuracy", "loss", "f1", "auc"
+
+
+def result(
+    config: Config,
+    best: int,
+    after: dict[str, dict],
+    records: Sequence[StepRecord],
+    metrics: Sequence[dict],
+    clock: Clock,
+    ranks: Ranks,
+) -> dict:
+    """The result of a run that reached its last step.
+
+    Args:
+        config: the run's.
+        best: step whose adapter was kept.
+        after: rows of that adapter, by split.
+        records: of all steps.
+        metrics: rows of metrics.jsonl.
+        clock: of the run.
+        ranks: what they exchanged.
+    """
+    before = {split: next(r for r in metrics if r["split"] == split) for split in after}
+    grads = [g for record in records if not record.skipped for g in record.projected_grads]
+    tokens, eval_tokens, seconds = clock.runtime.tokens, clock.runtime.eval_tokens, clock.seconds
+    return {
+        **{s: {"before": _take(before[s], METRICS), "after": _take(after[s], METRICS)} for s in after},
+        "dev": [_take(row, ("step", *METRICS)) for row in metrics if row["split"] == "dev"],
+        "best_step": best,
+        "steps": len(records),
+        "steps_counted": clock.steps,
+        "seconds_training": seconds["training"],
+        "seconds_of_training": {**clock.parts, "bookkeeping": seconds["training"] - sum(clock.parts.values())},
+        "seconds_loading": seconds["loading"],
+        "seconds_cache_filling": seconds["filling"],
+        "seconds_compilation": seconds["compilation"],
+        "seconds_evaluation": seconds["evaluation"],
+        "steps_per_second": clock.rate,
+        "runtime": config.runtime,
+        "ranks": ranks.size,
+        "bytes_exchanged_per_step": ranks.bytes_exchanged / max(clock.steps_here, 1),
+        "tokens_scored": tokens.scored,
+        "tokens_computed": round(tokens.computed),
+        "tokens_reused": round(tokens.reused),
+        "eval_tokens_scored": eval_tokens.scored,
+        "eval_tokens_computed": round(eval_tokens.computed),
+        "eval_tokens_reused": round(eval_tokens.reused),
+        **_noise(metrics),
+        "zero_gradient_share": sum(g == 0 for g in grads) / max(len(grads), 1),
+        "clipped_share": sum(abs(g) > config.clip for g in grads) / max(len(grads), 1) if config.clip else 0.0,
+        "skipped_steps": sum(record.skipped for record in records),
+    }
+
+
+def _noise(metrics: Sequence[dict]) -> dict:
+    """Noise of projected_grad beside its root mean square, over the whole run."""
+    rows = [row for row in metrics if row["split"] == "noise"]
+    noise, signal = (rms([row[key] for row in rows]) for key in ("noise", "projected_grad_rms"))
+    return {"projected_grad_noise": noise, "projected_grad_rms": signal} if rows else {}
+
+
+def _take(row: dict, keys: Sequence[str]) -> dict:
+    return {key: row.get(key) for key in keys}
