@@ -17,11 +17,11 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
+from machine import describe
+from training_step import ALL, OurStep, configs
 
-from bench.machine import describe
-from bench.training_step import ALL, OurStep, configs
+from mezo.config import Config
 from mezo.objectives import cross_entropy
 from mezo.runtimes.base import Example
 from mezo.runtimes.hf import HFRuntime
@@ -50,13 +50,13 @@ class Gradients:
     """A step with the model's own forward pass at the scored positions, and what a method does with it.
 
     Args:
+        config: of the adapter.
         data: the batch.
         trained: "nothing", "adapter" or "all weights".
     """
 
-    def __init__(self, data: list[Example], trained: str):
-        every = configs()["all layers"]
-        runtime = HFRuntime(every)
+    def __init__(self, config: Config, data: list[Example], trained: str):
+        runtime = HFRuntime(config)
         self.parts, self.labels = runtime.parts, torch.tensor([example.label for example in data])
         if trained != "adapter":
             self.parts.model.unload()  # the base model alone; body and head are its own modules
@@ -69,8 +69,8 @@ class Gradients:
         self.trained = chosen
         self.optimizer = torch.optim.AdamW(chosen, lr=1e-5) if chosen else None
 
-    def __call__(self) -> None:
-        """Do one step."""
+    def __call__(self) -> float:
+        """Do one step; return the loss before it."""
         with torch.set_grad_enabled(bool(self.trained)):
             out = self.parts.body(self.rows.ids, attention_mask=self.rows.mask, use_cache=False)
             logits = self.parts.head(scored(out.last_hidden_state, self.rows.positions))
@@ -80,6 +80,7 @@ class Gradients:
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
 
 
 def step_of(method: str, data: list[Example], log: Path):
@@ -94,7 +95,7 @@ def step_of(method: str, data: list[Example], log: Path):
         runtime = HFRuntime(config)
         return OurStep(runtime, config, data, log), runtime
     kinds = {"inference alone": "nothing", "AdamW, adapter": "adapter", "AdamW, all weights": "all weights"}
-    return Gradients(data, kinds[method]), None
+    return Gradients(config, data, kinds[method]), None
 
 
 def tree(root: int) -> list[int]:

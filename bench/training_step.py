@@ -15,11 +15,10 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
+from machine import describe
+from providers import original_pass
 
-from bench.machine import describe
-from bench.providers import original_pass
 from mezo import demo
 from mezo.config import Config
 from mezo.measurement import Measurement
