@@ -33,6 +33,8 @@ def train(config: Config) -> dict | None:
     """
     if config.num_demonstrations:
         raise UserError("--num-demonstrations is for mezo eval, training prompts have none: leave it out")
+    if config.follows:
+        return follow(with_objective(with_adapter_options(config).absolute()))
     ranks, config = Ranks(), with_objective(with_adapter_options(config).absolute())
     if ranks.restarted and _started_here(config):
         return resume(config.output_dir, ranks)
@@ -48,6 +50,19 @@ def train(config: Config) -> dict | None:
         else:
             run = RunDirectory(Path(config.output_dir))
         return _carry_through(Trainer(config, runtime, splits, run, ranks=ranks, seconds_loading=seconds), ranks)
+
+
+def follow(config: Config) -> dict:
+    """Run this machine's part of an engine, `node_rank` of `nnodes`, until the trainer on the first machine ends it.
+
+    Args:
+        config: the trainer's, but for node_rank; its run directory is not touched.
+    Raises:
+        RunError: the engine ended before the trainer did.
+    """
+    with _loaded(config, need="train") as (runtime, _, _):
+        runtime.follow()
+    return {}
 
 
 def with_adapter_options(config: Config) -> Config:
@@ -85,6 +100,8 @@ def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None) -
     Returns:
         As `train`; for a finished run, its result.
     """
+    if machine and (config := dataclasses.replace(RunDirectory(Path(path)).read_config(), **machine)).follows:
+        return follow(config)
     ranks = ranks or Ranks()
     run = RunDirectory.open(path) if ranks.leads else RunDirectory(Path(path))
     config = dataclasses.replace(run.read_config(), **(machine or {}))
@@ -127,6 +144,8 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
         accuracy, loss, f1 and auc by split; with num_demonstrations train gives these and is not scored.
     """
     config = dataclasses.replace(with_objective(config), trunk_cache="off", eval_train=True)
+    if config.follows:
+        raise UserError("--engine-arg node_rank: only mezo train runs on several machines; use one, or --runtime hf")
     with _loaded(config) as (runtime, splits, _):
         if adapter is not None:
             runtime.load(checkpoint.load_adapter(adapter, runtime.spec.shapes))

@@ -160,6 +160,12 @@ class Config:
             path = getattr(self, name)
             _require(not path or Path(path).is_file(), f"--{name.replace('_', '-')}: no such file: {path}")
 
+    @property
+    def follows(self) -> bool:
+        """True on the second and later machines of an engine: they serve a trainer that runs on the first."""
+        ranks = [arg.partition("=")[2].strip() for arg in self.engine_arg if arg.strip().startswith("node_rank=")]
+        return self.runtime == "sglang" and bool(ranks) and ranks[-1] != "0"
+
     def absolute(self) -> "Config":
         """The same configuration, valid from any working directory."""
         paths = {n: str(Path(v).absolute()) for n in PATHS if (v := getattr(self, n)) and Path(v).exists()}

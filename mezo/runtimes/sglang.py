@@ -85,6 +85,9 @@ class SGLangRuntime:
         self.examples = splits
         self.rows = {split: [rows_of(example) for example in examples] for split, examples in splits.items()}
         self._check_lengths()
+        if self.config.follows:  # the first machine proves and scores
+            self._launch()
+            return
         proof = self._proof_rows()
         expected = [self._expected(proof, seed) for seed in (0, 1)]
         self._parts = None
@@ -107,7 +110,7 @@ class SGLangRuntime:
 
     def _launch(self) -> None:
         held = sum(len(row.ids) for row in self._all_rows()) if self.shared else 0
-        adapters = write_placeholders(self._scratch / "placeholder", self.spec, self.pairs)
+        adapters = write_placeholders(self._scratch, self.options, self.spec, self.pairs)
         requests, tokens = self._largest_call()
         self.call_tokens = call_tokens(tokens)
         arguments = engine_arguments(
@@ -118,8 +121,14 @@ class SGLangRuntime:
         except UserError:
             self._keep_log = True
             raise
+        if self.config.follows:
+            return
         shapes = json.dumps({name: list(shape) for name, shape in self.spec.shapes.items()})
         self.ranks = self._call("setup", shapes=shapes, pairs=self.pairs, share=self.shared, backend=self.backend)
+
+    def follow(self) -> None:
+        """On the second and later machines of an engine: serve until the trainer, on the first, ends it."""
+        self.engine.follow()
 
     def _largest_call(self) -> tuple[int, int]:
         """Requests, and tokens, of the largest batch that training or evaluation may ask for."""
