@@ -66,7 +66,7 @@ class Reward:
             value = self.function(dict(example.fields), output)
         except Exception as error:
             raise UserError(
-                f"--reward {self.source} raised {type(error).__name__} ({_one_line(error)}) on {example.where} with the text"
+                f"--reward {self.source} raised {_named(error)} on {example.where} with the text"
                 f" {output!r:.60}: a reward must take any text; correct it and start anew"
             ) from error
         number = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
@@ -100,11 +100,9 @@ def _import(source: str, place: str) -> ModuleType:
         sys.modules[spec.name] = module  # where dataclasses and pickle look a class's module up
         spec.loader.exec_module(module)
     except Exception as error:  # it is the user's code: anything may go wrong in it
-        raise UserError(
-            f"--reward {source}: it cannot be imported ({type(error).__name__}: {_one_line(error)})"
-        ) from error
+        raise UserError(f"--reward {source}: it cannot be imported ({_named(error)})") from error
     return module
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -45,13 +45,13 @@ def test_a_file_may_define_dataclasses(tmp_path):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return example['no']", "raised KeyError ('no') on train.jsonl line 4 with the text 'ice'"),
+        ("return example['no']", "raised KeyError: 'no' on train.jsonl line 4 with the text 'ice'"),
         ("return float('nan')", "gave nan for train.jsonl line 4 with the text 'ice': it must be a finite number"),
         ("return float('inf')", "gave inf for train.jsonl line 4"),
         ("return 'good'", "gave 'good' for train.jsonl line 4"),
         ("return None", "gave None for train.jsonl line 4"),
         ("return [1.0]", "gave [1.0] for train.jsonl line 4"),
-        ("raise ValueError('a\\nb')", "raised ValueError (a b) on train.jsonl line 4"),
+        ("raise ValueError('a\\nb')", "raised ValueError: a b on train.jsonl line 4"),
     ],
 )
 def test_bad_values_name_the_example(source, body, message):
@@ -77,7 +77,7 @@ def test_rewards_that_are_not_there(text, message):
 
 def test_a_file_that_fails_is_named(source, tmp_path):
     (tmp_path / "mine.py").write_text("x = (\n")
-    with pytest.raises(UserError, match="it cannot be imported .SyntaxError"):
+    with pytest.raises(UserError, match=r"it cannot be imported .SyntaxError"):
         Reward(f"{tmp_path / 'mine.py'}:reward")
 
 
