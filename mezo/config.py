@@ -231,6 +231,7 @@ def _typed(key: str, value, kind):
 
 def check(config: Config) -> None:
     """Raise UserError on a value that no run can have; what depends on model or data is checked when that is read."""
+    _check_objective(config)
     _require(bool(config.model), "--model is missing: give a path or a hub id")
     _require(bool(config.output_dir), "--output-dir is missing: give the run directory to create")
     files = config.train_file or config.dev_file or config.test_file
@@ -281,7 +282,6 @@ def check(config: Config) -> None:
     for name in ENGINE:
         given = config.runtime == "sglang" or getattr(config, name) == getattr(Config, name)
         _require(given, f"--{name.replace('_', '-')} is of the engine: use --runtime sglang with it")
-    _check_objective(config)
     _require(config.verify_every >= -1, f"--verify-every must be at least -1, got {config.verify_every}")
 
 
