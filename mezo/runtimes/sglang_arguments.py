@@ -16,6 +16,7 @@ from mezo.config import Config, UserError
 from mezo.runtimes.base import AdapterSpec
 from mezo.runtimes.sglang_engine import PATIENCE, accelerated
 from mezo.runtimes.stacks import complete_fields, complete_stacks
+from mezo_kernels import available_backends
 
 OLDEST = "0.5.23"
 MAX_CALL_TOKENS = 16384  # of a forward pass on a GPU
@@ -191,3 +192,16 @@ def write_placeholders(directory: Path, spec: AdapterSpec, pairs: int) -> list[d
     (directory / "adapter_config.json").write_text(json.dumps(complete_fields(spec.peft, tensors)))
     names = [f"{sign}{k}" for k in range(pairs) for sign in ("plus", "minus")]
     return [{"lora_name": name, "lora_path": str(directory), "pinned": True} for name in names]
+
+
+def default_dtype() -> torch.dtype:
+    """Of the base model under --dtype auto."""
+    return torch.bfloat16 if accelerated() else torch.float32
+
+
+def backend_of(name: str) -> str | None:
+    """The fused ops' backend that --backend names, None for auto. Raises UserError if it does not run here."""
+    available = available_backends("cuda" if accelerated() else "cpu")
+    if name != "auto" and name not in available:
+        raise UserError(f"--backend {name} does not run here; available: {', '.join(available)}")
+    return None if name == "auto" else name
