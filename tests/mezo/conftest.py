@@ -66,6 +66,8 @@ def as_flags():
         argv = []
         for name, value in options.items():
             argv.append("--" + name.replace("_", "-"))
+            if value is True:
+                continue
             argv += [str(v) for v in value] if isinstance(value, (tuple, list)) else [str(value)]
         return argv
 
