@@ -47,8 +47,8 @@ class Task:
         row: turns a stored row into one with the fields of the template and, with label words, `label`, an index into
             them; without, `options` (a list of strings) and `answer` (an index, or the option's text). None: no answer
             is known, the row is left out. Rows of local files (--train-file beside --task) pass through it too.
-            `references` lists the right answers as text, where they are more than the right option; `names` says what
-            each option is as an answer, and several may be right.
+            Beside `options`, `references` may list every right answer as text, and `option_names` say what each
+            option is as an answer; several may be right then.
         objective: what is trained unless the run names another: "cross_entropy", or "lm_cross_entropy" where the answer
             is text.
         metric: which figure of an evaluation is the task's own: "accuracy", "f1", "auc" or "loss".

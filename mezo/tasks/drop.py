@@ -11,7 +11,7 @@ def answered(row: Row) -> Row | None:
     >>> answered({**row, "answers_spans": {"spans": ["3"], "types": ["number"]}})["options"]
     [' 3\\n']
     """
-    references = [text.strip() for text in row["answers_spans"]["spans"]]
+    references = [text.strip() for text in row["answers_spans"]["spans"] if text.strip()]
     if not references:
         return None
     options = [f" {references[0]}\n"]

@@ -19,7 +19,7 @@ def completed(row: Row) -> Row | None:
         "passage": row["passage"].replace("@highlight\n", "- "),
         "options": [" " + row["query"].replace("@placeholder", name) for name in names],
         "answer": names.index(row["answers"][0]),
-        "names": names,
+        "option_names": names,
         "references": list(dict.fromkeys(row["answers"])),
     }
 

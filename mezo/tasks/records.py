@@ -62,15 +62,16 @@ def _record(
     fields = {name: _field(row, name, where) for name in template_fields}
     if label_words:
         options, label = tuple(label_words), _label(row, len(label_words), where)
-    elif min_options or "options" in row:
-        options = _options(row, min_options, where)
-        label = _answer(row, options, where)
-    else:
+        return Record(fields, options, label, where, references=(options[label].strip(),), row=row)
+    if not min_options and "options" not in row:
         return Record(fields, (), 0, where, row=row)
+    options = _options(row, min_options, where)
+    label = _answer(row, options, where)
     references = _texts(row, "references", where) or (options[label].strip(),)
-    names = _texts(row, "names", where)
+    names = _texts(row, "option_names", where)
     if names and (len(names) != len(options) or names[label] not in references):
-        raise UserError(f"{where}: names must be one an option, the right one's among references, got {names!r:.60}")
+        wanted = "option_names must be one an option, the right one's among references"
+        raise UserError(f"{where}: {wanted}, got {names!r:.60}: correct them")
     return Record(fields, options, label, where, references=references, names=names, row=row)
 
 
@@ -78,7 +79,7 @@ def _texts(row: Row, name: str, where: str) -> tuple[str, ...]:
     """A field that lists texts, or () where the row has none."""
     texts = row.get(name) or ()
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
-        raise UserError(f"{where}: {name} must be a list of non-empty strings, got {texts!r:.60}")
+        raise UserError(f"{where}: {name} must be a list of non-empty strings, got {texts!r:.60}: correct it")
     return tuple(_encodable(text, name, where) for text in texts)
 
 

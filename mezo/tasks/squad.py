@@ -11,7 +11,7 @@ def answered(row: Row) -> Row | None:
     >>> answered({**row, "answers": {"text": ["Ice", "ice"], "answer_start": [0, 0]}})["options"]
     [' Ice\\n']
     """
-    references = [text.strip() for text in row["answers"]["text"]]
+    references = [text.strip() for text in row["answers"]["text"] if text.strip()]
     if not references:
         return None
     options = [f" {references[0]}\n"]

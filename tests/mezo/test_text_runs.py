@@ -55,7 +55,8 @@ def config(text_model, write, tmp_path):
     (tmp_path / "mine.py").write_text(SHARE)
     return Config(
         model=text_model, output_dir=str(tmp_path / "run"), train_file=write("train", rows),
-        dev_file=write("dev", rows), test_file=write("test", rows[:6]), objective="reward", reward=f"{tmp_path / 'mine.py'}:share", steps=20,
+        dev_file=write("dev", rows), test_file=write("test", rows[:6]), objective="reward",
+        reward=f"{tmp_path / 'mine.py'}:share", steps=20,
         batch_size=8, max_new_tokens=NEW, lr=0.05, eps=0.1, target_modules=EVERYWHERE, eval_every=5, noise=False,
     )  # fmt: skip
 

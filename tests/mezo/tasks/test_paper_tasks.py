@@ -203,7 +203,7 @@ def test_prompts_alone_are_enough_for_a_reward(make, bpe):
     ("fields", "message"),
     [
         ({"references": "Ice"}, "line 1: references must be a list of non-empty strings, got 'Ice'"),
-        ({"names": ["c", "b"]}, "line 1: names must be one an option, the right one's among references"),
+        ({"option_names": ["c", "b"]}, "line 1: option_names must be one an option, the right one's among references"),
     ],
 )
 def test_bad_references_name_their_line(make, bpe, fields, message):
