@@ -166,7 +166,7 @@ class Config:
     @property
     def scores(self) -> bool:
         """Whether a step needs option scores."""
-        return any(name in SCORED for name in self.objectives)
+        return any(name not in GENERATED for name in self.objectives)
 
     @property
     def generates(self) -> bool:

@@ -45,9 +45,10 @@ def test_a_batch_is_written_as_its_rows_one_by_one(model, data):
     assert len(set(together)) > 6
 
 
-def test_texts_are_those_of_transformers(model, data):
+@pytest.mark.parametrize("adapted", [{}, {"target_modules": ("lm_head",)}], ids=["layers", "head"])
+def test_texts_are_those_of_transformers(model, data, adapted):
     """`generate` of the PEFT model itself, a row at a time, without padding."""
-    built = runtime(model, data)
+    built = runtime(model, data, **adapted)
     built.parts.model.generation_config.eos_token_id = None
     for i, text in enumerate(built.generate("train", range(6), NEW, ())):
         prompt = torch.tensor([data[i].prompt])

@@ -15,7 +15,7 @@ NEW = 8
 TEXT = {"task": "squad", "generate": "on", "max_new_tokens": NEW}
 ADAPTED = {
     "a namespace a version": {"target_modules": ALL},
-    "one namespace": {"layers_to_transform": (2,), "target_modules": LAST},
+    "one namespace, head": {"layers_to_transform": (2,), "target_modules": (*LAST, "lm_head")},
 }
 
 
