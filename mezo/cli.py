@@ -370,9 +370,11 @@ def _show_result(result: dict) -> None:
 
 
 def _show_splits(splits: dict[str, dict]) -> None:
-    table = Table("split", "accuracy", "AUC", "F1", "loss")
+    names = {"accuracy": "accuracy", "auc": "AUC", "f1": "F1", "exact_match": "exact match", "reward": "reward"}
+    keys = [key for key in (*names, "loss") if any(key in row for row in splits.values())]
+    table = Table("split", *(names.get(key, key) for key in keys))
     for split, row in splits.items():
-        cells = ("-" if row[key] is None else f"{row[key]:.4f}" for key in ("accuracy", "auc", "f1", "loss"))
+        cells = ("-" if row.get(key) is None else f"{row[key]:.4f}" for key in keys)
         table.add_row(split, *cells)
     Console().print(table)
 

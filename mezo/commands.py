@@ -6,14 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from mezo import checkpoint
 from mezo.checkpoint import RunDirectory
 from mezo.config import Config, UserError
-from mezo.evaluation import score_split
-from mezo.objectives import evaluate as evaluate_scores
+from mezo.evaluation import evaluate_split
 from mezo.parallel import Ranks
+from mezo.rewards import judges
 from mezo.runtimes.base import Runtime
 from mezo.runtimes.merge import merge
 from mezo.runtimes.peft_model import is_masked, load_tokenizer
@@ -141,7 +139,7 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
         config: model and data; its run settings are not used.
         adapter: adapter directory, or None for the base model with a fresh adapter (whose output is zero).
     Returns:
-        accuracy, loss, f1 and auc by split; with num_demonstrations train gives these and is not scored.
+        As `evaluate_split`, by split; with num_demonstrations train gives these and is not scored.
     """
     config = dataclasses.replace(with_objective(config), trunk_cache="off", eval_train=True)
     if config.follows:
@@ -149,13 +147,8 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
     with _loaded(config) as (runtime, splits, _):
         if adapter is not None:
             runtime.load(checkpoint.load_adapter(adapter, runtime.spec.shapes))
-        size = config.eval_batch_size or config.batch_size
-        results = {}
-        for split, examples in splits.items():
-            labels = torch.tensor([example.label for example in examples])
-            scores = score_split(runtime, split, len(examples), size)
-            results[split] = evaluate_scores(scores, labels, config.objective)
-        return results
+        judged = judges(config)
+        return {split: evaluate_split(config, runtime, split, own, judged) for split, own in splits.items()}
 
 
 def replay(run: str, output_dir: str, until: str = "best", backend: str | None = None) -> int:
@@ -216,6 +209,8 @@ def _loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, 
     splits = load_splits(config, tokenizer, masked=is_masked(config.model))
     if need is not None and need not in splits:
         raise UserError("--train-file is missing: give one, or a --task")
+    for judge in judges(config).values():  # a reward that takes nothing is found before the model is loaded
+        judge(next(iter(splits.values()))[0], "")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     runtime = _runtime(config, pad)
     try:
@@ -240,13 +235,14 @@ def _runtime(config: Config, pad: int) -> Runtime:
 
 
 def _same_run(logged: dict, now: dict, path: str) -> None:
-    for key in ("run_seed", "data_hash", "dtype", "peft", "shapes", "model_hash"):
-        a, b = logged[key], now[key]
+    for key in ("run_seed", "data_hash", "reward_hash", "dtype", "peft", "shapes", "model_hash"):
+        a, b = logged.get(key), now.get(key)
         if key == "shapes":
             a, b = ({name: tuple(shape) for name, shape in shapes.items()} for shapes in (a, b))
         if a != b:
+            what = "the file" if key == "reward_hash" else "the model"
             raise UserError(
-                f"--resume {path}: {key} of the log and of the model at hand differ: {_short(a)} and {_short(b)}"
+                f"--resume {path}: {key} of the log and of {what} at hand differ: {_short(a)} and {_short(b)}"
             )
 
 

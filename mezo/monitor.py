@@ -62,7 +62,9 @@ class Monitor:
 
     def evaluation(self, row: dict) -> None:
         """Show one line of metrics.jsonl."""
-        metrics = {k: row[k] for k in ("accuracy", "loss", "f1", "auc") if row.get(k) is not None}
+        metrics = {
+            k: row[k] for k in ("accuracy", "loss", "f1", "exact_match", "reward", "auc") if row.get(k) is not None
+        }
         for name, value in metrics.items():
             self.writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())

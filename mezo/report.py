@@ -48,7 +48,8 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
 
 def _changes(result: dict) -> list[tuple[str, ...]]:
     scored = [name for name in ("test", "train") if name in result]
-    pairs = [(f"{name} {key}", result[name], key) for name in scored for key in ("accuracy", "auc", "f1", "loss")]
+    keys = ("accuracy", "auc", "f1", "exact_match", "reward", "loss")
+    pairs = [(f"{n} {key}", result[n], key) for n in scored for key in keys if key in result[n]["before"]]
     return [(label, _number(row["before"][key]), _number(row["after"][key])) for label, row, key in pairs]
 
 

@@ -9,6 +9,8 @@ from mezo.parallel import Ranks
 from mezo.trajectory import StepRecord
 
 METRICS = "accuracy", "loss", "f1", "auc"
+OF_TEXT = "exact_match", "reward"
+"""Further figures, where text is judged."""
 
 
 def result(
@@ -71,4 +73,4 @@ def _noise(metrics: Sequence[dict]) -> dict:
 
 
 def _take(row: dict, keys: Sequence[str]) -> dict:
-    return {key: row.get(key) for key in keys}
+    return {key: row.get(key) for key in keys} | {key: row[key] for key in OF_TEXT if key in row}

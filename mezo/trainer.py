@@ -5,8 +5,6 @@ import signal
 import threading
 from collections.abc import Sequence
 
-import torch
-
 from mezo import plots
 from mezo.checkpoint import RunDirectory, best_step, load_adapter, replace_file, save_adapter
 from mezo.clock import Clock
@@ -16,6 +14,7 @@ from mezo.measurement import Measurement
 from mezo.monitor import Monitor
 from mezo.parallel import Ranks
 from mezo.result import result
+from mezo.rewards import judges
 from mezo.runtimes.base import Example, Runtime, StepUpdate
 from mezo.trajectory import StepRecord, TrajectoryWriter
 
@@ -47,10 +46,10 @@ class Trainer:
     ):
         self.config, self.runtime, self.run, self.ranks = config, runtime, run, ranks or Ranks()
         self.records = list(records)
-        labels = {split: torch.tensor([e.label for e in examples]) for split, examples in splits.items()}
-        self.clock = Clock(runtime, seconds_loading)
-        self.measurement = Measurement(config, runtime, labels["train"], self.ranks)
-        self.evaluations = Evaluations(config, runtime, labels, run, len(records), self.clock, self.measurement)
+        self.clock, judged = Clock(runtime, seconds_loading), judges(config)
+        self.measurement = Measurement(config, runtime, splits["train"], judged, self.ranks)
+        measured = (self.clock, self.measurement)
+        self.evaluations = Evaluations(config, runtime, splits, judged, run, len(records), *measured)
         self.verify_every = config.verify_every or max(1, config.steps // TENTHS)
         self.due, self.interrupted, self.stopping = False, False, False
 

@@ -25,8 +25,11 @@ class Row:
 
 
 def rows_of(example: Example) -> list[Row]:
-    """One row where every option is a single token (they share the prompt), else one row an option."""
-    options = example.options
+    """One row where every option is a single token (they share the prompt), else one row an option.
+
+    An example without options is never scored; what its row asks for, token 0, serves the proof at the start.
+    """
+    options = example.options or ((0,),)
     if all(len(option) == 1 for option in options):
         position = len(example.prompt) - 1 if example.mask is None else example.mask
         return [Row(example.prompt, (position,), (tuple(option[0] for option in options),))]

@@ -17,6 +17,7 @@ from mezo.config import Config, UserError
 from mezo.runtimes.base import AdapterSpec
 from mezo.runtimes.sglang_engine import PATIENCE, accelerated
 from mezo.runtimes.stacks import complete_fields, complete_stacks
+from mezo_kernels import available_backends
 
 OLDEST = "0.5.23"
 MAX_CALL_TOKENS = 16384  # of a forward pass on a GPU
@@ -129,6 +130,24 @@ def call_tokens(tokens: int) -> int:
     return min(rounded, MAX_CALL_TOKENS) if accelerated() else rounded
 
 
+def largest_call(config: Config, rows: dict[str, list[list]], pairs: int) -> tuple[int, int]:
+    """Requests, and tokens, of the largest batch that training or evaluation may ask for.
+
+    Args:
+        config: the run's.
+        rows: of each split's examples, each a list.
+        pairs: perturbations held at once.
+    """
+    sizes = {"train": 2 * pairs * (config.micro_batch_size or config.batch_size)}
+    evaluated = config.eval_batch_size or config.batch_size
+    requests, tokens, new = 1, 1, config.max_new_tokens if config.generates else 0
+    for split, nested in rows.items():
+        copies, own = max(sizes.get(split, 1), evaluated), max(len(mine) for mine in nested)
+        requests = max(requests, copies * own)
+        tokens = max(tokens, copies * (new + max(sum(len(row.ids) for row in mine) for mine in nested)))
+    return requests, tokens
+
+
 def engine_arguments(
     config: Config,
     options: dict,
@@ -218,3 +237,16 @@ def write_placeholders(scratch: Path, options: dict, spec: AdapterSpec, pairs: i
         (scratch / name).replace(directory / name)  # two processes of one machine may do so at once
     names = [f"{sign}{k}" for k in range(pairs) for sign in ("plus", "minus")]
     return [{"lora_name": name, "lora_path": str(directory), "pinned": True} for name in names]
+
+
+def default_dtype() -> torch.dtype:
+    """Of the base model under --dtype auto."""
+    return torch.bfloat16 if accelerated() else torch.float32
+
+
+def backend_of(name: str) -> str | None:
+    """The fused ops' backend that --backend names, None for auto. Raises UserError if it does not run here."""
+    available = available_backends("cuda" if accelerated() else "cpu")
+    if name != "auto" and name not in available:
+        raise UserError(f"--backend {name} does not run here; available: {', '.join(available)}")
+    return None if name == "auto" else name

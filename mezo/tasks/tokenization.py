@@ -84,11 +84,11 @@ class _CausalSplitter:
             if not prompt:
                 raise UserError(f"{record.where}: the prompt is empty: add words to --prompt")
             options = tuple(_rest(prompt, next(joint), text, option, record.where) for option in record.options)
-            examples.append(Example(prompt, options, record.label))
+            examples.append(Example(prompt, options, record.label, **_judged(record)))
         return examples
 
     def _ids(self, texts: list[str]) -> list[Ids]:
-        batch = _token_ids(self.tokenizer, texts)
+        batch = _token_ids(self.tokenizer, texts) if texts else []
         return [tuple(ids[: len(ids) - self.suffix]) for ids in batch]
 
 
@@ -115,7 +115,8 @@ class _MaskedSplitter:
             if masks != 1:
                 raise UserError(f"{record.where}: the prompt must have one mask, got {masks}: remove it from the text")
             options = tuple((self._word(option),) for option in record.options)
-            examples.append(Example(tuple(ids), options, record.label, ids.index(self.mask_id)))
+            mask = ids.index(self.mask_id)
+            examples.append(Example(tuple(ids), options, record.label, mask, **_judged(record)))
         return examples
 
     def _word(self, option: str) -> int:
@@ -130,8 +131,13 @@ class _MaskedSplitter:
         return self.words[option]
 
 
+def _judged(record: Record) -> dict:
+    """Fields of an example that judge answers as text."""
+    return {"references": record.references, "names": record.names, "fields": record.row, "where": record.where}
+
+
 def _length(example: Example, masked: bool) -> int:
-    return len(example.prompt) + (0 if masked else max(map(len, example.options)))
+    return len(example.prompt) + (0 if masked else max(map(len, example.options), default=0))
 
 
 def _rest(prompt: Ids, joint: Ids, text: str, option: str, where: str) -> Ids:

@@ -63,6 +63,8 @@ def flags_of(options):
     argv = []
     for name, value in options.items():
         argv.append("--" + name.replace("_", "-"))
+        if value is True:
+            continue
         argv += [str(v) for v in value] if isinstance(value, (tuple, list)) else [str(value)]
     return argv
 
