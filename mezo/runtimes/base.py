@@ -1,6 +1,6 @@
 """What a runtime is: it holds the model and theta, scores batches, and steps theta. The trainer knows no more."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -131,6 +131,14 @@ class Runtime(Protocol):
 
     def score(self, split: str, indices: Sequence[int]) -> torch.Tensor:
         """Option scores at theta itself; the perturbed copies are as they were afterwards."""
+
+    def gradient(
+        self, split: str, indices: Sequence[int], loss: Callable[[torch.Tensor], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """d loss(option scores) / d theta by autograd at theta, on the CPU, float32, by canonical name.
+
+        The hf runtime's alone: an engine keeps no graph, and the configuration refuses --true-gradient there.
+        """
 
     def describe(self) -> str:
         """One line on what is trained, where, and what is cached."""
