@@ -12,7 +12,7 @@ KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or f
 ENGINE = ("tp", "radix", "deterministic", "engine_arg")
 """Options of the sglang runtime alone."""
 MACHINE = ("runtime", *ENGINE, "device", "backend", "trunk_cache", "trunk_cache_bytes",
-           "eval_batch_size", "noise", "verify_every")  # fmt: skip
+           "eval_batch_size", "noise", "true_gradient", "verify_every")  # fmt: skip
 """Options that say where and how a run is computed, not what: a resumed run may have others."""
 FLOAT32 = (1.1754943508222875e-38, 3.4028234663852886e38)  # smallest normal and largest number
 
@@ -111,7 +111,10 @@ class Config:
     eval_train: bool = False
     """Score the training set too, before and after the run."""
     noise: bool = True
-    """At every evaluation score a batch four times at theta itself, and report what that puts on projected_grad."""
+    """At every evaluation score a batch four times at theta itself, and report what that puts on projected_grad; also
+    how projected_grad spreads over batch and perturbations, and what rounding leaves of a perturbation."""
+    true_gradient: bool = False
+    """hf: at every evaluation compare the estimate with autograd's gradient; for models small enough for that."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the base model; auto is float32 on a CPU and bfloat16 on a GPU. The trained master is float32 always."""
@@ -236,6 +239,9 @@ def check(config: Config) -> None:
     for name in ENGINE:
         given = config.runtime == "sglang" or getattr(config, name) == getattr(Config, name)
         _require(given, f"--{name.replace('_', '-')} is of the engine: use --runtime sglang with it")
+    if config.true_gradient:
+        _require(config.runtime == "hf", "--true-gradient needs autograd in this process: use it with --runtime hf")
+        _require(config.objective != "accuracy", "--true-gradient: accuracy has no gradient; leave it out")
     _require(config.verify_every >= -1, f"--verify-every must be at least -1, got {config.verify_every}")
 
 

@@ -1,6 +1,7 @@
 """The losses of a step: its batch under every perturbation, both signs, shared among ranks and micro-batches."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -13,6 +14,9 @@ from mezo.runtimes.base import Runtime
 from mezo.trajectory import StepRecord
 from mezo_kernels import perturbation_seed
 
+RECENT = 16  # calls of the runtime whose scores are kept for the spread over a batch
+Scores = tuple[Sequence[int], list[tuple[Tensor, Tensor]]]  # indices, and scores of both signs by perturbation
+
 
 class Measurement:
     """Forms the record of a step from the losses of its batch.
@@ -22,12 +26,15 @@ class Measurement:
         runtime: prepared.
         labels: of the training examples.
         ranks: the processes that share the work.
+
+    `recent` keeps the scores of the last calls.
     """
 
     def __init__(self, config: Config, runtime: Runtime, labels: Tensor, ranks: Ranks):
         self.config, self.runtime, self.labels, self.ranks = config, runtime, labels, ranks
         self.batches = Batches(len(labels), config.batch_size, config.seed)
         self.objective = OBJECTIVES[config.objective]
+        self.recent: deque[Scores] = deque(maxlen=RECENT)
 
     def record(self, step: int, watch: bool, check: Callable, interrupted: bool) -> tuple[StepRecord, bool]:
         """Score a step's batch and form the update.
@@ -74,6 +81,18 @@ class Measurement:
         total = [sum(values) / len(batch) for values in list(zip(*gathered, strict=True))[1:]]
         return list(zip(total[::2], total[1::2], strict=True)), stopping
 
+    def estimate(self, step: int) -> tuple[list[int], list[float]]:
+        """Seeds and projected_grads of a step to come, those of this rank's perturbations; other copies are written."""
+        seeds, grads, eps, batch = [], [], self.config.eps, self.batches(step)
+        for held in self._held_together():
+            own = [perturbation_seed(self.config.seed, step, k) for k in held]
+            self.runtime.step([], own, eps)
+            seeds += own
+            grads += [
+                projected_grad(plus / len(batch), minus / len(batch), eps) for plus, minus in self.loss_sums(batch)
+            ]
+        return seeds, grads
+
     def first_seeds(self, step: int) -> list[int]:
         """Seeds of the perturbations that the runtime holds when a step begins."""
         return [perturbation_seed(self.config.seed, step, k) for k in self._held_together()[0]]
@@ -91,6 +110,7 @@ class Measurement:
         for i in range(0, len(batch), size):
             part = batch[i : i + size]
             pairs = self.runtime.score_pairs("train", part)
+            self.recent.append((part, pairs))
             sums = sums or [[0.0, 0.0] for _ in pairs]
             for own, pair in zip(sums, pairs, strict=True):
                 for sign, scores in enumerate(pair):
