@@ -144,7 +144,7 @@ def test_projected_grad_is_the_directional_derivative(transformer, seed):
 SMALL, FLOAT32 = 2e-3, 1e-3  # eps, and what eps^2 and the rounding of two losses over 2 eps add to |grad| there
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("cache", ["auto", "off"])
 def test_what_a_run_measures_is_the_directional_derivative(family, cache, tiny_data, tmp_path):
     """The runtime's own losses, in float32 and through the trunk cache, against its autograd, at an adapter with B."""
