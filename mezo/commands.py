@@ -18,16 +18,20 @@ from mezo.runtimes.base import Runtime
 from mezo.runtimes.merge import merge
 from mezo.runtimes.peft_model import is_masked, load_tokenizer
 from mezo.runtimes.stacks import complete_fields, complete_stacks
+from mezo.stopping import stalled
 from mezo.tasks import load_splits, with_objective
 from mezo.trainer import Trainer
 from mezo.trajectory import read_trajectory
 
 
-def train(config: Config) -> dict | None:
+def train(config: Config, until: int | None = None) -> dict | None:
     """Start a run and carry it through. Under torchrun all ranks call this; after an elastic restart it resumes.
 
+    Args:
+        config: the run's.
+        until: number of steps after which it pauses.
     Returns:
-        What result.json holds ({} on ranks above 0), or None if Ctrl-C stopped it.
+        What result.json holds ({} on ranks above 0), or None if Ctrl-C stopped it or it paused.
     Raises:
         UserError: before anything is written.
     """
@@ -35,7 +39,7 @@ def train(config: Config) -> dict | None:
         raise UserError("--num-demonstrations is for mezo eval, training prompts have none: leave it out")
     ranks, config = Ranks(), with_objective(with_adapter_options(config).absolute())
     if ranks.restarted and _started_here(config):
-        return resume(config.output_dir, ranks)
+        return resume(config.output_dir, ranks, until=until)
     if ranks.leads:
         checkpoint.refuse_existing(config.output_dir)
     _check_ranks(config, ranks)
@@ -47,7 +51,8 @@ def train(config: Config) -> dict | None:
             run = RunDirectory.create(config.output_dir, config, header, initial if config.adapter else None)
         else:
             run = RunDirectory(Path(config.output_dir))
-        return _carry_through(Trainer(config, runtime, splits, run, ranks=ranks, seconds_loading=seconds), ranks)
+        trainer = Trainer(config, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
+        return _carry_through(trainer, ranks, until)
 
 
 def with_adapter_options(config: Config) -> Config:
@@ -75,13 +80,14 @@ def _started_here(config: Config) -> bool:
     return same_launch and run.read_config() == config
 
 
-def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None) -> dict | None:
+def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None, until: int | None = None) -> dict | None:
     """Carry an interrupted run through, to the bit; check a finished one.
 
     Args:
         path: run directory.
         ranks: the processes that share the work.
         machine: options of `mezo.config.MACHINE` that differ from the run's: where and how it goes on.
+        until: number of steps after which it pauses again.
     Returns:
         As `train`; for a finished run, its result.
     """
@@ -89,10 +95,12 @@ def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None) -
     run = RunDirectory.open(path) if ranks.leads else RunDirectory(Path(path))
     config = dataclasses.replace(run.read_config(), **(machine or {}))
     first_line, records = read_trajectory(run.trajectory)
-    if run.result.is_file() and len(records) >= config.steps:
+    ended = len(records) >= config.steps or stalled(run.read_metrics(), config.early_stopping)
+    if run.result.is_file() and ended:
         return _check_finished(run)
     _check_ranks(config, ranks)
     if ranks.leads:
+        run.result.unlink(missing_ok=True)  # of a run that ended early and now goes on
         run.write_metrics([row for row in run.read_metrics() if row["step"] <= len(records)])
     with _loaded(config, need="train") as (runtime, splits, seconds):
         # the adapter it started from has been copied into the run: its source may be gone
@@ -101,11 +109,12 @@ def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None) -
         theta = checkpoint.initial_theta(first_line, run.path / checkpoint.INITIAL)
         checkpoint.replay_records(theta, records)
         runtime.load(theta)
-        return _carry_through(Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds), ranks)
+        trainer = Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds)
+        return _carry_through(trainer, ranks, until)
 
 
-def _carry_through(trainer: Trainer, ranks: Ranks) -> dict | None:
-    result = trainer.train()
+def _carry_through(trainer: Trainer, ranks: Ranks, until: int | None) -> dict | None:
+    result = trainer.train(until)
     ranks.close()
     return result
 
@@ -197,6 +206,8 @@ def _loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, 
     splits = load_splits(config, tokenizer, masked=is_masked(config.model))
     if need is not None and need not in splits:
         raise UserError("--train-file is missing: give one, or a --task")
+    if need is not None and config.early_stopping and "dev" not in splits:
+        raise UserError(f"--early-stopping {config.early_stopping} needs a dev set: give --dev-file, or leave it out")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     runtime = _runtime(config, pad)
     try:

@@ -12,8 +12,8 @@ KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or f
 ENGINE = ("tp", "radix", "deterministic", "engine_arg")
 """Options of the sglang runtime alone."""
 MACHINE = ("runtime", *ENGINE, "device", "backend", "trunk_cache", "trunk_cache_bytes",
-           "eval_batch_size", "noise", "true_gradient", "verify_every")  # fmt: skip
-"""Options that say where and how a run is computed, not what: a resumed run may have others."""
+           "eval_batch_size", "noise", "true_gradient", "verify_every", "early_stopping", "max_loss_ratio")  # fmt: skip
+"""Options that say where, how and how far a run is computed, not what: a resumed run may have others."""
 FLOAT32 = (1.1754943508222875e-38, 3.4028234663852886e38)  # smallest normal and largest number
 
 
@@ -107,6 +107,10 @@ class Config:
     """Steps between evaluations; 0 is a tenth of the run."""
     eval_batch_size: int = 0
     """Examples per evaluation forward; 0 is the training batch size."""
+    early_stopping: int = 0
+    """Evaluations without an improvement of dev after which the run ends; 0 never does."""
+    max_loss_ratio: float = 0.0
+    """Give up where the mean loss of 100 steps is this many times that of the first 100; 0 only warns, from 2 on."""
 
     eval_train: bool = False
     """Score the training set too, before and after the run."""
@@ -221,6 +225,7 @@ def check(config: Config) -> None:
         "data_seed",
         "warmup_steps",
         "num_demonstrations",
+        "early_stopping",
     ):
         value = getattr(config, name)
         _require(value >= 0, f"--{name.replace('_', '-')} must be at least 0, got {value}")
@@ -239,6 +244,8 @@ def check(config: Config) -> None:
     for name in ENGINE:
         given = config.runtime == "sglang" or getattr(config, name) == getattr(Config, name)
         _require(given, f"--{name.replace('_', '-')} is of the engine: use --runtime sglang with it")
+    ratio = config.max_loss_ratio
+    _require(ratio == 0 or 1 < ratio < math.inf, f"--max-loss-ratio must be 0 or a finite number > 1, got {ratio}")
     if config.true_gradient:
         _require(config.runtime == "hf", "--true-gradient needs autograd in this process: use it with --runtime hf")
         _require(config.objective != "accuracy", "--true-gradient: accuracy has no gradient; leave it out")

@@ -33,7 +33,7 @@ def result(
     clock: Clock,
     ranks: Ranks,
 ) -> dict:
-    """The result of a run that reached its last step.
+    """The result of a run that reached its last step, or was stopped early.
 
     Args:
         config: the run's.
@@ -52,6 +52,7 @@ def result(
         "dev": [_take(row, ("step", *METRICS)) for row in metrics if row["split"] == "dev"],
         "best_step": best,
         "steps": len(records),
+        "stopped_early": len(records) < config.steps,
         "steps_counted": clock.steps,
         "seconds_training": seconds["training"],
         "seconds_of_training": {**clock.parts, "bookkeeping": seconds["training"] - sum(clock.parts.values())},
