@@ -115,6 +115,7 @@ def diverging(tiny_config, tmp_path, monkeypatch):
     """A good adapter, and steps that grow far too long; looked at in short windows."""
     monkeypatch.setattr(stopping, "WINDOW", 5)
     monkeypatch.setattr("mezo.trainer.WINDOW", 5)
+    monkeypatch.setattr("mezo.trainer.WARNED", 1.5)
     modules = {"target_modules": LAST_LAYER["llama"]}
     good = dataclasses.replace(
         tiny_config, steps=300, batch_size=16, eval_every=50, output_dir=str(tmp_path / "good"), **modules
