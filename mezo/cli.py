@@ -23,7 +23,7 @@ USAGE = """usage: mezo COMMAND [options]
   export   write a run's adapter, or the base model with the adapter merged
   import   make an adapter of someone else's ready for --adapter
   trajectory show, verify or truncate a run's log
-  report   what a finished run did, and where its time and tokens went
+  report   what finished runs did, and where time and tokens went; also as a web page with curves
   tasks    list what --task takes: prompts, answers, objectives
   verify   compare every backend with the reference on this machine, bit for bit
   demo     fine-tune a small model on movie reviews, from download to plots
@@ -272,25 +272,10 @@ def _trajectory(argv: list[str]) -> int:
     return 0
 
 
-@dataclasses.dataclass(frozen=True)
-class _ReportOptions:
-    """Print what a finished run did: results, noise, tokens by the engine's own count, seconds by part."""
-
-    run: tyro.conf.Positional[str]
-    """Run directory."""
-
-
 def _report(argv: list[str]) -> int:
-    options = tyro.cli(_ReportOptions, args=argv, prog="mezo report")
-    from mezo import report
+    from mezo import cli_report
 
-    console = Console(highlight=False)
-    for title, rows in report.tables(options.run).items():
-        table = Table(title=title, title_justify="left", show_header=False)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    return 0
+    return cli_report.main(argv)
 
 
 def _tasks(argv: list[str]) -> int:
