@@ -7,7 +7,7 @@ RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint bench bench-compare bench-growth bench-figures bench-gpu crash-test verify-sglang test-gpu clean
+.PHONY: demo test lint bench bench-compare bench-growth bench-training bench-alternatives bench-figures bench-gpu crash-test verify-sglang test-gpu clean
 
 demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
@@ -28,6 +28,12 @@ bench-compare: $(READY)  ## fails where an op's ratio to the copy of its run fel
 
 bench-growth: $(READY)  ## cost over parameters, tensors and updates; JSON under bench/results/
 	$(VENV)/bin/python bench/growth.py --output $(RESULTS)/growth.json
+
+bench-training: $(READY_SGLANG)  ## a training step as a whole, beside the original's, and how it grows; JSON under bench/results/
+	$(VENV)/bin/python bench/training_step.py --output $(RESULTS)/training_step.json
+
+bench-alternatives: $(READY_SGLANG)  ## memory and seconds of a step: inference, MeZO, AdamW; JSON under bench/results/
+	$(VENV)/bin/python bench/alternatives.py --output $(RESULTS)/alternatives.json
 
 bench-figures: $(READY)  ## figures of bench/results/<machine>/ from its JSON alone
 	$(VENV)/bin/python bench/figures.py $(RESULTS)

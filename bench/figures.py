@@ -70,6 +70,37 @@ def draw_op(op: str, rows: list[dict], machine: dict, path: Path) -> None:
     save(figure, path)
 
 
+def draw_step(name: str, points: list[dict], machine: dict, path: Path) -> None:
+    """Seconds of a training step over the batch or the prompt's length; two forward passes are the limit, dashed."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    for run in points[0]["seconds"]:
+        limit = run == "two forwards"
+        label = "two forward passes, adapters on all layers (limit without a cache)" if limit else run
+        style = {"color": "gray", "linestyle": "--"} if limit else {"marker": "o"}
+        axes.loglog([p["x"] for p in points], [p["seconds"][run] for p in points], label=label, **style)
+    fixed = "batch 4" if name == "prompt length" else "32 tokens a prompt"
+    axes.set(xlabel=f"{name} ({fixed})", ylabel="seconds a step", title="a training step, 135M parameters, float32")
+    axes.set_xscale("log", base=2)
+    grid(axes, machine)
+    save(figure, path)
+
+
+def draw_alternatives(rows: list[dict], machine: dict, path: Path) -> None:
+    """Peak memory and seconds of a step over the batch, a line for each method."""
+    figure, (memory, seconds) = plt.subplots(1, 2, figsize=(10, 4.2))
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        batches = [row["batch"] for row in own]
+        memory.plot(batches, [row["peak_bytes"] / 2**30 for row in own], "o-", label=method)
+        seconds.plot(batches, [row["seconds"] for row in own], "o-", label=method)
+    memory.set(xlabel="batch", ylabel="GiB", title="peak memory of a step", ylim=(0, None))
+    seconds.set(xlabel="batch", ylabel="seconds", title="a step", yscale="log")
+    for axes in (memory, seconds):
+        axes.set_xscale("log", base=2)
+        grid(axes, machine)
+    save(figure, path)
+
+
 def save(figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
@@ -78,7 +109,7 @@ def save(figure, path: Path) -> None:
 
 
 def main() -> int:
-    """growth_*.svg from growth.json, bench_*.svg from bench.json."""
+    """growth_*.svg from growth.json, bench_*.svg from bench.json, the others from the files of their names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="bench/results/<machine>")
     folder = parser.parse_args().folder
@@ -91,6 +122,14 @@ def main() -> int:
         if not timed:
             raise SystemExit(f"{folder / 'bench.json'} has no row of {op}; run all of `make bench`")
         draw_op(op, timed, bench["machine_info"], folder / f"bench_{op}.svg")
+    # measured on a CPU alone
+    if (folder / "training_step.json").is_file():
+        steps = read(folder / "training_step.json", "make bench-training")
+        for name, points in steps["series"].items():
+            draw_step(name, points, steps["machine"], folder / f"step_{name.replace(' ', '_')}.svg")
+    if (folder / "alternatives.json").is_file():
+        methods = read(folder / "alternatives.json", "make bench-alternatives")
+        draw_alternatives(methods["rows"], methods["machine"], folder / "alternatives.svg")
     return 0
 
 

@@ -47,8 +47,12 @@ def in_turn(runs: list[Callable], device: str = "cpu") -> list[tuple[float, ...]
 
 
 def copier(nbytes: int, device: str) -> Callable:
-    """A copy on the device that reads and writes `nbytes` in all."""
-    source = torch.zeros(nbytes // 2, dtype=torch.uint8, device=device)
+    """A copy on the device that reads and writes `nbytes` in all.
+
+    The source is written first: fresh pages that were never written to are all the kernel's one page of zeros, which
+    is read from the cache.
+    """
+    source = torch.ones(nbytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 

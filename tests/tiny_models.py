@@ -42,14 +42,14 @@ ENCODERS = ("bert", "roberta")
 OPT_SIZES = {"ffn_dim": 64, "word_embed_proj_dim": 16, "init_std": 0.2}
 
 
-def build(family: str) -> torch.nn.Module:
-    """A model of the family with the same random weights each time."""
+def build(family: str, **others) -> torch.nn.Module:
+    """A model of the family with the same random weights each time; `others` are of its configuration."""
     torch.manual_seed(0)
     kv = {"num_key_value_heads": 2}
     opt = {k: v for k, v in SIZES.items() if k not in ("intermediate_size", "initializer_range")}
     makers = {
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **kv)),
-        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, **kv)),
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **kv, **others)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, **kv, **others)),
         "opt": lambda: OPTForCausalLM(OPTConfig(**opt, **OPT_SIZES)),
         "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)),
         "bert": lambda: BertForMaskedLM(BertConfig(**SIZES)),
@@ -67,8 +67,8 @@ def tokenizer(masked: bool = False) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", **special)
 
 
-def save(family: str, directory: Path) -> str:
+def save(family: str, directory: Path, **others) -> str:
     """Write model and tokenizer to a directory and return its path."""
-    build(family).save_pretrained(directory)
+    build(family, **others).save_pretrained(directory)
     tokenizer(family in ENCODERS).save_pretrained(directory)
     return str(directory)

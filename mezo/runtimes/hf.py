@@ -5,11 +5,10 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch.nn import functional
 
 from mezo.config import Config, UserError
 from mezo.runtimes.base import Example, StepUpdate, TokenCount
-from mezo.runtimes.peft_model import load_adapted, reference_log_probs
+from mezo.runtimes.peft_model import head_logits, load_adapted, reference_log_probs
 from mezo.runtimes.rows import RowBatch, option_scores, rows_of
 from mezo.runtimes.theta import PerturbedTheta
 from mezo.runtimes.trunk import GROUP, Trunk, no_cache, scored
@@ -211,16 +210,13 @@ class HFRuntime:
 
     def _log_probs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """log p of the targets, float64 (rows, scored, candidates); up to a constant a position if not `vocabulary`."""
-        head = self.parts.head
-        if self.vocabulary or type(head) is not torch.nn.Linear:
-            logits = head(hidden).float()
-            log_z = logits.double().logsumexp(-1, keepdim=True) if self.vocabulary else 0.0
-            return (logits.gather(-1, targets).double() - log_z).cpu()
-        # a handful of rows of the head, in float32: 16-bit logits near 20 come in steps of an eighth
         tokens, inverse = targets.unique(return_inverse=True)
-        bias = None if head.bias is None else head.bias[tokens].float()
-        logits = functional.linear(hidden.float(), head.weight[tokens].float(), bias).gather(-1, inverse)
-        return logits.double().cpu()
+        few = None if self.vocabulary else head_logits(self.parts.head, hidden, tokens)
+        if few is not None:
+            return few.gather(-1, inverse).double().cpu()
+        logits = self.parts.head(hidden).float()
+        log_z = logits.double().logsumexp(-1, keepdim=True) if self.vocabulary else 0.0
+        return (logits.gather(-1, targets).double() - log_z).cpu()
 
     def _trunk(self) -> Trunk:
         parts, choice = self.parts, self.config.trunk_cache

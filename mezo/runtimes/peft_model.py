@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
@@ -27,10 +28,10 @@ class AdaptedModel:
         model: the PEFT model, in eval mode, no parameter requiring grad.
         body: the transformer without its head.
         layers: its layers.
-        head: hidden states -> logits.
+        head: hidden states -> logits; it may be adapted as well.
         params: trained parameters by canonical name.
         causal: True for a decoder, False for a masked language model.
-        first: index of the lowest adapted layer.
+        first: index of the lowest layer that must be run: the lowest adapted one, or the last.
         kv_free: no key or value depends on the adapter.
         window: how far back the last layer attends, or None.
     """
@@ -81,7 +82,7 @@ def load_adapted(config: Config, device: torch.device, dtype: torch.dtype) -> tu
     if len(heads) != 1 or layers is None:
         raise UserError(f"--model {config.model}: {type(base).__name__} is not one body of layers and one head")
     weights = _hash(base)
-    lora = _lora_config(config, base, layers)
+    lora = _lora_config(config, base, layers, heads[0])
     model = get_peft_model(base, lora, autocast_adapter_dtype=False).eval()
     model.requires_grad_(False)
     params = {canonical_name(name): p for name, p in model.named_parameters() if ".lora_" in name}
@@ -90,11 +91,30 @@ def load_adapted(config: Config, device: torch.device, dtype: torch.dtype) -> tu
         raise UserError(f"--target-modules: only linear layers can be adapted, got {bad[0]}")
     head = next(child for child in base.children() if child is not body)
     adapted = [i for i, layer in enumerate(layers) if any(".lora_" in name for name, _ in layer.named_parameters())]
-    kv_free = adapted == [len(layers) - 1] and _adapted_leaves(layers[-1]) <= KV_FREE
-    first = adapted[0]
+    last = len(layers) - 1
+    kv_free = set(adapted) <= {last} and _adapted_leaves(layers[-1]) <= KV_FREE
+    first = min(adapted, default=last)
     shapes = {name: tuple(p.shape) for name, p in params.items()}
     spec = AdapterSpec(_peft_fields(lora, config.model), shapes, config.model, weights, str(dtype).split(".")[1])
     return AdaptedModel(model, body, layers, head, params, causal, first, kv_free, _window(base.config)), spec
+
+
+def head_logits(head: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
+    """Logits of some tokens alone, float32 (..., tokens), of a linear head, adapted or not; None of another head.
+
+    In float32 whatever the model's dtype: 16-bit logits near 20 come in steps of an eighth.
+    """
+    adapted = isinstance(head, LoraLayer)
+    base = head.get_base_layer() if adapted else head
+    if type(base) is not nn.Linear:
+        return None
+    hidden, bias = hidden.float(), None if base.bias is None else base.bias[tokens].float()
+    logits = nn.functional.linear(hidden, base.weight[tokens].float(), bias)
+    if adapted:
+        a, b = (weights["default"].weight for weights in (head.lora_A, head.lora_B))
+        low = nn.functional.linear(hidden, a.float())
+        logits += head.scaling["default"] * nn.functional.linear(low, b[tokens].float())
+    return logits
 
 
 def reference_log_probs(model: nn.Module, batch: RowBatch) -> torch.Tensor:
@@ -124,28 +144,34 @@ def _adapted_leaves(layer: nn.Module) -> set[str]:
     }
 
 
-def _lora_config(config: Config, base: nn.Module, layers: nn.ModuleList) -> LoraConfig:
+def _lora_config(config: Config, base: nn.Module, layers: nn.ModuleList, head: nn.Module) -> LoraConfig:
     targets = list(config.target_modules) or DEFAULT_TARGETS.get(base.config.model_type)
     if not targets:
         raise UserError(f"--target-modules: no default for model type {base.config.model_type}; name the modules")
-    n_layers = len(layers)
-    for index in config.layers_to_transform:
+    chosen, n_layers = sorted(config.layers_to_transform), len(layers)
+    for index in chosen:
         if not 0 <= index < n_layers:
             raise UserError(
                 f"--layers-to-transform: layer {index} does not exist; the model has layers 0 to {n_layers - 1}"
             )
-    inside = {name for layer in layers for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
-    known = {name.rsplit(".", 1)[-1] for name in inside}
+    path = {module: name for name, module in base.named_modules()}
+    linear = {i: [path[m] for m in layer.modules() if isinstance(m, nn.Linear)] for i, layer in enumerate(layers)}
+    head_name = [path[head]] if isinstance(head, nn.Linear) else []
+    matches = lambda name, target: name == target or name.endswith(f".{target}")  # noqa: E731
+    inside = [name for names in linear.values() for name in names]
     for target in targets:
-        if target not in known and target not in inside:
-            raise UserError(
-                f"--target-modules: no linear layer named {target}; the model has {', '.join(sorted(known))}"
-            )
+        if not any(matches(name, target) for name in [*inside, *head_name]):
+            known = sorted({name.rsplit(".", 1)[-1] for name in [*inside, *head_name]})
+            raise UserError(f"--target-modules: no linear layer named {target}; the model has {', '.join(known)}")
+    if chosen and any(target in head_name for target in targets):
+        # PEFT takes no module outside the layers once layers are chosen: name each module instead
+        allowed = [*(name for i in chosen for name in linear[i]), *head_name]
+        targets, chosen = [name for name in allowed if any(matches(name, target) for target in targets)], None
     return LoraConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,
         target_modules=sorted(targets),
-        layers_to_transform=sorted(config.layers_to_transform) or None,
+        layers_to_transform=chosen or None,
         lora_dropout=0.0,
         bias="none",
         task_type=None if is_masked(config.model) else "CAUSAL_LM",

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 # adapted modules of a layer that leave its keys and values alone
 KV_FREE = {"q_proj", "query", "o_proj", "out_proj", "dense", "gate_proj", "up_proj", "down_proj",
            "fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h"}  # fmt: skip
+HEAD = "lm_head"
 MIN_SHARED = 8  # tokens that a warm-up must save for each request it serves, to be worth a request of its own
 
 
@@ -13,7 +14,7 @@ def why_kv_depends(names: Iterable[str], n_layers: int) -> str | None:
     """The first trained parameter that changes a key or value, with the reason; None if there is none.
 
     Keys and values of layer l follow from the layers below and from l's own key and value projections: they are the
-    same under every theta only if the last layer alone is adapted, and its keys and values are not.
+    same under every theta only if no layer but the last is adapted, and its keys and values are not.
 
     >>> why_kv_depends(["model.layers.1.self_attn.q_proj.lora_A.weight"], 2) is None
     True
@@ -22,6 +23,8 @@ def why_kv_depends(names: Iterable[str], n_layers: int) -> str | None:
     """
     for name in names:
         layer, leaf = layer_of(name), module_of(name).rsplit(".", 1)[-1]
+        if layer is None and leaf == HEAD:
+            continue  # it comes after every key and value
         if layer != n_layers - 1:
             return f"{name} lies below the last layer, {n_layers - 1}"
         if leaf not in KV_FREE:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mezo.runtimes.reuse import layer_of, module_of
+from mezo.runtimes.reuse import HEAD, layer_of, module_of
 from mezo.runtimes.stacks import STACKED
 
 
@@ -14,7 +14,7 @@ class Shard:
 
     Args:
         module: name of the engine's module.
-        leaf, layer, factor: key of the pool's buffer; factor is "A" or "B".
+        leaf, layer, factor: key of the pool's buffer; factor is "A" or "B", and the head is in no layer.
         rows, cols: (start, end) in a slot of that buffer.
         full_shape: of the unsharded parameter.
         row_start, col_start: position of the block in it.
@@ -22,7 +22,7 @@ class Shard:
 
     module: str
     leaf: str
-    layer: int
+    layer: int | None
     factor: str
     rows: tuple[int, int]
     cols: tuple[int, int]
@@ -32,8 +32,10 @@ class Shard:
 
     def view(self, pool, slot: int) -> torch.Tensor:
         """The block's storage in a slot."""
-        buffers = pool.A_buffer if self.factor == "A" else pool.B_buffer
-        return buffers[self.leaf][self.layer][slot][slice(*self.rows), slice(*self.cols)]
+        kind = "" if self.layer is not None else "lm_head_"
+        buffer = getattr(pool, f"{kind}{self.factor}_buffer")[self.leaf]
+        slots = buffer if self.layer is None else buffer[self.layer]
+        return slots[slot][slice(*self.rows), slice(*self.cols)]
 
     def block(self, full: torch.Tensor) -> torch.Tensor:
         """The block of a full tensor."""
@@ -57,11 +59,13 @@ def shard_of(manager, name: str, full_shape: tuple[int, int]) -> Shard:
     path, layer = module_of(name), layer_of(name)
     parent, _, leaf = path.rpartition(".")
     stacked, position = STACKED.get(leaf, (leaf, 0))
-    found = manager.lora_modules[layer].get(f"{parent}.{stacked}")
+    module = f"{parent}.{stacked}".removeprefix(".")
+    modules = {HEAD: manager.lm_head_module} if layer is None else manager.lora_modules[layer]
+    found = modules.get(module)
     if found is None:
-        known = sorted({n.rsplit(".", 1)[-1] for n in manager.lora_modules[layer]})
-        raise ValueError(f"the engine has no LoRA module {parent}.{stacked}; layer {layer} has {', '.join(known)}")
-    place = {"module": f"{parent}.{stacked}", "leaf": stacked, "layer": layer, "full_shape": full_shape}
+        known = sorted({n.rsplit(".", 1)[-1] for n in modules})
+        raise ValueError(f"the engine has no LoRA module {module}; layer {layer} has {', '.join(known)}")
+    place = {"module": module, "leaf": stacked, "layer": layer, "full_shape": full_shape}
     if name.endswith("lora_A.weight"):
         r, fan_in = full_shape
         start, end = _run(found.slice_lora_a_weights(torch.arange(fan_in)[None].clone())[0], name)

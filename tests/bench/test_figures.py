@@ -74,3 +74,15 @@ def test_what_is_missing_is_said(tmp_path, files, says):
     assert result.returncode == 1
     assert says in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_steps_and_alternatives_are_drawn_where_they_were_measured(tmp_path):
+    seconds = {"ours, all layers": 2.0, "original": 3.0, "two forwards": 1.9}
+    steps = {"series": {name: [{"x": x, "seconds": seconds} for x in (1, 2)] for name in ("batch", "prompt length")}}
+    rows = [{"method": m, "batch": b, "peak_bytes": 1 << 30, "seconds": 1.0} for m in ("MeZO", "AdamW") for b in (1, 4)]
+    files = {"training_step": steps | {"machine": MACHINE}, "alternatives": {"machine": MACHINE, "rows": rows}}
+    result = draw(tmp_path, growth=growth(), bench=bench(), **files)
+    assert result.returncode == 0, result.stderr
+    assert b"two forward passes" in (tmp_path / "step_batch.svg").read_bytes()
+    assert b"batch 4" in (tmp_path / "step_prompt_length.svg").read_bytes()
+    assert b"AdamW" in (tmp_path / "alternatives.svg").read_bytes()

@@ -5,12 +5,14 @@ import random
 import pytest
 import torch
 from peft import PeftModel
-from transformers import GraniteConfig, GraniteForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, MistralConfig, MistralForCausalLM
 
 from mezo.checkpoint import save_adapter
 from mezo.config import Config, UserError
 from mezo.runtimes.base import Example, StepUpdate
 from mezo.runtimes.hf import HFRuntime
+from mezo.runtimes.merge import merge
+from mezo.runtimes.reuse import layer_of
 from mezo_kernels import lora_init
 from tests.tiny_models import ENCODERS, LAST_LAYER, SIZES, build, save
 
@@ -51,7 +53,19 @@ ADAPTED = {
     "all layers": lambda family: {},
     "two layers": lambda family: {"layers_to_transform": (1, 2)},
     "last layer": lambda family: {"layers_to_transform": (2,), "target_modules": LAST_LAYER[family]},
+    "last layer and head": lambda family: {
+        "layers_to_transform": (2,),
+        "target_modules": (*LAST_LAYER[family], "lm_head"),
+    },
+    "head": lambda family: {"target_modules": ("lm_head",)},
 }
+
+
+def adapters(adapted, family):
+    """Options of a kind of adapter; an encoder's head is not a linear layer."""
+    if "head" in adapted and family in ENCODERS:
+        pytest.skip("the head of an encoder is not adapted")
+    return ADAPTED[adapted](family)
 
 
 @pytest.mark.parametrize("adapted", list(ADAPTED))
@@ -61,7 +75,7 @@ def test_trunk_cache_is_exact(family, adapted, several):
     masked = name in ENCODERS
     if several and masked:
         pytest.skip("a mask holds one token")
-    data, options = examples(40, masked, several), ADAPTED[adapted](name)
+    data, options = examples(40, masked, several), adapters(adapted, name)
     cached = runtime(model, data, **options)
     plain = runtime(model, data, trunk_cache="off", **options)
     for one in (cached, plain):
@@ -77,9 +91,20 @@ def test_trunk_cache_is_exact(family, adapted, several):
 @pytest.mark.parametrize("adapted", list(ADAPTED))
 def test_trunk_plan_follows_the_adapted_modules(family, adapted):
     name, model = family
-    built = runtime(model, examples(4, name in ENCODERS), **ADAPTED[adapted](name))
+    built = runtime(model, examples(4, name in ENCODERS), **adapters(adapted, name))
     kind = None if built.trunk is None else "scored" if built.trunk.keep_kv else "layers"
-    assert kind == {"all layers": None, "two layers": "layers", "last layer": "scored"}[adapted]
+    assert kind == {"all layers": None, "two layers": "layers"}.get(adapted, "scored")
+    layers = {layer_of(name) for name in built.spec.shapes}
+    assert (
+        layers
+        == {
+            "all layers": {0, 1, 2},
+            "two layers": {1, 2},
+            "last layer": {2},
+            "last layer and head": {2, None},
+            "head": {None},
+        }[adapted]
+    )
 
 
 def test_key_adapters_keep_whole_rows(llama):
@@ -191,16 +216,33 @@ def test_tokens_are_counted(llama):
     assert built.tokens.computed == pytest.approx(total + 2 * 10 / 3), "one position through one of three layers"
 
 
-def test_adapter_loads_in_peft_with_equal_logits(family, tmp_path):
+@pytest.mark.parametrize("adapted", ["last layer", "last layer and head"])
+def test_adapter_loads_in_peft_with_equal_logits(family, adapted, tmp_path):
     name, model = family
     data = examples(6, name in ENCODERS)
-    built = runtime(model, data, **ADAPTED["last layer"](name))
+    built = runtime(model, data, **adapters(adapted, name))
     save_adapter(tmp_path / "adapter", built.spec.peft, built.theta())
     peft = PeftModel.from_pretrained(build(name), str(tmp_path / "adapter")).eval()
     for i, example in enumerate(data):
         with torch.no_grad():
             logits = peft(input_ids=torch.tensor([example.prompt])).logits[0]
         at = logits[-1 if example.mask is None else example.mask, [5, 9]].double()
+        got = built.score("train", [i])[0]
+        assert torch.allclose(got - got[0], at - at[0], atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapted_head_is_merged_and_the_embeddings_are_left_alone(tmp_path, tied):
+    model = save("llama", tmp_path / "llama", tie_word_embeddings=tied)
+    built = runtime(model, examples(6), **ADAPTED["last layer and head"]("llama"))
+    save_adapter(tmp_path / "adapter", built.spec.peft, built.theta())
+    merge(model, tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    embeddings = build("llama", tie_word_embeddings=tied).get_input_embeddings().weight
+    assert torch.equal(merged.get_input_embeddings().weight, embeddings)
+    for i, example in enumerate(examples(6)):
+        with torch.no_grad():
+            at = merged(input_ids=torch.tensor([example.prompt])).logits[0, -1, [5, 9]].double()
         got = built.score("train", [i])[0]
         assert torch.allclose(got - got[0], at - at[0], atol=ROUNDING, rtol=0)
 

@@ -16,6 +16,7 @@ from tests.runtimes.engine.conftest import ALL, engine, examples, noisy, referen
 
 ROUNDING = 5e-5
 STEPS, LR, EPS = 20, 1e-4, 1e-2
+MODULES = (*ALL, "lm_head")
 O_PROJ_A = "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"
 
 
@@ -28,8 +29,8 @@ def data():
 def both(request, model, data):
     """(engine on two ranks, transformers) on a family with 4 heads and 2 key-value heads."""
     path = model(request.param)
-    with engine(path, data, target_modules=ALL, tp=2) as runtime:
-        yield runtime, reference(path, data, target_modules=ALL)
+    with engine(path, data, target_modules=MODULES, tp=2) as runtime:
+        yield runtime, reference(path, data, target_modules=MODULES)
 
 
 def test_shards_of_z_make_up_the_full_z(both, tmp_path):
@@ -49,8 +50,8 @@ def test_shards_of_z_make_up_the_full_z(both, tmp_path):
             covered[row : row + rows, column : column + columns] += 1
         assert covered.min() == covered.max() in (1, 2)
         kinds.add((name.split(".lora_")[0].rsplit(".", 1)[-1], name[-8], int(covered.max())))
-    column = {(m, "B", 1) for m in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")}
-    column |= {(m, "A", 2) for m in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")}
+    columns = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
+    column = {(m, f, n) for m in columns for f, n in (("A", 2), ("B", 1))}
     assert kinds == column | {(m, f, n) for m in ("o_proj", "down_proj") for f, n in (("A", 1), ("B", 2))}
 
 

@@ -5,6 +5,7 @@ import pytest
 from mezo.config import RunError, UserError
 from mezo.runtimes.base import StepUpdate, TokenCount
 from tests.runtimes.engine.conftest import LAST, engine, examples, noisy, reference, worst
+from tests.tiny_models import save
 
 ROUNDING = 5e-5
 ADAPTED = {"layers_to_transform": (2,), "target_modules": LAST}
@@ -76,6 +77,26 @@ def test_forgetting_the_adapter_is_caught_here_too(running, monkeypatch):
 
 def test_the_plan_says_what_it_is(running):
     assert "one radix namespace for all" in running.describe()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapted_head_shares_the_namespace_too(tmp_path, data, tied):
+    """Several requests a call, of unlike lengths and both signs: each row of the head gets its own adapter."""
+    model = save("llama", tmp_path / "llama", tie_word_embeddings=tied)
+    adapted = {"layers_to_transform": (2,), "target_modules": (*LAST, "lm_head")}
+    plain = reference(model, data, **adapted)
+    with engine(model, data, **adapted) as runtime:
+        assert "one radix namespace for all" in runtime.describe()
+        for one in (runtime, plain):
+            one.load(noisy(one))
+        for step in range(3):
+            for one in (runtime, plain):
+                one.step([StepUpdate([step], [0.02])], [100 + step], 1e-1)
+            runtime.tokens = TokenCount()
+            got, want = runtime.score_pairs("train", range(9))[0], plain.score_pairs("train", range(9))[0]
+            assert max(worst(a, b) for a, b in zip(got, want, strict=True)) < ROUNDING
+            assert (got[0] - got[1]).abs().max() > 100 * ROUNDING
+        assert runtime.tokens.computed == 2 * 9
 
 
 def test_sharing_with_key_adapters_is_refused_by_the_workers(llama, data, monkeypatch):
