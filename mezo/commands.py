@@ -43,16 +43,24 @@ def train(config: Config, until: int | None = None) -> dict | None:
     if ranks.leads:
         checkpoint.refuse_existing(config.output_dir)
     _check_ranks(config, ranks)
-    with _loaded(config, need="train") as (runtime, splits, seconds):
-        header = checkpoint.make_header(config, runtime.spec, splits)
-        initial = Path(config.adapter) / checkpoint.WEIGHTS
-        runtime.load(checkpoint.initial_theta(header, initial))
-        if ranks.leads:
-            run = RunDirectory.create(config.output_dir, config, header, initial if config.adapter else None)
-        else:
-            run = RunDirectory(Path(config.output_dir))
-        trainer = Trainer(config, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
-        return _carry_through(trainer, ranks, until)
+    with loaded(config, need="train") as (runtime, splits, seconds):
+        return start(config, runtime, splits, seconds, ranks, until)
+
+
+def start(
+    config: Config, runtime: Runtime, splits: dict, seconds: float = 0.0, ranks: Ranks | None = None, until=None
+) -> dict | None:
+    """`train` on what is loaded already, which took so many seconds."""
+    ranks = ranks or Ranks()
+    header = checkpoint.make_header(config, runtime.spec, splits)
+    initial = Path(config.adapter) / checkpoint.WEIGHTS
+    runtime.load(checkpoint.initial_theta(header, initial))
+    if ranks.leads:
+        run = RunDirectory.create(config.output_dir, config, header, initial if config.adapter else None)
+    else:
+        run = RunDirectory(Path(config.output_dir))
+    trainer = Trainer(config, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
+    return _carry_through(trainer, ranks, until)
 
 
 def with_adapter_options(config: Config) -> Config:
@@ -94,7 +102,7 @@ def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None, u
     ranks = ranks or Ranks()
     run = RunDirectory.open(path) if ranks.leads else RunDirectory(Path(path))
     config = dataclasses.replace(run.read_config(), **(machine or {}))
-    first_line, records = read_trajectory(run.trajectory)
+    _, records = read_trajectory(run.trajectory)
     ended = len(records) >= config.steps or stalled(run.read_metrics(), config.early_stopping)
     if run.result.is_file() and ended:
         return _check_finished(run)
@@ -102,15 +110,24 @@ def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None, u
     if ranks.leads:
         run.result.unlink(missing_ok=True)  # of a run that ended early and now goes on
         run.write_metrics([row for row in run.read_metrics() if row["step"] <= len(records)])
-    with _loaded(config, need="train") as (runtime, splits, seconds):
-        # the adapter it started from has been copied into the run: its source may be gone
-        own = dataclasses.replace(config, adapter="")
-        _same_run(first_line, checkpoint.make_header(own, runtime.spec, splits), path)
-        theta = checkpoint.initial_theta(first_line, run.path / checkpoint.INITIAL)
-        checkpoint.replay_records(theta, records)
-        runtime.load(theta)
-        trainer = Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds)
-        return _carry_through(trainer, ranks, until)
+    with loaded(config, need="train") as (runtime, splits, seconds):
+        return carry_on(run, config, runtime, splits, seconds, ranks, until)
+
+
+def carry_on(
+    run: RunDirectory, config: Config, runtime: Runtime, splits: dict, seconds: float = 0.0, ranks=None, until=None
+) -> dict | None:
+    """`resume` an open run on what is loaded already, which took so many seconds."""
+    ranks = ranks or Ranks()
+    first_line, records = read_trajectory(run.trajectory)
+    # the adapter it started from has been copied into the run: its source may be gone
+    own = dataclasses.replace(config, adapter="")
+    _same_run(first_line, checkpoint.make_header(own, runtime.spec, splits), str(run.path))
+    theta = checkpoint.initial_theta(first_line, run.path / checkpoint.INITIAL)
+    checkpoint.replay_records(theta, records)
+    runtime.load(theta)
+    trainer = Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds)
+    return _carry_through(trainer, ranks, until)
 
 
 def _carry_through(trainer: Trainer, ranks: Ranks, until: int | None) -> dict | None:
@@ -135,8 +152,8 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
     Returns:
         accuracy, loss, f1 and auc by split; with num_demonstrations train gives these and is not scored.
     """
-    config = dataclasses.replace(with_objective(config), trunk_cache="off", eval_train=True)
-    with _loaded(config) as (runtime, splits, _):
+    config = dataclasses.replace(with_objective(config), trunk_cache="off", eval_test=True, eval_train=True)
+    with loaded(config) as (runtime, splits, _):
         if adapter is not None:
             runtime.load(checkpoint.load_adapter(adapter, runtime.spec.shapes))
         size = config.eval_batch_size or config.batch_size
@@ -198,12 +215,14 @@ def _refuse_output(path: str) -> None:
 
 
 @contextmanager
-def _loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, dict, float]]:
+def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, dict, float]]:
     """Runtime, examples and the seconds it took. Data first: it is quick to load, and most mistakes are there."""
     started = time.perf_counter()
     config.refuse_missing_files()
     tokenizer = load_tokenizer(config.model)
     splits = load_splits(config, tokenizer, masked=is_masked(config.model))
+    if not config.eval_test:
+        splits.pop("test", None)
     if need is not None and need not in splits:
         raise UserError("--train-file is missing: give one, or a --task")
     if need is not None and config.early_stopping and "dev" not in splits:

@@ -112,6 +112,8 @@ class Config:
     max_loss_ratio: float = 0.0
     """Give up where the mean loss of 100 steps is this many times that of the first 100; 0 only warns, from 2 on."""
 
+    eval_test: bool = True
+    """Load the test set, and score it before and after the run."""
     eval_train: bool = False
     """Score the training set too, before and after the run."""
     noise: bool = True
