@@ -12,8 +12,8 @@ KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or f
 ENGINE = ("tp", "radix", "deterministic", "engine_arg")
 """Options of the sglang runtime alone."""
 MACHINE = ("runtime", *ENGINE, "device", "backend", "trunk_cache", "trunk_cache_bytes",
-           "eval_batch_size", "noise", "verify_every")  # fmt: skip
-"""Options that say where and how a run is computed, not what: a resumed run may have others."""
+           "eval_batch_size", "noise", "true_gradient", "verify_every", "early_stopping", "max_loss_ratio")  # fmt: skip
+"""Options that say where, how and how far a run is computed, not what: a resumed run may have others."""
 SCORED = ("cross_entropy", "lm_cross_entropy", "accuracy")
 """Objectives that option scores decide."""
 GENERATED = ("f1", "reward")
@@ -123,11 +123,20 @@ class Config:
     """Steps between evaluations; 0 is a tenth of the run."""
     eval_batch_size: int = 0
     """Examples per evaluation forward; 0 is the training batch size."""
+    early_stopping: int = 0
+    """Evaluations without an improvement of dev after which the run ends; 0 never does."""
+    max_loss_ratio: float = 0.0
+    """Give up where the mean loss of 100 steps is this many times that of the first 100; 0 only warns, from 2 on."""
 
+    eval_test: bool = True
+    """Load the test set, and score it before and after the run."""
     eval_train: bool = False
     """Score the training set too, before and after the run."""
     noise: bool = True
-    """At every evaluation score a batch four times at theta itself, and report what that puts on projected_grad."""
+    """At every evaluation score a batch four times at theta itself, and report what that puts on projected_grad; also
+    how projected_grad spreads over batch and perturbations, and what rounding leaves of a perturbation."""
+    true_gradient: bool = False
+    """hf: at every evaluation compare the estimate with autograd's gradient; for models small enough for that."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the base model; auto is float32 on a CPU and bfloat16 on a GPU. The trained master is float32 always."""
@@ -270,6 +279,7 @@ def check(config: Config) -> None:
         "data_seed",
         "warmup_steps",
         "num_demonstrations",
+        "early_stopping",
     ):
         value = getattr(config, name)
         _require(value >= 0, f"--{name.replace('_', '-')} must be at least 0, got {value}")
@@ -288,6 +298,12 @@ def check(config: Config) -> None:
     for name in ENGINE:
         given = config.runtime == "sglang" or getattr(config, name) == getattr(Config, name)
         _require(given, f"--{name.replace('_', '-')} is of the engine: use --runtime sglang with it")
+    ratio = config.max_loss_ratio
+    _require(ratio == 0 or 1 < ratio < math.inf, f"--max-loss-ratio must be 0 or a finite number > 1, got {ratio}")
+    if config.true_gradient:
+        _require(config.runtime == "hf", "--true-gradient needs autograd in this process: use it with --runtime hf")
+        flat = [name for name in config.objectives if name in ("accuracy", *GENERATED)]
+        _require(not flat, f"--true-gradient: {' and '.join(flat)} has no gradient; leave it out")
     _require(config.verify_every >= -1, f"--verify-every must be at least -1, got {config.verify_every}")
 
 

@@ -1,7 +1,6 @@
-"""What is looked at between steps: dev, test and train scores, the noise of projected_grad, which step was best."""
+"""What is looked at between steps: dev, test and train scores, the instruments, which step was best."""
 
 import json
-import math
 import os
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ from mezo.answers import METRICS, best
 from mezo.checkpoint import RunDirectory, save_adapter
 from mezo.clock import Clock
 from mezo.config import Config
+from mezo.instruments import Instruments
 from mezo.measurement import Measurement
 from mezo.monitor import Monitor
 from mezo.objectives import evaluate, predictions
@@ -32,7 +32,7 @@ class Evaluations:
         run: its directory.
         done: steps done already.
         clock: its totals go into every row.
-        measurement: of a step's losses, for the noise.
+        measurement: of a step's losses, for the instruments.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Evaluations:
         measurement: Measurement,
     ):
         self.config, self.runtime, self.splits, self.judges, self.run = config, runtime, splits, judges, run
-        self.clock, self.measurement = clock, measurement
+        self.clock, self.instruments = clock, Instruments(config, runtime, measurement, clock)
         self.metrics = [row for row in run.read_metrics() if row["step"] <= done]
         self.every = config.eval_every or max(1, config.steps // TENTHS)
 
@@ -64,8 +64,9 @@ class Evaluations:
         known = {row["split"] for row in self.metrics if row["step"] == step}
         if "dev" in self.splits and "dev" not in known:
             self.evaluate("dev", step, monitor)
-        if self.config.noise and step and "noise" not in known:
-            self._measure_noise(records, monitor)
+        for row in self.instruments.rows(records, self.metrics):
+            self.log(row)
+            monitor.instrument(row)
 
     def evaluate(self, split: str, step: int, monitor: Monitor) -> dict:
         """Score a split at theta; return its row, which is on the disk."""
@@ -79,22 +80,6 @@ class Evaluations:
         self.log(row)
         monitor.evaluation(row)
         return row
-
-    def _measure_noise(self, records: Sequence[StepRecord], monitor: Monitor) -> None:
-        """Score the last batch twice with theta in every copy: what differs is noise, here of projected_grad."""
-        step, eps = len(records), self.config.eps
-        with self.clock.measuring("evaluation"):
-            self.runtime.equalise()
-            batch = self.measurement.batches(step - 1)
-            (plus, minus), (plus_again, minus_again) = [self.measurement.mean_losses(batch)[0] for _ in range(2)]
-            differences = (plus - minus, plus_again - minus_again, plus - plus_again, minus - minus_again)
-            self.runtime.step([], self.measurement.first_seeds(step), eps)
-        since = max((r["step"] for r in self.metrics if r["split"] == "noise"), default=0)
-        grads = [g for record in records[since:] if not record.skipped for g in record.projected_grads]
-        noise, signal = (rms([d / (2 * eps) for d in differences]), rms(grads))
-        if math.isfinite(noise):  # theta at which the loss is not finite is reported as a skipped step
-            self.log({"step": step, "split": "noise", "noise": noise, "projected_grad_rms": signal})
-            monitor.noise(step, noise, signal)
 
     def _before_and_after(self) -> list[str]:
         splits = ["test", "train"] if self.config.eval_train else ["test"]
@@ -180,8 +165,3 @@ def score_split(runtime: Runtime, split: str, n: int, size: int) -> torch.Tensor
     width = max(part.shape[1] for part in parts)
     pad = torch.nn.functional.pad
     return torch.cat([pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in parts])
-
-
-def rms(values: Sequence[float]) -> float:
-    """Root of the mean square; 0 of nothing."""
-    return math.sqrt(sum(value * value for value in values) / max(len(values), 1))

@@ -1,6 +1,7 @@
 """The losses of a step: its batch under every perturbation, both signs, shared among ranks and micro-batches."""
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +16,11 @@ from mezo.runtimes.base import Example, Runtime
 from mezo.trajectory import StepRecord
 from mezo_kernels import perturbation_seed
 
+RECENT = 16  # calls of the runtime whose scores are kept for the spread over a batch
+Scores = tuple[
+    Sequence[int], list[tuple[torch.Tensor, torch.Tensor]]
+]  # indices, and scores of both signs by perturbation
+
 
 class Measurement:
     """Forms the record of a step from the losses of its batch.
@@ -25,6 +31,8 @@ class Measurement:
         examples: to train on.
         judges: of generated text, by the name of the objective.
         ranks: the processes that share the work.
+
+    `recent` keeps the scores of the last calls.
     """
 
     def __init__(
@@ -35,6 +43,7 @@ class Measurement:
         self.batches = Batches(len(examples), config.batch_size, config.seed)
         self.objective = mixture(config.objectives)
         self.judges = {name: judge for name, judge in judges.items() if name in config.objectives}
+        self.recent: deque[Scores] = deque(maxlen=RECENT)
 
     def record(self, step: int, watch: bool, check: Callable, interrupted: bool) -> tuple[StepRecord, bool]:
         """Score a step's batch and form the update.
@@ -83,6 +92,16 @@ class Measurement:
         total = torch.tensor([sum(values) for values in list(zip(*gathered, strict=True))[1:]], dtype=torch.float64)
         return self._losses(total.view(len(seeds), 2, width), len(batch)), stopping
 
+    def estimate(self, step: int) -> tuple[list[int], list[float]]:
+        """Seeds and projected_grads of a step to come, those of this rank's perturbations; other copies are written."""
+        seeds, grads, eps, batch = [], [], self.config.eps, self.batches(step)
+        for held in self._held_together():
+            own = [perturbation_seed(self.config.seed, step, k) for k in held]
+            self.runtime.step([], own, eps)
+            seeds += own
+            grads += [projected_grad(*pair, eps) for pair in self.mean_losses(batch)]
+        return seeds, grads
+
     def first_seeds(self, step: int) -> list[int]:
         """Seeds of the perturbations that the runtime holds when a step begins."""
         return [perturbation_seed(self.config.seed, step, k) for k in self._held_together()[0]]
@@ -108,6 +127,8 @@ class Measurement:
             part = places[start : start + size]
             indices = [batch[place] for place in part]
             scores = self.runtime.score_pairs("train", indices) if config.scores else []
+            if scores and not self.judges:
+                self.recent.append((indices, scores))
             texts = []
             if self.judges:
                 texts = self.runtime.generate_pairs("train", indices, config.max_new_tokens, config.stops)

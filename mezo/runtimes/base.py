@@ -1,6 +1,6 @@
 """What a runtime is: it holds the model and theta, scores batches, and steps theta. The trainer knows no more."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -155,6 +155,14 @@ class Runtime(Protocol):
         self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]
     ) -> list[tuple[list[str], list[str]]]:
         """As `generate`, at theta + eps z and theta - eps z of each seed of the last step."""
+
+    def gradient(
+        self, split: str, indices: Sequence[int], loss: Callable[[torch.Tensor], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """d loss(option scores) / d theta by autograd at theta, on the CPU, float32, by canonical name.
+
+        The hf runtime's alone: an engine keeps no graph, and the configuration refuses --true-gradient there.
+        """
 
     def describe(self) -> str:
         """One line on what is trained, where, and what is cached."""

@@ -160,6 +160,21 @@ class HFRuntime:
         count.scored, count.computed = count.scored + tokens, count.computed + tokens
         return [self.writing.text(answer, stop) for answer in answers]
 
+    def gradient(
+        self, split: str, indices: Sequence[int], loss: Callable[[torch.Tensor], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """See `Runtime.gradient`. A 16-bit model is differentiated where theta rounds to, in its own precision."""
+        with torch.no_grad():
+            forward = self._forward(split, indices, self.eval_tokens, signs=1)
+        self._point([t.to(self.dtype) for t in self.master.tensors])
+        for p in self.params:
+            p.requires_grad_(True)
+        try:
+            grads = torch.autograd.grad(loss(forward()), self.params, materialize_grads=True)
+        finally:
+            self.parts.model.requires_grad_(False)
+        return {name: g.float().cpu() for name, g in zip(self.master.names, grads, strict=True)}
+
     def describe(self) -> str:
         """See `Runtime.describe`."""
         n, layers = self.master.n_elements, len(self.parts.layers)
