@@ -26,6 +26,7 @@ USAGE = """usage: mezo COMMAND [options]
   report   what a finished run did, and where its time and tokens went
   tasks    list what --task takes: prompts, answers, objectives
   verify   compare every backend with the reference on this machine, bit for bit
+  reproduce run a published experiment and print its figure beside ours
   demo     fine-tune a small model on movie reviews, from download to plots
 
 mezo COMMAND --help lists a command's options."""
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         "report": _report,
         "tasks": _tasks,
         "verify": _verify,
+        "reproduce": _reproduce,
         "demo": _demo,
     }
     if not argv or argv[0] in ("-h", "--help"):
@@ -328,6 +330,12 @@ class _VerifyOptions:
 
     device: str = ""
     """Device to check; by default the CPU, and the GPU where there is one."""
+
+
+def _reproduce(argv: list[str]) -> int:
+    from mezo import cli_reproduce
+
+    return cli_reproduce.main(argv)
 
 
 def _demo(argv: list[str]) -> int:

@@ -65,6 +65,9 @@ class Config:
     max_length: int = 512
     """Token budget of a prompt with its longest option; longer texts are cut, the template and the options never."""
 
+    head: Literal["model", "linear"] = "model"
+    """What scores the options: the model's own head, as words; or a linear layer over the mean of an encoder's last
+    hidden states, one output a class, trained with the adapter from zero (--label-words then only names the classes)."""
     r: int = 8
     """LoRA rank."""
     lora_alpha: int = 16
@@ -236,7 +239,25 @@ def check(config: Config) -> None:
     for name in ENGINE:
         given = config.runtime == "sglang" or getattr(config, name) == getattr(Config, name)
         _require(given, f"--{name.replace('_', '-')} is of the engine: use --runtime sglang with it")
+    if config.head == "linear":
+        _check_linear_head(config)
     _require(config.verify_every >= -1, f"--verify-every must be at least -1, got {config.verify_every}")
+
+
+def _check_linear_head(config: Config) -> None:
+    words = "--head linear needs --label-words, one name a class: ' negative' ' positive'"
+    _require(bool(config.label_words), words)
+    _require(config.runtime == "hf", "--head linear: the engine has no such head; use --runtime hf")
+    _require(not config.num_demonstrations, "--head linear reads no demonstrations: leave --num-demonstrations out")
+    allowed = ("auto", "cross_entropy", "accuracy")
+    _require(
+        config.objective in allowed,
+        f"--head linear has classes, not words: --objective must be {', '.join(allowed)}; got {config.objective}",
+    )
+    _require(
+        bool(config.prompt or not config.task),
+        f"--head linear: the prompt of task {config.task} asks for words; give --prompt, such as '{{text}}'",
+    )
 
 
 def _require(condition: bool, message: str) -> None:

@@ -6,6 +6,9 @@ from typing import Protocol
 
 import torch
 
+LINEAR_HEAD = "score"
+"""Name of the linear head, which PEFT saves whole beside the adapter (modules_to_save)."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -16,12 +19,14 @@ class Example:
         options: token ids of each answer option; the answer follows the prompt, or fills its mask.
         label: index of the right option.
         mask: position of the mask token in `prompt` (masked language models; one-token options only), else None.
+        pooled: options are outputs of a linear head, ((0,), (1,), ...), over the mean of all positions of `prompt`.
     """
 
     prompt: tuple[int, ...]
     options: tuple[tuple[int, ...], ...]
     label: int
     mask: int | None = None
+    pooled: bool = False
 
 
 @dataclass

@@ -71,6 +71,8 @@ def load_splits(
     """
     if masked is None:
         masked = tokenizer.mask_token is not None
+    pooled = config.head == "linear"
+    masked = masked and not pooled
     config, task = with_objective(config), find_task(config)
     prompt = _prompt(task, config, masked)
     template = Template.parse(prompt.template, prompt.text_field)
@@ -90,7 +92,8 @@ def load_splits(
         }
     if config.objective == "lm_cross_entropy" and "train" in kept and not config.eval_train:
         kept["train"] = [_right_alone(record) for record in kept["train"]]
-    return {split: encode(own, template, tokenizer, config.max_length, masked) for split, own in kept.items()}
+    length = config.max_length
+    return {split: encode(own, template, tokenizer, length, masked, pooled) for split, own in kept.items()}
 
 
 def find_task(config: Config) -> Task:
