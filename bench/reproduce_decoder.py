@@ -75,8 +75,12 @@ def accuracy_study(scratch: Path) -> dict:
     """Part (d): the share of zero differences over batch size and eps, and a run that learns; one trunk for all."""
     base = demo.demo_config("it-was", STUDY["steps"], scratch / "unused")
     base = dataclasses.replace(base, **write_pools(scratch), **{**STUDY, "objective": "accuracy"})
-    still = [{"batch_size": b, "eps": eps, "lr": STILL, "eval_every": STUDY["steps"]} for b in BATCHES for eps in EPSILONS]
-    configs = [dataclasses.replace(base, output_dir=str(scratch / f"study-{i}"), **s) for i, s in enumerate(still)]
+    still = dataclasses.replace(base, lr=STILL, eval_every=STUDY["steps"])
+    configs = [
+        dataclasses.replace(still, output_dir=str(scratch / f"{batch}-{eps}"), batch_size=batch, eps=eps)
+        for batch in BATCHES
+        for eps in EPSILONS
+    ]
     learning = dataclasses.replace(base, output_dir=str(scratch / "learning"), **LEARNING)
     runtime, splits = load(base)
     runs = [train_on(runtime, splits, config) for config in (*configs, learning)]

@@ -13,12 +13,14 @@ from pathlib import Path
 
 from machine import describe
 from reproduce_decoder import accuracy_study, few_shot
+from reproduce_encoder import encoder
 from reproduce_linear import linear
 
 PARTS = {
     "linear": lambda scratch: linear(),
     "decoder": few_shot,
     "accuracy objective": accuracy_study,
+    "encoder": encoder,
 }
 
 
@@ -28,11 +30,12 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
-    found = json.loads(options.output.read_text()) if options.output.is_file() else {}
     for name in options.parts:
         began, machine = time.perf_counter(), describe()
         with tempfile.TemporaryDirectory() as scratch:
             part = PARTS[name](Path(scratch))
+        # read as late as may be: another process may have measured another part
+        found = json.loads(options.output.read_text()) if options.output.is_file() else {}
         found[name] = part | {"seconds_in_all": time.perf_counter() - began, "machine": machine}
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(found, indent=1) + "\n")

@@ -67,7 +67,7 @@ class Config:
 
     head: Literal["model", "linear"] = "model"
     """What scores the options: the model's own head, as words; or a linear layer over the mean of an encoder's last
-    hidden states, one output a class, trained with the adapter from zero (--label-words then only names the classes)."""
+    hidden states, trained with the adapter from zero: an output a class, which --label-words names."""
     r: int = 8
     """LoRA rank."""
     lora_alpha: int = 16

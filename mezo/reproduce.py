@@ -1,4 +1,4 @@
-"""Carries a protocol through: one ordinary run for each data seed and learning rate, then the published figure beside."""
+"""Carries a protocol through: a run for each data seed and learning rate, then the published figure beside."""
 
 import dataclasses
 import json
@@ -45,11 +45,9 @@ def configs(protocol: Protocol, output_dir: str, changes: dict, seeds: tuple[int
         "eval_every": max(1, steps // protocol.evaluations),
         **changes,
     }
+    folder = lambda seed, lr: str(Path(output_dir) / f"seed-{seed}-lr-{lr}")  # noqa: E731
     return [
-        [
-            Config(**common, data_seed=seed, seed=seed, lr=lr, output_dir=str(Path(output_dir) / f"seed-{seed}-lr-{lr}"))
-            for lr in protocol.lrs
-        ]
+        [Config(**common, data_seed=seed, seed=seed, lr=lr, output_dir=folder(seed, lr)) for lr in protocol.lrs]
         for seed in seeds or protocol.data_seeds
     ]
 

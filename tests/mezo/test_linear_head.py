@@ -1,4 +1,4 @@
-"""A linear head over the mean of an encoder's hidden states: exact with and without the trunk, trained, saved by PEFT."""
+"""A linear head over the mean of an encoder's hidden states: exact with and without the trunk, loaded by PEFT."""
 
 import dataclasses
 
