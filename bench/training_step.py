@@ -59,8 +59,7 @@ class OurStep:
         self.runtime = runtime
         runtime.prepare({"train": data})
         runtime.load({name: lora_init(3, name, shape) for name, shape in runtime.spec.shapes.items()})
-        labels = torch.tensor([example.label for example in data])
-        self.measurement = Measurement(self.config, runtime, labels, Ranks())
+        self.measurement = Measurement(self.config, runtime, data, {}, Ranks())
         self.writer, self.done = TrajectoryWriter(log), 0
         runtime.step([], self.measurement.first_seeds(0), config.eps)
 

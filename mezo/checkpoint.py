@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mezo.config import Config, UserError
+from mezo.rewards import reward_hash
 from mezo.runtimes.base import LINEAR_HEAD, AdapterSpec, Example, passes
 from mezo.trajectory import StepRecord, drop_torn_line, header, read_lines, read_trajectory
 from mezo_kernels import ParamLayout, canonical_name, lora_init, step_
@@ -221,13 +222,16 @@ def adapter_options(directory: str | Path) -> dict:
 
 
 def data_hash(splits: dict[str, Sequence[Example]]) -> str:
-    """SHA-256 of the tokenised examples of all splits."""
+    """SHA-256 of the tokenised examples of all splits, and of the answers and fields that text is judged by."""
     digest = hashlib.sha256()
     for split, examples in splits.items():
         digest.update(split.encode())
         for e in examples:
             pooled = ["pooled"] if e.pooled else []  # logs from before there was such a head keep their hashes
             digest.update(json.dumps([e.prompt, e.options, e.label, e.mask, *pooled]).encode())
+            judged = [e.references, e.names, e.fields]
+            if any(judged):
+                digest.update(json.dumps(judged, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
@@ -237,7 +241,8 @@ def make_header(config: Config, spec: AdapterSpec, splits: dict[str, Sequence[Ex
     if config.adapter:
         digest = hashlib.sha256((Path(config.adapter) / WEIGHTS).read_bytes()).hexdigest()
         init = {"kind": "file", "file": INITIAL, "sha256": digest}
-    return header(config.seed, data_hash(splits), init, asdict(spec))
+    reward = {"reward_hash": reward_hash(config.reward)} if config.reward else {}
+    return header(config.seed, data_hash(splits), init, {**reward, **asdict(spec)})
 
 
 def initial_theta(first_line: dict, path: Path) -> dict[str, torch.Tensor]:

@@ -23,7 +23,8 @@ USAGE = """usage: mezo COMMAND [options]
   export   write a run's adapter, or the base model with the adapter merged
   import   make an adapter of someone else's ready for --adapter
   trajectory show, verify or truncate a run's log
-  report   what a finished run did, and where its time and tokens went
+  report   what finished runs did, and where time and tokens went; also as a web page with curves
+  tune     choose lr and eps by short runs; --resume DIR continues a sweep
   tasks    list what --task takes: prompts, answers, objectives
   verify   compare every backend with the reference on this machine, bit for bit
   reproduce run a published experiment and print its figure beside ours
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         "import": _import,
         "trajectory": _trajectory,
         "report": _report,
+        "tune": _tune,
         "tasks": _tasks,
         "verify": _verify,
         "reproduce": _reproduce,
@@ -79,7 +81,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    path, rest = _take_option(argv, "--resume")
+    path, rest = take_option(argv, "--resume")
     if path is None:
         config = _parse(argv, "mezo train")
         from mezo import commands
@@ -98,7 +100,7 @@ def _train(argv: list[str]) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Unchecked(Config):
+class UncheckedConfig(Config):
     """Fine-tune a language model with forward passes only (MeZO, arXiv 2305.17333).
 
     --config FILE reads any of these options from YAML (flags win); --resume RUN, alone, continues a run.
@@ -109,11 +111,14 @@ class _Unchecked(Config):
 
 
 def _parse(argv: list[str], prog: str, base: dict | None = None) -> Config:
-    """Flags, over --config FILE, over `base`, over the defaults."""
-    file, rest = _take_option(argv, "--config")
-    default = _Unchecked.from_dict({**(base or {}), **(_read_yaml(file) if file else {})})
-    parsed = tyro.cli(_Unchecked, default=default, args=rest, prog=prog)
-    return Config(**dataclasses.asdict(parsed))
+    return Config(**option_values(argv, prog, base))
+
+
+def option_values(argv: list[str], prog: str, base: dict | None = None, kind: type = UncheckedConfig) -> dict:
+    """Flags, over --config FILE, over `base`, over the defaults of `kind`."""
+    file, rest = take_option(argv, "--config")
+    default = kind.from_dict({**(base or {}), **(_read_yaml(file) if file else {})})
+    return dataclasses.asdict(tyro.cli(kind, default=default, args=rest, prog=prog))
 
 
 def _read_yaml(path: str) -> dict:
@@ -126,7 +131,7 @@ def _read_yaml(path: str) -> dict:
     return values
 
 
-def _take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
     """(value of --name VALUE or --name=VALUE, the other arguments)."""
     for i, argument in enumerate(argv):
         if argument == name:
@@ -143,7 +148,7 @@ def _machine_options(path: str, rest: list[str]) -> dict:
     if not rest:
         return {}
     saved = dataclasses.asdict(_saved_config(Path(path)))
-    if _take_option(rest, "--runtime")[0] == "hf":
+    if take_option(rest, "--runtime")[0] == "hf":
         # the engine's options have no meaning there
         saved |= {name: getattr(Config, name) for name in ENGINE}
     asked = dataclasses.asdict(_parse(rest, "mezo train", saved))
@@ -274,25 +279,16 @@ def _trajectory(argv: list[str]) -> int:
     return 0
 
 
-@dataclasses.dataclass(frozen=True)
-class _ReportOptions:
-    """Print what a finished run did: results, noise, tokens by the engine's own count, seconds by part."""
-
-    run: tyro.conf.Positional[str]
-    """Run directory."""
-
-
 def _report(argv: list[str]) -> int:
-    options = tyro.cli(_ReportOptions, args=argv, prog="mezo report")
-    from mezo import report
+    from mezo import cli_report
 
-    console = Console(highlight=False)
-    for title, rows in report.tables(options.run).items():
-        table = Table(title=title, title_justify="left", show_header=False)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    return 0
+    return cli_report.main(argv)
+
+
+def _tune(argv: list[str]) -> int:
+    from mezo import cli_tune
+
+    return cli_tune.main(argv)
 
 
 def _tasks(argv: list[str]) -> int:
@@ -378,9 +374,11 @@ def _show_result(result: dict) -> None:
 
 
 def _show_splits(splits: dict[str, dict]) -> None:
-    table = Table("split", "accuracy", "AUC", "F1", "loss")
+    names = {"accuracy": "accuracy", "auc": "AUC", "f1": "F1", "exact_match": "exact match", "reward": "reward"}
+    keys = [key for key in (*names, "loss") if any(key in row for row in splits.values())]
+    table = Table("split", *(names.get(key, key) for key in keys))
     for split, row in splits.items():
-        cells = ("-" if row[key] is None else f"{row[key]:.4f}" for key in ("accuracy", "auc", "f1", "loss"))
+        cells = ("-" if row.get(key) is None else f"{row[key]:.4f}" for key in keys)
         table.add_row(split, *cells)
     Console().print(table)
 

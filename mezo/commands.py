@@ -6,48 +6,74 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from mezo import checkpoint
 from mezo.checkpoint import RunDirectory
 from mezo.config import Config, UserError
-from mezo.evaluation import score_split
-from mezo.objectives import evaluate as evaluate_scores
+from mezo.evaluation import evaluate_split
 from mezo.parallel import Ranks
+from mezo.rewards import judges
 from mezo.runtimes.base import Runtime
 from mezo.runtimes.merge import merge
 from mezo.runtimes.peft_model import is_masked, load_tokenizer
 from mezo.runtimes.stacks import complete_fields, complete_stacks
+from mezo.stopping import stalled
 from mezo.tasks import load_splits, with_objective
 from mezo.trainer import Trainer
 from mezo.trajectory import read_trajectory
 
 
-def train(config: Config) -> dict | None:
+def train(config: Config, until: int | None = None) -> dict | None:
     """Start a run and carry it through. Under torchrun all ranks call this; after an elastic restart it resumes.
 
+    Args:
+        config: the run's.
+        until: number of steps after which it pauses.
     Returns:
-        What result.json holds ({} on ranks above 0), or None if Ctrl-C stopped it.
+        What result.json holds ({} on ranks above 0), or None if Ctrl-C stopped it or it paused.
     Raises:
         UserError: before anything is written.
     """
     if config.num_demonstrations:
         raise UserError("--num-demonstrations is for mezo eval, training prompts have none: leave it out")
+    if config.follows:
+        return follow(with_objective(with_adapter_options(config).absolute()))
     ranks, config = Ranks(), with_objective(with_adapter_options(config).absolute())
     if ranks.restarted and _started_here(config):
-        return resume(config.output_dir, ranks)
+        return resume(config.output_dir, ranks, until=until)
     if ranks.leads:
         checkpoint.refuse_existing(config.output_dir)
     _check_ranks(config, ranks)
-    with _loaded(config, need="train") as (runtime, splits, seconds):
-        header = checkpoint.make_header(config, runtime.spec, splits)
-        initial = Path(config.adapter) / checkpoint.WEIGHTS
-        runtime.load(checkpoint.initial_theta(header, initial))
-        if ranks.leads:
-            run = RunDirectory.create(config.output_dir, config, header, initial if config.adapter else None)
-        else:
-            run = RunDirectory(Path(config.output_dir))
-        return _carry_through(Trainer(config, runtime, splits, run, ranks=ranks, seconds_loading=seconds), ranks)
+    with loaded(config, need="train") as (runtime, splits, seconds):
+        return start(config, runtime, splits, seconds, ranks, until)
+
+
+def start(
+    config: Config, runtime: Runtime, splits: dict, seconds: float = 0.0, ranks: Ranks | None = None, until=None
+) -> dict | None:
+    """`train` on what is loaded already, which took so many seconds."""
+    ranks = ranks or Ranks()
+    header = checkpoint.make_header(config, runtime.spec, splits)
+    initial = Path(config.adapter) / checkpoint.WEIGHTS
+    runtime.load(checkpoint.initial_theta(header, initial))
+    if ranks.leads:
+        run = RunDirectory.create(config.output_dir, config, header, initial if config.adapter else None)
+    else:
+        run = RunDirectory(Path(config.output_dir))
+    trainer = Trainer(config, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
+    return _carry_through(trainer, ranks, until)
+
+
+def follow(config: Config) -> dict:
+    """Run this machine's part of an engine, `node_rank` of `nnodes`, until the trainer on the first machine ends it.
+
+    Args:
+        config: the trainer's, but for node_rank; its run directory is not touched.
+    Raises:
+        RunError: the engine ended before the trainer did.
+    """
+    with loaded(config, need="train") as (runtime, _, _):
+        runtime.follow()
+    return {}
 
 
 def with_adapter_options(config: Config) -> Config:
@@ -75,37 +101,52 @@ def _started_here(config: Config) -> bool:
     return same_launch and run.read_config() == config
 
 
-def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None) -> dict | None:
+def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None, until: int | None = None) -> dict | None:
     """Carry an interrupted run through, to the bit; check a finished one.
 
     Args:
         path: run directory.
         ranks: the processes that share the work.
         machine: options of `mezo.config.MACHINE` that differ from the run's: where and how it goes on.
+        until: number of steps after which it pauses again.
     Returns:
         As `train`; for a finished run, its result.
     """
+    if machine and (config := dataclasses.replace(RunDirectory(Path(path)).read_config(), **machine)).follows:
+        return follow(config)
     ranks = ranks or Ranks()
     run = RunDirectory.open(path) if ranks.leads else RunDirectory(Path(path))
     config = dataclasses.replace(run.read_config(), **(machine or {}))
-    first_line, records = read_trajectory(run.trajectory)
-    if run.result.is_file() and len(records) >= config.steps:
+    _, records = read_trajectory(run.trajectory)
+    ended = len(records) >= config.steps or stalled(run.read_metrics(), config.early_stopping)
+    if run.result.is_file() and ended:
         return _check_finished(run)
     _check_ranks(config, ranks)
     if ranks.leads:
+        run.result.unlink(missing_ok=True)  # of a run that ended early and now goes on
         run.write_metrics([row for row in run.read_metrics() if row["step"] <= len(records)])
-    with _loaded(config, need="train") as (runtime, splits, seconds):
-        # the adapter it started from has been copied into the run: its source may be gone
-        own = dataclasses.replace(config, adapter="")
-        _same_run(first_line, checkpoint.make_header(own, runtime.spec, splits), path)
-        theta = checkpoint.initial_theta(first_line, run.path / checkpoint.INITIAL)
-        checkpoint.replay_records(theta, records)
-        runtime.load(theta)
-        return _carry_through(Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds), ranks)
+    with loaded(config, need="train") as (runtime, splits, seconds):
+        return carry_on(run, config, runtime, splits, seconds, ranks, until)
 
 
-def _carry_through(trainer: Trainer, ranks: Ranks) -> dict | None:
-    result = trainer.train()
+def carry_on(
+    run: RunDirectory, config: Config, runtime: Runtime, splits: dict, seconds: float = 0.0, ranks=None, until=None
+) -> dict | None:
+    """`resume` an open run on what is loaded already, which took so many seconds."""
+    ranks = ranks or Ranks()
+    first_line, records = read_trajectory(run.trajectory)
+    # the adapter it started from has been copied into the run: its source may be gone
+    own = dataclasses.replace(config, adapter="")
+    _same_run(first_line, checkpoint.make_header(own, runtime.spec, splits), str(run.path))
+    theta = checkpoint.initial_theta(first_line, run.path / checkpoint.INITIAL)
+    checkpoint.replay_records(theta, records)
+    runtime.load(theta)
+    trainer = Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds)
+    return _carry_through(trainer, ranks, until)
+
+
+def _carry_through(trainer: Trainer, ranks: Ranks, until: int | None) -> dict | None:
+    result = trainer.train(until)
     ranks.close()
     return result
 
@@ -124,19 +165,16 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
         config: model and data; its run settings are not used.
         adapter: adapter directory, or None for the base model with a fresh adapter (whose output is zero).
     Returns:
-        accuracy, loss, f1 and auc by split; with num_demonstrations train gives these and is not scored.
+        As `evaluate_split`, by split; with num_demonstrations train gives these and is not scored.
     """
-    config = dataclasses.replace(with_objective(config), trunk_cache="off", eval_train=True)
-    with _loaded(config) as (runtime, splits, _):
+    config = dataclasses.replace(with_objective(config), trunk_cache="off", eval_test=True, eval_train=True)
+    if config.follows:
+        raise UserError("--engine-arg node_rank: only mezo train runs on several machines; use one, or --runtime hf")
+    with loaded(config) as (runtime, splits, _):
         if adapter is not None:
             runtime.load(checkpoint.load_adapter(adapter, runtime.spec.shapes))
-        size = config.eval_batch_size or config.batch_size
-        results = {}
-        for split, examples in splits.items():
-            labels = torch.tensor([example.label for example in examples])
-            scores = score_split(runtime, split, len(examples), size)
-            results[split] = evaluate_scores(scores, labels, config.objective)
-        return results
+        judged = judges(config)
+        return {split: evaluate_split(config, runtime, split, own, judged) for split, own in splits.items()}
 
 
 def replay(run: str, output_dir: str, until: str = "best", backend: str | None = None) -> int:
@@ -193,14 +231,20 @@ def _refuse_output(path: str) -> None:
 
 
 @contextmanager
-def _loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, dict, float]]:
+def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, dict, float]]:
     """Runtime, examples and the seconds it took. Data first: it is quick to load, and most mistakes are there."""
     started = time.perf_counter()
     config.refuse_missing_files()
     tokenizer = load_tokenizer(config.model)
     splits = load_splits(config, tokenizer, masked=is_masked(config.model))
+    if not config.eval_test:
+        splits.pop("test", None)
     if need is not None and need not in splits:
         raise UserError("--train-file is missing: give one, or a --task")
+    if need is not None and config.early_stopping and "dev" not in splits:
+        raise UserError(f"--early-stopping {config.early_stopping} needs a dev set: give --dev-file, or leave it out")
+    for judge in judges(config).values():  # a reward that takes nothing is found before the model is loaded
+        judge(next(iter(splits.values()))[0], "")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     runtime = _runtime(config, pad)
     try:
@@ -225,13 +269,14 @@ def _runtime(config: Config, pad: int) -> Runtime:
 
 
 def _same_run(logged: dict, now: dict, path: str) -> None:
-    for key in ("run_seed", "data_hash", "dtype", "peft", "shapes", "model_hash"):
-        a, b = logged[key], now[key]
+    for key in ("run_seed", "data_hash", "reward_hash", "dtype", "peft", "shapes", "model_hash"):
+        a, b = logged.get(key), now.get(key)
         if key == "shapes":
             a, b = ({name: tuple(shape) for name, shape in shapes.items()} for shapes in (a, b))
         if a != b:
+            what = "the file" if key == "reward_hash" else "the model"
             raise UserError(
-                f"--resume {path}: {key} of the log and of the model at hand differ: {_short(a)} and {_short(b)}"
+                f"--resume {path}: {key} of the log and of {what} at hand differ: {_short(a)} and {_short(b)}"
             )
 
 

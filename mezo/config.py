@@ -12,8 +12,12 @@ KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or f
 ENGINE = ("tp", "radix", "deterministic", "engine_arg")
 """Options of the sglang runtime alone."""
 MACHINE = ("runtime", *ENGINE, "device", "backend", "trunk_cache", "trunk_cache_bytes",
-           "eval_batch_size", "noise", "verify_every")  # fmt: skip
-"""Options that say where and how a run is computed, not what: a resumed run may have others."""
+           "eval_batch_size", "noise", "true_gradient", "verify_every", "early_stopping", "max_loss_ratio")  # fmt: skip
+"""Options that say where, how and how far a run is computed, not what: a resumed run may have others."""
+SCORED = ("cross_entropy", "lm_cross_entropy", "accuracy")
+"""Objectives that option scores decide."""
+GENERATED = ("f1", "reward")
+"""Objectives that generated text decides."""
 FLOAT32 = (1.1754943508222875e-38, 3.4028234663852886e38)  # smallest normal and largest number
 
 
@@ -101,20 +105,41 @@ class Config:
     """Directions averaged per step (n-SPSA)."""
     parallel: Literal["data", "perturbations"] = "data"
     """What the processes that torchrun started share: the examples of a batch, or the perturbations of a step."""
-    objective: Literal["auto", "cross_entropy", "lm_cross_entropy", "accuracy"] = "auto"
-    """Loss: over the options, over the vocabulary for the right option's tokens, or minus the accuracy; auto is the
+    objective: str = "auto"
+    """What is minimised: cross_entropy over the options, lm_cross_entropy of the right option's tokens, minus the
+    accuracy, minus f1 or minus reward of generated text; cross_entropy:1,reward:0.5 is a sum with weights; auto is the
     task's own, cross_entropy for files."""
+    reward: str = ""
+    """file.py:function or module:function. It gets an example (a dict of the task's own fields) and the text that was
+    generated for it, and returns a number, always the same one for the same arguments."""
+    z_score_rewards: bool = False
+    """Standardise rewards and F1s over the texts of a step: of its examples, its perturbations and both signs."""
+    generate: Literal["auto", "on", "off"] = "auto"
+    """Evaluate generated text too, by F1 and exact match; auto does so for tasks whose answer is text."""
+    max_new_tokens: int = 50
+    """Most tokens of a generated text; the most likely one follows each time (greedy)."""
+    stop: tuple[str, ...] = ("\\n",)
+    """A generated text ends before any of these; \\n is a line break."""
     seed: int = 0
     """Seed of the run: initial adapter, batches and perturbations are functions of it."""
     eval_every: int = 0
     """Steps between evaluations; 0 is a tenth of the run."""
     eval_batch_size: int = 0
     """Examples per evaluation forward; 0 is the training batch size."""
+    early_stopping: int = 0
+    """Evaluations without an improvement of dev after which the run ends; 0 never does."""
+    max_loss_ratio: float = 0.0
+    """Give up where the mean loss of 100 steps is this many times that of the first 100; 0 only warns, from 2 on."""
 
+    eval_test: bool = True
+    """Load the test set, and score it before and after the run."""
     eval_train: bool = False
     """Score the training set too, before and after the run."""
     noise: bool = True
-    """At every evaluation score a batch four times at theta itself, and report what that puts on projected_grad."""
+    """At every evaluation score a batch four times at theta itself, and report what that puts on projected_grad; also
+    how projected_grad spreads over batch and perturbations, and what rounding leaves of a perturbation."""
+    true_gradient: bool = False
+    """hf: at every evaluation compare the estimate with autograd's gradient; for models small enough for that."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the base model; auto is float32 on a CPU and bfloat16 on a GPU. The trained master is float32 always."""
@@ -140,6 +165,31 @@ class Config:
     def __post_init__(self):
         check(self)
 
+    @property
+    def objectives(self) -> dict[str, float]:
+        """Weights by name of the objective, e.g. {"cross_entropy": 1.0, "reward": 0.5}."""
+        weights = {}
+        for term in self.objective.split(","):
+            name, colon, weight = term.strip().partition(":")
+            _require(name not in weights, f"--objective {self.objective}: {name} is there twice: drop one")
+            weights[name] = _typed(f"--objective {self.objective}: a weight", weight, float) if colon else 1.0
+        return weights
+
+    @property
+    def scores(self) -> bool:
+        """Whether a step needs option scores."""
+        return any(name not in GENERATED for name in self.objectives)
+
+    @property
+    def generates(self) -> bool:
+        """Whether steps or evaluations need generated text."""
+        return self.generate == "on" or any(name in GENERATED for name in self.objectives)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """What ends a generated text."""
+        return tuple(stop.replace("\\n", "\n") for stop in self.stop)
+
     def to_json(self) -> str:
         """The configuration as it is written to config.json."""
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -163,9 +213,18 @@ class Config:
             path = getattr(self, name)
             _require(not path or Path(path).is_file(), f"--{name.replace('_', '-')}: no such file: {path}")
 
+    @property
+    def follows(self) -> bool:
+        """True on the second and later machines of an engine: they serve a trainer that runs on the first."""
+        ranks = [arg.partition("=")[2].strip() for arg in self.engine_arg if arg.strip().startswith("node_rank=")]
+        return self.runtime == "sglang" and bool(ranks) and ranks[-1] != "0"
+
     def absolute(self) -> "Config":
         """The same configuration, valid from any working directory."""
         paths = {n: str(Path(v).absolute()) for n in PATHS if (v := getattr(self, n)) and Path(v).exists()}
+        file, colon, function = self.reward.rpartition(":")
+        if file.endswith(".py"):
+            paths["reward"] = f"{Path(file).absolute()}{colon}{function}"
         return dataclasses.replace(self, **paths)
 
 
@@ -190,6 +249,7 @@ def _typed(key: str, value, kind):
 
 def check(config: Config) -> None:
     """Raise UserError on a value that no run can have; what depends on model or data is checked when that is read."""
+    _check_objective(config)
     _require(bool(config.model), "--model is missing: give a path or a hub id")
     _require(bool(config.output_dir), "--output-dir is missing: give the run directory to create")
     files = config.train_file or config.dev_file or config.test_file
@@ -207,6 +267,7 @@ def check(config: Config) -> None:
         "max_length",
         "trunk_cache_bytes",
         "tp",
+        "max_new_tokens",
     ):
         value = getattr(config, name)
         _require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -221,6 +282,7 @@ def check(config: Config) -> None:
         "data_seed",
         "warmup_steps",
         "num_demonstrations",
+        "early_stopping",
     ):
         value = getattr(config, name)
         _require(value >= 0, f"--{name.replace('_', '-')} must be at least 0, got {value}")
@@ -239,9 +301,30 @@ def check(config: Config) -> None:
     for name in ENGINE:
         given = config.runtime == "sglang" or getattr(config, name) == getattr(Config, name)
         _require(given, f"--{name.replace('_', '-')} is of the engine: use --runtime sglang with it")
+    ratio = config.max_loss_ratio
+    _require(ratio == 0 or 1 < ratio < math.inf, f"--max-loss-ratio must be 0 or a finite number > 1, got {ratio}")
+    if config.true_gradient:
+        _require(config.runtime == "hf", "--true-gradient needs autograd in this process: use it with --runtime hf")
+        flat = [name for name in config.objectives if name in ("accuracy", *GENERATED)]
+        _require(not flat, f"--true-gradient: {' and '.join(flat)} has no gradient; leave it out")
     if config.head == "linear":
         _check_linear_head(config)
     _require(config.verify_every >= -1, f"--verify-every must be at least -1, got {config.verify_every}")
+
+
+def _check_objective(config: Config) -> None:
+    objectives, known = config.objectives, (*SCORED, *GENERATED)
+    for name, weight in objectives.items():
+        alone = name == "auto" and len(objectives) == 1
+        text = f"one of auto, {', '.join(known)}, or a mixture like cross_entropy:1,reward:0.5"
+        _require(alone or name in known, f"--objective must be {text}; got {name!r}")
+        _require(0 < weight < math.inf, f"--objective: the weight of {name} must be a finite number > 0, got {weight}")
+    asked = "reward" in objectives
+    _require(bool(config.reward) or not asked, "--objective reward needs --reward file.py:function")
+    _require(asked or not config.reward, f"--reward {config.reward} is not in --objective: add it there, reward:0.5")
+    text = any(name in GENERATED for name in objectives)
+    _require(text or not config.z_score_rewards, "--z-score-rewards needs f1 or reward in --objective: leave it out")
+    _require(all(config.stop), "--stop must not be empty text: leave it out")
 
 
 def _check_linear_head(config: Config) -> None:
@@ -251,7 +334,7 @@ def _check_linear_head(config: Config) -> None:
     _require(not config.num_demonstrations, "--head linear reads no demonstrations: leave --num-demonstrations out")
     allowed = ("auto", "cross_entropy", "accuracy")
     _require(
-        config.objective in allowed,
+        set(config.objectives) <= set(allowed),
         f"--head linear has classes, not words: --objective must be {', '.join(allowed)}; got {config.objective}",
     )
     _require(

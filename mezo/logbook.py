@@ -82,7 +82,8 @@ def truncate(run: str, step: int) -> Path:
     rows = directory.read_metrics()
     # a test score after the run belongs to the run's end
     rows = [row for row in rows if row["step"] <= step and (row["split"] == "dev" or row["step"] == 0)]
-    for path in (directory.trajectory, directory.metrics, directory.adapter, directory.result, directory.plots):
+    page = directory.path / "report.html"
+    for path in (directory.trajectory, directory.metrics, directory.adapter, directory.result, directory.plots, page):
         if path.exists():
             path.rename(kept / path.name)
     checkpoint.replace_file(directory.trajectory, b"".join(lines[: step + 1]))

@@ -1,17 +1,25 @@
 """The losses of a step: its batch under every perturbation, both signs, shared among ranks and micro-batches."""
 
-from collections.abc import Callable
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
 
-from torch import Tensor
+import torch
 
 from mezo.batches import Batches
 from mezo.config import Config
 from mezo.estimator import coefficients, learning_rate, projected_grad, usable
-from mezo.objectives import OBJECTIVES
+from mezo.objectives import mixture, standardised
 from mezo.parallel import Ranks
-from mezo.runtimes.base import Runtime
+from mezo.rewards import Judge
+from mezo.runtimes.base import Example, Runtime
 from mezo.trajectory import StepRecord
 from mezo_kernels import perturbation_seed
+
+RECENT = 16  # calls of the runtime whose scores are kept for the spread over a batch
+Scores = tuple[
+    Sequence[int], list[tuple[torch.Tensor, torch.Tensor]]
+]  # indices, and scores of both signs by perturbation
 
 
 class Measurement:
@@ -20,14 +28,22 @@ class Measurement:
     Args:
         config: the run's.
         runtime: prepared.
-        labels: of the training examples.
+        examples: to train on.
+        judges: of generated text, by the name of the objective.
         ranks: the processes that share the work.
+
+    `recent` keeps the scores of the last calls.
     """
 
-    def __init__(self, config: Config, runtime: Runtime, labels: Tensor, ranks: Ranks):
-        self.config, self.runtime, self.labels, self.ranks = config, runtime, labels, ranks
-        self.batches = Batches(len(labels), config.batch_size, config.seed)
-        self.objective = OBJECTIVES[config.objective]
+    def __init__(
+        self, config: Config, runtime: Runtime, examples: Sequence[Example], judges: dict[str, Judge], ranks: Ranks
+    ):
+        self.config, self.runtime, self.examples, self.ranks = config, runtime, examples, ranks
+        self.labels = torch.tensor([example.label for example in examples])
+        self.batches = Batches(len(examples), config.batch_size, config.seed)
+        self.objective = mixture(config.objectives)
+        self.judges = {name: judge for name, judge in judges.items() if name in config.objectives}
+        self.recent: deque[Scores] = deque(maxlen=RECENT)
 
     def record(self, step: int, watch: bool, check: Callable, interrupted: bool) -> tuple[StepRecord, bool]:
         """Score a step's batch and form the update.
@@ -59,20 +75,32 @@ class Measurement:
         """Mean losses (plus, minus) of the batch for every seed, each rank having scored its part."""
         rank, size = self.ranks.rank, self.ranks.size
         by_data = self.config.parallel == "data"
-        mine = batch[rank * len(batch) // size : (rank + 1) * len(batch) // size] if by_data else batch
-        sums = [0.0] * (2 * len(seeds))
+        mine = range(rank * len(batch) // size, (rank + 1) * len(batch) // size) if by_data else range(len(batch))
+        width = 1 + len(self.judges) * len(batch)
+        rows = [[[0.0] * width] * 2] * len(seeds)
         for n, held in enumerate(self._held_together()):
             if n:
                 check()
                 self.runtime.step([], [seeds[k] for k in held], self.config.eps, watch=watch)
-            for k, pair in zip(held, self.loss_sums(mine), strict=True):
-                sums[2 * k : 2 * k + 2] = pair
+            for k, pair in zip(held, self._measure(batch, mine), strict=True):
+                rows[k] = pair
             check()
-        gathered = self.ranks.gather([float(interrupted), *sums])
+        numbers = itertools.chain.from_iterable(row for pair in rows for row in pair)
+        gathered = self.ranks.gather([float(interrupted), *numbers])
         stopping = any(values[0] for values in gathered)
         # a rank's part that another scored is an exact zero
-        total = [sum(values) / len(batch) for values in list(zip(*gathered, strict=True))[1:]]
-        return list(zip(total[::2], total[1::2], strict=True)), stopping
+        total = torch.tensor([sum(values) for values in list(zip(*gathered, strict=True))[1:]], dtype=torch.float64)
+        return self._losses(total.view(len(seeds), 2, width), len(batch)), stopping
+
+    def estimate(self, step: int) -> tuple[list[int], list[float]]:
+        """Seeds and projected_grads of a step to come, those of this rank's perturbations; other copies are written."""
+        seeds, grads, eps, batch = [], [], self.config.eps, self.batches(step)
+        for held in self._held_together():
+            own = [perturbation_seed(self.config.seed, step, k) for k in held]
+            self.runtime.step([], own, eps)
+            seeds += own
+            grads += [projected_grad(*pair, eps) for pair in self.mean_losses(batch)]
+        return seeds, grads
 
     def first_seeds(self, step: int) -> list[int]:
         """Seeds of the perturbations that the runtime holds when a step begins."""
@@ -84,15 +112,50 @@ class Measurement:
         mine = range(n) if by_data else range(self.ranks.rank, n, self.ranks.size)
         return [list(mine[i : i + self.runtime.pairs]) for i in range(0, len(mine), self.runtime.pairs)]
 
-    def loss_sums(self, batch: list[int]) -> list[list[float]]:
-        """Losses (plus, minus) of each perturbation held, summed over the batch: the same z for every micro-batch."""
-        size = self.config.micro_batch_size or len(batch)
-        sums = None
-        for i in range(0, len(batch), size):
-            part = batch[i : i + size]
-            pairs = self.runtime.score_pairs("train", part)
-            sums = sums or [[0.0, 0.0] for _ in pairs]
-            for own, pair in zip(sums, pairs, strict=True):
-                for sign, scores in enumerate(pair):
-                    own[sign] += self.objective(scores, self.labels[part]).item() * len(part)
-        return sums
+    def mean_losses(self, batch: list[int]) -> list[tuple[float, float]]:
+        """Mean losses (plus, minus) of a batch under each perturbation held, all of it measured here."""
+        return self._losses(torch.tensor(self._measure(batch, range(len(batch))), dtype=torch.float64), len(batch))
+
+    def _measure(self, batch: list[int], places: Sequence[int]) -> list[list[list[float]]]:
+        """What is known of the examples at `places` of a batch: a row for each perturbation held and each sign.
+
+        A row is the sum of their losses by scores, then what each judge says of each example's text, 0 elsewhere in
+        the batch. The same z for every micro-batch.
+        """
+        config, size, rows = self.config, self.config.micro_batch_size or len(places), None
+        for start in range(0, len(places), size):
+            part = places[start : start + size]
+            indices = [batch[place] for place in part]
+            scores = self.runtime.score_pairs("train", indices) if config.scores else []
+            if scores and not self.judges:
+                self.recent.append((indices, scores))
+            texts = []
+            if self.judges:
+                texts = self.runtime.generate_pairs("train", indices, config.max_new_tokens, config.stops)
+            width = 1 + len(self.judges) * len(batch)
+            rows = rows or [[[0.0] * width for _ in range(2)] for _ in scores or texts]
+            for own, pair in zip(rows, scores, strict=False):
+                for row, option_scores in zip(own, pair, strict=True):
+                    row[0] += self.objective(option_scores, self.labels[indices]).item() * len(part)
+            for own, pair in zip(rows, texts, strict=False):
+                for row, outputs in zip(own, pair, strict=True):
+                    self._judge(row, len(batch), part, indices, outputs)
+        return rows
+
+    def _judge(self, row: list[float], size: int, places: Sequence[int], indices: Sequence[int], outputs) -> None:
+        for n, judge in enumerate(self.judges.values()):
+            for place, index, output in zip(places, indices, outputs, strict=True):
+                row[1 + n * size + place] = judge(self.examples[index], output)
+
+    def _losses(self, rows: torch.Tensor, size: int) -> list[tuple[float, float]]:
+        """L = sum / B - sum_i w_i mean r_i of each perturbation, both signs.
+
+        Args:
+            rows: (perturbations, 2, 1 + judges * size), as `_measure` makes them, whole.
+            size: B, examples of the batch.
+        """
+        losses, values = rows[:, :, 0] / size, rows[:, :, 1:].unflatten(-1, (len(self.judges), size))
+        for name, own in zip(self.judges, values.unbind(2), strict=True):
+            own = standardised(own) if self.config.z_score_rewards else own
+            losses = losses - self.config.objectives[name] * own.mean(-1)
+        return [tuple(pair) for pair in losses.tolist()]

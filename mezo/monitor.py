@@ -9,6 +9,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mezo.trajectory import StepRecord
 
 NOISY = 0.1  # of projected_grad, from where its noise is warned of
+ROUNDED = 0.5  # of a perturbation, from where what rounding does to it is warned of
+CURVES = {
+    "noise": "projected_grad_noise",
+    "over_perturbations": "projected_grad_spread",
+    "over_batch": "projected_grad_batch_error",
+    "perturbation_error": "perturbation_error",
+    "perturbation_cosine": "perturbation_cosine",
+    "cosine": "gradient_cosine",
+    "gradient_norm": "gradient_norm",
+    "projected_grad_error": "projected_grad_error",
+}
+"""TensorBoard's name of a number of the instruments."""
 LOG_EVERY = 10  # steps between TensorBoard points; one costs about a tenth of a millisecond
 
 
@@ -62,22 +74,45 @@ class Monitor:
 
     def evaluation(self, row: dict) -> None:
         """Show one line of metrics.jsonl."""
-        metrics = {k: row[k] for k in ("accuracy", "loss", "f1", "auc") if row.get(k) is not None}
+        metrics = {
+            k: row[k] for k in ("accuracy", "loss", "f1", "exact_match", "reward", "auc") if row.get(k) is not None
+        }
         for name, value in metrics.items():
             self.writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.say(f"step {row['step']:>6}  {row['split']:<5} {shown}{'  *' if row.get('is_best') else ''}")
 
-    def noise(self, step: int, noise: float, signal: float) -> None:
-        """Show the noise of projected_grad beside its root mean square; a warning above a tenth of it."""
-        if self.writer:
-            self.writer.add_scalar("train/projected_grad_noise", noise, step)
-        if noise > NOISY * signal:
-            self.say(
-                f"step {step:>6}  noise  {noise:.3g} on projected_grad of {signal:.3g}: more than a tenth."
-                " Raise --eps or --batch-size, or use --dtype float32 or --deterministic"
-            )
+    def instrument(self, row: dict) -> None:
+        """Show a row of the instruments; warn of noise above a tenth of projected_grad, and of lost perturbations."""
+        for name, value in row.items():
+            if name in CURVES and self.writer:
+                self.writer.add_scalar(f"train/{CURVES[name]}", value, row["step"])
+        found = warning(row)
+        if row["split"] == "gradient" and "cosine" in row:
+            cosine, expected, norm = (row[name] for name in ("cosine", "expected_cosine", "gradient_norm"))
+            found = f"cosine {cosine:.4f} (of size {expected:.4f} expected), norm {norm:.3g}"
+        if found:
+            self.say(f"step {row['step']:>6}  {row['split']}  {found}")
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         self.console.print(text, highlight=False, markup=False)
+
+
+def warning(row: dict) -> str | None:
+    """What a person should know of a row of the instruments, or None.
+
+    >>> warning({"split": "noise", "noise": 0.2, "projected_grad_rms": 4.0})
+    """
+    if row["split"] == "noise" and row["noise"] > NOISY * row["projected_grad_rms"]:
+        return (
+            f"{row['noise']:.3g} on projected_grad of {row['projected_grad_rms']:.3g}: more than a tenth."
+            " Raise --eps or --batch-size, or use --dtype float32 or --deterministic"
+        )
+    if row.get("perturbation_error", 0.0) > ROUNDED:
+        share, cosine = 100 * row["perturbation_error"], row["perturbation_cosine"]
+        return (
+            f"rounding to the base's dtype changes a perturbation by {share:.0f} % (cosine {cosine:.3f})."
+            " Raise --eps, or use --dtype float32"
+        )
+    return None

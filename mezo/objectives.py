@@ -5,7 +5,7 @@ options than the widest one its row ends in -inf. Labels are the indices of the 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -69,7 +69,40 @@ OBJECTIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "lm_cross_entropy": lm_cross_entropy,
     "accuracy": negative_accuracy,
 }
-"""By the name that the configuration takes; every one is minimised."""
+"""By the name that the configuration takes; every one is minimised. f1 and reward are of text: `mezo.rewards`."""
+
+
+def mixture(weights: Mapping[str, float]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """L = sum_i w_i L_i over those of the named objectives that are functions of option scores.
+
+    Args:
+        weights: by name; names that are not in OBJECTIVES are left out.
+
+    Returns:
+        A function of scores and labels, as the objectives are.
+
+    >>> scores, labels = torch.tensor([[-1.0, -2.0]]), torch.tensor([0])
+    >>> mixture({"lm_cross_entropy": 1.0, "accuracy": 0.5, "reward": 9.0})(scores, labels).item()
+    0.5
+    """
+    terms = [(weight, OBJECTIVES[name]) for name, weight in weights.items() if name in OBJECTIVES]
+    return lambda scores, labels: sum(weight * objective(scores, labels) for weight, objective in terms)
+
+
+def standardised(values: torch.Tensor) -> torch.Tensor:
+    """(r - mean r) / std r over all values; zeros where all are equal, so that they say nothing and divide by nothing.
+
+    Args:
+        values: any shape, float64.
+
+    Rewards of a population are z-scored so in Qiu et al. 2025, arXiv 2509.24372.
+
+    >>> standardised(torch.tensor([1.0, 3.0])), standardised(torch.tensor([0.1, 0.1, 0.1]))
+    (tensor([-1.,  1.]), tensor([0., 0., 0.]))
+    """
+    if bool((values == values.flatten()[0]).all()):
+        return torch.zeros_like(values)
+    return (values - values.mean()) / values.std(correction=0)
 
 
 def predictions(scores: torch.Tensor) -> torch.Tensor:

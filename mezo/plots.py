@@ -12,7 +12,7 @@ from mezo.trajectory import StepRecord
 
 
 def draw(directory: Path, records: list[StepRecord], metrics: list[dict]) -> None:
-    """Write training_loss.png, dev_accuracy.png, projected_grad.png and zero_gradients.png into `directory`."""
+    """Write training_loss.png, dev_accuracy.png (or what dev has instead), projected_grad.png, zero_gradients.png."""
     directory.mkdir(exist_ok=True)
     done = [record for record in records if not record.skipped]
     steps = np.array([record.step for record in done])
@@ -22,11 +22,14 @@ def draw(directory: Path, records: list[StepRecord], metrics: list[dict]) -> Non
     _curve(directory / "training_loss.png", steps, losses, "training loss (mean of both signs)")
     _curve(directory / "projected_grad.png", steps, grads, "|projected_grad|")
     _curve(directory / "zero_gradients.png", steps, zero, "share of zero projected_grads")
-    dev = [(row["step"], row["accuracy"]) for row in metrics if row["split"] == "dev"]
-    if dev:
-        figure, axes = _axes("dev accuracy")
-        axes.plot(*zip(*dev, strict=True), marker="o")
-        _save(figure, directory / "dev_accuracy.png")
+    rows = [row for row in metrics if row["split"] == "dev"]
+    for key in ("accuracy", "reward", "f1", "loss"):
+        dev = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        if dev:
+            figure, axes = _axes(f"dev {key}")
+            axes.plot(*zip(*dev, strict=True), marker="o")
+            _save(figure, directory / f"dev_{key}.png")
+            break
 
 
 def _curve(path: Path, steps: np.ndarray, values: np.ndarray, label: str) -> None:

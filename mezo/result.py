@@ -4,11 +4,26 @@ from collections.abc import Sequence
 
 from mezo.clock import Clock
 from mezo.config import Config
-from mezo.evaluation import rms
+from mezo.instruments import rms
 from mezo.parallel import Ranks
 from mezo.trajectory import StepRecord
 
 METRICS = "accuracy", "loss", "f1", "auc"
+OF_TEXT = "exact_match", "reward"
+"""Further figures, where text is judged."""
+INSTRUMENTS = {
+    "projected_grad_noise": ("noise", "noise"),
+    "projected_grad_rms": ("noise", "projected_grad_rms"),
+    "projected_grad_spread": ("spread", "over_perturbations"),
+    "projected_grad_batch_error": ("spread", "over_batch"),
+    "perturbation_error": ("spread", "perturbation_error"),
+    "perturbation_cosine": ("spread", "perturbation_cosine"),
+    "gradient_cosine": ("gradient", "cosine"),
+    "gradient_expected_cosine": ("gradient", "expected_cosine"),
+    "gradient_norm": ("gradient", "gradient_norm"),
+    "projected_grad_error": ("gradient", "projected_grad_error"),
+}
+"""Where in metrics.jsonl the result's numbers on the estimate come from: kind of row and key."""
 
 
 def result(
@@ -20,7 +35,7 @@ def result(
     clock: Clock,
     ranks: Ranks,
 ) -> dict:
-    """The result of a run that reached its last step.
+    """The result of a run that reached its last step, or was stopped early.
 
     Args:
         config: the run's.
@@ -39,6 +54,7 @@ def result(
         "dev": [_take(row, ("step", *METRICS)) for row in metrics if row["split"] == "dev"],
         "best_step": best,
         "steps": len(records),
+        "stopped_early": len(records) < config.steps,
         "steps_counted": clock.steps,
         "seconds_training": seconds["training"],
         "seconds_of_training": {**clock.parts, "bookkeeping": seconds["training"] - sum(clock.parts.values())},
@@ -56,19 +72,22 @@ def result(
         "eval_tokens_scored": eval_tokens.scored,
         "eval_tokens_computed": round(eval_tokens.computed),
         "eval_tokens_reused": round(eval_tokens.reused),
-        **_noise(metrics),
+        **_instruments(metrics),
         "zero_gradient_share": sum(g == 0 for g in grads) / max(len(grads), 1),
         "clipped_share": sum(abs(g) > config.clip for g in grads) / max(len(grads), 1) if config.clip else 0.0,
         "skipped_steps": sum(record.skipped for record in records),
     }
 
 
-def _noise(metrics: Sequence[dict]) -> dict:
-    """Noise of projected_grad beside its root mean square, over the whole run."""
-    rows = [row for row in metrics if row["split"] == "noise"]
-    noise, signal = (rms([row[key] for row in rows]) for key in ("noise", "projected_grad_rms"))
-    return {"projected_grad_noise": noise, "projected_grad_rms": signal} if rows else {}
+def _instruments(metrics: Sequence[dict]) -> dict:
+    """What the instruments found over the run: root mean squares, and means of cosines."""
+    found = {}
+    for name, (split, key) in INSTRUMENTS.items():
+        values = [row[key] for row in metrics if row["split"] == split and key in row]
+        if values:
+            found[name] = sum(values) / len(values) if key.endswith("cosine") else rms(values)
+    return found
 
 
 def _take(row: dict, keys: Sequence[str]) -> dict:
-    return {key: row.get(key) for key in keys}
+    return {key: row.get(key) for key in keys} | {key: row[key] for key in OF_TEXT if key in row}

@@ -5,8 +5,6 @@ import signal
 import threading
 from collections.abc import Sequence
 
-import torch
-
 from mezo import plots
 from mezo.checkpoint import RunDirectory, best_step, load_adapter, replace_file, save_adapter
 from mezo.clock import Clock
@@ -16,7 +14,9 @@ from mezo.measurement import Measurement
 from mezo.monitor import Monitor
 from mezo.parallel import Ranks
 from mezo.result import result
+from mezo.rewards import judges
 from mezo.runtimes.base import Example, Runtime, StepUpdate
+from mezo.stopping import WARNED, WINDOW, loss_ratio, stalled
 from mezo.trajectory import StepRecord, TrajectoryWriter
 
 MAX_SKIPPED = 10  # losses that are not finite, in a row, before a run is given up
@@ -47,16 +47,22 @@ class Trainer:
     ):
         self.config, self.runtime, self.run, self.ranks = config, runtime, run, ranks or Ranks()
         self.records = list(records)
-        labels = {split: torch.tensor([e.label for e in examples]) for split, examples in splits.items()}
-        self.clock = Clock(runtime, seconds_loading)
-        self.measurement = Measurement(config, runtime, labels["train"], self.ranks)
-        self.evaluations = Evaluations(config, runtime, labels, run, len(records), self.clock, self.measurement)
+        self.clock, judged = Clock(runtime, seconds_loading), judges(config)
+        self.measurement = Measurement(config, runtime, splits["train"], judged, self.ranks)
+        measured = (self.clock, self.measurement)
+        self.evaluations = Evaluations(config, runtime, splits, judged, run, len(records), *measured)
         self.verify_every = config.verify_every or max(1, config.steps // TENTHS)
-        self.due, self.interrupted, self.stopping = False, False, False
+        self.due, self.interrupted, self.stopping, self.warned = False, False, False, False
 
-    def train(self) -> dict | None:
-        """Run to the last step; return what result.json holds, {} on ranks above 0, None if stopped by Ctrl-C."""
-        start = len(self.records)
+    def train(self, until: int | None = None) -> dict | None:
+        """Run to the last step, or until dev has not improved for long.
+
+        Args:
+            until: number of steps after which to pause, as Ctrl-C would.
+        Returns:
+            What result.json holds, {} on ranks above 0, None if stopped by Ctrl-C or paused.
+        """
+        start, end = len(self.records), min(until or self.config.steps, self.config.steps)
         handler = signal.signal(signal.SIGINT, self._interrupt) if _main_thread() else None
         self.log = TrajectoryWriter(self.run.trajectory) if self.ranks.leads else None
         try:
@@ -66,10 +72,17 @@ class Trainer:
                     self.clock.restore(self.evaluations.metrics[-1]["clock"])
                 self._compile(start)
                 self._evaluate_if_due()
-                for step in range(start, self.config.steps):
+                self._give_up_if_diverged()
+                ends = self._ends_early()
+                for step in range(start, end):
+                    if ends:
+                        break
                     self._step(step)
                     if self.stopping or (self.interrupted and self.ranks.size == 1):
                         return self._stop()
+                    ends = self._ends_early()
+                if len(self.records) < self.config.steps and not ends:
+                    return self._stop()
                 return self._finish() if self.ranks.leads else {}
         finally:
             if self.log:
@@ -92,6 +105,8 @@ class Trainer:
         self.monitor.step(record, self.clock.rate)
         self._give_up_if_stuck()
         self._evaluate_if_due()
+        if len(self.records) % WINDOW == 0:
+            self._give_up_if_diverged()
 
     def _apply(self, record: StepRecord) -> None:
         """Update theta and write both signs of the next step, in one pass."""
@@ -120,6 +135,30 @@ class Trainer:
                 f"the loss was not finite in {MAX_SKIPPED} steps in a row; lower --lr or --eps, or use --dtype float32"
             )
 
+    def _give_up_if_diverged(self) -> None:
+        """End a run whose loss is far above where it began, as --max-loss-ratio says; else warn of it, once."""
+        ratio, limit = loss_ratio(self.records), self.config.max_loss_ratio
+        if ratio is None or ratio <= (limit or WARNED):
+            return
+        found = f"the mean loss of {WINDOW} steps is {ratio:.3g} times that of the first {WINDOW}"
+        if limit:
+            self._keep()
+            raise RunError(
+                f"step {len(self.records)}: {found}, above --max-loss-ratio {limit:g}: lower --lr. The log is whole and"
+                f" adapter/ is kept; go on all the same with: mezo train --resume {self.run.path} --max-loss-ratio 0"
+            )
+        if not self.warned:
+            self.warned = True
+            self.monitor.say(f"step {len(self.records):>6}  {found}: lower --lr; --max-loss-ratio ends such a run")
+
+    def _ends_early(self) -> bool:
+        """Whether dev has not improved for --early-stopping evaluations: rank 0 knows, and all ranks end together."""
+        patience = self.config.early_stopping
+        if not patience or not self.evaluations.due(len(self.records)):
+            return False
+        own = self.ranks.leads and stalled(self.evaluations.metrics, patience)
+        return any(values[0] for values in self.ranks.gather([float(own)]))
+
     def _evaluate_if_due(self) -> None:
         if self.ranks.leads and self.evaluations.due(len(self.records)):
             self.evaluations.make(self.records, self.monitor)
@@ -132,7 +171,7 @@ class Trainer:
         if best is None:
             save_adapter(self.run.adapter, self.runtime.spec.peft, self.runtime.theta())
         self.runtime.load(load_adapter(self.run.adapter, self.runtime.spec.shapes))
-        step = self.config.steps if best is None else best
+        step = len(self.records) if best is None else best
         scored = {row["split"] for row in metrics if row["split"] in ("test", "train")}
         after = {split: self.evaluations.evaluate(split, step, self.monitor) for split in sorted(scored)}
         found = result(self.config, step, after, self.records, metrics, self.clock, self.ranks)
@@ -146,12 +185,15 @@ class Trainer:
         self.interrupted = True
 
     def _stop(self) -> None:
-        done = len(self.records)
+        self._keep()
+        self.monitor.say(f"stopped after step {len(self.records)}; continue with: mezo train --resume {self.run.path}")
+
+    def _keep(self) -> None:
+        """Leave an adapter behind, and the clock."""
         if self.ranks.leads:
             if best_step(self.evaluations.metrics) is None:
                 save_adapter(self.run.adapter, self.runtime.spec.peft, self.runtime.theta())
-            self.evaluations.log({"step": done, "split": "stop"})
-        self.monitor.say(f"stopped after step {done}; continue with: mezo train --resume {self.run.path}")
+            self.evaluations.log({"step": len(self.records), "split": "stop"})
 
 
 def _main_thread() -> bool:

@@ -79,7 +79,7 @@ def header(run_seed: int, data_hash: str, init: dict, spec: dict) -> dict:
         run_seed: seed of the run.
         data_hash: SHA-256 of the tokenised examples, so that a run is not resumed on others.
         init: {"kind": "stream"}: lora_A from the z stream, lora_B zero; or {"kind": "file", "file", "sha256"}.
-        spec: fields of `AdapterSpec`.
+        spec: fields of `AdapterSpec`; before them `reward_hash`, SHA-256 of the file of --reward, if there is one.
     """
     fixed = {"format": FORMAT, "version": VERSION, "z_stream": Z_STREAM_VERSION}
     return {**fixed, "run_seed": run_seed, "data_hash": data_hash, "init": init, **spec}

@@ -45,13 +45,13 @@ OPT_SIZES = {"ffn_dim": 64, "word_embed_proj_dim": 16, "init_std": 0.2}
 def build(family: str, **others) -> torch.nn.Module:
     """A model of the family with the same random weights each time; `others` are of its configuration."""
     torch.manual_seed(0)
-    kv = {"num_key_value_heads": 2}
-    opt = {k: v for k, v in SIZES.items() if k not in ("intermediate_size", "initializer_range")}
+    sizes, kv = {**SIZES, **others}, {"num_key_value_heads": 2}
+    opt = {k: v for k, v in sizes.items() if k not in ("intermediate_size", "initializer_range")}
     makers = {
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **kv, **others)),
-        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, **kv, **others)),
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes, **kv)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**sizes, **kv)),
         "opt": lambda: OPTForCausalLM(OPTConfig(**opt, **OPT_SIZES)),
-        "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)),
+        "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)),
         "bert": lambda: BertForMaskedLM(BertConfig(**SIZES)),
         "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**SIZES)),
     }

@@ -1,7 +1,7 @@
 """What a runtime is: it holds the model and theta, scores batches, and steps theta. The trainer knows no more."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -20,6 +20,10 @@ class Example:
         label: index of the right option.
         mask: position of the mask token in `prompt` (masked language models; one-token options only), else None.
         pooled: options are outputs of a linear head, ((0,), (1,), ...), over the mean of all positions of `prompt`.
+        references: every right answer as text, where text is judged.
+        names: what each option says as an answer, where it is judged as text; else ().
+        fields: the task's own, where a reward reads them.
+        where: file and line, for error messages.
     """
 
     prompt: tuple[int, ...]
@@ -27,6 +31,10 @@ class Example:
     label: int
     mask: int | None = None
     pooled: bool = False
+    references: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    fields: Mapping[str, object] = field(default_factory=dict, compare=False)
+    where: str = field(default="", compare=False)
 
 
 @dataclass
@@ -136,6 +144,30 @@ class Runtime(Protocol):
 
     def score(self, split: str, indices: Sequence[int]) -> torch.Tensor:
         """Option scores at theta itself; the perturbed copies are as they were afterwards."""
+
+    def generate(self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
+        """Text that theta itself puts after each prompt, by the most likely token each time (greedy).
+
+        Args:
+            split, indices: whose prompts.
+            max_new_tokens: most tokens of a text, which the end-of-text token ends before.
+            stop: a text ends before the first of these.
+        Returns:
+            Texts without white space around them.
+        """
+
+    def generate_pairs(
+        self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]
+    ) -> list[tuple[list[str], list[str]]]:
+        """As `generate`, at theta + eps z and theta - eps z of each seed of the last step."""
+
+    def gradient(
+        self, split: str, indices: Sequence[int], loss: Callable[[torch.Tensor], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """d loss(option scores) / d theta by autograd at theta, on the CPU, float32, by canonical name.
+
+        The hf runtime's alone: an engine keeps no graph, and the configuration refuses --true-gradient there.
+        """
 
     def describe(self) -> str:
         """One line on what is trained, where, and what is cached."""

@@ -8,6 +8,7 @@ import torch
 
 from mezo.config import Config, UserError
 from mezo.runtimes.base import Example, StepUpdate, TokenCount
+from mezo.runtimes.generation import Writing, greedy, refuse_too_long
 from mezo.runtimes.peft_model import head_logits, load_adapted, reference_log_probs
 from mezo.runtimes.rows import RowBatch, option_scores, rows_of
 from mezo.runtimes.theta import PerturbedTheta
@@ -43,7 +44,10 @@ class HFRuntime:
         self.seconds = dict.fromkeys(("kernels", "forward"), 0.0)
         self.examples: dict[str, Sequence[Example]] = {}
         self.trunk: Trunk | None = None
-        self.vocabulary = config.objective == "lm_cross_entropy"
+        self.writing = Writing.of(config.model) if config.generates else None
+        self.vocabulary = "lm_cross_entropy" in config.objectives
+        if config.generates and not self.parts.causal:
+            raise UserError(f"--model {config.model} fills masks and generates no text: use another model")
 
     def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
         """See `Runtime.prepare`. Raises UserError if the trunk cache is not exact on this model."""
@@ -53,11 +57,13 @@ class HFRuntime:
         self._check_lengths()
         several = any(len(option) > 1 for examples in splits.values() for e in examples for option in e.options)
         self.vocabulary = self.vocabulary or several
-        if self.config.trunk_cache in ("cpu", "device") and self.parts.first == 0:
-            raise UserError(
-                "--trunk-cache: layer 0 is adapted, nothing lies below it; use --layers-to-transform or auto"
-            )
-        if self.config.trunk_cache == "off" or self.parts.first == 0:
+        needless = self.parts.first == 0 or not self.config.scores
+        if self.config.trunk_cache in ("cpu", "device") and needless:
+            why = "layer 0 is adapted, nothing lies below it; use --layers-to-transform or auto"
+            if not self.config.scores:
+                why = f"--objective {self.config.objective} generates text, which takes nothing from it; use auto"
+            raise UserError(f"--trunk-cache: {why}")
+        if self.config.trunk_cache == "off" or needless:
             self._prove(
                 "--model", "the model changes its hidden states or logits after its layers or head, unsupported"
             )
@@ -65,11 +71,8 @@ class HFRuntime:
             self._prepare_trunk()
 
     def _check_lengths(self) -> None:
-        limit, longest = getattr(self.parts.model.config, "max_position_embeddings", None), self._longest()
-        if limit is not None and longest > limit:
-            raise UserError(
-                f"--max-length: a prompt has {longest} tokens, the model takes {limit}; use --max-length {limit}"
-            )
+        limit = getattr(self.parts.model.config, "max_position_embeddings", None)
+        refuse_too_long(self.config, self.examples, self._longest(), limit)
 
     def _longest(self) -> int:
         return max(len(row.ids) for nested in self.rows.values() for own in nested for row in own)
@@ -131,6 +134,46 @@ class HFRuntime:
         """See `Runtime.score`. A 16-bit model sees theta rounded once."""
         self._point([t.to(self.dtype) for t in self.master.tensors])
         return self._forward(split, indices, self.eval_tokens, signs=1)()
+
+    def generate(self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
+        """See `Runtime.generate`. The trunk cache has no part in it: a text is new at every theta."""
+        self._point([t.to(self.dtype) for t in self.master.tensors])
+        return self._write(split, indices, max_new_tokens, stop, self.eval_tokens)
+
+    def generate_pairs(
+        self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]
+    ) -> list[tuple[list[str], list[str]]]:
+        """See `Runtime.generate_pairs`."""
+        with self._timed("forward"):
+            texts = []
+            for copy in (self.plus, self.minus):
+                self._use(copy)
+                texts.append(self._write(split, indices, max_new_tokens, stop, self.tokens))
+            return [tuple(texts)]
+
+    def _write(self, split, indices, max_new_tokens: int, stop: Sequence[str], count: TokenCount) -> list[str]:
+        """Texts with the weights in use; a token of an answer is run to find the next, so the last one never is."""
+        prompts = [self.examples[split][i].prompt for i in indices]
+        ended = lambda ids: self.writing.ended(ids, stop)  # noqa: E731
+        answers = greedy(self.parts.body, self.parts.head, prompts, max_new_tokens, ended, self.pad)
+        tokens = sum(len(prompt) + len(answer) - 1 for prompt, answer in zip(prompts, answers, strict=True))
+        count.scored, count.computed = count.scored + tokens, count.computed + tokens
+        return [self.writing.text(answer, stop) for answer in answers]
+
+    def gradient(
+        self, split: str, indices: Sequence[int], loss: Callable[[torch.Tensor], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """See `Runtime.gradient`. A 16-bit model is differentiated where theta rounds to, in its own precision."""
+        with torch.no_grad():
+            forward = self._forward(split, indices, self.eval_tokens, signs=1)
+        self._point([t.to(self.dtype) for t in self.master.tensors])
+        for p in self.params:
+            p.requires_grad_(True)
+        try:
+            grads = torch.autograd.grad(loss(forward()), self.params, materialize_grads=True)
+        finally:
+            self.parts.model.requires_grad_(False)
+        return {name: g.float().cpu() for name, g in zip(self.master.names, grads, strict=True)}
 
     def describe(self) -> str:
         """See `Runtime.describe`."""

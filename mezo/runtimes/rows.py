@@ -27,12 +27,13 @@ class Row:
 def rows_of(example: Example) -> list[Row]:
     """One row where every option is a single token (they share the prompt), else one row an option.
 
-    A pooled example is read at every position: the mean of a linear head's outputs is its output on the mean.
+    An example without options is never scored; what its row asks for, token 0, serves the proof at the start. A pooled
+    one is read at every position: the mean of a linear head's outputs is its output on the mean.
 
     >>> rows_of(Example((3, 4), ((0,), (1,)), label=0, pooled=True))[0].positions
     (0, 1)
     """
-    options = example.options
+    options = example.options or ((0,),)
     if example.pooled:
         n, outputs = len(example.prompt), tuple(output for (output,) in options)
         return [Row(example.prompt, tuple(range(n)), (outputs,) * n)]

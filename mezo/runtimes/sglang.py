@@ -15,27 +15,31 @@ from safetensors.torch import load_file, save_file
 
 from mezo.config import Config, RunError, UserError
 from mezo.runtimes.base import Example, StepUpdate, TokenCount
+from mezo.runtimes.generation import Writing, refuse_too_long
 from mezo.runtimes.peft_model import load_adapted, reference_log_probs
 from mezo.runtimes.reuse import warm_ups, why_kv_depends
 from mezo.runtimes.rows import Row, RowBatch, padded, rows_of, scores_of
+from mezo.runtimes.sglang_answers import SCORE_ONLY, count_tokens, greedy, start_of, table_of
 from mezo.runtimes.sglang_arguments import (
+    backend_of,
     call_tokens,
     check_device,
     check_heads,
     check_version,
+    default_dtype,
     engine_arguments,
     engine_options,
+    largest_call,
     pairs_of,
     write_placeholders,
 )
-from mezo.runtimes.sglang_engine import EngineHandle, accelerated
-from mezo_kernels import available_backends, lora_init
+from mezo.runtimes.sglang_engine import EngineHandle
+from mezo_kernels import lora_init
 
 PROOF_EXAMPLES = 3  # besides the longest
 PROOF_TOLERANCE = 1e-4  # on log-probabilities in float32
 PROOF_SHARE = 0.2  # in 16 bits or quantised: of what the adapters of the proof change
 FLUSH_SECONDS = 10.0
-SCORE_ONLY = {"max_new_tokens": 0, "temperature": 0.0}
 
 
 class SGLangRuntime:
@@ -59,8 +63,8 @@ class SGLangRuntime:
         self.options = engine_options(config)
         check_heads(config)
         self.pairs = pairs_of(config, self.options)
-        self.backend = _backend(config.backend)
-        dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _default_dtype()
+        self.backend = backend_of(config.backend)
+        dtype = getattr(torch, config.dtype) if config.dtype != "auto" else default_dtype()
         self._parts, self.spec = load_adapted(config, torch.device("cpu"), dtype)
         self.dtype = self.spec.dtype
         if self.options.get("quantization"):  # another base: a run is not resumed without it
@@ -79,12 +83,16 @@ class SGLangRuntime:
         self._versions, self._salt = itertools.count(), ""
         self._visited: set[tuple[int, ...]] = set()
         self._held = 1
+        self.writing = Writing.of(config.model) if config.generates else None
 
     def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
         """See `Runtime.prepare`. Starts the engine and proves that it scores as the model itself does."""
         self.examples = splits
         self.rows = {split: [rows_of(example) for example in examples] for split, examples in splits.items()}
         self._check_lengths()
+        if self.config.follows:  # the first machine proves and scores
+            self._launch()
+            return
         proof = self._proof_rows()
         expected = [self._expected(proof, seed) for seed in (0, 1)]
         self._parts = None
@@ -93,11 +101,8 @@ class SGLangRuntime:
 
     def _check_lengths(self) -> None:
         limit = getattr(self._parts.model.config, "max_position_embeddings", None)
-        if limit is not None and self._longest() >= limit:
-            raise UserError(
-                f"--max-length: a prompt has {self._longest()} tokens, the engine takes {limit - 1};"
-                f" use --max-length {limit - 1}"
-            )
+        # the engine keeps a place for a token after the prompt
+        refuse_too_long(self.config, self.examples, self._longest(), None if limit is None else limit - 1)
 
     def _all_rows(self) -> list[Row]:
         return [row for nested in self.rows.values() for own in nested for row in own]
@@ -107,8 +112,8 @@ class SGLangRuntime:
 
     def _launch(self) -> None:
         held = sum(len(row.ids) for row in self._all_rows()) if self.shared else 0
-        adapters = write_placeholders(self._scratch / "placeholder", self.spec, self.pairs)
-        requests, tokens = self._largest_call()
+        adapters = write_placeholders(self._scratch, self.options, self.spec, self.pairs)
+        requests, tokens = largest_call(self.config, self.rows, self.pairs)
         self.call_tokens = call_tokens(tokens)
         arguments = engine_arguments(
             self.config, self.options, self.dtype, self.spec, adapters, self.call_tokens, held, requests
@@ -118,20 +123,14 @@ class SGLangRuntime:
         except UserError:
             self._keep_log = True
             raise
+        if self.config.follows:
+            return
         shapes = json.dumps({name: list(shape) for name, shape in self.spec.shapes.items()})
         self.ranks = self._call("setup", shapes=shapes, pairs=self.pairs, share=self.shared, backend=self.backend)
 
-    def _largest_call(self) -> tuple[int, int]:
-        """Requests, and tokens, of the largest batch that training or evaluation may ask for."""
-        config = self.config
-        sizes = {"train": 2 * self.pairs * (config.micro_batch_size or config.batch_size)}
-        evaluated = config.eval_batch_size or config.batch_size
-        requests, tokens = 1, 1
-        for split, nested in self.rows.items():
-            copies, own = max(sizes.get(split, 1), evaluated), max(len(rows) for rows in nested)
-            requests = max(requests, copies * own)
-            tokens = max(tokens, copies * max(sum(len(row.ids) for row in rows) for rows in nested))
-        return requests, tokens
+    def follow(self) -> None:
+        """On the second and later machines of an engine: serve until the trainer, on the first, ends it."""
+        self.engine.follow()
 
     def load(self, theta: dict[str, torch.Tensor]) -> None:
         """See `Runtime.load`. Theta goes through a file: at the start of a run and at its end, never in a step."""
@@ -173,13 +172,7 @@ class SGLangRuntime:
 
     def score_pairs(self, split: str, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """See `Runtime.score_pairs`. One batch of requests holds both signs of every perturbation."""
-        assert self._showing != "stale", "load() leaves the copies behind: step() first"
-        if self._showing == "theta":
-            self._show("perturbed")
-        if self._showing == "equal":
-            self._changed("equal")  # each measurement of noise finds the cache as a step does
-        names = [f"{sign}{k}" for k in range(self._held) for sign in ("plus", "minus")]
-        scores = self._score(split, indices, names, self.tokens if self._showing == "perturbed" else self.eval_tokens)
+        scores = self._score(split, indices, *self._pairs_shown())
         return list(zip(scores[::2], scores[1::2], strict=True))
 
     def score(self, split: str, indices: Sequence[int]) -> torch.Tensor:
@@ -187,6 +180,29 @@ class SGLangRuntime:
         if self._showing != "theta":
             self._show("theta")
         return self._score(split, indices, ["plus0"], self.eval_tokens)[0]
+
+    def generate_pairs(
+        self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]
+    ) -> list[tuple[list[str], list[str]]]:
+        """See `Runtime.generate_pairs`. One batch of requests holds both signs of every perturbation."""
+        texts = self._write(split, indices, *self._pairs_shown(), max_new_tokens, stop)
+        return list(zip(texts[::2], texts[1::2], strict=True))
+
+    def generate(self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
+        """See `Runtime.generate`."""
+        if self._showing != "theta":
+            self._show("theta")
+        return self._write(split, indices, ["plus0"], self.eval_tokens, max_new_tokens, stop)[0]
+
+    def _pairs_shown(self) -> tuple[list[str], TokenCount]:
+        """The slots of both signs of every perturbation held, which they now show, and where their tokens count."""
+        assert self._showing != "stale", "load() leaves the copies behind: step() first"
+        if self._showing == "theta":
+            self._show("perturbed")
+        if self._showing == "equal":
+            self._changed("equal")  # each measurement of noise finds the cache as a step does
+        names = [f"{sign}{k}" for k in range(self._held) for sign in ("plus", "minus")]
+        return names, self.tokens if self._showing == "perturbed" else self.eval_tokens
 
     def describe(self) -> str:
         """See `Runtime.describe`."""
@@ -260,11 +276,27 @@ class SGLangRuntime:
         self._call("report")  # no score leaves before every rank has said whose requests it saw
         return [padded(own) for own in scores]
 
-    def _parts_of(self, groups: Sequence[Sequence[Row]], copies: int) -> list[slice]:
+    def _write(
+        self, split: str, indices: Sequence[int], names: Sequence[str], count: TokenCount, new: int, stop: Sequence[str]
+    ) -> list[list[str]]:
+        """Texts of at most `new` tokens after the examples' prompts, under each named slot."""
+        prompts = [self.examples[split][i].prompt for i in indices]
+        groups = [[Row(prompt, (len(prompt) - 1,), ())] for prompt in prompts]
+        texts = [[] for _ in names]
+        for part in self._parts_of(groups, len(names), new):
+            self._warm(groups[part], names, count)
+            requests = [(name, prompt) for name in names for prompt in prompts[part]]
+            answers = self._generate(requests, count, greedy(new, stop, self.writing.ends))
+            for own, answer in zip((own for own in texts for _ in prompts[part]), answers, strict=True):
+                own.append(self.writing.text(answer["output_ids"], stop))
+        self._call("report")
+        return texts
+
+    def _parts_of(self, groups: Sequence[Sequence[Row]], copies: int, new: int = 0) -> list[slice]:
         """Examples whose requests, for all slots, are one forward pass of the engine: both signs always together."""
         parts, start, tokens = [], 0, 0
         for i, group in enumerate(groups):
-            own = copies * sum(len(row.ids) for row in group)
+            own = copies * sum(len(row.ids) + new for row in group)
             if tokens and tokens + own > self.call_tokens:
                 parts.append(slice(start, i))
                 start, tokens = i, 0
@@ -273,20 +305,23 @@ class SGLangRuntime:
 
     def _read(self, groups, rows: Sequence[Row], names: Sequence[str], count: TokenCount) -> list[list[dict]]:
         """For every slot and row the log-probabilities of the row's candidates at each scored position."""
-        if self.config.radix == "auto":
-            for wave in self._waves(groups):
-                # in a shared namespace one slot warms the cache of all
-                owners = names[:1] if self.shared else names
-                self._generate([(name, ids) for name in owners for ids in wave], count)
+        self._warm(groups, names, count)
         wanted = list(rows) * len(names)
         answers = self._generate(
             [(name, row.ids) for name in names for row in rows],
             count,
             return_logprob=True,
-            logprob_start_len=[_start(row) for row in wanted],
+            logprob_start_len=[start_of(row) for row in wanted],
             token_ids_logprob=[sorted({t for target in row.targets for t in target}) for row in wanted],
         )
-        return [_table(row, answer) for row, answer in zip(wanted, answers, strict=True)]
+        return [table_of(row, answer) for row, answer in zip(wanted, answers, strict=True)]
+
+    def _warm(self, groups: Sequence[Sequence[Row]], names: Sequence[str], count: TokenCount) -> None:
+        """Send what the requests to come share ahead of them."""
+        for wave in self._waves(groups) if self.config.radix == "auto" else []:
+            # in a shared namespace one slot warms the cache of all
+            owners = names[:1] if self.shared else names
+            self._generate([(name, ids) for name in owners for ids in wave], count)
 
     def _waves(self, groups: Sequence[Sequence[Row]]) -> list[list[tuple[int, ...]]]:
         """Prefixes to send ahead. In a shared namespace every prompt's first visit goes ahead of both signs."""
@@ -300,24 +335,22 @@ class SGLangRuntime:
         self._visited |= set(prompts)
         return [*warm_ups([[(ids, len(ids))] for ids in prompts])[:1], prompts] if prompts else []
 
-    def _generate(self, requests: list[tuple[str, Sequence[int]]], count: TokenCount, **wanted) -> list[dict]:
+    def _generate(
+        self, requests: list[tuple[str, Sequence[int]]], count: TokenCount, sampling: dict = SCORE_ONLY, **wanted
+    ) -> list[dict]:
         """Send (slot, token ids) as one batch of requests; count the tokens as the engine counts them."""
         began = time.perf_counter()
         answers = self.engine.generate(
             input_ids=[list(ids) for _, ids in requests],
             lora_path=[name for name, _ in requests],
-            sampling_params=SCORE_ONLY,
+            sampling_params=sampling,
             cache_salt=self._salt or None,
             **wanted,
         )
         self.seconds["engine"] += time.perf_counter() - began
         self._sent.update(name for name, _ in requests)
         for (_, ids), answer in zip(requests, answers, strict=True):
-            meta = answer["meta_info"]
-            if meta["finish_reason"]["type"] != "length" or meta["prompt_tokens"] != len(ids):
-                raise RunError(f"the SGLang engine did not score a request: {meta['finish_reason']}; resume the run")
-            count.scored += meta["prompt_tokens"]
-            count.computed += meta["prompt_tokens"] - meta["cached_tokens"]
+            count_tokens(ids, answer, count)
         return answers
 
     def _proof_rows(self) -> list[Row]:
@@ -362,31 +395,3 @@ class SGLangRuntime:
                 )
         self._flush()  # a prompt's first visit is the run's own, and is counted
         self.load({name: torch.zeros(shape) for name, shape in self.spec.shapes.items()})
-
-
-def _start(row: Row) -> int:
-    """From where log-probabilities are wanted; -1, after the last token alone, leaves the whole cache usable."""
-    return -1 if len(row.positions) == 1 else row.positions[0]
-
-
-def _table(row: Row, answer: dict) -> list[dict[int, float]]:
-    """Log-probability by token at each scored position."""
-    meta = answer["meta_info"]
-    inner = meta["input_token_ids_logprobs"][1:] if len(row.positions) > 1 else []
-    positions = [*inner, meta["output_token_ids_logprobs"][0]]
-    if len(positions) != len(row.positions):
-        raise RunError(
-            f"the SGLang engine scored {len(positions)} positions of {len(row.positions)}; use another version"
-        )
-    return [{token: value for value, token, _ in position} for position in positions]
-
-
-def _default_dtype() -> torch.dtype:
-    return torch.bfloat16 if accelerated() else torch.float32
-
-
-def _backend(name: str) -> str | None:
-    available = available_backends("cuda" if accelerated() else "cpu")
-    if name != "auto" and name not in available:
-        raise UserError(f"--backend {name} does not run here; available: {', '.join(available)}")
-    return None if name == "auto" else name

@@ -1,6 +1,7 @@
 """From a run's configuration to the arguments of `sglang.Engine`, and what is refused before anything starts."""
 
 import difflib
+import hashlib
 import json
 import os
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from mezo.config import Config, UserError
 from mezo.runtimes.base import AdapterSpec
 from mezo.runtimes.sglang_engine import PATIENCE, accelerated
 from mezo.runtimes.stacks import complete_fields, complete_stacks
+from mezo_kernels import available_backends
 
 OLDEST = "0.5.23"
 MAX_CALL_TOKENS = 16384  # of a forward pass on a GPU
@@ -26,11 +28,10 @@ OWN = {  # arguments that an option of ours decides
     "lora_paths": "--r, --target-modules", "max_lora_rank": "--r", "lora_target_modules": "--target-modules",
     "enable_lora": "--r", "device": "the machine", "random_seed": "--seed",
 }  # fmt: skip
-ONE = {  # what the plugin reaches: one replica of all layers, on this machine
+ONE = {  # what is proven: one replica, whose ranks hold all layers
     "dp_size": "every replica of the model would have to be updated",
     "attn_dp_size": "every replica of the model would have to be updated",
     "pp_size": "a stage holds some of the layers only",
-    "nnodes": "the engine's processes on other machines are not the trainer's to hook",
 }
 
 
@@ -64,7 +65,21 @@ def engine_options(config: Config) -> dict:
             near = difflib.get_close_matches(key, known, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise UserError(f"--engine-arg {key}: SGLang's engine has no such argument{hint}")
+    _check_nodes(config, options)
     return options
+
+
+def _check_nodes(config: Config, options: dict) -> None:
+    """Raise UserError if several machines are asked for in a way that they could not find each other."""
+    nodes, node = options.get("nnodes", 1), options.get("node_rank", 0)
+    if not (isinstance(nodes, int) and nodes >= 1 and isinstance(node, int) and 0 <= node < nodes):
+        raise UserError(f"--engine-arg node_rank must be from 0 to nnodes - 1, got node_rank={node} nnodes={nodes}")
+    if config.tp % nodes:
+        raise UserError(f"--tp {config.tp} cannot be divided among nnodes={nodes}: use a multiple of it")
+    if nodes > 1 and not options.get("dist_init_addr"):
+        raise UserError(
+            "--engine-arg nnodes: give dist_init_addr=HOST:PORT, an address of the first machine that all reach"
+        )
 
 
 def _known_arguments() -> list[str]:
@@ -113,6 +128,24 @@ def call_tokens(tokens: int) -> int:
     """
     rounded = -(-max(8192, tokens) // 128) * 128  # a multiple of every page size
     return min(rounded, MAX_CALL_TOKENS) if accelerated() else rounded
+
+
+def largest_call(config: Config, rows: dict[str, list[list]], pairs: int) -> tuple[int, int]:
+    """Requests, and tokens, of the largest batch that training or evaluation may ask for.
+
+    Args:
+        config: the run's.
+        rows: of each split's examples, each a list.
+        pairs: perturbations held at once.
+    """
+    sizes = {"train": 2 * pairs * (config.micro_batch_size or config.batch_size)}
+    evaluated = config.eval_batch_size or config.batch_size
+    requests, tokens, new = 1, 1, config.max_new_tokens if config.generates else 0
+    for split, nested in rows.items():
+        copies, own = max(sizes.get(split, 1), evaluated), max(len(mine) for mine in nested)
+        requests = max(requests, copies * own)
+        tokens = max(tokens, copies * (new + max(sum(len(row.ids) for row in mine) for mine in nested)))
+    return requests, tokens
 
 
 def engine_arguments(
@@ -180,14 +213,40 @@ def engine_arguments(
     return arguments | options
 
 
-def write_placeholders(directory: Path, spec: AdapterSpec, pairs: int) -> list[dict]:
+def write_placeholders(scratch: Path, options: dict, spec: AdapterSpec, pairs: int) -> list[dict]:
     """Adapters of zeros that reserve the slots plus0, minus0, ...; return the engine's `lora_paths`.
 
     Members of a stack that are not trained stay zero for good.
+
+    Args:
+        scratch: a directory of this process; of an engine over several machines the path of the adapters must be the
+            same on all, which know them by it, and another directory beside it is used.
+        options: --engine-arg.
+        spec: what is trained.
+        pairs: perturbations held at once.
     """
-    directory.mkdir()
+    directory = scratch / "placeholder"
+    if options.get("nnodes", 1) > 1:
+        facts = json.dumps([options["dist_init_addr"], spec.peft, spec.shapes], sort_keys=True)
+        directory = scratch.parent / f"mezo-placeholder-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+    directory.mkdir(exist_ok=True)
     tensors = complete_stacks(spec.model, {name: torch.zeros(shape) for name, shape in spec.shapes.items()})
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    (directory / "adapter_config.json").write_text(json.dumps(complete_fields(spec.peft, tensors)))
+    save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+    (scratch / "adapter_config.json").write_text(json.dumps(complete_fields(spec.peft, tensors)))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (scratch / name).replace(directory / name)  # two processes of one machine may do so at once
     names = [f"{sign}{k}" for k in range(pairs) for sign in ("plus", "minus")]
     return [{"lora_name": name, "lora_path": str(directory), "pinned": True} for name in names]
+
+
+def default_dtype() -> torch.dtype:
+    """Of the base model under --dtype auto."""
+    return torch.bfloat16 if accelerated() else torch.float32
+
+
+def backend_of(name: str) -> str | None:
+    """The fused ops' backend that --backend names, None for auto. Raises UserError if it does not run here."""
+    available = available_backends("cuda" if accelerated() else "cpu")
+    if name != "auto" and name not in available:
+        raise UserError(f"--backend {name} does not run here; available: {', '.join(available)}")
+    return None if name == "auto" else name

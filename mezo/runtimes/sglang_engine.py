@@ -18,7 +18,7 @@ import torch
 import zmq
 
 from mezo.config import RunError, UserError
-from mezo.runtimes.sglang_plugin import ENVIRONMENT
+from mezo.runtimes.sglang_plugin import ENDED, ENVIRONMENT
 
 POLL = 0.5  # seconds between looks at the engine's processes while an answer is awaited
 LOG = "engine.log"
@@ -64,6 +64,17 @@ class EngineHandle:
             # one-time: a process that finds the variable later does not find the file
             (directory / "token").unlink()
         self.processes = [psutil.Process(pid) for pid in self.engine.get_all_child_pids()]
+        self.nodes, self.ended = arguments.get("nnodes", 1), directory / ENDED
+
+    def follow(self) -> None:
+        """On the second and later machines: wait until the trainer ends the engine.
+
+        Raises:
+            RunError: the engine ended without it.
+        """
+        while not self.ended.exists():
+            self.check_alive()
+            time.sleep(POLL)
 
     def call(self, method: str, **parameters) -> list[dict]:
         """Run one of our methods on every tensor-parallel rank; return what each of them answered.
@@ -126,6 +137,13 @@ class EngineHandle:
 
     def close(self) -> None:
         """End the engine's processes, and its tasks in this one: the event loop is the next engine's too."""
+        if self.engine.tokenizer_manager is None:  # not the first machine
+            self.engine.shutdown()
+            self._sweep()
+            return
+        if self.nodes > 1 and not self.failed:
+            with suppress(RunError):
+                self.call("end")
         tasks = [task for task in self.engine.tokenizer_manager.asyncio_tasks if not task.done()]
         for task in tasks:
             task.cancel()
@@ -173,6 +191,8 @@ def _start(arguments: dict):
     import sglang
 
     engine = sglang.Engine(custom_sigquit_handler=_ignore, **arguments)
+    if engine.tokenizer_manager is None:
+        return engine  # not the first machine: requests are taken there
     # Dead children are noticed by `check_alive`; SGLang's own watchdog would kill this process, and the run with it.
     engine.tokenizer_manager._subprocess_watchdog.stop()
     engine.tokenizer_manager.signal_handler_class = _Signals
@@ -205,6 +225,8 @@ def _environment(arguments: dict) -> dict[str, str | None]:
     """What SGLang's processes need in their environment, None for what they must not see; a user's own settings win."""
     # torchrun's addresses belong to the trainers: an engine's ranks meet elsewhere
     hidden = dict.fromkeys(name for name in os.environ if TORCHRUN.match(name))
+    # on the second and later machines `Engine` would not return otherwise
+    hidden["SGLANG_BLOCK_NONZERO_RANK_CHILDREN"] = "0"
     if accelerated():
         return hidden
     tp, cores = arguments.get("tp_size", 1), sorted(os.sched_getaffinity(0))

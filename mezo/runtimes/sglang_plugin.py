@@ -11,6 +11,12 @@ import signal
 from pathlib import Path
 
 ENVIRONMENT = "MEZO_ENGINE"
+ENDED = "ended"  # file beside the token, written when the trainer ends the engine
+
+
+def directory() -> Path:
+    """Where the process that started this one's engine keeps its files."""
+    return Path(os.environ[ENVIRONMENT].split(":", 2)[2])
 
 
 def activate() -> None:

@@ -18,6 +18,7 @@ from sglang.srt.managers.io_struct import RpcReqOutput
 
 from mezo.runtimes.base import StepUpdate
 from mezo.runtimes.reuse import why_kv_depends
+from mezo.runtimes.sglang_plugin import ENDED, directory
 from mezo.runtimes.sglang_shards import Shard, shard_of
 from mezo.runtimes.theta import PerturbedTheta
 from mezo_kernels import ParamLayout, ParamSlot
@@ -178,6 +179,11 @@ class Worker:
         """What the watched step wrote, compared with the reference: the first difference on this rank, or None."""
         self._check()
         return {"difference": self.theta.verify()}
+
+    def end(self) -> dict:
+        """Tell the machines that only wait for it that the trainer has done with the engine."""
+        (directory() / ENDED).touch()
+        return {}
 
     def report(self) -> dict:
         """Requests since the last report, by slot; those of no slot of ours are under "other"."""

@@ -76,7 +76,9 @@ def load_splits(
     config, task = with_objective(config), find_task(config)
     prompt = _prompt(task, config, masked)
     template = Template.parse(prompt.template, prompt.text_field)
-    min_options = 1 if config.objective == "lm_cross_entropy" else 2
+    right_alone = not any(name in config.objectives for name in ("cross_entropy", "accuracy"))
+    # a reward alone asks for no right answer
+    min_options = 0 if not config.scores and not _needs_references(config) else 1 if right_alone else 2
     records = {
         split: records_of(task, split, rows, template.fields, prompt.label_words, min_options)
         for split, rows in task.load().items()
@@ -90,10 +92,10 @@ def load_splits(
         kept = {
             split: put_before(own, drawn, template, tokenizer, config.max_length, masked) for split, own in kept.items()
         }
-    if config.objective == "lm_cross_entropy" and "train" in kept and not config.eval_train:
-        kept["train"] = [_right_alone(record) for record in kept["train"]]
-    length = config.max_length
-    return {split: encode(own, template, tokenizer, length, masked, pooled) for split, own in kept.items()}
+    if "train" in kept and not (right_alone and config.eval_train):
+        kept["train"] = [_right_alone(r) if right_alone else _one_right(r) for r in kept["train"]]
+    judged, length = {split: _as_judged(own, config) for split, own in kept.items()}, config.max_length
+    return {split: encode(own, template, tokenizer, length, masked, pooled) for split, own in judged.items()}
 
 
 def find_task(config: Config) -> Task:
@@ -110,8 +112,13 @@ def find_task(config: Config) -> Task:
 
 
 def with_objective(config: Config) -> Config:
-    """The configuration with its objective settled: "auto" is the task's own."""
-    return replace(config, objective=find_task(config).objective) if config.objective == "auto" else config
+    """The configuration with what is trained and how it is judged settled: "auto" is the task's own."""
+    if "auto" not in (config.objective, config.generate):
+        return config
+    task = find_task(config)
+    objective = task.objective if config.objective == "auto" else config.objective
+    generate = config.generate if config.generate != "auto" else "on" if task.generate else "off"
+    return replace(config, objective=objective, generate=generate)
 
 
 def _prompt(task: Task, config: Config, masked: bool) -> Prompt:
@@ -129,4 +136,28 @@ def _prompt(task: Task, config: Config, masked: bool) -> Prompt:
 
 
 def _right_alone(record: Record) -> Record:
-    return replace(record, options=(record.options[record.label],), label=0)
+    """Without the wrong options; one without options has nothing to lose."""
+    options, names = record.options[record.label :][:1], record.names[record.label :][:1]
+    return replace(record, options=options, names=names, label=0)
+
+
+def _one_right(record: Record) -> Record:
+    """Of several right options, the labelled one alone: a loss over the options has one right."""
+    twins = {i for i, name in enumerate(record.names) if name in record.references and i != record.label}
+    if not twins:
+        return record
+    kept = [i for i in range(len(record.options)) if i not in twins]
+    options, names = (tuple(values[i] for i in kept) for values in (record.options, record.names))
+    return replace(record, options=options, names=names, label=kept.index(record.label))
+
+
+def _needs_references(config: Config) -> bool:
+    return config.generate == "on" or "f1" in config.objectives
+
+
+def _as_judged(records: list[Record], config: Config) -> list[Record]:
+    """Without what nobody reads: an example, and the hash of the data, hold what the run depends on."""
+    made = records
+    if not _needs_references(config):
+        made = [replace(record, references=record.references if record.names else ()) for record in made]
+    return made if "reward" in config.objectives else [replace(record, row={}) for record in made]

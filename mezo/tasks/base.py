@@ -47,9 +47,12 @@ class Task:
         row: turns a stored row into one with the fields of the template and, with label words, `label`, an index into
             them; without, `options` (a list of strings) and `answer` (an index, or the option's text). None: no answer
             is known, the row is left out. Rows of local files (--train-file beside --task) pass through it too.
+            Beside `options`, `references` may list every right answer as text, and `option_names` say what each
+            option is as an answer; several may be right then.
         objective: what is trained unless the run names another: "cross_entropy", or "lm_cross_entropy" where the answer
             is text.
         metric: which figure of an evaluation is the task's own: "accuracy", "f1", "auc" or "loss".
+        generate: answers are judged as generated text, by F1 and exact match, unless the run says otherwise.
         dev_size: examples cut from train for dev, at most a tenth of it, where there is no dev split and the run asks
             for no number; 0: no dev.
         sources: the file behind each split, for error messages.
@@ -66,6 +69,7 @@ class Task:
     row: Callable[[Row], Row | None] = as_stored
     objective: str = "cross_entropy"
     metric: str = "accuracy"
+    generate: bool = False
     dev_size: int = 500
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -80,6 +84,9 @@ class Record:
         label: index of the right one.
         where: file and line, for error messages.
         before: text in front of the prompt, such as demonstrations; never cut.
+        references: every right answer as text.
+        names: what each option is as an answer, where that is judged as text.
+        row: all the task's own fields.
     """
 
     fields: dict[str, str]
@@ -87,3 +94,6 @@ class Record:
     label: int
     where: str
     before: str = ""
+    references: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False)

@@ -1,4 +1,4 @@
-"""DROP: questions that take counting or arithmetic over a passage (Dua et al. 2019). Trained on the first answer."""
+"""DROP: questions that take counting or arithmetic over a passage (Dua et al. 2019); the first answer is trained on."""
 
 from mezo.tasks.base import Prompt, Row, Task
 from mezo.tasks.hub import from_hub
@@ -11,10 +11,11 @@ def answered(row: Row) -> Row | None:
     >>> answered({**row, "answers_spans": {"spans": ["3"], "types": ["number"]}})["options"]
     [' 3\\n']
     """
-    if not row["answers_spans"]["spans"]:
+    references = [text.strip() for text in row["answers_spans"]["spans"] if text.strip()]
+    if not references:
         return None
-    options = [f" {row['answers_spans']['spans'][0].strip()}\n"]
-    return {**row, "question": row["question"].strip(), "options": options, "answer": 0}
+    options = [f" {references[0]}\n"]
+    return {**row, "question": row["question"].strip(), "options": options, "answer": 0, "references": references}
 
 
 DROP = Task(
@@ -23,5 +24,6 @@ DROP = Task(
     prompt=Prompt("Passage: {passage}\nQuestion: {question}\nAnswer:", text_field="passage"),
     row=answered,
     objective="lm_cross_entropy",
-    metric="loss",
+    metric="f1",
+    generate=True,
 )

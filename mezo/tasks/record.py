@@ -5,9 +5,7 @@ from mezo.tasks.hub import from_hub
 
 
 def completed(row: Row) -> Row | None:
-    """The statement completed with each entity; of several names of the right one, the first alone is kept.
-
-    An evaluation that counts any of these names as right may come out higher, never lower. None: no answer is known.
+    """The statement completed with each entity; every name of the right one is right. None: no answer is known.
 
     >>> row = {"passage": "Ann met Bo.\\n@highlight\\nThey sang", "query": "@placeholder sang", "answers": ["Ann"]}
     >>> [completed({**row, "entities": ["Bo", "Ann"]})[field] for field in ("passage", "options", "answer")]
@@ -15,13 +13,14 @@ def completed(row: Row) -> Row | None:
     """
     if not row["answers"]:
         return None
-    right = row["answers"][0]
-    names = [name for name in dict.fromkeys([*row["entities"], right]) if name == right or name not in row["answers"]]
+    names = list(dict.fromkeys([*row["entities"], *row["answers"]]))
     return {
         **row,
         "passage": row["passage"].replace("@highlight\n", "- "),
         "options": [" " + row["query"].replace("@placeholder", name) for name in names],
-        "answer": names.index(right),
+        "answer": names.index(row["answers"][0]),
+        "option_names": names,
+        "references": list(dict.fromkeys(row["answers"])),
     }
 
 
@@ -31,4 +30,5 @@ RECORD = Task(
     prompt=Prompt("{passage}\n-", text_field="passage"),
     row=completed,
     objective="lm_cross_entropy",
+    metric="f1",
 )

@@ -22,7 +22,7 @@ def records_of(
         rows: as they are stored.
         template_fields: fields that each row must have.
         label_words: the options of every row; without them each row has `options` and `answer`.
-        min_options: the fewest options a row may bring.
+        min_options: the fewest options a row may bring; 0: it may have none and no answer either.
 
     Raises:
         UserError: no rows, a missing field, a label or answer that is none of the options.
@@ -61,9 +61,26 @@ def _record(
 ) -> Record:
     fields = {name: _field(row, name, where) for name in template_fields}
     if label_words:
-        return Record(fields, tuple(label_words), _label(row, len(label_words), where), where)
+        options, label = tuple(label_words), _label(row, len(label_words), where)
+        return Record(fields, options, label, where, references=(options[label].strip(),), row=row)
+    if not min_options and "options" not in row:
+        return Record(fields, (), 0, where, row=row)
     options = _options(row, min_options, where)
-    return Record(fields, options, _answer(row, options, where), where)
+    label = _answer(row, options, where)
+    references = _texts(row, "references", where) or (options[label].strip(),)
+    names = _texts(row, "option_names", where)
+    if names and (len(names) != len(options) or names[label] not in references):
+        wanted = "option_names must be one an option, the right one's among references"
+        raise UserError(f"{where}: {wanted}, got {names!r:.60}: correct them")
+    return Record(fields, options, label, where, references=references, names=names, row=row)
+
+
+def _texts(row: Row, name: str, where: str) -> tuple[str, ...]:
+    """A field that lists texts, or () where the row has none."""
+    texts = row.get(name) or ()
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
+        raise UserError(f"{where}: {name} must be a list of non-empty strings, got {texts!r:.60}: correct it")
+    return tuple(_encodable(text, name, where) for text in texts)
 
 
 def _field(row: Row, name: str, where: str) -> str:

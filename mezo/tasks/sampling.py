@@ -73,7 +73,7 @@ def class_pool(records: Sequence[Record], seed: int, split: str) -> Pool:
     {0: [0], 1: [1, 2]}
     """
     labels, classes = [record.label for record in records], len(records[0].options)
-    if not share_options(records):
+    if not share_options(records) or not classes:
         labels, classes = [0] * len(records), 1
     return shuffled_classes(labels, classes, seed, split)
 

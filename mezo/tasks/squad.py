@@ -1,4 +1,4 @@
-"""SQuAD: questions whose answer is a span of a passage (Rajpurkar et al. 2016). Trained on the first answer."""
+"""SQuAD: questions whose answer is a span of a passage (Rajpurkar et al. 2016); the first is trained on."""
 
 from mezo.tasks.base import Prompt, Row, Task
 from mezo.tasks.hub import from_hub
@@ -11,10 +11,11 @@ def answered(row: Row) -> Row | None:
     >>> answered({**row, "answers": {"text": ["Ice", "ice"], "answer_start": [0, 0]}})["options"]
     [' Ice\\n']
     """
-    if not row["answers"]["text"]:
+    references = [text.strip() for text in row["answers"]["text"] if text.strip()]
+    if not references:
         return None
-    options = [f" {row['answers']['text'][0].strip()}\n"]
-    return {**row, "question": row["question"].strip(), "options": options, "answer": 0}
+    options = [f" {references[0]}\n"]
+    return {**row, "question": row["question"].strip(), "options": options, "answer": 0, "references": references}
 
 
 SQUAD = Task(
@@ -23,5 +24,6 @@ SQUAD = Task(
     prompt=Prompt("Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:", text_field="context"),
     row=answered,
     objective="lm_cross_entropy",
-    metric="loss",
+    metric="f1",
+    generate=True,
 )

@@ -87,11 +87,11 @@ class _CausalSplitter:
             if not prompt:
                 raise UserError(f"{record.where}: the prompt is empty: add words to --prompt")
             options = tuple(_rest(prompt, next(joint), text, option, record.where) for option in record.options)
-            examples.append(Example(prompt, options, record.label))
+            examples.append(Example(prompt, options, record.label, **_judged(record)))
         return examples
 
     def _ids(self, texts: list[str]) -> list[Ids]:
-        batch = _token_ids(self.tokenizer, texts)
+        batch = _token_ids(self.tokenizer, texts) if texts else []
         return [tuple(ids[: len(ids) - self.suffix]) for ids in batch]
 
 
@@ -118,7 +118,8 @@ class _MaskedSplitter:
             if masks != 1:
                 raise UserError(f"{record.where}: the prompt must have one mask, got {masks}: remove it from the text")
             options = tuple((self._word(option),) for option in record.options)
-            examples.append(Example(tuple(ids), options, record.label, ids.index(self.mask_id)))
+            mask = ids.index(self.mask_id)
+            examples.append(Example(tuple(ids), options, record.label, mask, **_judged(record)))
         return examples
 
     def _word(self, option: str) -> int:
@@ -146,14 +147,20 @@ class _PooledSplitter:
         empty = next((record.where for record, own in zip(records, ids, strict=True) if not own), None)
         if empty:
             raise UserError(f"{empty}: the text has no token: add words to --prompt or remove the line")
-        return [
-            Example(tuple(own), tuple((i,) for i in range(len(record.options))), record.label, pooled=True)
-            for record, own in zip(records, ids, strict=True)
-        ]
+        examples = []
+        for record, own in zip(records, ids, strict=True):
+            outputs = tuple((i,) for i in range(len(record.options)))
+            examples.append(Example(tuple(own), outputs, record.label, pooled=True, **_judged(record)))
+        return examples
+
+
+def _judged(record: Record) -> dict:
+    """Fields of an example that judge answers as text."""
+    return {"references": record.references, "names": record.names, "fields": record.row, "where": record.where}
 
 
 def _length(example: Example, alone: bool) -> int:
-    return len(example.prompt) + (0 if alone else max(map(len, example.options)))
+    return len(example.prompt) + (0 if alone else max(map(len, example.options), default=0))
 
 
 def _rest(prompt: Ids, joint: Ids, text: str, option: str, where: str) -> Ids:

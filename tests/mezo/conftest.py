@@ -58,15 +58,17 @@ def tiny_config(tiny_options):
     return Config(**tiny_options)
 
 
+def flags_of(options):
+    """Options as a command line."""
+    argv = []
+    for name, value in options.items():
+        argv.append("--" + name.replace("_", "-"))
+        if value is True:
+            continue
+        argv += [str(v) for v in value] if isinstance(value, (tuple, list)) else [str(value)]
+    return argv
+
+
 @pytest.fixture
 def as_flags():
-    """Options as a command line."""
-
-    def flags(options):
-        argv = []
-        for name, value in options.items():
-            argv.append("--" + name.replace("_", "-"))
-            argv += [str(v) for v in value] if isinstance(value, (tuple, list)) else [str(value)]
-        return argv
-
-    return flags
+    return flags_of

@@ -172,7 +172,7 @@ YAML_MISTAKES = {
     "steps: many": "steps must be a whole number, got 'many'",
     "steps: 8.5": "steps must be a whole number, got 8.5",
     "lr: fast": "lr must be a number, got 'fast'",
-    "objective: nonsense": "objective must be one of auto, cross_entropy, lm_cross_entropy, accuracy; got 'nonsense'",
+    "objective: nonsense": "objective must be one of auto, cross_entropy, lm_cross_entropy, accuracy, f1, reward, or",
     "eval_train: maybe": "eval_train must be true or false, got 'maybe'",
     "prompt: 3": "prompt must be text, got 3",
 }

@@ -61,6 +61,22 @@ def test_main_prints_both(dropin, capsys):
     assert lines[1].endswith("torch.float32 0.0e+00, torch.bfloat16 0.0e+00")
 
 
+def test_a_reward_of_your_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+    example = load("reward")
+    tasks.register(example.REPLIES)
+    fields = {"message": "the film was poor"}
+    assert [example.cheer(fields, text) for text in ("", "great", "a great film", "poor film")] == [0, 1, 0, -1]
+    run, reward = tmp_path / "run", f"{EXAMPLES / 'reward.py'}:cheer"
+    options = ["--task", "replies", "--objective", "reward", "--reward", reward, "--max-new-tokens", "6"]
+    size = ["--output-dir", str(run), "--steps", "4", "--batch-size", "4"]
+    assert cli.main(["train", "--model", save("llama", tmp_path / "model"), *options, *size]) == 0
+    result = json.loads((run / "result.json").read_text())
+    assert all(row["reward"] is not None for row in result["dev"])
+    assert result["test"]["after"]["accuracy"] is None
+    assert cli.main(["train", "--resume", str(run)]) == 0
+
+
 @pytest.mark.parametrize("family", ["llama", "roberta"])
 def test_a_task_of_your_own(family, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from mezo.objectives import OBJECTIVES, cross_entropy, evaluate, lm_cross_entropy, negative_accuracy, predictions
+from mezo.objectives import (
+    OBJECTIVES,
+    cross_entropy,
+    evaluate,
+    lm_cross_entropy,
+    mixture,
+    negative_accuracy,
+    predictions,
+    standardised,
+)
 
 INF = float("inf")
 
@@ -37,6 +46,21 @@ def test_of_equal_scores_the_first_is_predicted():
     scores[1, 7:9] = 1.0
     scores[2, 49] = 1.0
     assert predictions(scores).tolist() == [0, 7, 49]
+
+
+def test_a_mixture_is_the_weighted_sum():
+    scores, labels = torch.tensor([[-1.0, -2.0], [-4.0, -3.0]], dtype=torch.float64), torch.tensor([0, 0])
+    loss = mixture({"cross_entropy": 2.0, "accuracy": 0.5, "reward": 7.0})(scores, labels)
+    assert loss == 2.0 * cross_entropy(scores, labels) + 0.5 * negative_accuracy(scores, labels)
+    assert torch.equal(mixture({"accuracy": 1.0})(scores, labels), negative_accuracy(scores, labels))
+
+
+def test_standardised_values_have_mean_0_and_spread_1():
+    values = standardised(torch.tensor([[1.0, 2.0], [3.0, 6.0]], dtype=torch.float64))
+    assert values.mean().item() == pytest.approx(0, abs=1e-15)
+    assert values.square().mean().item() == pytest.approx(1, rel=1e-15)
+    for equal in (0.1, -1e300, 0.0):
+        assert torch.equal(standardised(torch.full((7, 3), equal, dtype=torch.float64)), torch.zeros(7, 3).double())
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

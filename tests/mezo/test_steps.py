@@ -62,8 +62,8 @@ def test_noise_is_the_spread_of_losses_over_two_eps(tiny_config, monkeypatch):
 
 def test_noise_above_a_tenth_is_warned_of(tmp_path, capsys):
     with Monitor(tmp_path, steps=1, start=0) as monitor:
-        monitor.noise(7, 0.11, 1.0)
-        monitor.noise(8, 0.09, 1.0)
+        for step, noise in ((7, 0.11), (8, 0.09)):
+            monitor.instrument({"step": step, "split": "noise", "noise": noise, "projected_grad_rms": 1.0})
     shown = " ".join(capsys.readouterr().err.split())
     assert "step 7 noise 0.11 on projected_grad of 1: more than a tenth. Raise --eps" in shown
     assert "step 8" not in shown

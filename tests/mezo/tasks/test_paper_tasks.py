@@ -59,8 +59,8 @@ CAUSAL = {
     "copa": ("My body cast a shadow over the grass because", (" the sun was rising.", " I cut the grass."), 0),
     "record": (
         "Ann Lee sang in Oslo.\n- Lee sang for an hour\n- Oslo was cold\n-",
-        (" Fans of Oslo queued.", " Fans of Ann Lee queued."),
-        1,
+        (" Fans of Oslo queued.", " Fans of Lee queued.", " Fans of Ann Lee queued."),
+        2,
     ),
     "squad": (
         "Title: Ice_and_snow\nContext: Ice is cold. Snow is white.\nQuestion: What is cold?\nAnswer:",
@@ -158,6 +158,57 @@ def test_lm_training_has_the_right_option_alone(any_hub, bpe):
     prompt, options, right = CAUSAL["record"]
     assert {written(example, bpe) for example in splits["train"]} == {(prompt, (options[right],), 0)}
     assert {written(e, bpe) for split in ("dev", "test") for e in splits[split]} == {CAUSAL["record"]}
+
+
+def test_every_name_of_the_right_entity_is_right(any_hub, bpe):
+    (example,) = load_splits(config_of("record"), bpe)["test"]
+    assert example.references == ("Ann Lee", "Lee")
+    assert example.names == ("Oslo", "Lee", "Ann Lee")
+    trained = load_splits(config_of("record", objective="cross_entropy"), bpe)["train"][0]
+    assert trained.names == ("Oslo", "Ann Lee"), "a loss over the options has one right"
+    assert written(trained, bpe)[1:] == ((" Fans of Oslo queued.", " Fans of Ann Lee queued."), 1)
+
+
+@pytest.mark.parametrize(("name", "answers"), [("squad", ("Ice", "Ice is")), ("drop", ("3", "three"))])
+def test_generated_answers_are_judged_by_every_reference(any_hub, bpe, name, answers):
+    config = with_objective(config_of(name))
+    assert (config.generate, config.generates, TASKS[name].metric) == ("on", True, "f1")
+    assert load_splits(config, bpe)["test"][0].references == answers
+    assert load_splits(config_of(name, generate="off"), bpe)["test"][0].references == ()
+    assert with_objective(config_of("boolq")).generate == "off"
+
+
+def test_the_answer_of_a_label_is_its_word(any_hub, bpe):
+    examples = load_splits(config_of("sst2", objective="f1"), bpe)["train"]
+    assert examples[0].references == ("terrible",)
+    assert examples[0].fields == {}, "a reward alone reads them"
+
+
+def test_a_reward_reads_the_tasks_own_fields(any_hub, bpe):
+    (example,) = load_splits(config_of("squad", objective="reward", reward="math:hypot"), bpe)["test"]
+    assert example.fields["id"] == "5733be28"
+    assert example.fields["references"] == ["Ice", "Ice is"]
+    assert example.where == "squad test line 1"
+
+
+def test_prompts_alone_are_enough_for_a_reward(make, bpe):
+    rows = [{"prompt": f"a film {i}"} for i in range(9)]
+    examples = load_splits(make(rows, objective="reward", reward="math:hypot", num_train=4), bpe)["train"]
+    assert [(e.options, e.label, e.references) for e in examples] == [((), 0, ())] * 4
+    with pytest.raises(UserError, match=r"line 1 has no field 'options'"):
+        load_splits(make(rows, objective="f1"), bpe)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"references": "Ice"}, "line 1: references must be a list of non-empty strings, got 'Ice'"),
+        ({"option_names": ["c", "b"]}, "line 1: option_names must be one an option, the right one's among references"),
+    ],
+)
+def test_bad_references_name_their_line(make, bpe, fields, message):
+    with pytest.raises(UserError, match=message):
+        load_splits(make([{"prompt": "It was", "options": [" a", " b"], "answer": 0, **fields}]), bpe)
 
 
 def test_text_answers_have_no_other_options(any_hub, bpe):

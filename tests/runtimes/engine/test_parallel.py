@@ -29,8 +29,9 @@ def data():
 def both(request, model, data):
     """(engine on two ranks, transformers) on a family with 4 heads and 2 key-value heads."""
     path = model(request.param)
-    with engine(path, data, target_modules=MODULES, tp=2) as runtime:
-        yield runtime, reference(path, data, target_modules=MODULES)
+    adapted = {"target_modules": MODULES, "generate": "on", "max_new_tokens": 8}
+    with engine(path, data, tp=2, **adapted) as runtime:
+        yield runtime, reference(path, data, **adapted)
 
 
 def test_shards_of_z_make_up_the_full_z(both, tmp_path):
@@ -53,6 +54,15 @@ def test_shards_of_z_make_up_the_full_z(both, tmp_path):
     columns = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
     column = {(m, f, n) for m in columns for f, n in (("A", 2), ("B", 1))}
     assert kinds == column | {(m, f, n) for m in ("o_proj", "down_proj") for f, n in (("A", 1), ("B", 2))}
+
+
+def test_texts_are_those_of_transformers(both):
+    for one in both:
+        one.load(noisy(one))
+        one.step([], [7], 0.3)
+    texts, wanted = (one.generate_pairs("train", range(8), 8, ()) for one in both)
+    assert texts == wanted
+    assert len({text for pair in texts[0] for text in pair}) > 4
 
 
 def test_scores_are_those_of_transformers(both):

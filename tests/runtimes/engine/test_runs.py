@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from mezo import checkpoint, commands, logbook, report
+from mezo import checkpoint, commands, logbook, report, tune
 from mezo.cli import main
 from mezo.config import Config
 from mezo.trajectory import read_trajectory
@@ -189,3 +189,15 @@ def test_a_run_with_engine_options_resumes_in_process(runs, tmp_path, capsys):
     logbook.truncate(str(copy), 10)
     assert main(["train", "--resume", str(copy), "--runtime", "hf"]) == 0, capsys.readouterr().err
     assert losses(copy) == pytest.approx(losses(runs["sglang"][0]), abs=NOISE)
+
+
+def test_a_sweep_through_the_engine_is_the_hf_runtimes(common, tmp_path):
+    """Trials share one engine, are paused and resumed in it, and its noise decides nothing."""
+    found = {}
+    for runtime in ("hf", "sglang"):
+        config = Config(**common, runtime=runtime, output_dir=str(tmp_path / runtime))
+        found[runtime] = tune.tune(config, grid_lr=(1e-3, 3e-3), rungs=2, trial_steps=12)
+    rows = [found[runtime]["rungs"] for runtime in found]
+    assert [row["trial"] for row in rows[0]] == [row["trial"] for row in rows[1]]
+    assert [row["dev_loss"] for row in rows[0]] == pytest.approx([row["dev_loss"] for row in rows[1]], abs=1e-4)
+    assert found["sglang"]["command"].startswith("mezo train --model")

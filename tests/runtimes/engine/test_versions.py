@@ -183,7 +183,9 @@ def test_bad_requests_are_errors_and_not_hangs(running):
     ("others", "message"),
     [
         ({"engine_arg": ("dp_size=2",)}, "dp_size=2: every replica .* use --tp"),
-        ({"engine_arg": ("nnodes=2",)}, "nnodes=2: the engine's processes on other machines .* use --tp"),
+        ({"engine_arg": ("nnodes=2",)}, "--tp 1 cannot be divided among nnodes=2"),
+        ({"engine_arg": ("nnodes=2",), "tp": 2}, "nnodes: give dist_init_addr=HOST:PORT"),
+        ({"engine_arg": ("nnodes=2", "node_rank=2"), "tp": 2}, "node_rank must be from 0 to nnodes - 1"),
         ({"engine_arg": ("tp_size=2",)}, "--engine-arg tp_size is decided by --tp"),
         ({"engine_arg": ("atention_backend=triton",)}, "no such argument; did you mean .*attention_backend"),
         ({"engine_arg": ("quantization",)}, "--engine-arg must be key=value, got 'quantization'"),

@@ -1,0 +1,116 @@
+"""Greedy generation: the loop of the hf runtime, and what ends a text and becomes of its tokens on every runtime."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+
+from mezo.config import Config, UserError
+from mezo.runtimes.base import Example
+from mezo.runtimes.peft_model import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Generated tokens as text.
+
+    Args:
+        tokenizer: the model's.
+        ends: token ids that end a text.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    ends: frozenset[int]
+
+    @classmethod
+    def of(cls, model: str) -> "Writing":
+        """As a model directory or hub id says: its tokenizer, and every token that it calls the end of a text."""
+        tokenizer = load_tokenizer(model)
+        ends = {tokenizer.eos_token_id}
+        sources = [AutoConfig.from_pretrained(model)]
+        with contextlib.suppress(OSError):  # not every model has one
+            sources.append(GenerationConfig.from_pretrained(model))
+        for source in sources:
+            own = getattr(source, "eos_token_id", None)
+            ends |= set(own) if isinstance(own, list) else {own}
+        return cls(tokenizer, frozenset(ends - {None}))
+
+    def ended(self, ids: Sequence[int], stop: Sequence[str]) -> bool:
+        """Whether a text, which ends before any of `stop`, ends with the last of its tokens."""
+        return ids[-1] in self.ends or any(end in self._decoded(ids) for end in stop)
+
+    def text(self, ids: Sequence[int], stop: Sequence[str]) -> str:
+        """The text of the tokens up to its end, without white space around it."""
+        text = self._decoded(list(itertools.takewhile(lambda token: token not in self.ends, ids)))
+        return text[: min((text.find(end) for end in stop if end in text), default=len(text))].strip()
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def refuse_too_long(config: Config, splits: dict[str, Sequence[Example]], longest: int, limit: int | None) -> None:
+    """Raise UserError if a row, or a prompt with what is generated after it, has no room in the model.
+
+    Args:
+        config: the run's.
+        splits: examples by split.
+        longest: tokens of the longest row that is scored.
+        limit: tokens that the model takes, None if any number.
+    """
+    new = config.max_new_tokens if config.generates else 0
+    prompt = max(len(example.prompt) for examples in splits.values() for example in examples)
+    tokens = max(longest, prompt + new)
+    if limit is not None and tokens > limit:
+        what = f"a prompt with --max-new-tokens {new}" if new else "a prompt"
+        raise UserError(
+            f"--max-length: {what} has {tokens} tokens, the model takes {limit}; use --max-length {limit - new}"
+        )
+
+
+@torch.no_grad()
+def greedy(
+    body: nn.Module,
+    head: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    ended: Callable[[Sequence[int]], bool],
+    pad: int,
+) -> list[list[int]]:
+    """The most likely token each time, for prompts of any lengths at once (padded on the left).
+
+    The loop is written here, and not `generate` of transformers, because that takes penalties and sampling from the
+    model's own generation_config.json.
+
+    Args:
+        body, head: of a decoder.
+        prompts: token ids.
+        max_new_tokens: most tokens of an answer.
+        ended: whether an answer is over with its last token.
+        pad: token id to pad with.
+
+    Returns:
+        Token ids of each answer, its last one included.
+    """
+    device, width = body.device, max(map(len, prompts))
+    ids = torch.tensor([[*[pad] * (width - len(prompt)), *prompt] for prompt in prompts], device=device)
+    mask = torch.tensor([[*[0] * (width - len(prompt)), *[1] * len(prompt)] for prompt in prompts], device=device)
+    cache, answers, unfinished = DynamicCache(config=body.config), [[] for _ in prompts], set(range(len(prompts)))
+    for _ in range(max_new_tokens):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = body(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        tokens = head(out[:, -1]).float().argmax(-1)
+        for i, token in enumerate(tokens.tolist()):
+            if i in unfinished:
+                answers[i].append(token)
+                unfinished -= {i} if ended(answers[i]) else set()
+        if not unfinished:
+            break
+        # a row that has ended goes on unread: the others keep their batch
+        ids, mask = tokens[:, None], nn.functional.pad(mask, (0, 1), value=1)
+    return answers

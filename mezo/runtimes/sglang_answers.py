@@ -1,0 +1,46 @@
+"""The engine's answers to requests: what was asked for, what it says, and which answers are none."""
+
+from collections.abc import Sequence
+
+from mezo.config import RunError
+from mezo.runtimes.base import TokenCount
+from mezo.runtimes.rows import Row
+
+SCORE_ONLY = {"max_new_tokens": 0, "temperature": 0.0}
+
+
+def greedy(max_new_tokens: int, stop: Sequence[str], ends: frozenset[int]) -> dict:
+    """Sampling parameters of the most likely token each time; `ends` are the tokens that end a text."""
+    stops = {"stop": list(stop), "stop_token_ids": sorted(ends)}
+    return {"max_new_tokens": max_new_tokens, "temperature": 0.0, **stops}
+
+
+def count_tokens(ids: Sequence[int], answer: dict, count: TokenCount) -> None:
+    """Add a request's tokens as the engine counts them; a text's last token is never run.
+
+    Raises:
+        RunError: the engine gave the request up.
+    """
+    meta = answer["meta_info"]
+    if meta["finish_reason"]["type"] not in ("length", "stop") or meta["prompt_tokens"] != len(ids):
+        raise RunError(f"the SGLang engine did not score a request: {meta['finish_reason']}; resume the run")
+    tokens = meta["prompt_tokens"] + max(meta["completion_tokens"] - 1, 0)
+    count.scored += tokens
+    count.computed += tokens - meta["cached_tokens"]
+
+
+def start_of(row: Row) -> int:
+    """From where log-probabilities are wanted; -1, after the last token alone, leaves the whole cache usable."""
+    return -1 if len(row.positions) == 1 else row.positions[0]
+
+
+def table_of(row: Row, answer: dict) -> list[dict[int, float]]:
+    """Log-probability by token at each scored position."""
+    meta = answer["meta_info"]
+    inner = meta["input_token_ids_logprobs"][1:] if len(row.positions) > 1 else []
+    positions = [*inner, meta["output_token_ids_logprobs"][0]]
+    if len(positions) != len(row.positions):
+        raise RunError(
+            f"the SGLang engine scored {len(positions)} positions of {len(row.positions)}; use another version"
+        )
+    return [{token: value for value, token, _ in position} for position in positions]
