@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import statistics
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def run(protocol: Protocol, output_dir: str, changes: dict, seeds: tuple[int, ..
     Raises:
         UserError: before anything is written; or a run directory holds another run.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("mezo reproduce runs in one process: start it without torchrun, or its runs with mezo train")
     rows = []
     grid = configs(protocol, output_dir, changes, seeds)
     for config in (config for own in grid for config in own):
