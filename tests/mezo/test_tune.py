@@ -84,7 +84,9 @@ def test_the_command_is_the_run_that_was_tuned_for(sweep, tmp_path):
     assert main([*words[1:], "--steps", "2"]) == 0
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     best = {"lr": result["best"]["lr"], "eps": result["best"]["eps"]}
-    wanted = dataclasses.replace(config, **best, steps=2, objective="cross_entropy", output_dir=saved["output_dir"])
+    wanted = dataclasses.replace(
+        config, **best, steps=2, objective="cross_entropy", generate="off", output_dir=saved["output_dir"]
+    )
     assert Config.from_dict(saved) == wanted.absolute()
 
 
