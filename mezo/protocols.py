@@ -107,6 +107,8 @@ _OPT = (
     _opt("multirc", 61.5, num_test=1000),
     _opt("copa", 84.0, num_train=0, num_dev=100),
     _opt("record", 81.2, num_test=1000),
+    _opt("squad", 83.8, num_test=1000),
+    _opt("drop", 31.4, num_test=1000),
 )
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
@@ -115,5 +117,4 @@ PROTOCOLS: dict[str, Protocol] = {
         *_OPT,
     )
 }
-"""By name. Of the paper's OPT tasks, CB and WSC (too few examples for balanced splits of these sizes) and those scored
-by generated text are not here."""
+"""By name. Of the paper's OPT tasks, CB and WSC have too few examples for balanced splits of these sizes."""

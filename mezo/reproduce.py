@@ -9,8 +9,9 @@ from pathlib import Path
 from mezo import commands
 from mezo.checkpoint import RunDirectory, replace_file
 from mezo.config import Config, UserError
+from mezo.evaluation import best_by
 from mezo.protocols import PROTOCOLS, Protocol
-from mezo.tasks import with_objective
+from mezo.tasks import find_task, with_objective
 
 
 def find(name: str) -> Protocol:
@@ -102,17 +103,17 @@ def _carry_through(config: Config) -> dict | None:
 
 
 def _best(own: list[Config], results: list[dict]) -> dict:
-    """The run of a data seed that dev prefers: the highest accuracy, or lowest loss where answers are text."""
-    loss = with_objective(own[0]).objective == "lm_cross_entropy"
-    score = lambda result: max(-row["loss"] if loss else row["accuracy"] for row in result["dev"])  # noqa: E731
-    at = max(range(len(own)), key=lambda i: (score(results[i]), -i))
+    """The run of a data seed that dev prefers, by the figure that chooses a run's best step; the first of equals."""
+    sign, chosen_by = best_by(with_objective(own[0]))
+    score = lambda result: max(sign * row[chosen_by] for row in result["dev"] if row[chosen_by] is not None)  # noqa: E731
+    at, metric = max(range(len(own)), key=lambda i: (score(results[i]), -i)), find_task(own[0]).metric
     return {
         "data_seed": own[at].data_seed,
         "lr": own[at].lr,
         "best_step": results[at]["best_step"],
-        "dev": abs(score(results[at])),
-        "test_before": results[at]["test"]["before"]["accuracy"],
-        "test": results[at]["test"]["after"]["accuracy"],
+        "dev": sign * score(results[at]),
+        "test_before": results[at]["test"]["before"][metric],
+        "test": results[at]["test"]["after"][metric],
     }
 
 
