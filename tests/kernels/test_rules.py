@@ -147,7 +147,7 @@ def test_descends_a_quadratic(kind):
     theta, target = torch.full((20,), 3.0), torch.linspace(-1, 1, 20)
     one, rule = ParamLayout({"w": theta}), Rule(kind)
     state = zeros(one, rule)
-    lr = {"momentum": 0.002, "sign": 0.02}.get(kind, 0.05)
+    lr = {"momentum": 0.002}.get(kind, 0.2)
     start = (theta - target).square().sum().item()
     for t in range(1, 401):
         z = standard_normal(t, "w", 0, 20)
