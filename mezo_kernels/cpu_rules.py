@@ -1,4 +1,4 @@
-"""Steps by a rule with state, compiled for CPUs with numba: the loops of `cpu.py`, and the rule over L1-sized chunks."""
+"""Steps by a rule with state, compiled for CPUs with numba: the loops of `cpu.py`, and the rule on each chunk."""
 
 import math
 

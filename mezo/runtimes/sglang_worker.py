@@ -18,9 +18,9 @@ from sglang.srt.managers.io_struct import RpcReqOutput
 
 from mezo.runtimes.base import StepUpdate
 from mezo.runtimes.reuse import why_kv_depends
+from mezo.runtimes.rule import UpdateRule
 from mezo.runtimes.sglang_plugin import ENDED, directory
 from mezo.runtimes.sglang_shards import Shard, shard_of
-from mezo.runtimes.rule import UpdateRule
 from mezo.runtimes.theta import PerturbedTheta
 from mezo_kernels import ParamLayout, ParamSlot
 
