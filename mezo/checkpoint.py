@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,12 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from mezo.config import Config, UserError
 from mezo.rewards import reward_hash
-from mezo.runtimes.base import LINEAR_HEAD, AdapterSpec, Example, passes
+from mezo.runtimes.base import LINEAR_HEAD, AdapterSpec, Example, update_of
+from mezo.runtimes.rule import UpdateRule
+from mezo.runtimes.theta import PerturbedTheta
 from mezo.trajectory import StepRecord, drop_torn_line, header, read_lines, read_trajectory
-from mezo_kernels import ParamLayout, canonical_name, lora_init, step_
+from mezo_kernels import ParamLayout, canonical_name, lora_init
 
 WEIGHTS, PEFT_CONFIG, INITIAL = "adapter_model.safetensors", "adapter_config.json", "initial_adapter.safetensors"
-UPDATES_PER_PASS = 512
+RECORDS_PER_PASS = 256
 
 
 class RunDirectory:
@@ -241,8 +243,10 @@ def make_header(config: Config, spec: AdapterSpec, splits: dict[str, Sequence[Ex
     if config.adapter:
         digest = hashlib.sha256((Path(config.adapter) / WEIGHTS).read_bytes()).hexdigest()
         init = {"kind": "file", "file": INITIAL, "sha256": digest}
-    reward = {"reward_hash": reward_hash(config.reward)} if config.reward else {}
-    return header(config.seed, data_hash(splits), init, {**reward, **asdict(spec)})
+    extra = {"reward_hash": reward_hash(config.reward)} if config.reward else {}
+    rule = UpdateRule.of(config, spec.shapes).header()
+    extra |= {"rule": rule} if rule else {}
+    return header(config.seed, data_hash(splits), init, {**extra, **asdict(spec)})
 
 
 def initial_theta(first_line: dict, path: Path) -> dict[str, torch.Tensor]:
@@ -262,12 +266,15 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> str | N
     return next(different, None)
 
 
-def replay_records(theta: dict[str, torch.Tensor], records: list[StepRecord], backend: str | None = None) -> None:
-    """Apply the records to theta in place, many updates to a pass; the same bits as step after step."""
-    layout, updates = ParamLayout(theta), passes(records)
-    starts = range(0, len(updates), UPDATES_PER_PASS)
+def replay_records(step: Callable, records: Sequence[StepRecord]) -> None:
+    """Apply records to the initial theta, many to a pass; the same bits as step after step, and the rule's state.
+
+    Args:
+        step: `Runtime.step` or `PerturbedTheta.step`, of a new run's theta.
+    """
+    starts = range(0, len(records), RECORDS_PER_PASS)
     for start in track(starts, "replay", transient=True, disable=len(starts) < 4 or not sys.stderr.isatty()):
-        step_(layout, updates[start : start + UPDATES_PER_PASS], backend=backend)
+        step([update_of(record) for record in records[start : start + RECORDS_PER_PASS]], [], 1.0)
 
 
 def replay(path: str | Path, until: str = "best", backend: str | None = None) -> tuple[dict, dict, int]:
@@ -291,5 +298,6 @@ def replay(path: str | Path, until: str = "best", backend: str | None = None) ->
     steps = len(records) if until == "last" else best if until == "best" else int(until)
     steps = len(records) if steps is None else steps
     theta = initial_theta(first_line, directory / INITIAL)
-    replay_records(theta, records[:steps], backend)
+    rebuilt = PerturbedTheta(ParamLayout(theta), [], backend, UpdateRule.of_header(first_line))
+    replay_records(rebuilt.step, records[:steps])
     return theta, first_line, steps

@@ -138,9 +138,8 @@ def carry_on(
     # the adapter it started from has been copied into the run: its source may be gone
     own = dataclasses.replace(config, adapter="")
     _same_run(first_line, checkpoint.make_header(own, runtime.spec, splits), str(run.path))
-    theta = checkpoint.initial_theta(first_line, run.path / checkpoint.INITIAL)
-    checkpoint.replay_records(theta, records)
-    runtime.load(theta)
+    runtime.load(checkpoint.initial_theta(first_line, run.path / checkpoint.INITIAL))
+    checkpoint.replay_records(runtime.step, records)
     trainer = Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds)
     return _carry_through(trainer, ranks, until)
 
@@ -269,12 +268,12 @@ def _runtime(config: Config, pad: int) -> Runtime:
 
 
 def _same_run(logged: dict, now: dict, path: str) -> None:
-    for key in ("run_seed", "data_hash", "reward_hash", "dtype", "peft", "shapes", "model_hash"):
+    for key in ("run_seed", "data_hash", "reward_hash", "rule", "dtype", "peft", "shapes", "model_hash"):
         a, b = logged.get(key), now.get(key)
         if key == "shapes":
             a, b = ({name: tuple(shape) for name, shape in shapes.items()} for shapes in (a, b))
         if a != b:
-            what = "the file" if key == "reward_hash" else "the model"
+            what = {"reward_hash": "the file", "rule": "config.json"}.get(key, "the model")
             raise UserError(
                 f"--resume {path}: {key} of the log and of {what} at hand differ: {_short(a)} and {_short(b)}"
             )

@@ -18,6 +18,8 @@ SCORED = ("cross_entropy", "lm_cross_entropy", "accuracy")
 """Objectives that option scores decide."""
 GENERATED = ("f1", "reward")
 """Objectives that generated text decides."""
+STATEFUL = ("momentum", "adam", "adamw", "sign")
+"""Update rules that act once on a step's whole estimate; the first three keep state."""
 FLOAT32 = (1.1754943508222875e-38, 3.4028234663852886e38)  # smallest normal and largest number
 
 
@@ -100,7 +102,22 @@ class Config:
     eps: float = 1e-2
     """Perturbation scale."""
     weight_decay: float = 0.0
-    """Decoupled: theta <- theta (1 - lr weight_decay) each step."""
+    """Decoupled: theta <- theta (1 - lr weight_decay) each step; the rule adam adds weight_decay theta to the gradient
+    instead."""
+    no_decay: tuple[str, ...] = ()
+    """Parameters that weight decay leaves alone: patterns of their names, such as '*lora_B*'."""
+    update_rule: Literal["sgd", "momentum", "adam", "adamw", "sign", "conservative"] = "sgd"
+    """What moves theta: sgd is the paper's; momentum keeps a buffer (4 bytes a parameter), adam and adamw two moments
+    (8 bytes); sign takes the sign of each element; conservative keeps the best of theta and a step of sgd either way,
+    by the losses of the same batch, for four more forward passes."""
+    momentum: float = 0.9
+    """Of the rule momentum."""
+    beta1: float = 0.9
+    """Of Adam's first moment."""
+    beta2: float = 0.999
+    """Of Adam's second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of Adam's second moment."""
     num_perturbations: int = 1
     """Directions averaged per step (n-SPSA)."""
     parallel: Literal["data", "perturbations"] = "data"
@@ -309,7 +326,35 @@ def check(config: Config) -> None:
         _require(not flat, f"--true-gradient: {' and '.join(flat)} has no gradient; leave it out")
     if config.head == "linear":
         _check_linear_head(config)
+    _check_rule(config)
     _require(config.verify_every >= -1, f"--verify-every must be at least -1, got {config.verify_every}")
+
+
+def _check_rule(config: Config) -> None:
+    rule = config.update_rule
+    for name, rules in (
+        ("momentum", ("momentum",)),
+        ("beta1", ("adam", "adamw")),
+        ("beta2", ("adam", "adamw")),
+        ("adam_eps", ("adam", "adamw")),
+    ):
+        value, flag = getattr(config, name), "--" + name.replace("_", "-")
+        used = rule in rules or value == getattr(Config, name)
+        _require(used, f"{flag} {value} is not of --update-rule {rule}: leave it out, or use {' or '.join(rules)}")
+        if name == "adam_eps":
+            _require(FLOAT32[0] <= value <= FLOAT32[1], f"{flag} must be a finite float32 number > 0, got {value}")
+        else:
+            _require(0 <= value < 1, f"{flag} must be at least 0 and below 1, got {value}")
+    _require(
+        bool(config.weight_decay) or not config.no_decay, "--no-decay needs --weight-decay: give it, or leave both"
+    )
+    if rule == "conservative":
+        n = config.num_perturbations
+        _require(n == 1, f"--update-rule conservative tries one direction: --num-perturbations must be 1, got {n}")
+        _require(
+            not config.z_score_rewards,
+            "--z-score-rewards: standardised rewards of two scorings do not compare; leave it out of conservative runs",
+        )
 
 
 def _check_objective(config: Config) -> None:

@@ -2,6 +2,8 @@
 
 import math
 
+from mezo.config import STATEFUL, Config
+
 LARGEST = 3.4028234663852886e38  # float32
 
 
@@ -46,6 +48,36 @@ def coefficients(projected_grads: tuple[float, ...], lr: float, clip: float = 0.
     """
     clipped = tuple(max(-clip, min(clip, g)) for g in projected_grads) if clip else projected_grads
     return tuple(lr * g / len(clipped) for g in clipped)
+
+
+def planned(config: Config, step: int, projected_grads: tuple[float, ...]) -> tuple[tuple[float, ...], float, float]:
+    """(coefficients, decay, lr) of a step's update as the configuration has them.
+
+    A rule that acts on the whole estimate applies lr itself: its coefficients are projected_grad_k / n. Adam's weight
+    decay is part of the rule.
+    """
+    lr = learning_rate(step, config.steps, config.lr, config.lr_schedule, config.warmup_steps)
+    scale = 1.0 if config.update_rule in STATEFUL else lr
+    decay = 1.0 if config.update_rule == "adam" else 1 - lr * config.weight_decay
+    return coefficients(projected_grads, scale, config.clip), decay, lr
+
+
+def best_of_three(coefficient: float, tried: tuple[float, ...]) -> tuple[tuple[float], int]:
+    """The coefficient whose loss is least among 0, c and -c, and its place; theta stays as it is among equals.
+
+    ZO-SGD-Cons of Zhang et al. (2024, arXiv 2402.11592).
+
+    Args:
+        coefficient: c, lr * projected_grad.
+        tried: losses at theta, theta - c z and theta + c z; () where c is too small to be tried. One that is not
+            finite is not taken.
+
+    >>> best_of_three(0.5, (1.0, 0.9, 1.2)), best_of_three(0.5, (1.0, 1.0, 0.8)), best_of_three(0.5, ())
+    (((0.5,), 1), ((-0.5,), 2), ((0.0,), 0))
+    """
+    losses = [loss if math.isfinite(loss) else math.inf for loss in tried] or [0.0]
+    best = losses.index(min(losses))
+    return ((0.0, coefficient, -coefficient)[best],), best
 
 
 def usable(numbers: tuple[float, ...]) -> bool:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mezo import checkpoint
 from mezo.checkpoint import RunDirectory
-from mezo.config import UserError
-from mezo.estimator import coefficients, learning_rate, projected_grad
+from mezo.config import STATEFUL, UserError
+from mezo.estimator import best_of_three, planned, projected_grad
 from mezo.trajectory import drop_torn_line, read_trajectory
 from mezo_kernels import perturbation_seed
 
@@ -53,10 +53,12 @@ def verify(run: str) -> int:
             continue
         pairs = zip(record.loss_plus, record.loss_minus, strict=True)
         grads = tuple(projected_grad(plus, minus, config.eps) for plus, minus in pairs)
-        lr = learning_rate(record.step, config.steps, config.lr, config.lr_schedule, config.warmup_steps)
-        expected = coefficients(grads, lr, config.clip)
+        expected, decay, lr = planned(config, record.step, grads)
+        if config.update_rule == "conservative":
+            expected, _ = best_of_three(expected[0], record.tried)
         # another machine's cosine may differ in its last bit
-        pairs = [*zip(record.coefficients, expected, strict=True), (record.decay, 1 - lr * config.weight_decay)]
+        pairs = [*zip(record.coefficients, expected, strict=True), (record.decay, decay)]
+        pairs += [(record.lr or 0.0, lr)] if config.update_rule in STATEFUL else []
         near = all(math.isclose(a, b, rel_tol=1e-12) for a, b in pairs)
         if record.projected_grads != grads or not near:
             raise UserError(

@@ -3,12 +3,13 @@
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from mezo.batches import Batches
-from mezo.config import Config
-from mezo.estimator import coefficients, learning_rate, projected_grad, usable
+from mezo.config import FLOAT32, STATEFUL, Config
+from mezo.estimator import best_of_three, planned, projected_grad, usable
 from mezo.objectives import mixture, standardised
 from mezo.parallel import Ranks
 from mezo.rewards import Judge
@@ -58,16 +59,35 @@ class Measurement:
         """
         config = self.config
         seeds = tuple(perturbation_seed(config.seed, step, k) for k in range(config.num_perturbations))
-        losses, stopping = self._share_losses(seeds, self.batches(step), watch, check, interrupted)
+        batch = self.batches(step)
+        losses, stopping = self._share_losses(seeds, batch, watch, check, interrupted)
         loss_plus, loss_minus = zip(*losses, strict=True)
         grads = tuple(projected_grad(*pair, config.eps) for pair in losses)
-        lr = learning_rate(step, config.steps, config.lr, config.lr_schedule, config.warmup_steps)
-        steps = coefficients(grads, lr, config.clip)
+        steps, decay, lr = planned(config, step, grads)
         if not usable(loss_plus + loss_minus + steps):
             zeros = (0.0,) * len(seeds)
             return StepRecord(step, seeds, grads, zeros, 1.0, loss_plus, loss_minus, skipped=True), stopping
-        decay = 1 - lr * config.weight_decay
-        return StepRecord(step, seeds, grads, steps, decay, loss_plus, loss_minus), stopping
+        record = StepRecord(step, seeds, grads, steps, decay, loss_plus, loss_minus)
+        if config.update_rule in STATEFUL:
+            return replace(record, lr=lr), stopping
+        if config.update_rule == "conservative":
+            tried = self._try(seeds, abs(steps[0]), batch, watch, check)
+            tried = (tried[0], *tried[:0:-1]) if steps[0] < 0 else tried
+            return replace(record, coefficients=best_of_three(steps[0], tried)[0], tried=tried), stopping
+        return record, stopping
+
+    def _try(self, seeds: tuple[int, ...], size: float, batch: list[int], watch: bool, check: Callable) -> tuple:
+        """Losses of the batch at theta, theta - size z and theta + size z; () if the size is below any float32."""
+        if size < FLOAT32[0]:
+            return ()
+        recent = list(self.recent)
+        self.runtime.step([], seeds, size, watch=watch)
+        ((plus, minus),), _ = self._share_losses(seeds, batch, watch, check, False)
+        self.runtime.equalise()
+        ((here, _),), _ = self._share_losses(seeds, batch, False, lambda: None, False)
+        self.recent.clear()
+        self.recent.extend(recent)  # the spread over a batch is that of projected_grad
+        return here, minus, plus
 
     def _share_losses(
         self, seeds: tuple[int, ...], batch: list[int], watch: bool, check: Callable, interrupted: bool

@@ -2,12 +2,21 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
-from mezo_kernels import ParamLayout, ParamSlot, canonical_name, perturb_, perturbation_seed, step_
+from mezo_kernels import (
+    ParamLayout,
+    ParamSlot,
+    Rule,
+    RuleUpdate,
+    canonical_name,
+    perturb_,
+    perturbation_seed,
+    rule_step_,
+    step_,
+)
 from mezo_kernels.philox import STREAMS, check_seed
 
 
@@ -15,13 +24,13 @@ class MeZO(torch.optim.Optimizer):
     """theta <- theta (1 - lr weight_decay) - lr/n sum_k projected_grad_k z_k, from 2n forward passes and no autograd.
 
     projected_grad_k = (loss(theta + eps z_k) - loss(theta - eps z_k)) / (2 eps): SPSA with z regenerated from a seed,
-    as in MeZO (Malladi et al. 2023, arXiv 2305.17333, algorithms 1 and 2). With momentum mu,
-    buf <- mu buf + 1/n sum_k projected_grad_k z_k and theta <- theta (1 - lr weight_decay) - lr buf.
+    as in MeZO (Malladi et al. 2023, arXiv 2305.17333, algorithms 1 and 2). Momentum, Adam, AdamW and sign act once a
+    step on the whole estimate 1/n sum_k projected_grad_k z_k, as `mezo_kernels.Rule` says, in one fused pass.
 
     Theta lives in a float32 master copy, one for each parameter. A parameter is set to the single rounding of
     theta + eps z, theta - eps z or theta, and is never restored by arithmetic: a float32 parameter equals its master
     exactly after a step. `memory_bytes` is what that costs beside the parameters: 4 bytes an element, plus 4 with
-    momentum, plus one copy in the parameters' own dtypes where a group has a 16-bit parameter.
+    momentum or 8 with Adam, plus one copy in the parameters' own dtypes where a group has a 16-bit parameter.
 
     Both closure calls of a perturbation start from the same CPU and CUDA generator states (the same dropout masks),
     and after the step the generators are as after one call. A loss that is NaN or infinite skips the step: parameters
@@ -34,8 +43,11 @@ class MeZO(torch.optim.Optimizer):
         lr: learning rate, >= 0; a float or a tensor. Per group, read at each step.
         eps: perturbation scale, > 0; the same in all groups.
         num_perturbations: n >= 1, how many estimates a step averages (n-SPSA).
-        weight_decay: decoupled, >= 0. Per group.
-        momentum: mu in [0, 1). Per group.
+        weight_decay: >= 0; decoupled, but for adam, which adds weight_decay theta to the gradient. Per group.
+        momentum: mu in [0, 1), of the rule sgd. Per group.
+        rule: "sgd", "adam", "adamw" or "sign". Per group.
+        betas: of Adam's first and second moment, in [0, 1). Per group.
+        adam_eps: added to the root of Adam's second moment, > 0. Per group.
         seed: seed of the run, 0 <= seed < 2**64; perturbation k of step t has `perturbation_seed(seed, t, k)`.
         distribution: "normal" or "rademacher".
         backend: of the fused ops; None chooses by device.
@@ -54,6 +66,8 @@ class MeZO(torch.optim.Optimizer):
     ...     return (model(x[1000:]).argmax(1) == y[1000:]).float().mean().item()
     >>> accuracy_after_training(lr=0.0)
     0.5
+    >>> accuracy_after_training(lr=0.02, rule="adam") > 0.95
+    True
     >>> accuracy_after_training(lr=0.05) > 0.95, accuracy_after_training(lr=0.005, momentum=0.9) > 0.95
     (True, True)
     """
@@ -69,6 +83,9 @@ class MeZO(torch.optim.Optimizer):
         seed: int = 0,
         distribution: str = "normal",
         backend: str | None = None,
+        rule: str = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        adam_eps: float = 1e-8,
     ):
         if not isinstance(num_perturbations, int) or num_perturbations < 1:
             raise ValueError(f"num_perturbations must be an integer >= 1, got {num_perturbations!r}")
@@ -79,7 +96,9 @@ class MeZO(torch.optim.Optimizer):
         self.steps, self.skipped_steps = 0, 0
         self.projected_grads: list[float] = []
         self._groups, self._seen = [], None
-        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay, "momentum": momentum})
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
+        # updates: those applied to the group so far, which Adam counts
+        super().__init__(params, defaults | {"rule": rule, "betas": betas, "adam_eps": adam_eps, "updates": 0})
         self._eps()
         self._follow()
 
@@ -145,22 +164,19 @@ class MeZO(torch.optim.Optimizer):
         yield
 
     def _update(self, group: "_Group", seeds: list[int]) -> None:
-        """Apply the step to the master of one group: one fused pass, or with momentum one over its buffers."""
+        """Apply the step to the master of one group: one fused pass."""
         options = {"distribution": self.distribution, "backend": self.backend}
         lr, n = float(group.options["lr"]), self.num_perturbations
         decay = 1 - lr * group.options["weight_decay"]
-        if not group.options["momentum"]:
+        group.options["updates"] += 1
+        rule = _rule(group.options)
+        if rule is None:
             updates = [(seed, lr * g / n) for seed, g in zip(seeds, self.projected_grads, strict=True)]
             step_(group.theta, updates, decay, **options)
             return
-        # buf <- mu buf + g_k z_k; theta <- theta decay - lr buf. Multiply and subtract apart: `alpha` would fuse them
-        buffers = group.momentum(self.state)
-        updates = [(seed, -g / n) for seed, g in zip(seeds, self.projected_grads, strict=True)]
-        step_(buffers, updates, group.options["momentum"], **options)
-        for theta, buffer in zip(group.theta.tensors, buffers.tensors, strict=True):
-            if decay != 1:
-                theta.mul_(float(np.float32(decay)))
-            theta.sub_(buffer * float(np.float32(lr)))
+        weights = [g / n for g in self.projected_grads]
+        update = RuleUpdate(seeds, weights, lr, group.options["updates"], 1.0 if rule.kind == "adam" else decay)
+        rule_step_(group.theta, rule, group.moments(self.state, rule), [update], **options)
 
     def _eps(self) -> float:
         values = sorted({float(group["eps"]) for group in self.param_groups})
@@ -247,6 +263,8 @@ class MeZO(torch.optim.Optimizer):
         self._follow()
 
 
+# as torch.optim's SGD and Adam call them
+_STATE = {"momentum": ("momentum_buffer",), "sign": ()} | dict.fromkeys(("adam", "adamw"), ("exp_avg", "exp_avg_sq"))
 _SAVED = ("seed", "num_perturbations", "distribution", "steps", "skipped_steps", "projected_grads")
 
 
@@ -259,14 +277,23 @@ class _Group:
     current: ParamLayout
     theta: ParamLayout
     minus: ParamLayout | None
-    buffers: ParamLayout | None = None
+    buffers: dict[str, ParamLayout] = field(default_factory=dict)
 
-    def momentum(self, state) -> ParamLayout:
-        if self.buffers is None:
-            for p, theta in zip(self.params, self.theta.tensors, strict=True):
-                state[p].setdefault("momentum_buffer", torch.zeros_like(theta))
-            self.buffers = self.theta.like([state[p]["momentum_buffer"] for p in self.params])
-        return self.buffers
+    def moments(self, state, rule: Rule) -> list[ParamLayout]:
+        for name in _STATE[rule.kind]:
+            if name not in self.buffers:
+                for p, theta in zip(self.params, self.theta.tensors, strict=True):
+                    state[p].setdefault(name, torch.zeros_like(theta))
+                self.buffers[name] = self.theta.like([state[p][name] for p in self.params])
+        return [self.buffers[name] for name in _STATE[rule.kind]]
+
+
+def _rule(options: dict) -> Rule | None:
+    """The fused rule of a group, or None for plain SGD."""
+    name, (beta1, beta2) = options["rule"], options["betas"]
+    if name == "sgd":
+        return Rule("momentum", options["momentum"]) if options["momentum"] else None
+    return Rule(name, beta1, beta2, options["adam_eps"], options["weight_decay"] if name == "adam" else 0.0)
 
 
 def _check_options(group: dict) -> None:
@@ -278,6 +305,11 @@ def _check_options(group: dict) -> None:
     ):
         if not (math.isfinite(group[name]) and inside(group[name])):
             raise ValueError(f"{name} must be a finite number {text}, got {group[name]}")
+    if group["rule"] not in ("sgd", "adam", "adamw", "sign"):
+        raise ValueError(f"rule must be one of sgd, adam, adamw, sign; got {group['rule']!r}")
+    if group["momentum"] and group["rule"] != "sgd":
+        raise ValueError(f"momentum is of the rule sgd; {group['rule']} has betas: leave it out")
+    _rule(group)
 
 
 def _scalar(loss: torch.Tensor | float) -> float:

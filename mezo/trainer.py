@@ -15,7 +15,7 @@ from mezo.monitor import Monitor
 from mezo.parallel import Ranks
 from mezo.result import result
 from mezo.rewards import judges
-from mezo.runtimes.base import Example, Runtime, StepUpdate
+from mezo.runtimes.base import Example, Runtime, StepUpdate, update_of
 from mezo.stopping import WARNED, WINDOW, loss_ratio, stalled
 from mezo.trajectory import StepRecord, TrajectoryWriter
 
@@ -112,7 +112,7 @@ class Trainer:
         """Update theta and write both signs of the next step, in one pass."""
         self.records.append(record)
         self.due = self.verify_every > 0 and len(self.records) % self.verify_every == 0
-        self._write_next(record.step + 1, [StepUpdate(record.seeds, record.coefficients, record.decay)])
+        self._write_next(record.step + 1, [update_of(record)])
         if len(self.records) == self.config.steps:
             self._verify()
         if self.due and self.ranks.size > 1:

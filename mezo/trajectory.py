@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mezo.config import RunError, UserError
+from mezo.config import STATEFUL, RunError, UserError
 from mezo_kernels import Z_STREAM_VERSION
 
-FORMAT, VERSION = "mezo-trajectory", 1
+FORMAT, VERSIONS = "mezo-trajectory", (1, 2)  # version 2 adds the rule of runs that are not plain SGD
 HEADER = ("z_stream", "run_seed", "data_hash", "init", "peft", "shapes", "model", "model_hash", "dtype")
+OPTIONAL = ("lr", "tried")  # fields that version 1 has not
 FSYNC_SECONDS = 1.0
 
 
@@ -28,6 +29,9 @@ class StepRecord:
         decay: 1 - lr * weight_decay; 1 in a skipped step.
         loss_plus, loss_minus: losses of each.
         skipped: a loss was not finite, so nothing was changed.
+        lr: learning rate, where a rule of the header applies it to the estimate sum_k coefficients[k] z(seeds[k]),
+            whose coefficients are projected_grad / n then; else None, and left out of the line.
+        tried: losses at theta, theta - c z and theta + c z, of which a conservative step kept the least; else left out.
     """
 
     step: int
@@ -38,10 +42,18 @@ class StepRecord:
     loss_plus: tuple[float, ...]
     loss_minus: tuple[float, ...]
     skipped: bool = False
+    lr: float | None = None
+    tried: tuple[float, ...] = ()
 
     def to_line(self) -> str:
         """One line of JSON; floats round-trip, and those that are not finite are strings."""
-        return json.dumps({k: _encode(v) for k, v in asdict(self).items()}, allow_nan=False) + "\n"
+        return (
+            json.dumps(
+                {k: _encode(v) for k, v in asdict(self).items() if k not in OPTIONAL or v not in (None, ())},
+                allow_nan=False,
+            )
+            + "\n"
+        )
 
     @classmethod
     def from_dict(cls, values: dict) -> "StepRecord":
@@ -52,11 +64,16 @@ class StepRecord:
             raise ValueError("expected lists of equal length, one item a perturbation")
         if not all(type(seed) is int and 0 <= seed < 2**64 for seed in record.seeds):
             raise ValueError(f"expected seeds in [0, 2**64), got {record.seeds}")
-        numbers = [record.decay, *(v for values in lists[1:] for v in values)]
+        numbers = [
+            record.decay,
+            *record.tried,
+            *([] if record.lr is None else [record.lr]),
+            *(v for values in lists[1:] for v in values),
+        ]
         if type(record.step) is not int or not all(type(v) in (int, float) for v in numbers):
             raise ValueError("expected numbers")
-        if not all(map(math.isfinite, (record.decay, *record.coefficients))):
-            raise ValueError("expected finite coefficients and decay")
+        if not all(map(math.isfinite, (record.decay, record.lr or 0.0, *record.coefficients))):
+            raise ValueError("expected finite coefficients, decay and lr")
         return record
 
 
@@ -79,9 +96,10 @@ def header(run_seed: int, data_hash: str, init: dict, spec: dict) -> dict:
         run_seed: seed of the run.
         data_hash: SHA-256 of the tokenised examples, so that a run is not resumed on others.
         init: {"kind": "stream"}: lora_A from the z stream, lora_B zero; or {"kind": "file", "file", "sha256"}.
-        spec: fields of `AdapterSpec`; before them `reward_hash`, SHA-256 of the file of --reward, if there is one.
+        spec: fields of `AdapterSpec`; before them `reward_hash`, SHA-256 of the file of --reward, if there is one, and
+            `rule`, the update rule, if it is not plain SGD.
     """
-    fixed = {"format": FORMAT, "version": VERSION, "z_stream": Z_STREAM_VERSION}
+    fixed = {"format": FORMAT, "version": VERSIONS["rule" in spec], "z_stream": Z_STREAM_VERSION}
     return {**fixed, "run_seed": run_seed, "data_hash": data_hash, "init": init, **spec}
 
 
@@ -139,26 +157,28 @@ def read_trajectory(path: Path) -> tuple[dict, list[StepRecord]]:
     """Read (header, records).
 
     Raises:
-        UserError: no header, another format or version, a damaged line, a step out of order.
+        UserError: no header, another format or version, a damaged line, a step out of order, one without its lr.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a run directory that `mezo train` has started")
     lines = read_lines(path)
     _, first = next(lines, (0, {}))
-    if first.get("format") != FORMAT or first.get("version") != VERSION:
+    if first.get("format") != FORMAT or first.get("version") not in VERSIONS:
         got = f"{first.get('format')} version {first.get('version')}"
-        raise UserError(f"{path}: expected a header of {FORMAT} version {VERSION}, got {got}")
+        raise UserError(f"{path}: expected a header of {FORMAT} version {' or '.join(map(str, VERSIONS))}, got {got}")
     missing = [key for key in HEADER if key not in first]
     if missing:
         raise UserError(f"{path}: the header lacks {missing[0]}; restore the file from a copy")
     if first["z_stream"] != Z_STREAM_VERSION:
         raise UserError(f"{path}: written with z stream {first['z_stream']}, this program has {Z_STREAM_VERSION}")
-    records = []
+    records, stateful = [], first.get("rule", {}).get("name") in STATEFUL
     for number, values in lines:
         try:
             records.append(StepRecord.from_dict(values))
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: line {number} is not a step record ({error})") from error
+        if stateful and records[-1].lr is None and not records[-1].skipped:
+            raise UserError(f"{path}: line {number} lacks lr, which its rule needs; restore the file from a copy")
         if records[-1].step != len(records) - 1:
             raise UserError(f"{path}: line {number} holds step {records[-1].step}, expected {len(records) - 1}")
     return first, records

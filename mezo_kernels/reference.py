@@ -76,6 +76,58 @@ def step_(theta, plus, minus, geometry, updates, next_seeds, eps: float, distrib
                 _matrix(minus[k * n + i])[at] = value - z
 
 
+@torch.no_grad()
+def rule_step_(
+    theta, state, plus, minus, geometry, kind, constants, updates, next_seeds, eps, distribution
+) -> None:  # fmt: skip
+    """Apply (seed, weight, last, rate, decay, root) updates, then write theta +- eps z(next_seed) for each pair.
+
+    Args:
+        theta: n float32 tensors, read and written.
+        state: n tensors for each of the rule's states, concatenated; read and written.
+        plus, minus: n tensors for each of `next_seeds`, concatenated; written.
+        kind, constants: as in `mezo_kernels.rules`.
+        updates: the rows of a step follow each other, and the rule acts at its `last`.
+    """
+    n = len(theta)
+    for i, (tensor, row) in enumerate(zip(theta, geometry[0].tolist(), strict=True)):
+        matrix, kept = _matrix(tensor), [_matrix(state[k]) for k in range(i, len(state), n)]
+        for at, index in _blocks(tensor, row):
+            value, moments = matrix[at].clone(), [part[at].clone() for part in kept]
+            g = torch.zeros_like(value)
+            for seed, weight, last, *numbers in updates:
+                # g <- g + (w * z)
+                g = g + _scalar(weight, tensor.device) * z_at(seed, row[TENSOR_ID], index, distribution)
+                if last:
+                    value, moments = _apply_rule(kind, constants, value, moments, g, *numbers)
+                    g = torch.zeros_like(value)
+            matrix[at] = value
+            for part, moment in zip(kept, moments, strict=True):
+                part[at] = moment
+            for k, seed in enumerate(next_seeds):
+                z = _scalar(eps, tensor.device) * z_at(seed, row[TENSOR_ID], index, distribution)
+                _matrix(plus[k * n + i])[at] = value + z
+                _matrix(minus[k * n + i])[at] = value - z
+
+
+def _apply_rule(kind, constants, theta, moments, g, rate, decay, root):
+    """One update of a block: (theta, moments) anew. The root is taken in float64 and rounded once: exact."""
+    beta1, rest1, beta2, rest2, eps, l2 = (_scalar(value, theta.device) for value in constants)
+    rate, decay, root = (_scalar(value, theta.device) for value in (rate, decay, root))
+    if kind == 0:
+        moments = [moments[0] * beta1 + g]
+        step = moments[0]
+    elif kind == 1:
+        g = g + l2 * theta if l2 != 0 else g
+        m, v = moments[0] * beta1 + rest1 * g, moments[1] * beta2 + rest2 * (g * g)
+        moments = [m, v]
+        step = m / (v.double().sqrt().float() * root + eps)
+    else:
+        step = (g > 0).float() - (g < 0).float()
+    theta = theta * decay if decay != 1 else theta
+    return theta - rate * step, moments
+
+
 def sum_of_squares(theta: list[torch.Tensor], geometry: list[torch.Tensor], seed: int, distribution: str) -> float:
     """Sum over all elements of z**2, in float64."""
     total = 0.0

@@ -11,6 +11,7 @@ from mezo.runtimes.base import Example, StepUpdate, TokenCount
 from mezo.runtimes.generation import Writing, greedy, refuse_too_long
 from mezo.runtimes.peft_model import head_logits, load_adapted, reference_log_probs
 from mezo.runtimes.rows import RowBatch, option_scores, rows_of
+from mezo.runtimes.rule import UpdateRule
 from mezo.runtimes.theta import PerturbedTheta
 from mezo.runtimes.trunk import GROUP, Trunk, no_cache, scored
 from mezo_kernels import ParamLayout, available_backends, lora_init
@@ -40,7 +41,8 @@ class HFRuntime:
         empty = lambda dtype: [torch.zeros_like(p, dtype=dtype) for p in self.params]  # noqa: E731
         self.master = ParamLayout(dict(zip(self.spec.shapes, empty(torch.float32), strict=True)))
         self.plus, self.minus = self.master.like(empty(self.dtype)), self.master.like(empty(self.dtype))
-        self.perturbed = PerturbedTheta(self.master, [(self.plus, self.minus)], self.backend)
+        rule = UpdateRule.of(config, self.master.names)
+        self.perturbed = PerturbedTheta(self.master, [(self.plus, self.minus)], self.backend, rule)
         self.seconds = dict.fromkeys(("kernels", "forward"), 0.0)
         self.examples: dict[str, Sequence[Example]] = {}
         self.trunk: Trunk | None = None
@@ -100,6 +102,7 @@ class HFRuntime:
         """See `Runtime.load`."""
         for name, tensor in zip(self.master.names, self.master.tensors, strict=True):
             tensor.copy_(theta[name])
+        self.perturbed.forget()
 
     def theta(self) -> dict[str, torch.Tensor]:
         """See `Runtime.theta`."""

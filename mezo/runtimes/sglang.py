@@ -19,6 +19,7 @@ from mezo.runtimes.generation import Writing, refuse_too_long
 from mezo.runtimes.peft_model import load_adapted, reference_log_probs
 from mezo.runtimes.reuse import warm_ups, why_kv_depends
 from mezo.runtimes.rows import Row, RowBatch, padded, rows_of, scores_of
+from mezo.runtimes.rule import UpdateRule
 from mezo.runtimes.sglang_answers import SCORE_ONLY, count_tokens, greedy, start_of, table_of
 from mezo.runtimes.sglang_arguments import (
     backend_of,
@@ -72,6 +73,7 @@ class SGLangRuntime:
         if not self._parts.causal:
             raise UserError(f"--model {config.model} fills masks, which SGLang does not score: use --runtime hf")
         self.kv_depends = why_kv_depends(self.spec.shapes, len(self._parts.layers))
+        self.rule = json.dumps(UpdateRule.of(config, self.spec.shapes).header() or {})
         self.shared = self.kv_depends is None and config.radix == "auto"
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
         self.seconds = dict.fromkeys(("kernels", "rpc", "engine"), 0.0)
@@ -126,7 +128,8 @@ class SGLangRuntime:
         if self.config.follows:
             return
         shapes = json.dumps({name: list(shape) for name, shape in self.spec.shapes.items()})
-        self.ranks = self._call("setup", shapes=shapes, pairs=self.pairs, share=self.shared, backend=self.backend)
+        options = {"pairs": self.pairs, "share": self.shared, "backend": self.backend, "rule": self.rule}
+        self.ranks = self._call("setup", shapes=shapes, **options)
 
     def follow(self) -> None:
         """On the second and later machines of an engine: serve until the trainer, on the first, ends it."""
@@ -150,7 +153,7 @@ class SGLangRuntime:
 
     def step(self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float, *, watch: bool = False) -> None:
         """See `Runtime.step`: one call with scalars, one fused pass in every worker."""
-        lists = json.dumps([[list(u.seeds), list(u.coefficients), u.decay] for u in updates])
+        lists = json.dumps([[list(u.seeds), list(u.coefficients), u.decay, u.lr, u.skipped] for u in updates])
         answers = self._call("step", updates=lists, seeds=json.dumps(list(seeds)), eps=eps, watch=watch)
         slowest = max(answer["seconds"] for answer in answers)
         self.seconds["kernels"] += slowest

@@ -18,6 +18,7 @@ from sglang.srt.managers.io_struct import RpcReqOutput
 
 from mezo.runtimes.base import StepUpdate
 from mezo.runtimes.reuse import why_kv_depends
+from mezo.runtimes.rule import UpdateRule
 from mezo.runtimes.sglang_plugin import ENDED, directory
 from mezo.runtimes.sglang_shards import Shard, shard_of
 from mezo.runtimes.theta import PerturbedTheta
@@ -80,7 +81,7 @@ class Worker:
         """The value of every rank, in order."""
         return [value] if self.size == 1 else self.group.all_gather_object(value)
 
-    def setup(self, shapes: str, pairs: int, share: bool, backend: str | None) -> dict:
+    def setup(self, shapes: str, pairs: int, share: bool, backend: str | None, rule: str) -> dict:
         """Take the slots plus0, minus0, plus1, ... and lay the canonical parameters over them.
 
         Args:
@@ -88,6 +89,7 @@ class Worker:
             pairs: perturbations held at once.
             share: all slots use one cache namespace; refused if a trained parameter changes a key or value.
             backend: of the fused ops; None by device.
+            rule: JSON, the `UpdateRule` as a log's header holds it.
         Returns:
             Elements of this rank's shard, dtype of the slots, and the reason why keys and values depend on theta.
         """
@@ -104,11 +106,11 @@ class Worker:
         seen.loads.clear()
         seen.requests.clear()
         self.shards = {name: shard_of(self.manager, name, shape) for name, shape in shapes.items()}
-        self.theta = self._layouts(pairs, backend)
+        self.theta = self._layouts(pairs, backend, UpdateRule.of_header({"rule": json.loads(rule)}))
         self._skip_unadapted()
         return {"elements": self.theta.master.n_elements, "dtype": str(pool.dtype), "kv_depends": reason}
 
-    def _layouts(self, pairs: int, backend: str | None) -> PerturbedTheta:
+    def _layouts(self, pairs: int, backend: str | None, rule: UpdateRule) -> PerturbedTheta:
         views = {name: self._views(slot) for name, slot in self.slots.items()}
         zeros = [
             torch.zeros_like(t, dtype=torch.float32, memory_format=torch.contiguous_format) for t in views["plus0"]
@@ -116,7 +118,7 @@ class Worker:
         items = zip(self.shards.items(), zeros, strict=True)
         master = ParamLayout(ParamSlot(n, t, s.full_shape, s.row_start, s.col_start) for (n, s), t in items)
         copies = [(master.like(views[f"plus{k}"]), master.like(views[f"minus{k}"])) for k in range(pairs)]
-        return PerturbedTheta(master, copies, backend)
+        return PerturbedTheta(master, copies, backend, rule)
 
     def _views(self, slot: int) -> list[torch.Tensor]:
         return [shard.view(self.manager.memory_pool, slot) for shard in self.shards.values()]
@@ -135,6 +137,7 @@ class Worker:
             raise ValueError(full)
         for name, tensor in zip(self.theta.master.names, self.theta.master.tensors, strict=True):
             tensor.copy_(self.shards[name].block(full[name]))
+        self.theta.forget()
         return {}
 
     def save(self, path: str) -> dict:

@@ -1,11 +1,15 @@
 """Theta and its perturbed copies: the float32 master, stepped in one fused pass, and the proof of what was written."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 
 from mezo.runtimes.base import StepUpdate, passes
-from mezo_kernels import ParamLayout, step_
+from mezo.runtimes.rule import UpdateRule
+from mezo_kernels import ParamLayout, RuleUpdate, rule_step_, step_
+
+Pairs = list[tuple[ParamLayout, ParamLayout]]
 
 
 class PerturbedTheta:
@@ -17,12 +21,43 @@ class PerturbedTheta:
         master: float32.
         pairs: (plus, minus) of each perturbation that is held at once; the same elements, any dtype and strides.
         backend: of the fused ops; None chooses by device.
+        rule: what an update does; its state lives here, zeros at first.
     """
 
-    def __init__(self, master: ParamLayout, pairs: Sequence[tuple[ParamLayout, ParamLayout]], backend=None):
-        self.master, self.pairs, self.backend = master, list(pairs), backend
+    def __init__(
+        self,
+        master: ParamLayout,
+        pairs: Sequence[tuple[ParamLayout, ParamLayout]],
+        backend: str | None = None,
+        rule: UpdateRule | None = None,
+    ):
+        self.master, self.pairs, self.backend, self.rule = master, list(pairs), backend, rule or UpdateRule()
+        self.state = [master.like([torch.zeros_like(t) for t in master.tensors]) for _ in range(self.rule.bytes // 4)]
+        self.count = 0  # updates applied, as Adam counts them
+        self._groups = self._grouped()
         self._watched = None
         self._perturbation: tuple[list[int], float] | None = None
+
+    def _grouped(self) -> list[tuple[bool, ParamLayout, list[ParamLayout], Pairs]]:
+        """(whether they decay, master, state, pairs) of the parameters that decay, and of the others: a pass each."""
+        decays = [self.rule.decays(name) for name in self.master.names]
+        if len(set(decays)) == 1:
+            return [(decays[0], self.master, self.state, self.pairs)]
+
+        def part(layout: ParamLayout, kind: bool) -> ParamLayout:
+            return ParamLayout(slot for slot, own in zip(layout.slots, decays, strict=True) if own == kind)
+
+        return [
+            (kind, part(self.master, kind), [part(s, kind) for s in self.state],
+             [(part(plus, kind), part(minus, kind)) for plus, minus in self.pairs])
+            for kind in (True, False)
+        ]  # fmt: skip
+
+    def forget(self) -> None:
+        """Set the rule's state to that of a new run: what belongs to another theta means nothing here."""
+        self.count = 0
+        for layout in self.state:
+            torch._foreach_zero_(layout.tensors)
 
     def step(self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float, *, watch: bool = False) -> None:
         """Apply the updates, then write theta +- eps z(seeds[k]) to pair k, in one pass.
@@ -30,10 +65,21 @@ class PerturbedTheta:
         With `watch`, keep what `verify` needs.
         """
         if watch:
-            before = [t.clone() for t in self.master.tensors]
-            self._watched = before, list(updates), list(seeds), eps
+            before = [[t.clone() for t in layout.tensors] for layout in (self.master, *self.state)]
+            self._watched = before, self.count, list(updates), list(seeds), eps
         self._perturbation = list(seeds), eps
-        self._write(self.master, passes(updates), seeds, eps, self.pairs[: len(seeds)], self.backend)
+        used = [update for update in updates if not update.skipped]
+        for decays, master, state, pairs in self._groups:
+            plus, minus = ([pair[sign] for pair in pairs[: len(seeds)]] for sign in (0, 1))
+            own = used if decays else [_without_decay(update) for update in used]
+            targets = (list(seeds), eps, plus, minus)
+            rule = self.rule.fused(decays)
+            if rule is None:
+                step_(master, passes(own), 1.0, *targets, backend=self.backend)
+                continue
+            steps = [RuleUpdate(u.seeds, u.coefficients, u.lr, t, u.decay) for t, u in enumerate(own, self.count + 1)]
+            rule_step_(master, rule, state, steps, *targets, backend=self.backend)
+        self.count += len(used)
 
     def restore(self) -> None:
         """Write the perturbed copies of the last step anew: the same bits, whatever is there now."""
@@ -50,14 +96,21 @@ class PerturbedTheta:
         Args:
             used: tensors that the model reads, two lists for each pair; by default those that were written to.
         """
-        before, updates, seeds, eps = self._watched
-        master = self.master.like([t.clone() for t in before])
-        copies = [copy for pair in self.pairs[: len(seeds)] for copy in pair]
+        before, count, updates, seeds, eps = self._watched
+        pairs = self.pairs[: len(seeds)]
+        copies = [copy for pair in pairs for copy in pair]
         fresh = [copy.like([torch.empty_like(t) for t in copy.tensors]) for copy in copies]
-        self._write(master, passes(updates), seeds, eps, list(zip(fresh[::2], fresh[1::2], strict=True)), "reference")
-        seen = [self.master.tensors, *(used if used is not None else [copy.tensors for copy in copies])]
-        kinds = ["theta", *(f"{sign}{_of(k, len(seeds))}" for k in range(len(seeds)) for sign in ("plus", "minus"))]
-        for kind, expected, got in zip(kinds, (master, *fresh), seen, strict=True):
+        master = self.master.like([t.clone() for t in before[0]])
+        again = PerturbedTheta(master, list(zip(fresh[::2], fresh[1::2], strict=True)), "reference", self.rule)
+        again.count = count
+        for layout, tensors in zip(again.state, before[1:], strict=True):
+            torch._foreach_copy_(layout.tensors, tensors)
+        again.step(updates, seeds, eps)
+        seen = [layout.tensors for layout in (self.master, *self.state)]
+        seen += used if used is not None else [copy.tensors for copy in copies]
+        kinds = ["theta", *("first moment", "second moment")[: len(self.state)]]
+        kinds += [f"{sign}{_of(k, len(seeds))}" for k in range(len(seeds)) for sign in ("plus", "minus")]
+        for kind, expected, got in zip(kinds, (master, *again.state, *fresh), seen, strict=True):
             for name, a, b in zip(expected.names, expected.tensors, got, strict=True):
                 bits = torch.int32 if a.dtype == torch.float32 else torch.int16
                 different = (a.contiguous().view(bits) != b.contiguous().view(bits)).flatten().nonzero()
@@ -66,10 +119,9 @@ class PerturbedTheta:
                     return f"{kind} of {name} at index {i}: expected {a.flatten()[i]:.9g}, got {b.flatten()[i]:.9g}"
         return None
 
-    @staticmethod
-    def _write(master, updates, seeds, eps, pairs, backend) -> None:
-        plus, minus = ([pair[sign] for pair in pairs] for sign in (0, 1))
-        step_(master, updates, 1.0, list(seeds), eps, plus, minus, backend=backend)
+
+def _without_decay(update: StepUpdate) -> StepUpdate:
+    return dataclasses.replace(update, decay=1.0)
 
 
 def _of(k: int, n: int) -> str:

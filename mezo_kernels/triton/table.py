@@ -92,8 +92,8 @@ def build(theta, plus, minus, geometry: torch.Tensor) -> Table:
     return Table(
         slots=torch.tensor(slots, dtype=torch.int64).to(theta[0].device),
         tiles=torch.from_numpy(tiles).to(theta[0].device),
-        theta=_dtype(theta),
-        target=_dtype([*plus, *minus] or theta),
+        theta=dtype(theta),
+        target=dtype([*plus, *minus] or theta),
         mode=ANY if (tiles[:, 0] & 3).any() else FLAT,
         width=width,
     )
@@ -151,7 +151,8 @@ def _tiles(slot: int, mode: int, block: _Block, width: int) -> np.ndarray:
     return tiles
 
 
-def _dtype(tensors: list[torch.Tensor]) -> int:
+def dtype(tensors: list[torch.Tensor]) -> int:
+    """Code of the tensors' dtype; MIXED where they have several."""
     codes = {DTYPES[tensor.dtype] for tensor in tensors}
     return codes.pop() if len(codes) == 1 else MIXED
 
@@ -173,6 +174,11 @@ def step_values(updates: list[tuple[int, float, float]], next_seeds: list[int], 
     values[: len(updates) + len(next_seeds), 0] = [*(seed for seed, _, _ in updates), *next_seeds]
     numbers = np.array([update[1:] for update in updates], np.float32).reshape(-1, 2)
     values[: len(updates), 1] = numbers.view(np.uint64)[:, 0]
+    return values_on(values, device)
+
+
+def values_on(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Per-step values (uint64) on the device as int64, without waiting for it; right in a captured graph too."""
     values = torch.from_numpy(values.view(np.int64))
     if device.type != "cuda":
         return values

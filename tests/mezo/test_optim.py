@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mezo import MeZO
-from mezo_kernels import ParamLayout, perturb_, perturbation_seed, step_
+from mezo_kernels import ParamLayout, Rule, RuleUpdate, perturb_, perturbation_seed, rule_step_, step_
 
 # the truncation error of a central difference of a smooth loss at eps 1e-2, and float32 rounding over 2 eps
 DERIVATIVE_TOLERANCE = 2e-3
@@ -40,12 +40,23 @@ def same(left, right):
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"num_perturbations": 4}, {"distribution": "rademacher"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9, "lr": 0.002},
+        {"num_perturbations": 4},
+        {"distribution": "rademacher"},
+        {"rule": "adam", "lr": 0.1},
+        {"rule": "adamw", "lr": 0.1, "num_perturbations": 2},
+        {"rule": "sign", "lr": 0.05},
+    ],
+)
 def test_descends_a_quadratic(options):
     """A sign error ascends: pitfall 27."""
     theta = torch.full((20,), 3.0)
     target = torch.linspace(-1, 1, 20)
-    optimizer = MeZO([theta], lr=0.002 if "momentum" in options else 0.02, **options)
+    optimizer = MeZO([theta], **{"lr": 0.02, **options})
     start = (theta - target).square().sum().item()
     for _ in range(400):
         optimizer.step(lambda: (theta - target).square().sum())
@@ -63,24 +74,25 @@ def test_projected_grad_is_the_directional_derivative():
     assert optimizer.projected_grads == pytest.approx([expected], abs=DERIVATIVE_TOLERANCE)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "adam", "adamw", "sign"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_step_is_the_formula_of_the_z_stream(dtype, momentum):
+def test_step_is_the_formula_of_the_z_stream(dtype, rule):
     """Rebuild two steps from the logged projected_grads alone, with the reference backend."""
     model = make_model(dtype)
     lr, wd, n = 0.05, 0.1, 2
     layout = ParamLayout({name: p.detach().float().clone() for name, p in model.named_parameters()})
-    buffers = layout.like([torch.zeros_like(t) for t in layout.tensors])
-    options = {"lr": lr, "weight_decay": wd, "momentum": momentum, "num_perturbations": n, "seed": 5}
+    fused = None if rule == "sgd" else Rule(rule, l2=wd if rule == "adam" else 0.0)
+    state = [layout.like([torch.zeros_like(t) for t in layout.tensors]) for _ in range(fused.states if fused else 0)]
+    options = {"lr": lr, "weight_decay": wd, "num_perturbations": n, "seed": 5}
+    options |= {"momentum": 0.9} if rule == "momentum" else {"rule": rule}
     optimizer = MeZO(model.named_parameters(), **options)
     for step in range(2):
         train(model, optimizer, 1)
         seeds = [perturbation_seed(5, step, k) for k in range(n)]
-        if momentum:
-            updates = [(s, -g / n) for s, g in zip(seeds, optimizer.projected_grads, strict=True)]
-            step_(buffers, updates, momentum, backend="reference")
-            for theta, buffer in zip(layout.tensors, buffers.tensors, strict=True):
-                theta.copy_(theta * torch.tensor(1 - lr * wd) - buffer * torch.tensor(lr))
+        if fused:
+            decay = 1.0 if rule == "adam" else 1 - lr * wd
+            update = RuleUpdate(seeds, [g / n for g in optimizer.projected_grads], lr, step + 1, decay)
+            rule_step_(layout, fused, state, [update], backend="reference")
         else:
             updates = [(s, lr * g / n) for s, g in zip(seeds, optimizer.projected_grads, strict=True)]
             step_(layout, updates, 1 - lr * wd, backend="reference")
@@ -175,16 +187,18 @@ def test_lr_schedulers_apply():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_resume_is_bitwise_equal(dtype, momentum, tmp_path):
-    options = {"lr": 0.05, "momentum": momentum, "weight_decay": 0.01, "num_perturbations": 2, "seed": 11}
+@pytest.mark.parametrize(
+    "rule", [{}, {"momentum": 0.9}, {"rule": "adam"}, {"rule": "adamw"}, {"rule": "sign"}], ids=str
+)
+def test_resume_is_bitwise_equal(dtype, rule, tmp_path):
+    options = {"lr": 0.05, **rule, "weight_decay": 0.01, "num_perturbations": 2, "seed": 11}
     model = make_model(dtype)
     optimizer = MeZO(model.named_parameters(), **options)
     train(model, optimizer, 3)
     torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "run.pt")
     losses = train(model, optimizer, 3)
     resumed = make_model(dtype)
-    other = MeZO(resumed.named_parameters(), lr=1.0, momentum=momentum)
+    other = MeZO(resumed.named_parameters(), lr=1.0, **rule)
     train(resumed, other, 1)
     weights, state = torch.load(tmp_path / "run.pt")
     other.load_state_dict(state)
@@ -256,6 +270,9 @@ def test_memory_is_counted_and_shown():
     momentum = MeZO([theta], lr=0.1, momentum=0.9)
     momentum.step(lambda: 0.0)
     assert momentum.memory_bytes == 800
+    adam = MeZO([theta], lr=0.1, rule="adam")
+    adam.step(lambda: 0.0)
+    assert adam.memory_bytes == 1200
 
 
 @pytest.mark.parametrize(
@@ -265,6 +282,9 @@ def test_memory_is_counted_and_shown():
         ({"lr": math.nan}, "lr"),
         ({"lr": 0.1, "eps": 0.0}, "eps"),
         ({"lr": 0.1, "momentum": 1.0}, "momentum"),
+        ({"lr": 0.1, "rule": "lion"}, "rule must be one of sgd, adam, adamw, sign"),
+        ({"lr": 0.1, "rule": "adam", "momentum": 0.9}, "momentum is of the rule sgd"),
+        ({"lr": 0.1, "rule": "adam", "betas": (0.9, 1.0)}, "beta2"),
         ({"lr": 0.1, "weight_decay": -0.1}, "weight_decay"),
         ({"lr": 0.1, "num_perturbations": 0}, "num_perturbations"),
         ({"lr": 0.1, "seed": -1}, "seed"),

@@ -1,0 +1,116 @@
+"""Steps by a rule with state, compiled for CPUs with numba: the loops of `cpu.py`, and the rule on each chunk."""
+
+import math
+
+import numpy as np
+from numba import float32, njit, prange, uint32
+
+from mezo_kernels import cpu
+from mezo_kernels.cpu import GROUPS, MOVED, PAIR, SCRATCH, THETA, VALUE, F, _array, _draw, _load, _store, _subtract
+from mezo_kernels.layout import AddressCache
+from mezo_kernels.philox import STREAMS
+
+# beside the scratch of `cpu.py`: the estimate, and the two states
+ESTIMATE, FIRST, SECOND, RULE_SCRATCH = (SCRATCH + 4 * GROUPS * k for k in range(4))
+MOMENTUM, ADAM = 0, 1
+WEIGHT, LAST, RATE, DECAY, ROOT = range(5)  # columns of an update's numbers
+STATE = THETA  # the states lie where `_build_items` puts the first pair
+_ZERO, _ONE = F(0), F(1)
+
+
+@njit(error_model="numpy", nogil=True, cache=True)
+def _clear(address, n):
+    value = _array(address, 1, n, np.float32)
+    for j in range(n):
+        value[j] = _ZERO
+
+
+@njit(error_model="numpy", nogil=True, cache=True)
+def _rule(kind, scratch, n, constants, rate, decay, root):
+    """One update of a chunk: theta and its states, in float32, each operation rounded on its own."""
+    theta, g = _array(scratch + 4 * VALUE, 1, n, np.float32), _array(scratch + 4 * ESTIMATE, 1, n, np.float32)
+    m, v = _array(scratch + 4 * FIRST, 1, n, np.float32), _array(scratch + 4 * SECOND, 1, n, np.float32)
+    beta1, rest1, beta2, rest2, eps, l2 = (
+        constants[0], constants[1], constants[2], constants[3], constants[4], constants[5],
+    )  # fmt: skip
+    if kind == ADAM and l2 != _ZERO:
+        for j in range(n):
+            g[j] = g[j] + l2 * theta[j]
+    if kind == MOMENTUM:
+        for j in range(n):
+            m[j] = m[j] * beta1 + g[j]
+            g[j] = m[j]
+    elif kind == ADAM:
+        for j in range(n):
+            m[j] = m[j] * beta1 + rest1 * g[j]
+            v[j] = v[j] * beta2 + rest2 * (g[j] * g[j])
+            g[j] = m[j] / (float32(math.sqrt(v[j])) * root + eps)
+    else:
+        for j in range(n):
+            g[j] = _ONE if g[j] > _ZERO else (-_ONE if g[j] < _ZERO else _ZERO)
+    if decay != _ONE:
+        for j in range(n):
+            theta[j] = theta[j] * decay
+    for j in range(n):
+        theta[j] = theta[j] - rate * g[j]
+
+
+@njit(error_model="numpy", nogil=True, cache=True)
+def _rule_items(items, lo, hi, buffer, thread, kind, states, constants, seeds, numbers, next_seeds, eps, stream):
+    scratch = buffer.ctypes.data + thread * 4 * RULE_SCRATCH
+    value, moved, estimate = scratch + 4 * VALUE, scratch + 4 * MOVED, scratch + 4 * ESTIMATE
+    for it in range(lo, hi):
+        item = items[it]
+        n, index, tensor_id = item[3], item[4], uint32(item[5])
+        _load(value, item[0], item[1], item[2], n)
+        for s in range(states):
+            at = STATE + 3 * s
+            _load(scratch + 4 * (FIRST + s * (SECOND - FIRST)), item[at], item[at + 1], item[at + 2], n)
+        _clear(estimate, n)
+        for k in range(seeds.shape[0]):
+            # g <- g + (w * z)
+            z = _draw(scratch, index, n, tensor_id, stream, seeds[k, 0], seeds[k, 1])
+            _subtract(estimate, estimate, -numbers[k, WEIGHT], z, n)
+            if numbers[k, LAST] != _ZERO:
+                _rule(kind, scratch, n, constants, numbers[k, RATE], numbers[k, DECAY], numbers[k, ROOT])
+                _clear(estimate, n)
+        if seeds.shape[0]:
+            _store(value, item[0], item[1], item[2], n)
+            for s in range(states):
+                at = STATE + 3 * s
+                _store(scratch + 4 * (FIRST + s * (SECOND - FIRST)), item[at], item[at + 1], item[at + 2], n)
+        for p in range(next_seeds.shape[0]):
+            # theta + eps z = theta - (-eps) z
+            at = THETA + (p + (1 if states else 0)) * PAIR
+            z = _draw(scratch, index, n, tensor_id, stream, next_seeds[p, 0], next_seeds[p, 1])
+            _subtract(moved, value, -eps, z, n)
+            _store(moved, item[at], item[at + 1], item[at + 2], n)
+            _subtract(moved, value, eps, z, n)
+            _store(moved, item[at + 3], item[at + 4], item[at + 5], n)
+
+
+@njit(parallel=True, error_model="numpy", nogil=True, cache=True)
+def _rule_parallel(threads, items, buffer, kind, states, constants, seeds, numbers, next_seeds, eps, stream):
+    n = items.shape[0]
+    for t in prange(threads):
+        lo, hi = t * n // threads, (t + 1) * n // threads
+        _rule_items(items, lo, hi, buffer, t, kind, states, constants, seeds, numbers, next_seeds, eps, stream)
+
+
+_items = AddressCache(cpu._build_items)
+
+
+def rule_step_(theta, state, plus, minus, geometry, kind, constants, updates, next_seeds, eps, distribution) -> None:
+    """Apply (seed, weight, last, rate, decay, root) updates, then write theta +- eps z(next_seed) for each pair."""
+    n, states = len(theta), len(state) // len(theta)
+    # a rule's states (m, v) stand before the first pair; momentum's one state stands twice
+    items, n_elements = _items(theta, [*state[:n], *plus], [*state[-n:], *minus] if state else minus, geometry)
+    numbers = np.array([row[1:] for row in updates], F).reshape(-1, 5)
+    passes = cpu._keys([row[0] for row in updates]), numbers, cpu._keys(next_seeds)
+    arguments = (kind, states, np.array(constants, F), *passes, F(eps), STREAMS[distribution])
+    threads = cpu._threads(items, n_elements * max(1, len(updates) + len(next_seeds)))
+    if threads == 1:
+        _rule_items(items, 0, len(items), np.empty(RULE_SCRATCH, F), 0, *arguments)
+    else:
+        with cpu._pool:
+            _rule_parallel(threads, items, np.empty(threads * RULE_SCRATCH, F), *arguments)

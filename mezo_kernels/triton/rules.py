@@ -1,0 +1,123 @@
+"""Steps by a rule with state: read the master and its state once, update in registers, write all once."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from mezo_kernels.layout import AddressCache
+from mezo_kernels.philox import STREAMS
+from mezo_kernels.triton import table
+from mezo_kernels.triton.step import _draw
+from mezo_kernels.triton.tile import BY_ROW, FLAT, GENERAL, load, locate, parts, store, tile_of
+
+MOMENTUM, ADAM = tl.constexpr(0), tl.constexpr(1)
+COLUMNS = tl.constexpr(4)  # int64 a row: seed, (weight, last), (rate, decay), (root, -), as bits of float32
+
+
+@triton.jit
+def _low(value_ptr):
+    return tl.load(value_ptr).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _high(value_ptr):
+    return (tl.load(value_ptr) >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _rule_tile(
+    slot_ptr, row, unit, part, values_ptr, n_rows, n_pairs, eps, beta1, rest1, beta2, rest2, adam_eps, l2,
+    RULE: tl.constexpr, STATES: tl.constexpr, STREAM: tl.constexpr, TARGET: tl.constexpr,
+    MODE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    quad, at = locate(slot_ptr, row, unit, part, MODE, WIDTH, BLOCK_SIZE)
+    theta = load(slot_ptr, 0, at, 0, MODE, WIDTH)
+    g = tl.zeros_like(theta)
+    m, v = g, g
+    if STATES > 0:
+        m = load(slot_ptr, 1, at, 0, MODE, WIDTH)
+    if STATES > 1:
+        v = load(slot_ptr, 2, at, 0, MODE, WIDTH)
+
+    for k in range(n_rows):
+        row_ptr = values_ptr + COLUMNS * k
+        # g <- g + (w * z)
+        g = g + _low(row_ptr + 1) * _draw(quad, slot_ptr, row_ptr, STREAM, WIDTH)
+        if _high(row_ptr + 1) != 0.0:
+            rate, decay, root = _low(row_ptr + 2), _high(row_ptr + 2), _low(row_ptr + 3)
+            if RULE == MOMENTUM:
+                m = m * beta1 + g
+                step = m
+            elif RULE == ADAM:
+                if l2 != 0.0:
+                    g = g + l2 * theta
+                m = m * beta1 + rest1 * g
+                v = v * beta2 + rest2 * (g * g)
+                step = tl.div_rn(m, tl.sqrt_rn(v) * root + adam_eps)
+            else:
+                step = tl.where(g > 0.0, 1.0, tl.where(g < 0.0, -1.0, 0.0))
+            if decay != 1.0:
+                theta = theta * decay
+            theta = theta - rate * step
+            g = tl.zeros_like(theta)
+    if n_rows > 0:
+        store(slot_ptr, 0, theta, at, 0, MODE, WIDTH)
+        if STATES > 0:
+            store(slot_ptr, 1, m, at, 0, MODE, WIDTH)
+        if STATES > 1:
+            store(slot_ptr, 2, v, at, 0, MODE, WIDTH)
+
+    FIRST: tl.constexpr = 3 if STATES > 0 else 1
+    for k in range(n_pairs):
+        # plus, minus <- theta +- (eps * z)
+        move = eps * _draw(quad, slot_ptr, values_ptr + COLUMNS * (n_rows + k), STREAM, WIDTH)
+        store(slot_ptr, FIRST + 2 * k, theta + move, at, TARGET, MODE, WIDTH)
+        store(slot_ptr, FIRST + 1 + 2 * k, theta - move, at, TARGET, MODE, WIDTH)
+
+
+@triton.jit(do_not_specialize=["columns", "n_rows", "n_pairs"])
+def _rule_kernel(
+    slots_ptr, tiles_ptr, columns, values_ptr, n_rows, n_pairs, eps, beta1, rest1, beta2, rest2, adam_eps, l2,
+    RULE: tl.constexpr, STATES: tl.constexpr, STREAM: tl.constexpr, TARGET: tl.constexpr,
+    MODE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    slot_ptr, mode, row, unit = tile_of(slots_ptr, tiles_ptr, columns, pid)
+    work = values_ptr, n_rows, n_pairs, eps, beta1, rest1, beta2, rest2, adam_eps, l2
+    if MODE == FLAT or mode == FLAT:
+        _rule_tile(slot_ptr, row, unit, 0, *work, RULE, STATES, STREAM, TARGET, FLAT, WIDTH, BLOCK_SIZE)
+    elif mode == BY_ROW:
+        _rule_tile(slot_ptr, row, unit, 0, *work, RULE, STATES, STREAM, TARGET, BY_ROW, WIDTH, BLOCK_SIZE)
+    else:
+        for part in range(parts(slot_ptr, row, unit, PART, BLOCK_SIZE)):
+            _rule_tile(slot_ptr, row, unit, part, *work, RULE, STATES, STREAM, TARGET, GENERAL, 4, PART)
+
+
+def _build(theta, first, second, geometry: torch.Tensor) -> table.Table:
+    """As `table.build`, where the first pair is state, float32: the targets' dtype is that of the others."""
+    n = len(theta)
+    return replace(table.build(theta, first, second, geometry), target=table.dtype([*first[n:], *second[n:]] or theta))
+
+
+_tables, _tables_with_state = AddressCache(table.build), AddressCache(_build)
+
+
+def rule_step_(theta, state, plus, minus, geometry, kind, constants, updates, next_seeds, eps, distribution) -> None:
+    """Apply (seed, weight, last, rate, decay, root) updates, then write theta +- eps z(next_seed) for each pair."""
+    n, states = len(theta), len(state) // len(theta)
+    if state:
+        made = _tables_with_state(theta, [*state[:n], *plus], [*state[-n:], *minus], geometry)
+    else:
+        made = _tables(theta, plus, minus, geometry)
+    values = np.zeros((max(1, len(updates) + len(next_seeds)), 4), np.uint64)
+    values[: len(updates) + len(next_seeds), 0] = [*(update[0] for update in updates), *next_seeds]
+    numbers = np.zeros((len(updates), 6), np.float32)
+    numbers[:, :5] = np.array([update[1:] for update in updates], np.float32).reshape(-1, 5)
+    values[: len(updates), 1:] = numbers.view(np.uint64)
+    made.launch(
+        _rule_kernel, table.values_on(values, theta[0].device), len(updates), len(next_seeds), eps, *constants,
+        RULE=kind, STATES=states, STREAM=STREAMS[distribution], TARGET=made.target,
+    )  # fmt: skip
