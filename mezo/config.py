@@ -331,6 +331,7 @@ def _check_linear_head(config: Config) -> None:
     words = "--head linear needs --label-words, one name a class: ' negative' ' positive'"
     _require(bool(config.label_words), words)
     _require(config.runtime == "hf", "--head linear: the engine has no such head; use --runtime hf")
+    _require(config.generate != "on", "--head linear writes no text: leave --generate out")
     _require(not config.num_demonstrations, "--head linear reads no demonstrations: leave --num-demonstrations out")
     allowed = ("auto", "cross_entropy", "accuracy")
     _require(
