@@ -148,6 +148,12 @@ def test_order():
         for loss, accuracy, failed in ((None, None, "it broke"), (None, 0.4, None), (0.5, 0.6, None), (0.5, 0.7, None))
     ]
     assert tune.order(rows) == rows[::-1]
+    text = [{"dev_f1": f1, "dev_accuracy": None, "failed": None} for f1 in (None, 0.1, 0.3)]
+    assert (
+        tune.order(text, *tune.compared_by(Config(model="m", output_dir="o", task="squad", generate="on")))
+        == text[::-1]
+    )
+    assert tune.compared_by(Config(model="m", output_dir="o", task="sst2")) == (-1, "loss")
 
 
 MISTAKES = {
