@@ -33,7 +33,14 @@ ENCODER = Package(
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 STEPS = {16: 500, 512: 1000}
 """By examples a class: as many as twenty minutes allow for all."""
-MEZO = {"batch_size": 16, "lr": 2e-3, "eps": 1e-2, "target_modules": ("query", "value"), "max_length": 48}
+MEZO = {
+    "batch_size": 16,
+    "lr": 2e-3,
+    "eps": 1e-2,
+    "target_modules": ("query", "value"),
+    "layers_to_transform": (4, 5),
+    "max_length": 48,
+}
 ADAMW = {"steps": 160, "lr": 1e-3, "eval_every": 20}
 STRENGTHS = tuple(float(c) for c in np.logspace(-2, 4, 13))
 """C of the probe, chosen by 5-fold cross-validation on the training sentences."""
@@ -60,7 +67,6 @@ def encoder(scratch: Path) -> dict:
         output_dir="unused",
         head="linear",
         label_words=("negative", "positive"),
-        layers_to_transform=(4, 5),
         num_test=NUM_TEST,
         objective="cross_entropy",
         noise=False,
@@ -76,7 +82,7 @@ def encoder(scratch: Path) -> dict:
         shots[str(k)] = {
             method: {key: mean_std([row[method][key] for row in rows]) for key in rows[0][method]} for method in rows[0]
         }
-    own = {"steps": STEPS, "num_test": NUM_TEST, "r": base.r, "layers_to_transform": base.layers_to_transform}
+    own = {"steps": STEPS, "num_test": NUM_TEST, "r": base.r}
     return {
         "mezo": MEZO | own,
         "adamw": ADAMW | {"batch_size": base.batch_size},

@@ -24,12 +24,12 @@ PARTS = {
 }
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Measure the parts, writing the file after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     for name in options.parts:
         began, machine = time.perf_counter(), describe()
         with tempfile.TemporaryDirectory() as scratch:

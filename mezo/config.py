@@ -233,8 +233,8 @@ class Config:
     @property
     def follows(self) -> bool:
         """True on the second and later machines of an engine: they serve a trainer that runs on the first."""
-        ranks = [arg.partition("=")[2].strip() for arg in self.engine_arg if arg.strip().startswith("node_rank=")]
-        return self.runtime == "sglang" and bool(ranks) and ranks[-1] != "0"
+        arguments = dict(map(engine_argument, self.engine_arg))
+        return self.runtime == "sglang" and arguments.get("node_rank", "0") != "0"
 
     def absolute(self) -> "Config":
         """The same configuration, valid from any working directory."""
@@ -376,6 +376,7 @@ def _check_linear_head(config: Config) -> None:
     words = "--head linear needs --label-words, one name a class: ' negative' ' positive'"
     _require(bool(config.label_words), words)
     _require(config.runtime == "hf", "--head linear: the engine has no such head; use --runtime hf")
+    _require(config.generate != "on", "--head linear writes no text: leave --generate out")
     _require(not config.num_demonstrations, "--head linear reads no demonstrations: leave --num-demonstrations out")
     allowed = ("auto", "cross_entropy", "accuracy")
     _require(
@@ -386,6 +387,16 @@ def _check_linear_head(config: Config) -> None:
         bool(config.prompt or not config.task),
         f"--head linear: the prompt of task {config.task} asks for words; give --prompt, such as '{{text}}'",
     )
+
+
+def engine_argument(text: str) -> tuple[str, str]:
+    """Name and value of one --engine-arg, the name as SGLang's Python interface has it.
+
+    >>> engine_argument("--node-rank=1")
+    ('node_rank', '1')
+    """
+    key, _, value = text.partition("=")
+    return key.strip().removeprefix("--").replace("-", "_"), value.strip()
 
 
 def _require(condition: bool, message: str) -> None:

@@ -115,6 +115,7 @@ class SGLangRuntime:
     def _launch(self) -> None:
         held = sum(len(row.ids) for row in self._all_rows()) if self.shared else 0
         adapters = write_placeholders(self._scratch, self.options, self.spec, self.pairs)
+        self._placeholder = adapters[0]["lora_path"]
         requests, tokens = largest_call(self.config, self.rows, self.pairs)
         self.call_tokens = call_tokens(tokens)
         arguments = engine_arguments(
@@ -225,6 +226,7 @@ class SGLangRuntime:
         if self.engine is not None:
             self.engine.close()
             self.engine = None
+            shutil.rmtree(self._placeholder, ignore_errors=True)
         if not failed:  # else the engine's log is wanted
             shutil.rmtree(self._scratch, ignore_errors=True)
 

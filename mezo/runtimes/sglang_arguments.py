@@ -13,7 +13,7 @@ from packaging.version import Version
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from mezo.config import Config, UserError
+from mezo.config import Config, UserError, engine_argument
 from mezo.runtimes.base import AdapterSpec
 from mezo.runtimes.sglang_engine import PATIENCE, accelerated
 from mezo.runtimes.stacks import complete_fields, complete_stacks
@@ -50,9 +50,8 @@ def engine_options(config: Config) -> dict:
     """
     options = {}
     for text in config.engine_arg:
-        key, equals, value = text.partition("=")
-        key = key.strip().removeprefix("--").replace("-", "_")
-        if not equals or not key:
+        key, value = engine_argument(text)
+        if "=" not in text or not key:
             raise UserError(f"--engine-arg must be key=value, got {text!r}")
         if key in OWN:
             raise UserError(f"--engine-arg {key} is decided by {OWN[key]}: use that")

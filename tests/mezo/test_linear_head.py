@@ -104,6 +104,7 @@ def test_a_run_goes_on_from_its_adapter_and_is_scored_alone(config, capsys):
         ({"runtime": "sglang"}, "use --runtime hf"),
         ({"objective": "lm_cross_entropy"}, "--objective must be"),
         ({"task": "sst2"}, "give --prompt"),
+        ({"generate": "on"}, "leave --generate out"),
         ({"num_demonstrations": 2}, "leave --num-demonstrations out"),
     ],
 )

@@ -5,6 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -38,10 +40,11 @@ def machines(flags):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"dist_init_addr=127.0.0.1:{free.getsockname()[1]}"
-    return [start(flags, "nnodes=2", f"node_rank={node}", address) for node in (0, 1)]
+    return [start(flags, "nnodes=2", f"node-rank={node}", address) for node in (0, 1)]
 
 
 def test_two_machines_train_as_one_does(options, tmp_path):
+    before = set(Path(tempfile.gettempdir()).glob("mezo-placeholder-*"))
     first, second = machines(options("two"))
     output = [process.communicate(timeout=300) for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), output
@@ -53,6 +56,7 @@ def test_two_machines_train_as_one_does(options, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=ROUNDING)
     theta = checkpoint.replay(tmp_path / "two")[0]
     assert checkpoint.same_bits(theta, checkpoint.read_adapter(tmp_path / "two" / "adapter")) is None
+    assert set(Path(tempfile.gettempdir()).glob("mezo-placeholder-*")) <= before
 
 
 def test_a_machine_that_dies_ends_the_run_on_the_other(options, tmp_path):

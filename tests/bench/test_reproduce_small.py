@@ -1,0 +1,91 @@
+"""`make reproduce-small`, every part end to end on tiny models and a few made-up sentences."""
+
+import json
+import random
+
+import pytest
+import reproduce_decoder
+import reproduce_encoder
+import reproduce_small
+
+from mezo import demo
+from mezo.config import Config
+from tests.mezo.conftest import BAD, GOOD
+from tests.tiny_models import save, tokenizer
+
+POOLS = {"train": 24, "dev": 16, "test": 12}
+SHOTS = {6: {"k_shot": 6, "num_dev": 8}, 8: {"k_shot": 8, "num_dev": 8}}
+
+
+def ratings():
+    """Sentences of known words, all different, rated by their last one."""
+    rng = random.Random(0)
+    words = tokenizer().get_vocab()
+    plain = sorted(word for word in words if word.isalpha() and word not in (*GOOD, *BAD))
+    made = {" ".join((*rng.sample(plain, 4), rng.choice((BAD, GOOD)[i % 2]))): (-2.0, 2.0)[i % 2] for i in range(120)}
+    return list(made.items())
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    llama, bert = save("llama", tmp_path / "llama"), save("bert", tmp_path / "bert")
+
+    def demo_config(prompt, steps, output_dir):
+        own = {"target_modules": ("q_proj", "o_proj"), "layers_to_transform": (2,), "objective": "cross_entropy"}
+        words = {"prompt": "{text} It was", "label_words": (" terrible", " great"), "train_file": "replaced"}
+        return Config(model=llama, output_dir=str(output_dir), steps=steps, batch_size=4, lr=1e-3, **own, **words)
+
+    monkeypatch.setattr(demo, "demo_config", demo_config)
+    monkeypatch.setattr(reproduce_decoder, "fetch_sentences", ratings)
+    monkeypatch.setattr(reproduce_decoder, "POOLS", POOLS)
+    monkeypatch.setattr(reproduce_encoder, "fetch_encoder", lambda: bert)
+    study = reproduce_decoder.STUDY | {"steps": 20, "num_train": 16, "num_dev": 8, "num_test": 8, "eval_every": 10}
+    monkeypatch.setattr(reproduce_decoder, "STUDY", study)
+    for module in (reproduce_decoder, reproduce_encoder):
+        monkeypatch.setattr(module, "SEEDS", (13, 21))
+        monkeypatch.setattr(module, "SHOTS", SHOTS)
+        monkeypatch.setattr(module, "NUM_TEST", 8)
+    monkeypatch.setattr(reproduce_decoder, "STEPS", 6)
+    monkeypatch.setattr(reproduce_encoder, "STEPS", {6: 6, 8: 6})
+    monkeypatch.setattr(reproduce_encoder, "MEZO", reproduce_encoder.MEZO | {"layers_to_transform": (1, 2)})
+    monkeypatch.setattr(reproduce_encoder, "ADAMW", {"steps": 4, "lr": 1e-3, "eval_every": 2})
+    return tmp_path
+
+
+def measured(small, part):
+    """The part as the command writes it."""
+    path = small / "out.json"
+    assert reproduce_small.main(["--output", str(path), "--parts", part]) == 0
+    return json.loads(path.read_text())[part]
+
+
+def test_the_decoder_has_a_mean_and_std_for_each_number_of_shots(small):
+    found = measured(small, "decoder")
+    assert list(found["shots"]) == ["6", "8"]
+    after = found["shots"]["8"]["accuracy after"]
+    assert len(after["values"]) == 2
+    assert after["mean"] == pytest.approx(sum(after["values"]) / 2)
+
+
+def test_the_study_counts_zero_differences_and_keeps_four_curves(small):
+    found = measured(small, "accuracy objective")
+    assert len(found["zero_differences"]) == 9
+    assert all(0 <= row["zero_share"] <= 1 for row in found["zero_differences"])
+    curves = found["learning"]["curves"]
+    assert curves["step"] == [20]
+    assert curves["dev_step"] == [0, 10, 20]
+    assert 0 <= curves["training_accuracy"][0] <= 1
+
+
+def test_the_encoder_is_beside_its_peers(small):
+    found = measured(small, "encoder")
+    for shots in found["shots"].values():
+        assert set(shots) == {"probe", "adamw", "mezo"}
+        assert all(len(row["accuracy"]["values"]) == 2 for row in shots.values())
+
+
+def test_parts_are_kept_beside_each_other(small):
+    path = small / "out.json"
+    path.write_text(json.dumps({"another": {"seconds": 1}}))
+    measured(small, "linear")
+    assert json.loads(path.read_text())["another"] == {"seconds": 1}
