@@ -24,7 +24,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mezo.config import UserError
+from mezo.errors import UserError
 
 MARKER = "complete.json"
 FORMAT = 1

@@ -15,7 +15,8 @@ from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.rewards import reward_hash
 from mezo.runtimes.base import LINEAR_HEAD, AdapterSpec, Example, update_of
 from mezo.runtimes.rule import UpdateRule

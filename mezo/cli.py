@@ -13,7 +13,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from mezo.config import ENGINE, MACHINE, Config, RunError, UserError
+from mezo.config import MACHINE, Config
+from mezo.errors import RunError, UserError
+from mezo.options import ENGINE
 
 USAGE = """usage: mezo COMMAND [options]
 

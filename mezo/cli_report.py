@@ -7,7 +7,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mezo.config import UserError
+from mezo.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

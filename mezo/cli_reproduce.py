@@ -8,7 +8,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

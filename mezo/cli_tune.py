@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mezo.cli import UncheckedConfig, option_values, take_option
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 
 OWN = "grid_lr", "grid_eps", "rungs", "trial_steps"
 

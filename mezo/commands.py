@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mezo import checkpoint
 from mezo.checkpoint import RunDirectory
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.evaluation import evaluate_split
 from mezo.parallel import Ranks
 from mezo.rewards import judges

@@ -2,33 +2,18 @@
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from mezo.errors import UserError, require
+from mezo.options import ENGINE, GENERATED, check, engine_argument
+
 PATHS = ("model", "train_file", "dev_file", "test_file", "adapter")
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-ENGINE = ("tp", "radix", "deterministic", "engine_arg")
-"""Options of the sglang runtime alone."""
 MACHINE = ("runtime", *ENGINE, "device", "backend", "trunk_cache", "trunk_cache_bytes",
            "eval_batch_size", "noise", "true_gradient", "verify_every", "early_stopping", "max_loss_ratio")  # fmt: skip
 """Options that say where, how and how far a run is computed, not what: a resumed run may have others."""
-SCORED = ("cross_entropy", "lm_cross_entropy", "accuracy")
-"""Objectives that option scores decide."""
-GENERATED = ("f1", "reward")
-"""Objectives that generated text decides."""
-STATEFUL = ("momentum", "adam", "adamw", "sign")
-"""Update rules that act once on a step's whole estimate; the first three keep state."""
-FLOAT32 = (1.1754943508222875e-38, 3.4028234663852886e38)  # smallest normal and largest number
-
-
-class UserError(ValueError):
-    """A mistake of the caller's: the message names the value, what was expected and the remedy."""
-
-
-class RunError(RuntimeError):
-    """A run cannot go on; its log is whole."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +173,7 @@ class Config:
         weights = {}
         for term in self.objective.split(","):
             name, colon, weight = term.strip().partition(":")
-            _require(name not in weights, f"--objective {self.objective}: {name} is there twice: drop one")
+            require(name not in weights, f"--objective {self.objective}: {name} is there twice: drop one")
             weights[name] = _typed(f"--objective {self.objective}: a weight", weight, float) if colon else 1.0
         return weights
 
@@ -228,7 +213,7 @@ class Config:
         """Raise UserError for a data file that is not there."""
         for name in ("train_file", "dev_file", "test_file"):
             path = getattr(self, name)
-            _require(not path or Path(path).is_file(), f"--{name.replace('_', '-')}: no such file: {path}")
+            require(not path or Path(path).is_file(), f"--{name.replace('_', '-')}: no such file: {path}")
 
     @property
     def follows(self) -> bool:
@@ -249,7 +234,7 @@ def _typed(key: str, value, kind):
     """`value` as `kind`, an annotation of Config's: YAML reads 1e-3 as text, and one item of a list as itself."""
     options = get_args(kind)
     if get_origin(kind) is Literal:
-        _require(value in options, f"{key} must be one of {', '.join(options)}; got {value!r}")
+        require(value in options, f"{key} must be one of {', '.join(options)}; got {value!r}")
         return value
     if get_origin(kind) is tuple:
         items = value if isinstance(value, list | tuple) else [value]
@@ -260,145 +245,5 @@ def _typed(key: str, value, kind):
         except ValueError:
             pass
     fits = type(value) is kind
-    _require(fits, f"{key} must be {KINDS[kind]}, got {value!r}")
+    require(fits, f"{key} must be {KINDS[kind]}, got {value!r}")
     return value
-
-
-def check(config: Config) -> None:
-    """Raise UserError on a value that no run can have; what depends on model or data is checked when that is read."""
-    _check_objective(config)
-    _require(bool(config.model), "--model is missing: give a path or a hub id")
-    _require(bool(config.output_dir), "--output-dir is missing: give the run directory to create")
-    files = config.train_file or config.dev_file or config.test_file
-    _require(bool(config.task or files), "--task and --train-file are missing: give one, or both")
-    words = config.label_words
-    _require(len(words) != 1, f"--label-words needs at least two words, got {words}")
-    _require(len(set(words)) == len(words), f"--label-words must differ, got {words}: drop the repeated one")
-    _require(not (config.k_shot and config.num_train), "--k-shot and --num-train exclude each other: drop one")
-    for name in (
-        "steps",
-        "batch_size",
-        "num_perturbations",
-        "r",
-        "lora_alpha",
-        "max_length",
-        "trunk_cache_bytes",
-        "tp",
-        "max_new_tokens",
-    ):
-        value = getattr(config, name)
-        _require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in (
-        "k_shot",
-        "num_train",
-        "num_dev",
-        "num_test",
-        "eval_every",
-        "eval_batch_size",
-        "micro_batch_size",
-        "data_seed",
-        "warmup_steps",
-        "num_demonstrations",
-        "early_stopping",
-    ):
-        value = getattr(config, name)
-        _require(value >= 0, f"--{name.replace('_', '-')} must be at least 0, got {value}")
-    for name in ("lr", "eps"):
-        value = getattr(config, name)
-        _require(math.isfinite(value) and value > 0, f"--{name} must be a finite number > 0, got {value}")
-        _require(FLOAT32[0] <= value <= FLOAT32[1], f"--{name} must be within float32, {FLOAT32}; got {value}")
-    size, micro = config.batch_size, config.micro_batch_size
-    _require(micro <= size, f"--micro-batch-size must be at most --batch-size, {size}; got {micro}")
-    _require(config.warmup_steps <= config.steps, f"--warmup-steps must be at most --steps, got {config.warmup_steps}")
-    clip = config.clip
-    _require(math.isfinite(clip) and clip >= 0, f"--clip must be a finite number >= 0, got {clip}")
-    decay = config.weight_decay
-    _require(0 <= decay * config.lr < 1, f"--weight-decay must be at least 0 and below 1 / lr, got {decay}")
-    _require(0 <= config.seed < 2**64, f"--seed must be in [0, 2**64), got {config.seed}")
-    for name in ENGINE:
-        given = config.runtime == "sglang" or getattr(config, name) == getattr(Config, name)
-        _require(given, f"--{name.replace('_', '-')} is of the engine: use --runtime sglang with it")
-    ratio = config.max_loss_ratio
-    _require(ratio == 0 or 1 < ratio < math.inf, f"--max-loss-ratio must be 0 or a finite number > 1, got {ratio}")
-    if config.true_gradient:
-        _require(config.runtime == "hf", "--true-gradient needs autograd in this process: use it with --runtime hf")
-        flat = [name for name in config.objectives if name in ("accuracy", *GENERATED)]
-        _require(not flat, f"--true-gradient: {' and '.join(flat)} has no gradient; leave it out")
-    if config.head == "linear":
-        _check_linear_head(config)
-    _check_rule(config)
-    _require(config.verify_every >= -1, f"--verify-every must be at least -1, got {config.verify_every}")
-
-
-def _check_rule(config: Config) -> None:
-    rule = config.update_rule
-    for name, rules in (
-        ("momentum", ("momentum",)),
-        ("beta1", ("adam", "adamw")),
-        ("beta2", ("adam", "adamw")),
-        ("adam_eps", ("adam", "adamw")),
-    ):
-        value, flag = getattr(config, name), "--" + name.replace("_", "-")
-        used = rule in rules or value == getattr(Config, name)
-        _require(used, f"{flag} {value} is not of --update-rule {rule}: leave it out, or use {' or '.join(rules)}")
-        if name == "adam_eps":
-            _require(FLOAT32[0] <= value <= FLOAT32[1], f"{flag} must be a finite float32 number > 0, got {value}")
-        else:
-            _require(0 <= value < 1, f"{flag} must be at least 0 and below 1, got {value}")
-    _require(
-        bool(config.weight_decay) or not config.no_decay, "--no-decay needs --weight-decay: give it, or leave both"
-    )
-    if rule == "conservative":
-        n = config.num_perturbations
-        _require(n == 1, f"--update-rule conservative tries one direction: --num-perturbations must be 1, got {n}")
-        _require(
-            not config.z_score_rewards,
-            "--z-score-rewards: standardised rewards of two scorings do not compare; leave it out of conservative runs",
-        )
-
-
-def _check_objective(config: Config) -> None:
-    objectives, known = config.objectives, (*SCORED, *GENERATED)
-    for name, weight in objectives.items():
-        alone = name == "auto" and len(objectives) == 1
-        text = f"one of auto, {', '.join(known)}, or a mixture like cross_entropy:1,reward:0.5"
-        _require(alone or name in known, f"--objective must be {text}; got {name!r}")
-        _require(0 < weight < math.inf, f"--objective: the weight of {name} must be a finite number > 0, got {weight}")
-    asked = "reward" in objectives
-    _require(bool(config.reward) or not asked, "--objective reward needs --reward file.py:function")
-    _require(asked or not config.reward, f"--reward {config.reward} is not in --objective: add it there, reward:0.5")
-    text = any(name in GENERATED for name in objectives)
-    _require(text or not config.z_score_rewards, "--z-score-rewards needs f1 or reward in --objective: leave it out")
-    _require(all(config.stop), "--stop must not be empty text: leave it out")
-
-
-def _check_linear_head(config: Config) -> None:
-    words = "--head linear needs --label-words, one name a class: ' negative' ' positive'"
-    _require(bool(config.label_words), words)
-    _require(config.runtime == "hf", "--head linear: the engine has no such head; use --runtime hf")
-    _require(config.generate != "on", "--head linear writes no text: leave --generate out")
-    _require(not config.num_demonstrations, "--head linear reads no demonstrations: leave --num-demonstrations out")
-    allowed = ("auto", "cross_entropy", "accuracy")
-    _require(
-        set(config.objectives) <= set(allowed),
-        f"--head linear has classes, not words: --objective must be {', '.join(allowed)}; got {config.objective}",
-    )
-    _require(
-        bool(config.prompt or not config.task),
-        f"--head linear: the prompt of task {config.task} asks for words; give --prompt, such as '{{text}}'",
-    )
-
-
-def engine_argument(text: str) -> tuple[str, str]:
-    """Name and value of one --engine-arg, the name as SGLang's Python interface has it.
-
-    >>> engine_argument("--node-rank=1")
-    ('node_rank', '1')
-    """
-    key, _, value = text.partition("=")
-    return key.strip().removeprefix("--").replace("-", "_"), value.strip()
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)

@@ -2,7 +2,8 @@
 
 import math
 
-from mezo.config import STATEFUL, Config
+from mezo.config import Config
+from mezo.options import STATEFUL
 
 LARGEST = 3.4028234663852886e38  # float32
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from mezo import checkpoint
 from mezo.checkpoint import RunDirectory
-from mezo.config import STATEFUL, UserError
+from mezo.errors import UserError
 from mezo.estimator import best_of_three, planned, projected_grad
+from mezo.options import STATEFUL
 from mezo.trajectory import drop_torn_line, read_trajectory
 from mezo_kernels import perturbation_seed
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 
 from mezo.batches import Batches
-from mezo.config import FLOAT32, STATEFUL, Config
+from mezo.config import Config
 from mezo.estimator import best_of_three, planned, projected_grad, usable
 from mezo.objectives import mixture, standardised
+from mezo.options import FLOAT32, STATEFUL
 from mezo.parallel import Ranks
 from mezo.rewards import Judge
 from mezo.runtimes.base import Example, Runtime

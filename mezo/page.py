@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mezo import report
 from mezo.checkpoint import RunDirectory, replace_file
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.figures import Curves, figures
 from mezo.trajectory import read_trajectory
 

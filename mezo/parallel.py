@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from mezo.config import RunError
+from mezo.errors import RunError
 
 PATIENCE = datetime.timedelta(hours=12)  # rank 0 evaluates while the others wait; a dead rank is noticed at once
 

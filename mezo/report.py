@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mezo.checkpoint import RunDirectory
-from mezo.config import UserError
+from mezo.errors import UserError
 from mezo.monitor import warning
 from mezo.stopping import WARNED, WINDOW, loss_ratio
 from mezo.trajectory import read_trajectory

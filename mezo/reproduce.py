@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mezo import commands
 from mezo.checkpoint import RunDirectory, replace_file
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.evaluation import best_by
 from mezo.protocols import PROTOCOLS, Protocol
 from mezo.tasks import find_task, with_objective

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 from mezo.answers import METRICS, best
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.runtimes.base import Example
 
 Judge = Callable[[Example, str], float]

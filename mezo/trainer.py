@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from mezo import plots
 from mezo.checkpoint import RunDirectory, best_step, load_adapter, replace_file, save_adapter
 from mezo.clock import Clock
-from mezo.config import Config, RunError
+from mezo.config import Config
+from mezo.errors import RunError
 from mezo.evaluation import TENTHS, Evaluations
 from mezo.measurement import Measurement
 from mezo.monitor import Monitor

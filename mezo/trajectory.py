@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mezo.config import STATEFUL, RunError, UserError
+from mezo.errors import RunError, UserError
+from mezo.options import STATEFUL
 from mezo_kernels import Z_STREAM_VERSION
 
 FORMAT, VERSIONS = "mezo-trajectory", (1, 2)  # version 2 adds the rule of runs that are not plain SGD

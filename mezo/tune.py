@@ -15,7 +15,8 @@ from rich.console import Console
 
 from mezo import checkpoint, commands
 from mezo.checkpoint import RunDirectory, replace_file
-from mezo.config import Config, RunError, UserError
+from mezo.config import Config
+from mezo.errors import RunError, UserError
 from mezo.evaluation import best_by
 from mezo.parallel import Ranks
 from mezo.rewards import judges

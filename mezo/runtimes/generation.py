@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.runtimes.base import Example
 from mezo.runtimes.peft_model import load_tokenizer
 

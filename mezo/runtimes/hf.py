@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.runtimes.base import Example, StepUpdate, TokenCount
 from mezo.runtimes.generation import Writing, greedy, refuse_too_long
 from mezo.runtimes.peft_model import head_logits, load_adapted, reference_log_probs

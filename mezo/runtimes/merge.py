@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from mezo.config import UserError
+from mezo.errors import UserError
 from mezo.runtimes.peft_model import is_masked, load_tokenizer
 
 

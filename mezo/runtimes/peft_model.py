@@ -17,7 +17,8 @@ from transformers import (
     AutoTokenizer,
 )
 
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.runtimes.base import LINEAR_HEAD, AdapterSpec
 from mezo.runtimes.reuse import KV_FREE
 from mezo.runtimes.rows import RowBatch

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from mezo.config import STATEFUL, Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
+from mezo.options import STATEFUL
 from mezo_kernels import Rule
 
 

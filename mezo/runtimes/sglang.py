@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mezo.config import Config, RunError, UserError
+from mezo.config import Config
+from mezo.errors import RunError, UserError
 from mezo.runtimes.base import Example, StepUpdate, TokenCount
 from mezo.runtimes.generation import Writing, refuse_too_long
-from mezo.runtimes.peft_model import load_adapted, reference_log_probs
+from mezo.runtimes.peft_model import load_adapted
 from mezo.runtimes.reuse import warm_ups, why_kv_depends
-from mezo.runtimes.rows import Row, RowBatch, padded, rows_of, scores_of
+from mezo.runtimes.rows import Row, padded, rows_of, scores_of
 from mezo.runtimes.rule import UpdateRule
 from mezo.runtimes.sglang_answers import SCORE_ONLY, count_tokens, greedy, start_of, table_of
 from mezo.runtimes.sglang_arguments import (
@@ -35,11 +36,8 @@ from mezo.runtimes.sglang_arguments import (
     write_placeholders,
 )
 from mezo.runtimes.sglang_engine import EngineHandle
-from mezo_kernels import lora_init
+from mezo.runtimes.sglang_proof import StartProof
 
-PROOF_EXAMPLES = 3  # besides the longest
-PROOF_TOLERANCE = 1e-4  # on log-probabilities in float32
-PROOF_SHARE = 0.2  # in 16 bits or quantised: of what the adapters of the proof change
 FLUSH_SECONDS = 10.0
 
 
@@ -95,11 +93,14 @@ class SGLangRuntime:
         if self.config.follows:  # the first machine proves and scores
             self._launch()
             return
-        proof = self._proof_rows()
-        expected = [self._expected(proof, seed) for seed in (0, 1)]
+        proof = StartProof(self._parts, self.spec, self._all_rows(), self.pad)
         self._parts = None
         self._launch()
-        self._prove(proof, expected)
+        for seed in StartProof.SEEDS:
+            self.load(proof.adapter(seed))
+            self._show("theta")
+            proof.check(seed, self._read([[row] for row in proof.rows], proof.rows, ["plus0"], TokenCount()))
+        self._flush()  # a prompt's first visit is the run's own, and is counted
 
     def _check_lengths(self) -> None:
         limit = getattr(self._parts.model.config, "max_position_embeddings", None)
@@ -357,46 +358,3 @@ class SGLangRuntime:
         for (_, ids), answer in zip(requests, answers, strict=True):
             count_tokens(ids, answer, count)
         return answers
-
-    def _proof_rows(self) -> list[Row]:
-        """The longest row, and a few others."""
-        rows = self._all_rows()
-        return list(dict.fromkeys([max(rows, key=lambda row: len(row.ids)), *rows[:PROOF_EXAMPLES]]))
-
-    def _noise(self, seed: int) -> dict[str, torch.Tensor]:
-        return {name: lora_init(seed, name, shape) for name, shape in self.spec.shapes.items()}
-
-    @torch.no_grad()
-    def _expected(self, rows: list[Row], seed: int) -> torch.Tensor:
-        """Log-probabilities by transformers and PEFT under a noisy adapter, (rows, scored, candidates)."""
-        for name, tensor in self._noise(seed).items():
-            self._parts.params[name].data.copy_(tensor)
-        return reference_log_probs(self._parts.model, RowBatch.of(rows, self.pad, "cpu"))
-
-    def _prove(self, rows: list[Row], expected: list[torch.Tensor]) -> None:
-        """Compare the engine's scores with the model's own forward pass, under two adapters that change them.
-
-        The cache is filled under one adapter and used under the other, as in training: so a namespace that is shared
-        although keys or values depend on theta is found here, too.
-        """
-        valid = RowBatch.of(rows, self.pad, "cpu").valid[:, :, None]
-        spread = float((expected[0] - expected[1]).abs().masked_fill(~valid, 0).max())
-        plain = self.spec.dtype == "float32"
-        allowed = PROOF_TOLERANCE if plain else max(PROOF_TOLERANCE, PROOF_SHARE * spread)
-        for seed in (0, 1):
-            self.load(self._noise(seed))
-            self._show("theta")
-            tables = self._read([[row] for row in rows], rows, ["plus0"], TokenCount())
-            got = torch.zeros_like(expected[seed])
-            for i, (row, table) in enumerate(zip(rows, tables, strict=True)):
-                for p, target in enumerate(row.targets):
-                    got[i, p, : len(target)] = torch.tensor([table[p][t] for t in target])
-            worst = float((got - expected[seed]).abs().masked_fill(~valid, 0)[:, :, : got.shape[2]].max())
-            if not worst <= allowed:
-                raise UserError(
-                    f"--runtime sglang: log-probabilities differ by {worst:.2g} from transformers with PEFT (allowed"
-                    f" {allowed:.2g}, the adapters themselves change {spread:.2g}); try --radix off, --engine-arg"
-                    " attention_backend=..., or --runtime hf"
-                )
-        self._flush()  # a prompt's first visit is the run's own, and is counted
-        self.load({name: torch.zeros(shape) for name, shape in self.spec.shapes.items()})

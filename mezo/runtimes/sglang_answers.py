@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mezo.config import RunError
+from mezo.errors import RunError
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.rows import Row
 

@@ -13,7 +13,9 @@ from packaging.version import Version
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from mezo.config import Config, UserError, engine_argument
+from mezo.config import Config
+from mezo.errors import UserError
+from mezo.options import engine_argument
 from mezo.runtimes.base import AdapterSpec
 from mezo.runtimes.sglang_engine import PATIENCE, accelerated
 from mezo.runtimes.stacks import complete_fields, complete_stacks

@@ -17,7 +17,7 @@ import psutil
 import torch
 import zmq
 
-from mezo.config import RunError, UserError
+from mezo.errors import RunError, UserError
 from mezo.runtimes.sglang_plugin import ENDED, ENVIRONMENT
 
 POLL = 0.5  # seconds between looks at the engine's processes while an answer is awaited

@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoConfig
 
-from mezo.config import UserError
+from mezo.errors import UserError
 from mezo.runtimes.reuse import module_of
 
 # (stacked module, position in it)

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.runtimes.base import Example
 from mezo.tasks.base import Prompt, Record, Task
 from mezo.tasks.boolq import BOOLQ

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.tasks.base import Record
 from mezo.tasks.sampling import class_pool, take_balanced
 from mezo.tasks.template import Template

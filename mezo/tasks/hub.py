@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from mezo.config import UserError
+from mezo.errors import UserError
 from mezo.tasks.base import Row, as_stored
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from mezo.config import UserError
+from mezo.errors import UserError
 from mezo.tasks.base import Record, Row, Task
 
 

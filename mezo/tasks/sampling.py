@@ -3,7 +3,8 @@
 import hashlib
 from collections.abc import Sequence
 
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.tasks.base import Record
 
 Pool = dict[int, list[int]]

@@ -4,7 +4,7 @@ import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mezo.config import UserError
+from mezo.errors import UserError
 
 MASK = "<mask>"
 

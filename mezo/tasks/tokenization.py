@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from mezo.config import UserError
+from mezo.errors import UserError
 from mezo.runtimes.base import Example
 from mezo.tasks.base import Record
 from mezo.tasks.template import MASK, Template

@@ -14,7 +14,7 @@ import pytest
 
 from mezo import assets
 from mezo.assets import MARKER, Package, cache_root, cached, demo_splits, fetch_package, parse_ratings
-from mezo.config import UserError
+from mezo.errors import UserError
 
 BYTES = b"a wheel"
 PACKAGE = Package("fake==1.0", "fake-1.0.whl", sha256(BYTES).hexdigest(), megabytes=0.1)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.estimator import learning_rate
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mezo import commands, logbook
-from mezo.config import UserError
+from mezo.errors import UserError
 from mezo.trajectory import read_trajectory
 
 LIMIT = 12_000  # bytes a file may have: more than an adapter, a little more than half of the log of 80 steps

@@ -10,7 +10,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mezo import commands
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.instruments import against_gradient, realised_perturbation, spread_over_batch, spread_over_perturbations
 from mezo.monitor import Monitor
 from mezo.objectives import OBJECTIVES, cross_entropy

@@ -9,7 +9,8 @@ from transformers import AutoModel
 
 from mezo import checkpoint, commands
 from mezo.cli import main
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.runtimes.hf import HFRuntime
 from mezo.runtimes.peft_model import load_tokenizer
 from mezo.tasks import load_splits

@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 
 from mezo import checkpoint, commands, logbook
 from mezo.cli import main
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from tests.tiny_models import build
 
 IDS = torch.tensor([[3, 11, 12, 16, 4]])

@@ -12,7 +12,8 @@ import pytest
 
 from mezo import commands, figures, page, report
 from mezo.cli import main
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

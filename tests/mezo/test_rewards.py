@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.rewards import Reward, judges, reward_hash
 from mezo.runtimes.base import Example
 

@@ -10,7 +10,8 @@ import torch
 
 from mezo import checkpoint, commands, stopping
 from mezo.cli import main
-from mezo.config import Config, RunError, UserError
+from mezo.config import Config
+from mezo.errors import RunError, UserError
 from mezo.stopping import loss_ratio
 from mezo.trajectory import StepRecord, read_trajectory
 from tests.mezo.test_parallel import torchrun

@@ -12,7 +12,8 @@ from mezo import commands, report
 from mezo.batches import Batches
 from mezo.checkpoint import initial_theta, load_adapter
 from mezo.cli import main
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.evaluation import _of_named_options, best_by
 from mezo.objectives import cross_entropy, standardised
 from mezo.runtimes.base import Example

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from mezo import checkpoint, commands
 from mezo.batches import Batches
-from mezo.config import Config, RunError, UserError
+from mezo.config import Config
+from mezo.errors import RunError, UserError
 from mezo.monitor import Monitor
 from mezo.objectives import OBJECTIVES, cross_entropy, evaluate
 from mezo.runtimes.hf import HFRuntime

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mezo import checkpoint
-from mezo.config import UserError
+from mezo.errors import UserError
 from mezo.trajectory import StepRecord, TrajectoryWriter, drop_torn_line, header, read_trajectory
 from mezo_kernels import available_backends
 

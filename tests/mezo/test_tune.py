@@ -14,7 +14,8 @@ import torch
 
 from mezo import commands, logbook, tune
 from mezo.cli import main
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.estimator import projected_grad
 from mezo.instruments import rms
 from mezo.monitor import Monitor

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mezo import checkpoint, commands, logbook
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.estimator import planned
 from mezo.runtimes.base import StepUpdate
 from mezo.runtimes.rule import UpdateRule

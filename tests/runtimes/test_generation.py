@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.runtimes.base import Example, StepUpdate
 from mezo.runtimes.generation import Writing
 from mezo.runtimes.hf import HFRuntime

@@ -8,7 +8,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, MistralConfig, MistralForCausalLM
 
 from mezo.checkpoint import save_adapter
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.runtimes.base import Example, StepUpdate
 from mezo.runtimes.hf import HFRuntime
 from mezo.runtimes.merge import merge

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from mezo.config import UserError
+from mezo.errors import UserError
 from mezo.tasks import load_splits
 from mezo.tasks.base import Record
 from mezo.tasks.demonstrations import draw_demonstrations

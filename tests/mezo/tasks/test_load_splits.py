@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from mezo import tasks
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.runtimes.base import Example
 from mezo.tasks import Prompt, Task, load_splits, register
 from mezo.tasks.sampling import shuffled_classes

@@ -3,7 +3,8 @@
 import datasets
 import pytest
 
-from mezo.config import Config, UserError
+from mezo.config import Config
+from mezo.errors import UserError
 from mezo.tasks import TASKS, load_splits, with_objective
 from tests.mezo.tasks.hub_rows import HUB, ROWS, TEST_SPLIT, UNLABELLED
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from mezo import commands
-from mezo.config import Config, RunError
+from mezo.config import Config
+from mezo.errors import RunError
 from mezo.runtimes.base import Example, StepUpdate, TokenCount
 from mezo.trajectory import read_trajectory
 from tests.runtimes.engine.conftest import ALL, LAST, engine, examples, noisy, reference

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from mezo import checkpoint, commands
-from mezo.config import UserError
+from mezo.errors import UserError
 from mezo.runtimes import sglang_plugin
 from mezo.runtimes.sglang_engine import EngineHandle
 from tests.runtimes.engine.conftest import engine, examples, noisy, reference, worst

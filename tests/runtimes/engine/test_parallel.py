@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mezo.config import RunError
+from mezo.errors import RunError
 from mezo.objectives import cross_entropy
 from mezo.runtimes.base import StepUpdate
 from mezo_kernels import standard_normal

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mezo.config import RunError, UserError
+from mezo.errors import RunError, UserError
 from mezo.runtimes.base import StepUpdate, TokenCount
 from tests.runtimes.engine.conftest import LAST, engine, examples, noisy, reference, worst
 from tests.tiny_models import save
@@ -121,7 +121,7 @@ def test_sharing_with_key_adapters_is_wrong(llama, data, monkeypatch):
 
 def test_forced_sharing_gives_wrong_losses(llama, data, monkeypatch):
     monkeypatch.setattr("mezo.runtimes.sglang.why_kv_depends", lambda names, n_layers: None)
-    monkeypatch.setattr("mezo.runtimes.sglang.SGLangRuntime._prove", lambda *arguments: None)
+    monkeypatch.setattr("mezo.runtimes.sglang_proof.StartProof.check", lambda *arguments: None)
     with engine(llama, data, hooks="unguard", **WITH_KEYS) as runtime:
         plain = reference(llama, data, **WITH_KEYS)
         for one in (runtime, plain):

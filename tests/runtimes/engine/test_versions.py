@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mezo.config import RunError, UserError
+from mezo.errors import RunError, UserError
 from mezo.runtimes.base import StepUpdate, TokenCount
 from mezo.runtimes.hf import HFRuntime
 from tests.runtimes.engine.conftest import ALL, engine, examples, noisy, options, reference, torch_equal, worst
