@@ -11,7 +11,7 @@ from pathlib import Path
 
 SLOWER, MOVED = 0.10, 0.03
 COLUMN = "fraction_of_copy"
-KEY = ("op", "shape", "dtype", "updates", "provider", "device")
+KEY = ("op", "rule", "shape", "dtype", "updates", "provider", "device")
 OURS = "ours"
 
 

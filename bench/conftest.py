@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mezo_kernels import ParamLayout, perturb_, step_
+from mezo_kernels import ParamLayout, Rule, RuleUpdate, perturb_, rule_step_, step_
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine
@@ -38,7 +38,10 @@ def parity(device):
             targets = [theta.like([torch.zeros_like(t, dtype=torch.bfloat16) for t in theta.tensors]) for _ in "+-"]
             perturb_(theta, 0.3, 2**63 + n, backend=backend)
             step_(theta, [(1, 0.1), (2, 0.2, 0.9)], 0.99, 3, 1e-2, *targets, backend=backend)
-            results.append([t for layout in (theta, *targets) for t in layout.tensors])
+            moments = [theta.like([torch.zeros_like(t) for t in theta.tensors]) for _ in "mv"]
+            update = RuleUpdate([4, 5], [0.3, -0.2], 1e-2, 1)
+            rule_step_(theta, Rule("adamw"), moments, [update], 3, 1e-2, *targets, backend=backend)
+            results.append([t for layout in (theta, *moments, *targets) for t in layout.tensors])
         if not all(torch.equal(a, b) for a, b in zip(*results, strict=True)):
             pytest.exit(f"parity with the reference is broken at {n} elements: nothing was timed", returncode=1)
 

@@ -1,17 +1,20 @@
 """The ways to do the same work that are timed beside each other: ours, and others as their users write them."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from shapes import Case
 
-from mezo_kernels import perturb_, step_, tensor_id
+from mezo_kernels import Rule, RuleUpdate, perturb_, rule_step_, step_, tensor_id
 from mezo_kernels.philox import box_muller, philox_4x32
 
 SEED, EPS, COEFFICIENT = 1, 1e-3, 1e-8
 # the passes over theta that an op takes without fusion; a step is +eps, -2 eps, +eps, update
 PASSES = {"perturb": (1e-6,), "step": (EPS, -2 * EPS, EPS, -COEFFICIENT)}
+RULES = {"momentum": Rule("momentum"), "adamw": Rule("adamw"), "sign": Rule("sign")}
+PROJECTED_GRAD, LR = 1.0, 1e-8
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,51 @@ def tutorial(op: str, case: Case) -> Work:
             perturb(p, scale, SEED)
 
     return _in_passes(op, one_pass, len(case.params))
+
+
+def by_rule(case: Case, rule: str) -> Work:
+    """A float32 master and its state stepped, and plus and minus written, in one pass."""
+    theta, plus, minus, *state = (case.layout.like([p.clone() for p in case.params]) for _ in range(5))
+    for moment in state:
+        torch._foreach_zero_(moment.tensors)
+    state, steps = state[: RULES[rule].states], itertools.count(1)
+
+    def run():
+        update = RuleUpdate([SEED], [PROJECTED_GRAD], LR, next(steps))
+        rule_step_(theta, RULES[rule], state, [update], SEED + 1, EPS, plus, minus)
+
+    return Work(run, 1, sum(t.nbytes for moment in state for t in moment.tensors))
+
+
+class _Sign(torch.optim.Optimizer):
+    @torch.no_grad()
+    def step(self):
+        params = self.param_groups[0]["params"]
+        torch._foreach_add_(params, torch._foreach_sign([p.grad for p in params]), alpha=-LR)
+
+
+def by_original_and_optim(case: Case, rule: str) -> Work:
+    """Three passes of the original loop, then z drawn again into .grad and torch.optim's own fused or foreach step."""
+    params = [p.clone().requires_grad_() for p in case.params]
+    make = {
+        "momentum": lambda: torch.optim.SGD(params, lr=LR, momentum=0.9, fused=True),
+        "adamw": lambda: torch.optim.AdamW(params, lr=LR, weight_decay=0.0, fused=True),
+        "sign": lambda: _Sign(params, {}),
+    }
+    optimizer = make[rule]()
+
+    def run():
+        for scale in (EPS, -2 * EPS, EPS):
+            original_pass(params, scale)
+        torch.manual_seed(SEED)
+        for p in params:
+            p.grad = PROJECTED_GRAD * torch.normal(mean=0, std=1, size=p.shape, device=p.device, dtype=p.dtype)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    run()
+    held = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.numel() > 1)
+    return Work(run, 11 * len(params) + 1, held)
 
 
 PROVIDERS = {
