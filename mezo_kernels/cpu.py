@@ -6,7 +6,7 @@ import threading
 import numba
 import numpy as np
 import torch
-from numba import njit, prange, uint32
+from numba import prange, uint32
 
 from mezo_kernels.cpu_draw import (
     CHUNK,
@@ -23,6 +23,7 @@ from mezo_kernels.cpu_draw import (
     _number_blocks,
     _store,
     _store_batch,
+    compiled,
 )
 from mezo_kernels.layout import TENSOR_ID, AddressCache, matrix_view
 from mezo_kernels.philox import STREAMS
@@ -34,7 +35,7 @@ THETA, PAIR = 6, 6  # columns of an item before its targets, and of a pair of th
 _ONE = F(1)
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _subtract(y, x, c, z, n):
     """y <- x - (c * z), n floats at each address; y may be x, which LLVM must be told or it takes the scalar loop."""
     same, x, y, z = x == y, _array(x, 1, n, np.float32), _array(y, 1, n, np.float32), _array(z, 1, n, np.float32)
@@ -46,14 +47,14 @@ def _subtract(y, x, c, z, n):
             y[j] = x[j] - c * z[j]
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _multiply(value, decay, n):
     value = _array(value, 1, n, np.float32)
     for j in range(n):
         value[j] = value[j] * decay
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _step_items(items, lo, hi, buffer, thread, updates, coefficients, decays, draws, next_seeds, eps, stream):
     scratch = _aligned(buffer) + thread * 4 * SCRATCH
     value, moved = scratch + 4 * VALUE, scratch + 4 * MOVED
@@ -80,7 +81,7 @@ def _step_items(items, lo, hi, buffer, thread, updates, coefficients, decays, dr
         lo = end
 
 
-@njit(parallel=True, error_model="numpy", nogil=True, cache=True)
+@compiled(parallel=True)
 def _step_parallel(threads, items, buffer, updates, coefficients, decays, draws, next_seeds, eps, stream):
     n = items.shape[0]
     for t in prange(threads):
@@ -88,7 +89,7 @@ def _step_parallel(threads, items, buffer, updates, coefficients, decays, draws,
         _step_items(items, lo, hi, buffer, t, updates, coefficients, decays, draws, next_seeds, eps, stream)
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _draw_items(items, lo, hi, buffer, thread, squares, write, k0, k1, stream):
     """Sum of z**2 of each item in float64, and z itself to the item's address where asked."""
     scratch = _aligned(buffer) + thread * 4 * SCRATCH
@@ -105,7 +106,7 @@ def _draw_items(items, lo, hi, buffer, thread, squares, write, k0, k1, stream):
         squares[it] = total
 
 
-@njit(parallel=True, error_model="numpy", nogil=True, cache=True)
+@compiled(parallel=True)
 def _draw_parallel(threads, items, buffer, squares, write, k0, k1, stream):
     n = items.shape[0]
     for t in prange(threads):

@@ -9,7 +9,9 @@ block, each item from the place in its first block that its first index has; so 
 lies between them is computed and never stored.
 """
 
+import hashlib
 import math
+from pathlib import Path
 
 import llvmlite.ir as ir
 import numba
@@ -24,7 +26,6 @@ GROUPS = CHUNK // 4 + 16  # Philox blocks of a chunk that begins and ends inside
 # offsets into a thread's scratch, in words: z; four rows of Philox words; four rows of normals; theta; theta +- eps z;
 # and of each block of a batch its number, low and high, and its tensor_id
 Z, WORDS, NORMALS, VALUE, MOVED, BLOCKS, SCRATCH = (4 * GROUPS * k for k in range(7))
-LANES = 16  # of a vector: as many blocks are drawn at once
 ADDRESS, STRIDE, DTYPE, N, INDEX, TENSOR = range(6)  # columns of an item; the first three again for each target
 
 F = np.float32
@@ -40,6 +41,22 @@ _S0, _S1, _S2 = F(-1.9515295891e-4), F(8.3321608736e-3), F(-1.6666654611e-1)
 _C0, _C1, _C2 = F(2.443315711809948e-5), F(-1.388731625493765e-3), F(4.166664568298827e-2)
 _U_SCALE, _U_SHIFT, _ANGLE = F(2.0**-32), F(2.0**-33), F(3.657295198167899e-10)
 _TO_NORMAL, _TO_SUBNORMAL = F(2.0**112), F(2.0**-1)  # exponent shifts between float16 and float32
+
+_SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("cpu*.py"))))
+
+
+def compiled(parallel: bool = False):
+    """numba's njit with code kept on disk for as long as none of these modules changes.
+
+    numba itself looks at a function's own file, and would keep code of `cpu.py` that has an older `cpu_draw.py` inside.
+    """
+
+    def decorate(function):
+        made = njit(parallel=parallel, error_model="numpy", nogil=True, cache=True)(function)
+        made._cache._cache_file._source_stamp = _SOURCES.hexdigest()
+        return made
+
+    return decorate
 
 
 @intrinsic
@@ -155,7 +172,7 @@ def _normals(scratch, n_blocks):
         z[4 * i + 3] = n3[i]
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _draw(scratch, index, n_elements, tensor_id, stream, k0, k1):
     """Draw z of the elements index .. index + n_elements into scratch; return the address of the first."""
     address = scratch + 4 * (Z + (index & 3))
@@ -176,21 +193,20 @@ def _draw(scratch, index, n_elements, tensor_id, stream, k0, k1):
     return address
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _end_of_batch(items, lo, hi, stream):
-    """Where the batch that begins with item lo ends: one that fills vectors is alone, as any of Rademacher is."""
+    """Where the batch that begins with item lo ends; a Rademacher block is 128 elements, its batches are one item."""
     if stream == RADEMACHER:
         return lo + 1
     total = 0
     for it in range(lo, hi):
-        n_blocks = _blocks(items[it, INDEX], items[it, N])[1]
-        total += n_blocks
-        if n_blocks >= LANES or total > GROUPS:
-            return max(it, lo + 1)
+        total += _blocks(items[it, INDEX], items[it, N])[1]
+        if total > GROUPS:
+            return it
     return hi
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _number_blocks(scratch, items, lo, hi):
     """Write number and tensor_id of each block of a batch of several items; return the elements in the scratch."""
     low, high = _row(scratch, BLOCKS, 0, np.uint32), _row(scratch, BLOCKS, 1, np.uint32)
@@ -208,7 +224,7 @@ def _number_blocks(scratch, items, lo, hi):
     return 4 * at
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _draw_batch(scratch, items, lo, hi, n, stream, k0, k1):
     """Draw z of a batch of n elements, which `_number_blocks` has numbered; return the address of the first block."""
     if hi - lo == 1:
@@ -274,7 +290,7 @@ def _map(convert, x, x_stride, y, y_stride, n):
             y[j * y_stride] = convert(x[j * x_stride])
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _load(value, address, stride, dtype, n):
     value = _array(value, 1, n, np.float32)
     if dtype == 0:
@@ -285,7 +301,7 @@ def _load(value, address, stride, dtype, n):
         _map(_half_to_float, _array(address, stride, n, np.uint16), stride, value, 1, n)
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _store(value, address, stride, dtype, n):
     value = _array(value, 1, n, np.float32)
     if dtype == 0:
@@ -296,19 +312,21 @@ def _store(value, address, stride, dtype, n):
         _map(_float_to_half, value, 1, _array(address, stride, n, np.uint16), stride, n)
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _load_batch(value, items, lo, hi, column):
     """Load a batch from the addresses in `column` of its items."""
     for it in range(lo, hi):
-        item = items[it]
-        _load(value + 4 * (item[INDEX] & 3), item[column], item[column + STRIDE], item[column + DTYPE], item[N])
-        value += 16 * _blocks(item[INDEX], item[N])[1]
+        index, n = items[it, INDEX], items[it, N]
+        address, stride, dtype = items[it, column], items[it, column + STRIDE], items[it, column + DTYPE]
+        _load(value + 4 * (index & 3), address, stride, dtype, n)
+        value += 16 * _blocks(index, n)[1]
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _store_batch(value, items, lo, hi, column):
     """Store a batch to the addresses in `column` of its items."""
     for it in range(lo, hi):
-        item = items[it]
-        _store(value + 4 * (item[INDEX] & 3), item[column], item[column + STRIDE], item[column + DTYPE], item[N])
-        value += 16 * _blocks(item[INDEX], item[N])[1]
+        index, n = items[it, INDEX], items[it, N]
+        address, stride, dtype = items[it, column], items[it, column + STRIDE], items[it, column + DTYPE]
+        _store(value + 4 * (index & 3), address, stride, dtype, n)
+        value += 16 * _blocks(index, n)[1]

@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from numba import float32, njit, prange
+from numba import float32, prange
 
 from mezo_kernels import cpu
 from mezo_kernels.cpu import PAIR, THETA, _subtract
@@ -20,6 +20,7 @@ from mezo_kernels.cpu_draw import (
     _load_batch,
     _number_blocks,
     _store_batch,
+    compiled,
 )
 from mezo_kernels.layout import AddressCache
 from mezo_kernels.philox import STREAMS
@@ -32,14 +33,14 @@ STATE = THETA  # the states lie where `_build_items` puts the first pair
 _ZERO, _ONE = F(0), F(1)
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _clear(address, n):
     value = _array(address, 1, n, np.float32)
     for j in range(n):
         value[j] = _ZERO
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _rule(kind, scratch, n, constants, rate, decay, root):
     """One update of a chunk: theta and its states, in float32, each operation rounded on its own."""
     theta, g = _array(scratch + 4 * VALUE, 1, n, np.float32), _array(scratch + 4 * ESTIMATE, 1, n, np.float32)
@@ -69,7 +70,7 @@ def _rule(kind, scratch, n, constants, rate, decay, root):
         theta[j] = theta[j] - rate * g[j]
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _rule_items(items, lo, hi, buffer, thread, kind, states, constants, seeds, numbers, next_seeds, eps, stream):
     scratch = _aligned(buffer) + thread * 4 * RULE_SCRATCH
     value, moved, estimate = scratch + 4 * VALUE, scratch + 4 * MOVED, scratch + 4 * ESTIMATE
@@ -102,7 +103,7 @@ def _rule_items(items, lo, hi, buffer, thread, kind, states, constants, seeds, n
         lo = end
 
 
-@njit(parallel=True, error_model="numpy", nogil=True, cache=True)
+@compiled(parallel=True)
 def _rule_parallel(threads, items, buffer, kind, states, constants, seeds, numbers, next_seeds, eps, stream):
     n = items.shape[0]
     for t in prange(threads):
