@@ -7,7 +7,7 @@ RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint bench bench-compare bench-growth bench-training bench-alternatives bench-figures bench-gpu crash-test verify-sglang test-gpu clean
+.PHONY: demo test lint bench bench-compare bench-growth bench-training bench-alternatives bench-figures bench-gpu reproduce-small crash-test verify-sglang test-gpu clean
 
 demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
@@ -43,6 +43,9 @@ bench-gpu:  ## bench and bench-growth on a CUDA device, in the current environme
 	$(PYTHON) -m pytest bench --device cuda --benchmark-quiet --benchmark-json=$$folder/bench.json && \
 	$(PYTHON) bench/growth.py --device cuda --output $$folder/growth.json && \
 	$(PYTHON) bench/figures.py $$folder
+
+reproduce-small: $(READY)  ## what needs no hub account: few-shot runs on film reviews, beside peers; JSON under bench/results/
+	$(VENV)/bin/python bench/reproduce_small.py --output $(RESULTS)/reproduce_small.json
 
 crash-test: $(READY)  ## a run killed at 30 random moments ends like one left alone; JSON under bench/results/
 	$(VENV)/bin/python bench/crash_test.py --moments 30 --steps 20000 --output $(RESULTS)/crash_test.json

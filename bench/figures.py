@@ -101,6 +101,25 @@ def draw_alternatives(rows: list[dict], machine: dict, path: Path) -> None:
     save(figure, path)
 
 
+def draw_accuracy_objective(study: dict, path: Path) -> None:
+    """A run on accuracy as the objective: training accuracy, cross-entropy, dev accuracy, |projected_grad|."""
+    curves, figure = study["learning"]["curves"], plt.figure(figsize=(9, 6))
+    panels = (
+        ("step", "training_accuracy", "training accuracy (mean of both signs)"),
+        ("dev_step", "dev_cross_entropy", "cross-entropy on dev (not trained)"),
+        ("dev_step", "dev_accuracy", "dev accuracy"),
+        ("step", "abs_projected_grad", "|projected_grad|"),
+    )
+    for place, (x, y, title) in enumerate(panels, 1):
+        axes = figure.add_subplot(2, 2, place)
+        axes.plot(curves[x], curves[y], marker="." if x == "dev_step" else None)
+        axes.set(xlabel="step", title=title)
+        axes.grid(alpha=0.3)
+    options = ", ".join(f"{name} {study['learning'][name]}" for name in ("batch_size", "eps", "lr"))
+    figure.suptitle(f"accuracy as the objective: {options}")
+    save(figure, path)
+
+
 def save(figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
@@ -130,6 +149,10 @@ def main() -> int:
     if (folder / "alternatives.json").is_file():
         methods = read(folder / "alternatives.json", "make bench-alternatives")
         draw_alternatives(methods["rows"], methods["machine"], folder / "alternatives.svg")
+    if (folder / "reproduce_small.json").is_file():
+        parts = read(folder / "reproduce_small.json", "make reproduce-small")
+        if "accuracy objective" in parts:
+            draw_accuracy_objective(parts["accuracy objective"], folder / "reproduce_accuracy_objective.svg")
     return 0
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from mezo.config import Config, UserError
 from mezo.rewards import reward_hash
-from mezo.runtimes.base import AdapterSpec, Example, update_of
+from mezo.runtimes.base import LINEAR_HEAD, AdapterSpec, Example, update_of
 from mezo.runtimes.rule import UpdateRule
 from mezo.runtimes.theta import PerturbedTheta
 from mezo.trajectory import StepRecord, drop_torn_line, header, read_lines, read_trajectory
@@ -168,13 +168,15 @@ def check_plain_lora(peft: dict, directory: str) -> None:
     for key in (
         "use_dora",
         "use_rslora",
-        "modules_to_save",
         "rank_pattern",
         "alpha_pattern",
         "trainable_token_indices",
     ):
         if peft.get(key):
             raise UserError(f"adapter {directory}: {key} is {peft[key]}, only plain LoRA can be trained on")
+    saved = peft.get("modules_to_save") or []
+    if saved not in ([], [LINEAR_HEAD]):
+        raise UserError(f"adapter {directory}: modules_to_save is {saved}, only plain LoRA can be trained on")
     if peft.get("bias", "none") != "none" or not isinstance(peft["target_modules"], list):
         raise UserError(f"adapter {directory}: expected bias none and a list of target_modules")
 
@@ -217,6 +219,7 @@ def adapter_options(directory: str | Path) -> dict:
         "lora_alpha": peft["lora_alpha"],
         "target_modules": tuple(peft["target_modules"]),
         "layers_to_transform": tuple([layers] if isinstance(layers, int) else layers or ()),
+        "head": "linear" if peft.get("modules_to_save") else "model",
     }
 
 
@@ -226,7 +229,8 @@ def data_hash(splits: dict[str, Sequence[Example]]) -> str:
     for split, examples in splits.items():
         digest.update(split.encode())
         for e in examples:
-            digest.update(json.dumps([e.prompt, e.options, e.label, e.mask]).encode())
+            pooled = ["pooled"] if e.pooled else []  # logs from before there was such a head keep their hashes
+            digest.update(json.dumps([e.prompt, e.options, e.label, e.mask, *pooled]).encode())
             judged = [e.references, e.names, e.fields]
             if any(judged):
                 digest.update(json.dumps(judged, sort_keys=True, default=str).encode())

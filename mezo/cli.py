@@ -27,6 +27,7 @@ USAGE = """usage: mezo COMMAND [options]
   tune     choose lr and eps by short runs; --resume DIR continues a sweep
   tasks    list what --task takes: prompts, answers, objectives
   verify   compare every backend with the reference on this machine, bit for bit
+  reproduce run a published experiment and print its figure beside ours
   demo     fine-tune a small model on movie reviews, from download to plots
 
 mezo COMMAND --help lists a command's options."""
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         "tune": _tune,
         "tasks": _tasks,
         "verify": _verify,
+        "reproduce": _reproduce,
         "demo": _demo,
     }
     if not argv or argv[0] in ("-h", "--help"):
@@ -324,6 +326,12 @@ class _VerifyOptions:
 
     device: str = ""
     """Device to check; by default the CPU, and the GPU where there is one."""
+
+
+def _reproduce(argv: list[str]) -> int:
+    from mezo import cli_reproduce
+
+    return cli_reproduce.main(argv)
 
 
 def _demo(argv: list[str]) -> int:

@@ -56,10 +56,11 @@ def _show(result: dict) -> None:
             f"estimated at the start: eps {estimate['eps']:g}, lr {lr} (loss {estimate['loss']:.4f} with noise"
             f" {estimate['loss_noise']:.2g}, slope {estimate['slope']:.3g}, curvature {estimate['curvature']:.3g})"
         )
-    table = Table("rung", "lr", "eps", "steps", "dev loss", "dev accuracy")
+    figures = [key for key in result["best"] if key.startswith("dev_")]
+    table = Table("rung", "lr", "eps", "steps", *(key.replace("_", " ") for key in figures))
     for row in result["rungs"]:
-        loss, accuracy = ("-" if row[key] is None else f"{row[key]:.4f}" for key in ("dev_loss", "dev_accuracy"))
         shown = (str(row["rung"] + 1), f"{row['lr']:g}", f"{row['eps']:g}", str(row["steps"]))
-        table.add_row(*shown, loss if row["failed"] is None else "failed", accuracy)
+        values = ["-" if row[key] is None else f"{row[key]:.4f}" for key in figures]
+        table.add_row(*shown, *(values if row["failed"] is None else ["failed"]))
     console.print(table)
     print(result["command"], file=sys.stdout)

@@ -197,6 +197,8 @@ def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -
     _refuse_output(output_dir)
     adapter = Path(run) / "adapter" if (Path(run) / "adapter").is_dir() else Path(run)
     peft = checkpoint.read_peft_config(adapter)
+    if peft.get("modules_to_save") and form != "peft":
+        raise UserError(f"--format {form}: the adapter has a linear head, which this form cannot hold; use peft")
     if form == "merged":
         merge(peft["base_model_name_or_path"], adapter, Path(output_dir), dtype)
         return
@@ -215,6 +217,8 @@ def import_adapter(adapter: str, output_dir: str) -> None:
     theta = checkpoint.read_adapter(Path(adapter))
     kept = {key: peft[key] for key in ("base_model_name_or_path", "r", "lora_alpha", "target_modules")}
     layers, task = peft.get("layers_to_transform"), peft.get("task_type")
+    if peft.get("modules_to_save"):
+        kept["modules_to_save"] = peft["modules_to_save"]
     plain = {"peft_type": "LORA", "lora_dropout": 0.0, "bias": "none", "inference_mode": True}
     kept |= {"layers_to_transform": layers, "task_type": task, **plain}
     checkpoint.save_adapter(Path(output_dir), kept, theta)

@@ -71,6 +71,9 @@ class Config:
     max_length: int = 512
     """Token budget of a prompt with its longest option; longer texts are cut, the template and the options never."""
 
+    head: Literal["model", "linear"] = "model"
+    """What scores the options: the model's own head, as words; or a linear layer over the mean of an encoder's last
+    hidden states, trained with the adapter from zero: an output a class, which --label-words names."""
     r: int = 8
     """LoRA rank."""
     lora_alpha: int = 16
@@ -322,6 +325,8 @@ def check(config: Config) -> None:
         flat = [name for name in config.objectives if name in ("accuracy", *GENERATED)]
         _require(not flat, f"--true-gradient: {' and '.join(flat)} has no gradient; leave it out")
     _check_rule(config)
+    if config.head == "linear":
+        _check_linear_head(config)
     _require(config.verify_every >= -1, f"--verify-every must be at least -1, got {config.verify_every}")
 
 
@@ -365,6 +370,22 @@ def _check_objective(config: Config) -> None:
     text = any(name in GENERATED for name in objectives)
     _require(text or not config.z_score_rewards, "--z-score-rewards needs f1 or reward in --objective: leave it out")
     _require(all(config.stop), "--stop must not be empty text: leave it out")
+
+
+def _check_linear_head(config: Config) -> None:
+    words = "--head linear needs --label-words, one name a class: ' negative' ' positive'"
+    _require(bool(config.label_words), words)
+    _require(config.runtime == "hf", "--head linear: the engine has no such head; use --runtime hf")
+    _require(not config.num_demonstrations, "--head linear reads no demonstrations: leave --num-demonstrations out")
+    allowed = ("auto", "cross_entropy", "accuracy")
+    _require(
+        set(config.objectives) <= set(allowed),
+        f"--head linear has classes, not words: --objective must be {', '.join(allowed)}; got {config.objective}",
+    )
+    _require(
+        bool(config.prompt or not config.task),
+        f"--head linear: the prompt of task {config.task} asks for words; give --prompt, such as '{{text}}'",
+    )
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,5 +1,6 @@
 """Figures of one or several runs as inline SVG: no file, no script and no address outside the page."""
 
+import functools
 import io
 import re
 from collections.abc import Sequence
@@ -49,7 +50,9 @@ def figures(runs: Sequence[Curves]) -> dict[str, str]:
     """SVG by caption; figures of which no run has anything are left out."""
     drawn = {
         "loss: training, mean of both signs, and dev (dots)": _loss,
-        "dev accuracy": _accuracy,
+        "dev accuracy": functools.partial(_dev, key="accuracy", among="accuracy"),
+        "dev F1 of generated text": functools.partial(_dev, key="f1", among="exact_match"),
+        "dev reward": functools.partial(_dev, key="reward", among="reward"),
         "|projected_grad|, and what is uncertain of it": _projected_grad,
         "cosine of the estimate to the true gradient": _cosine,
         "milliseconds of a training step by part": _parts,
@@ -103,12 +106,19 @@ def _loss(axes, runs) -> bool:
     return _finish(axes, "loss")
 
 
-def _accuracy(axes, runs) -> bool:
-    for run in runs:
-        dev = run.points("dev", "accuracy")
-        if dev:
-            axes.plot(*zip(*dev, strict=True), "o-", markersize=4, linewidth=1, label=run.name)
-    return _finish(axes, "accuracy")
+def _dev(axes, runs, key: str, among: str) -> bool:
+    """A figure of dev, of the runs that have `among` there."""
+    for i, run in enumerate(runs):
+        if run.points("dev", key) and run.points("dev", among):
+            axes.plot(
+                *zip(*run.points("dev", key), strict=True),
+                "o-",
+                markersize=4,
+                linewidth=1,
+                color=f"C{i}",
+                label=run.name,
+            )
+    return _finish(axes, key)
 
 
 def _projected_grad(axes, runs) -> bool:

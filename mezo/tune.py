@@ -16,6 +16,7 @@ from rich.console import Console
 from mezo import checkpoint, commands
 from mezo.checkpoint import RunDirectory, replace_file
 from mezo.config import Config, RunError, UserError
+from mezo.evaluation import best_by
 from mezo.parallel import Ranks
 from mezo.rewards import judges
 from mezo.runtimes.base import Example, Runtime
@@ -24,7 +25,7 @@ from mezo.tasks import with_objective
 from mezo.trajectory import drop_torn_line, read_lines, write_line
 
 AROUND = 0.1, 0.3, 1.0, 3.0  # times the estimated lr: the grid where none is given
-SMOOTH = "cross_entropy", "lm_cross_entropy"
+SMOOTH = {"cross_entropy", "lm_cross_entropy"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +62,10 @@ def tune(
     checkpoint.refuse_existing(config.output_dir)
     config = with_objective(commands.with_adapter_options(config))
     steps = rung_steps(rungs, trial_steps or max(2 ** (rungs - 1), config.steps // 4))
-    if not (grid_lr and grid_eps) and config.objective not in SMOOTH:
+    if not (grid_lr and grid_eps) and not config.objectives.keys() <= SMOOTH:
         raise UserError(f"--objective {config.objective} has no slope to estimate: give --grid-lr and --grid-eps")
+    if config.follows:
+        raise UserError("--engine-arg node_rank: a sweep is run by the first machine; start the others with mezo train")
     for lr in grid_lr or (config.lr,):  # values that cannot be are refused before the model is loaded
         for eps in grid_eps or (config.eps,):
             trial_config(config, steps, "trial", lr, eps)
@@ -144,12 +147,15 @@ def command(config: Config, lr: float, eps: float) -> str:
     return shlex.join(words)
 
 
-def order(rows: Sequence[dict]) -> list[dict]:
-    """Best first: by dev loss, then accuracy; a trial that failed or has no finite loss comes last."""
-    value = lambda row, key: row[key] if row[key] is not None else math.inf  # noqa: E731
-    return sorted(
-        rows, key=lambda row: (row["failed"] is not None, value(row, "dev_loss"), -(row["dev_accuracy"] or 0))
-    )
+def compared_by(config: Config) -> tuple[int, str]:
+    """Which figure of dev ranks trials, and its sign: the loss, or what a run of generated text is for."""
+    return best_by(config) if config.generates else (-1, "loss")
+
+
+def order(rows: Sequence[dict], sign: int = -1, key: str = "loss") -> list[dict]:
+    """Best first: by that figure of dev, then accuracy; a trial that failed or has no finite figure comes last."""
+    value = lambda row: math.inf if row[f"dev_{key}"] is None else -sign * row[f"dev_{key}"]  # noqa: E731
+    return sorted(rows, key=lambda row: (row["failed"] is not None, value(row), -(row["dev_accuracy"] or 0)))
 
 
 def _estimate(config: Config, runtime: Runtime, splits: dict[str, Sequence[Example]]) -> StepSizes:
@@ -177,7 +183,7 @@ def _climb(directory: Path, plan: Plan, runtime: Runtime, splits: dict) -> dict 
                 return None
             rows.append({"rung": number, "trial": name, **plan.trials[name], "steps": steps, **row})
             _append(log, rows[-1])
-        ordered = order([row for row in rows if row["rung"] == number])
+        ordered = order([row for row in rows if row["rung"] == number], *compared_by(config))
         names = [row["trial"] for row in ordered[: math.ceil(len(ordered) / 2)] if row["failed"] is None]
         if not names:
             raise RunError(f"{directory}: every trial failed, the first with: {ordered[0]['failed']}; lower --grid-lr")
@@ -196,16 +202,16 @@ def _run(config: Config, steps: int, runtime: Runtime, splits: dict) -> dict | N
     """Carry a trial on to the end of a rung; its dev scores there, or None after Ctrl-C."""
     for count in (runtime.tokens, runtime.eval_tokens):
         count.scored, count.computed = 0, 0.0
-    run = RunDirectory(Path(config.output_dir))
+    run, figures = RunDirectory(Path(config.output_dir)), {"loss", "accuracy", compared_by(config)[1]}
     try:
         if run.config.is_file():
             commands.carry_on(RunDirectory.open(config.output_dir), config, runtime, splits, until=steps)
         else:
             commands.start(config, runtime, splits, until=steps)
     except RunError as error:
-        return {"dev_loss": None, "dev_accuracy": None, "failed": str(error)}
+        return {**dict.fromkeys(sorted(f"dev_{key}" for key in figures)), "failed": str(error)}
     rows = [row for row in run.read_metrics() if row["split"] == "dev" and row["step"] == steps]
-    return {"dev_loss": rows[0]["loss"], "dev_accuracy": rows[0]["accuracy"], "failed": None} if rows else None
+    return {**{f"dev_{key}": rows[0][key] for key in sorted(figures)}, "failed": None} if rows else None
 
 
 def _append(path: Path, row: dict) -> None:

@@ -6,6 +6,9 @@ from typing import Protocol
 
 import torch
 
+LINEAR_HEAD = "score"
+"""Name of the linear head, which PEFT saves whole beside the adapter (modules_to_save)."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -16,6 +19,7 @@ class Example:
         options: token ids of each answer option; the answer follows the prompt, or fills its mask.
         label: index of the right option.
         mask: position of the mask token in `prompt` (masked language models; one-token options only), else None.
+        pooled: options are outputs of a linear head, ((0,), (1,), ...), over the mean of all positions of `prompt`.
         references: every right answer as text, where text is judged.
         names: what each option says as an answer, where it is judged as text; else ().
         fields: the task's own, where a reward reads them.
@@ -26,6 +30,7 @@ class Example:
     options: tuple[tuple[int, ...], ...]
     label: int
     mask: int | None = None
+    pooled: bool = False
     references: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     fields: Mapping[str, object] = field(default_factory=dict, compare=False)

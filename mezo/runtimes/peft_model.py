@@ -8,10 +8,17 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+)
 
 from mezo.config import Config, UserError
-from mezo.runtimes.base import AdapterSpec
+from mezo.runtimes.base import LINEAR_HEAD, AdapterSpec
 from mezo.runtimes.reuse import KV_FREE
 from mezo.runtimes.rows import RowBatch
 from mezo.runtimes.trunk import ATTENTION, scored
@@ -30,7 +37,7 @@ class AdaptedModel:
         layers: its layers.
         head: hidden states -> logits; it may be adapted as well.
         params: trained parameters by canonical name.
-        causal: True for a decoder, False for a masked language model.
+        causal: True for a decoder, False for an encoder.
         first: index of the lowest layer that must be run: the lowest adapted one, or the last.
         kv_free: no key or value depends on the adapter.
         window: how far back the last layer attends, or None.
@@ -67,21 +74,28 @@ def is_masked(model: str) -> bool:
 def load_adapted(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[AdaptedModel, AdapterSpec]:
     """Load the base model, attach a fresh LoRA adapter, and describe what is trained.
 
+    Under `head` "linear" the base is the bare encoder with a linear layer of that name beside its layers.
+
     Raises:
         UserError: the model cannot be loaded, or has no such layers or modules.
     """
-    causal = not is_masked(config.model)
+    linear = config.head == "linear"
+    causal = not linear and not is_masked(config.model)
     try:
-        auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+        auto = AutoModel if linear else AutoModelForCausalLM if causal else AutoModelForMaskedLM
         base = auto.from_pretrained(config.model, dtype=dtype, attn_implementation=ATTENTION).to(device).eval()
     except (OSError, ValueError) as error:
         raise UserError(f"--model {config.model}: it could not be loaded ({_first_line(error)})") from error
-    body = base.base_model
-    heads = [child for child in base.children() if child is not body]
+    if linear:
+        _check_encoder(base, config)
+        base.pooler = None  # not read, and drawn anew at each load where the checkpoint has none
+    weights, body = _hash(base), base.base_model
+    if linear:
+        _add_linear_head(base, len(config.label_words))
+    heads = [getattr(base, LINEAR_HEAD)] if linear else [child for child in base.children() if child is not body]
     layers = _layers(body, base.config.num_hidden_layers)
     if len(heads) != 1 or layers is None:
         raise UserError(f"--model {config.model}: {type(base).__name__} is not one body of layers and one head")
-    weights = _hash(base)
     lora = _lora_config(config, base, layers, heads[0])
     model = get_peft_model(base, lora, autocast_adapter_dtype=False).eval()
     model.requires_grad_(False)
@@ -89,7 +103,11 @@ def load_adapted(config: Config, device: torch.device, dtype: torch.dtype) -> tu
     bad = [name for name in params if not name.endswith(("lora_A.weight", "lora_B.weight"))]
     if bad:
         raise UserError(f"--target-modules: only linear layers can be adapted, got {bad[0]}")
-    head = next(child for child in base.children() if child is not body)
+    if linear:
+        head = getattr(base, LINEAR_HEAD).modules_to_save["default"]
+        params[f"base_model.model.{LINEAR_HEAD}.weight"] = head.weight  # as PEFT's state dict calls it
+    else:
+        head = next(child for child in base.children() if child is not body)
     adapted = [i for i, layer in enumerate(layers) if any(".lora_" in name for name, _ in layer.named_parameters())]
     last = len(layers) - 1
     kv_free = set(adapted) <= {last} and _adapted_leaves(layers[-1]) <= KV_FREE
@@ -97,6 +115,19 @@ def load_adapted(config: Config, device: torch.device, dtype: torch.dtype) -> tu
     shapes = {name: tuple(p.shape) for name, p in params.items()}
     spec = AdapterSpec(_peft_fields(lora, config.model), shapes, config.model, weights, str(dtype).split(".")[1])
     return AdaptedModel(model, body, layers, head, params, causal, first, kv_free, _window(base.config)), spec
+
+
+def _check_encoder(base: nn.Module, config: Config) -> None:
+    if type(base.config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(base.config, "is_decoder", False):
+        raise UserError(
+            f"--head linear: {config.model} is a {type(base).__name__}, not an encoder; use one, or --head model"
+        )
+
+
+def _add_linear_head(base: nn.Module, classes: int) -> None:
+    """A linear layer without bias, for the mean of an encoder's last hidden states."""
+    head = nn.Linear(base.config.hidden_size, classes, bias=False, dtype=base.dtype)
+    setattr(base, LINEAR_HEAD, head.to(base.device))
 
 
 def head_logits(head: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
@@ -124,7 +155,11 @@ def reference_log_probs(model: nn.Module, batch: RowBatch) -> torch.Tensor:
     )
     found = []
     for ids, mask, positions, targets in parts:
-        logits = scored(model(input_ids=ids, attention_mask=mask).logits, positions)
+        out = model(input_ids=ids, attention_mask=mask)
+        if hasattr(out, "logits"):
+            logits = scored(out.logits, positions)
+        else:
+            logits = getattr(model.get_base_model(), LINEAR_HEAD)(scored(out.last_hidden_state, positions))
         found.append(logits.double().log_softmax(-1).gather(-1, targets).cpu())
     return torch.cat(found)
 
@@ -156,7 +191,7 @@ def _lora_config(config: Config, base: nn.Module, layers: nn.ModuleList, head: n
             )
     path = {module: name for name, module in base.named_modules()}
     linear = {i: [path[m] for m in layer.modules() if isinstance(m, nn.Linear)] for i, layer in enumerate(layers)}
-    head_name = [path[head]] if isinstance(head, nn.Linear) else []
+    head_name = [path[head]] if isinstance(head, nn.Linear) and config.head == "model" else []
     matches = lambda name, target: name == target or name.endswith(f".{target}")  # noqa: E731
     inside = [name for names in linear.values() for name in names]
     for target in targets:
@@ -174,13 +209,15 @@ def _lora_config(config: Config, base: nn.Module, layers: nn.ModuleList, head: n
         layers_to_transform=chosen or None,
         lora_dropout=0.0,
         bias="none",
-        task_type=None if is_masked(config.model) else "CAUSAL_LM",
+        modules_to_save=[LINEAR_HEAD] if config.head == "linear" else None,
+        task_type=None if config.head == "linear" or is_masked(config.model) else "CAUSAL_LM",
         base_model_name_or_path=config.model,
     )
 
 
 def _peft_fields(lora: LoraConfig, model: str) -> dict:
-    return {
+    saved = {"modules_to_save": list(lora.modules_to_save)} if lora.modules_to_save else {}
+    return saved | {
         "peft_type": "LORA",
         "task_type": lora.task_type,
         "base_model_name_or_path": model,

@@ -27,9 +27,16 @@ class Row:
 def rows_of(example: Example) -> list[Row]:
     """One row where every option is a single token (they share the prompt), else one row an option.
 
-    An example without options is never scored; what its row asks for, token 0, serves the proof at the start.
+    An example without options is never scored; what its row asks for, token 0, serves the proof at the start. A pooled
+    one is read at every position: the mean of a linear head's outputs is its output on the mean.
+
+    >>> rows_of(Example((3, 4), ((0,), (1,)), label=0, pooled=True))[0].positions
+    (0, 1)
     """
     options = example.options or ((0,),)
+    if example.pooled:
+        n, outputs = len(example.prompt), tuple(output for (output,) in options)
+        return [Row(example.prompt, tuple(range(n)), (outputs,) * n)]
     if all(len(option) == 1 for option in options):
         position = len(example.prompt) - 1 if example.mask is None else example.mask
         return [Row(example.prompt, (position,), (tuple(option[0] for option in options),))]

@@ -71,6 +71,8 @@ def load_splits(
     """
     if masked is None:
         masked = tokenizer.mask_token is not None
+    pooled = config.head == "linear"
+    masked = masked and not pooled
     config, task = with_objective(config), find_task(config)
     prompt = _prompt(task, config, masked)
     template = Template.parse(prompt.template, prompt.text_field)
@@ -92,8 +94,8 @@ def load_splits(
         }
     if "train" in kept and not (right_alone and config.eval_train):
         kept["train"] = [_right_alone(r) if right_alone else _one_right(r) for r in kept["train"]]
-    judged = {split: _as_judged(own, config) for split, own in kept.items()}
-    return {split: encode(own, template, tokenizer, config.max_length, masked) for split, own in judged.items()}
+    judged, length = {split: _as_judged(own, config) for split, own in kept.items()}, config.max_length
+    return {split: encode(own, template, tokenizer, length, masked, pooled) for split, own in judged.items()}
 
 
 def find_task(config: Config) -> Task:

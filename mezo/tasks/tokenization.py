@@ -19,6 +19,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     masked: bool = False,
+    pooled: bool = False,
 ) -> list[Example]:
     """Tokenise records: option ids = tokens(prompt + option) without their prefix tokens(prompt).
 
@@ -28,6 +29,7 @@ def encode(
         tokenizer: adds its special tokens; those it would append after the prompt are left out before an option.
         max_length: most tokens of a prompt with its longest option; the end of the field `template.cut` gives way.
         masked: the model fills a mask: options are single tokens in its place.
+        pooled: a linear head reads the whole text: options are numbers of its outputs.
 
     Returns:
         One example per record, in order.
@@ -36,13 +38,14 @@ def encode(
         UserError: the template alone exceeds the budget, a token would span prompt and option, two options have the
             same tokens, or the mask is missing or has no single-token option.
     """
-    split = _splitter(template, tokenizer, masked)
+    split = _PooledSplitter(template, tokenizer) if pooled else _splitter(template, tokenizer, masked)
+    alone = masked or pooled  # no option follows the prompt
     records = list(records)
     examples = split(records)
-    while over := [i for i, example in enumerate(examples) if _length(example, masked) > max_length]:
+    while over := [i for i, example in enumerate(examples) if _length(example, alone) > max_length]:
         shorter = _cut(
             [records[i] for i in over],
-            [_length(examples[i], masked) for i in over],
+            [_length(examples[i], alone) for i in over],
             max_length,
             split.template,
             tokenizer,
@@ -51,7 +54,7 @@ def encode(
         for i, record, example in zip(over, shorter, split(shorter), strict=True):
             records[i], examples[i] = record, example
     for record, example in zip(records, examples, strict=True):
-        _check(record, example, tokenizer, _length(example, masked))
+        _check(record, example, tokenizer, _length(example, alone))
     return examples
 
 
@@ -131,13 +134,33 @@ class _MaskedSplitter:
         return self.words[option]
 
 
+class _PooledSplitter:
+    """Text as an encoder sees it, with its special tokens; the options are the numbers of a linear head's outputs."""
+
+    def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase):
+        if template.has_mask:
+            raise UserError(f"--prompt {template.text!r} has {MASK}, but a linear head reads no mask: drop it")
+        self.template, self.tokenizer = template, tokenizer
+
+    def __call__(self, records: Sequence[Record]) -> list[Example]:
+        ids = _token_ids(self.tokenizer, [self.template.render(record.fields) for record in records])
+        empty = next((record.where for record, own in zip(records, ids, strict=True) if not own), None)
+        if empty:
+            raise UserError(f"{empty}: the text has no token: add words to --prompt or remove the line")
+        examples = []
+        for record, own in zip(records, ids, strict=True):
+            outputs = tuple((i,) for i in range(len(record.options)))
+            examples.append(Example(tuple(own), outputs, record.label, pooled=True, **_judged(record)))
+        return examples
+
+
 def _judged(record: Record) -> dict:
     """Fields of an example that judge answers as text."""
     return {"references": record.references, "names": record.names, "fields": record.row, "where": record.where}
 
 
-def _length(example: Example, masked: bool) -> int:
-    return len(example.prompt) + (0 if masked else max(map(len, example.options), default=0))
+def _length(example: Example, alone: bool) -> int:
+    return len(example.prompt) + (0 if alone else max(map(len, example.options), default=0))
 
 
 def _rest(prompt: Ids, joint: Ids, text: str, option: str, where: str) -> Ids:
@@ -193,7 +216,8 @@ def _cut(
 
 
 def _check(record: Record, example: Example, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-    for option, ids in zip(record.options, example.options, strict=True):
+    words = [] if example.pooled else zip(record.options, example.options, strict=True)
+    for option, ids in words:
         if not ids or tokenizer.unk_token_id in ids:
             what = "an unknown token" if ids else "no token"
             raise UserError(f"{record.where}: option {option!r} has {what}: choose a word the tokenizer knows")

@@ -31,6 +31,12 @@ def bench(ops=("perturb", "step"), fraction=0.5):
     return {"machine_info": MACHINE, "benchmarks": [{"extra_info": row} for row in rows]}
 
 
+def study():
+    points = {"step": [20, 40], "training_accuracy": [0.5, 0.6], "abs_projected_grad": [0.1, 0.2]}
+    dev = {"dev_step": [0, 40], "dev_accuracy": [0.5, 0.7], "dev_cross_entropy": [1.1, 0.6]}
+    return {"accuracy objective": {"learning": {"batch_size": 64, "eps": 0.03, "lr": 0.5, "curves": points | dev}}}
+
+
 def draw(folder, **files):
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -86,3 +92,15 @@ def test_steps_and_alternatives_are_drawn_where_they_were_measured(tmp_path):
     assert b"two forward passes" in (tmp_path / "step_batch.svg").read_bytes()
     assert b"batch 4" in (tmp_path / "step_prompt_length.svg").read_bytes()
     assert b"AdamW" in (tmp_path / "alternatives.svg").read_bytes()
+
+
+def test_the_four_curves_of_a_run_on_accuracy(tmp_path):
+    assert draw(tmp_path, growth=growth(), bench=bench(), reproduce_small=study()).returncode == 0
+    drawn = (tmp_path / "reproduce_accuracy_objective.svg").read_text()
+    for title in ("training accuracy", "cross-entropy on dev", "dev accuracy", "|projected_grad|", "lr 0.5"):
+        assert title in drawn
+
+
+def test_reproduced_parts_without_a_curve_draw_nothing(tmp_path):
+    assert draw(tmp_path, growth=growth(), bench=bench(), reproduce_small={"linear": {}}).returncode == 0
+    assert not (tmp_path / "reproduce_accuracy_objective.svg").exists()

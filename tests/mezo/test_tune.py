@@ -84,7 +84,9 @@ def test_the_command_is_the_run_that_was_tuned_for(sweep, tmp_path):
     assert main([*words[1:], "--steps", "2"]) == 0
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     best = {"lr": result["best"]["lr"], "eps": result["best"]["eps"]}
-    wanted = dataclasses.replace(config, **best, steps=2, objective="cross_entropy", output_dir=saved["output_dir"])
+    wanted = dataclasses.replace(
+        config, **best, steps=2, objective="cross_entropy", generate="off", output_dir=saved["output_dir"]
+    )
     assert Config.from_dict(saved) == wanted.absolute()
 
 
@@ -146,6 +148,12 @@ def test_order():
         for loss, accuracy, failed in ((None, None, "it broke"), (None, 0.4, None), (0.5, 0.6, None), (0.5, 0.7, None))
     ]
     assert tune.order(rows) == rows[::-1]
+    text = [{"dev_f1": f1, "dev_accuracy": None, "failed": None} for f1 in (None, 0.1, 0.3)]
+    assert (
+        tune.order(text, *tune.compared_by(Config(model="m", output_dir="o", task="squad", generate="on")))
+        == text[::-1]
+    )
+    assert tune.compared_by(Config(model="m", output_dir="o", task="sst2")) == (-1, "loss")
 
 
 MISTAKES = {

@@ -1,0 +1,133 @@
+"""The decoder's parts of `make reproduce-small`: few-shot runs, and what accuracy as the objective does."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from mezo import checkpoint, commands, demo
+from mezo.assets import demo_splits, fetch_sentences
+from mezo.checkpoint import RunDirectory
+from mezo.config import Config
+from mezo.runtimes.base import Example
+from mezo.runtimes.hf import HFRuntime
+from mezo.runtimes.peft_model import load_tokenizer
+from mezo.tasks import load_splits
+from mezo.trainer import Trainer
+from mezo.trajectory import read_trajectory
+
+SEEDS = (13, 21, 42, 87, 100)
+"""Of data and run: the paper's data seeds."""
+POOLS = {"train": 5000, "dev": 2000, "test": 1000}
+"""Sentences that the examples of a seed are drawn from."""
+SHOTS = {16: {"k_shot": 16}, 512: {"k_shot": 512, "num_dev": 256}}
+"""Examples a class for training; as many for dev, but 128 beside 512."""
+STEPS, NUM_TEST = 3000, 500
+STUDY = {"steps": 1000, "num_train": 512, "num_dev": 200, "num_test": NUM_TEST, "eval_every": 50, "noise": False}
+BATCHES, EPSILONS = (8, 32, 128), (1e-3, 1e-2, 1e-1)
+STILL = 1e-6
+"""A learning rate at which theta stays where it starts: what is counted is a property of that place."""
+LEARNING = {"batch_size": 64, "eps": 3e-2, "lr": 3e-3}
+CURVE = 20
+"""Steps that a point of a curve is the mean of."""
+
+
+def write_pools(folder: Path) -> dict[str, str]:
+    """Write POOLS as JSON lines; return train_file, dev_file and test_file of a `Config`."""
+    files = {}
+    for split, rows in demo_splits(fetch_sentences(), POOLS).items():
+        path = folder / f"{split}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        files[f"{split}_file"] = str(path)
+    return files
+
+
+def mean_std(values: Sequence[float]) -> dict:
+    """Mean, standard deviation of a sample, and the values."""
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": list(values)}
+
+
+def few_shot(scratch: Path) -> dict:
+    """Part (b): the demo's run for each number of shots and seed, an ordinary `mezo train` each."""
+    base = dataclasses.replace(demo.demo_config("it-was", STEPS, scratch / "unused"), **write_pools(scratch))
+    shots = {}
+    for k, options in SHOTS.items():
+        results = []
+        for seed in SEEDS:
+            own = {"data_seed": seed, "seed": seed, "num_test": NUM_TEST, "output_dir": str(scratch / f"{k}-{seed}")}
+            results.append(commands.train(dataclasses.replace(base, **options, **own)))
+        shots[str(k)] = {
+            f"{metric} {when}": mean_std([result["test"][when][metric] for result in results])
+            for metric in ("accuracy", "auc")
+            for when in ("before", "after")
+        } | {"seconds": mean_std([_seconds(result) for result in results])}
+    chosen = ("steps", "batch_size", "lr", "eps", "prompt", "label_words", "target_modules", "layers_to_transform", "r")
+    return {"config": {name: getattr(base, name) for name in chosen} | {"num_test": NUM_TEST}, "shots": shots}
+
+
+def _seconds(result: dict) -> float:
+    parts = ("loading", "cache_filling", "compilation", "training", "evaluation")
+    return sum(result[f"seconds_{part}"] for part in parts)
+
+
+def accuracy_study(scratch: Path) -> dict:
+    """Part (d): the share of zero differences over batch size and eps, and a run that learns; one trunk for all."""
+    base = demo.demo_config("it-was", STUDY["steps"], scratch / "unused")
+    base = dataclasses.replace(base, **write_pools(scratch), **{**STUDY, "objective": "accuracy"})
+    still = dataclasses.replace(base, lr=STILL, eval_every=STUDY["steps"])
+    configs = [
+        dataclasses.replace(still, output_dir=str(scratch / f"{batch}-{eps}"), batch_size=batch, eps=eps)
+        for batch in BATCHES
+        for eps in EPSILONS
+    ]
+    learning = dataclasses.replace(base, output_dir=str(scratch / "learning"), **LEARNING)
+    runtime, splits = load(base)
+    runs = [train_on(runtime, splits, config) for config in (*configs, learning)]
+    rows = [
+        {"batch": c.batch_size, "eps": c.eps, "lr": c.lr, "zero_share": result["zero_gradient_share"]}
+        for c, result in zip(configs, runs[:-1], strict=True)
+    ]
+    return {
+        "steps": STUDY["steps"],
+        "zero_differences": rows,
+        "learning": {
+            **LEARNING,
+            "zero_share": runs[-1]["zero_gradient_share"],
+            "best_step": runs[-1]["best_step"],
+            "test": runs[-1]["test"],
+            "curves": curves(RunDirectory(Path(learning.output_dir))),
+        },
+    }
+
+
+def load(config: Config) -> tuple[HFRuntime, dict[str, list[Example]]]:
+    """What `mezo train` loads; the runtime is prepared."""
+    tokenizer = load_tokenizer(config.model)
+    splits, runtime = load_splits(config, tokenizer, masked=False), HFRuntime(config, tokenizer.pad_token_id or 0)
+    runtime.prepare(splits)
+    return runtime, splits
+
+
+def train_on(runtime: HFRuntime, splits: dict[str, list[Example]], config: Config) -> dict:
+    """The run that `mezo train` makes, on a runtime that is there already: its trunk serves several runs."""
+    header = checkpoint.make_header(config, runtime.spec, splits)
+    runtime.load(checkpoint.initial_theta(header, Path()))
+    run = RunDirectory.create(config.output_dir, config, header)
+    return Trainer(config, runtime, splits, run).train()
+
+
+def curves(run: RunDirectory) -> dict:
+    """Training accuracy and |projected_grad| as means of CURVE steps; accuracy and cross-entropy on dev."""
+    _, records = read_trajectory(run.trajectory)
+    parts = [records[i : i + CURVE] for i in range(0, len(records), CURVE)]
+    mean = lambda part, value: statistics.mean(value(record) for record in part)  # noqa: E731
+    dev = [row for row in run.read_metrics() if row["split"] == "dev"]
+    return {
+        "step": [part[-1].step + 1 for part in parts],
+        "training_accuracy": [-mean(part, lambda r: (r.loss_plus[0] + r.loss_minus[0]) / 2) for part in parts],
+        "abs_projected_grad": [mean(part, lambda r: abs(r.projected_grads[0])) for part in parts],
+        "dev_step": [row["step"] for row in dev],
+        "dev_accuracy": [row["accuracy"] for row in dev],
+        "dev_cross_entropy": [row["loss"] for row in dev],
+    }

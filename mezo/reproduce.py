@@ -1,0 +1,136 @@
+"""Carries a protocol through: a run for each data seed and learning rate, then the published figure beside."""
+
+import dataclasses
+import json
+import os
+import statistics
+from pathlib import Path
+
+from mezo import commands
+from mezo.checkpoint import RunDirectory, replace_file
+from mezo.config import Config, UserError
+from mezo.evaluation import best_by
+from mezo.protocols import PROTOCOLS, Protocol
+from mezo.tasks import find_task, with_objective
+
+
+def find(name: str) -> Protocol:
+    """The protocol of a name; UserError if there is none."""
+    if name not in PROTOCOLS:
+        raise UserError(f"mezo reproduce {name}: no such protocol; choose from {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
+def configs(protocol: Protocol, output_dir: str, changes: dict, seeds: tuple[int, ...] = ()) -> list[list[Config]]:
+    """The runs of a protocol: a list for each data seed, in it one for each learning rate.
+
+    Args:
+        protocol: what to run.
+        output_dir: of all; each run has a directory in it.
+        changes: options of a run that replace the protocol's, such as steps, model or files. A file of one's own is
+            taken whole: numbers of dev and test examples hold for the hub's splits.
+        seeds: data seeds; () are the protocol's.
+    """
+    steps = changes.get("steps", protocol.steps)
+    data = dict(protocol.data)
+    for split in ("train", "dev", "test"):
+        if changes.get(f"{split}_file"):
+            data.pop(f"num_{split}", None)
+    common = {
+        "model": protocol.model,
+        "task": protocol.task,
+        **data,
+        "eps": protocol.eps,
+        "weight_decay": protocol.weight_decay,
+        "batch_size": protocol.batch_size,
+        "steps": steps,
+        "eval_every": max(1, steps // protocol.evaluations),
+        **changes,
+    }
+    folder = lambda seed, lr: str(Path(output_dir) / f"seed-{seed}-lr-{lr}")  # noqa: E731
+    return [
+        [Config(**common, data_seed=seed, seed=seed, lr=lr, output_dir=folder(seed, lr)) for lr in protocol.lrs]
+        for seed in seeds or protocol.data_seeds
+    ]
+
+
+def run(protocol: Protocol, output_dir: str, changes: dict, seeds: tuple[int, ...] = ()) -> dict | None:
+    """Do what is left of a protocol's runs and choose among them; arguments as `configs`'.
+
+    Returns:
+        What result.json in `output_dir` holds; None if Ctrl-C stopped a run.
+    Raises:
+        UserError: before anything is written; or a run directory holds another run.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("mezo reproduce runs in one process: start it without torchrun, or its runs with mezo train")
+    rows = []
+    grid = configs(protocol, output_dir, changes, seeds)
+    for config in (config for own in grid for config in own):
+        _refuse_other(config)
+    for own in grid:
+        results = []
+        for config in own:
+            result = _carry_through(config)
+            if result is None:
+                return None
+            results.append(result)
+        rows.append(_best(own, results))
+    scores = [100 * row["test"] for row in rows]
+    found = {
+        "protocol": dataclasses.asdict(protocol),
+        "changes": changes,
+        "seeds": rows,
+        "mean": statistics.mean(scores),
+        "std": statistics.stdev(scores) if len(scores) > 1 else None,
+    }
+    replace_file(Path(output_dir) / "result.json", json.dumps(found, indent=2).encode())
+    return found
+
+
+def _refuse_other(config: Config) -> None:
+    directory = RunDirectory(Path(config.output_dir))
+    wanted = with_objective(commands.with_adapter_options(config).absolute())
+    if directory.path.exists() and directory.read_config() != wanted:
+        raise UserError(f"{directory.path} holds a run with other options: choose another --output-dir")
+
+
+def _carry_through(config: Config) -> dict | None:
+    directory = RunDirectory(Path(config.output_dir))
+    if directory.result.is_file():
+        return directory.read_result()
+    return commands.resume(str(directory.path)) if directory.path.exists() else commands.train(config)
+
+
+def _best(own: list[Config], results: list[dict]) -> dict:
+    """The run of a data seed that dev prefers, by the figure that chooses a run's best step; the first of equals."""
+    sign, chosen_by = best_by(with_objective(own[0]))
+    score = lambda result: max(sign * row[chosen_by] for row in result["dev"] if row[chosen_by] is not None)  # noqa: E731
+    at, metric = max(range(len(own)), key=lambda i: (score(results[i]), -i)), find_task(own[0]).metric
+    return {
+        "data_seed": own[at].data_seed,
+        "lr": own[at].lr,
+        "best_step": results[at]["best_step"],
+        "dev": sign * score(results[at]),
+        "test_before": results[at]["test"]["before"][metric],
+        "test": results[at]["test"]["after"][metric],
+    }
+
+
+def departures(found: dict) -> list[str]:
+    """What of a result is not as published, a line each.
+
+    >>> departures({"protocol": {"steps": 100, "data_seeds": (1, 2), "differs": "no head"},
+    ...             "changes": {"steps": 20}, "seeds": [{"data_seed": 1}]})
+    ['no head', 'steps 20 (published: 100)', 'data seeds 1 (published: 1, 2)']
+    """
+    protocol, listed = found["protocol"], lambda seeds: ", ".join(map(str, seeds))
+    lines = [protocol["differs"]]
+    for name, value in found["changes"].items():
+        published = protocol.get(name)
+        if value != published:
+            lines.append(f"{name} {value}" + (f" (published: {published})" if published is not None else ""))
+    seeds = [row["data_seed"] for row in found["seeds"]]
+    if seeds != list(protocol["data_seeds"]):
+        lines.append(f"data seeds {listed(seeds)} (published: {listed(protocol['data_seeds'])})")
+    return lines
