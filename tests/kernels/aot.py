@@ -235,7 +235,8 @@ def variants_of_a_run() -> dict[str, int]:
         updates = [(seed, 0.0, 1.0), (seed, 1.0, 0.5), *[(seed, 0.1, 1.0)] * 14][: 1 + seed % 16]
         perturb(layout, seed=seed, scale=seed / 2**60)
         step(layout, [FP32] * len(layout.tensors), updates, [seed] * (1 + seed % 2), eps=seed + 1.0)
-        rule = mk.Rule("adam", *((0.5, 0.25) if seed % 2 else (0.9, 0.0)), eps=1e-8 * (1 + seed % 4), l2=float(seed % 3))
+        betas = (0.5, 0.25) if seed % 2 else (0.9, 0.0)
+        rule = mk.Rule("adam", *betas, eps=1e-8 * (1 + seed % 4), l2=float(seed % 3))
         rule_step(layout, [FP32] * len(layout.tensors), rule, len(updates), seed, [seed] * (1 + seed % 2), seed + 1.0)
         squares(layout, seed)
         ops.standard_normal(seed, seed % 2**32, 4 * (seed % 2**60), 4096 + 4 * (seed % 5), "normal", "cpu")
