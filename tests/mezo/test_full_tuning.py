@@ -1,4 +1,4 @@
-"""Runs of --tuning full on tiny models: the model they leave, that they resume and replay to the bit, what is refused."""
+"""Runs of --tuning full on tiny models: the model they leave, resume and replay to the bit, what is refused."""
 
 import dataclasses
 import json
@@ -183,7 +183,8 @@ def test_the_loss_falls_and_the_gradient_is_looked_at(tiny_options):
 def test_a_model_is_replaced_whole_and_what_it_replaces_is_gone(tiny_options):
     config = Config(**{**tiny_options, **FULL, "steps": 10, "eval_every": 1})
     commands.train(config)
-    assert sum(json.loads(line).get("is_best", False) for line in Path(config.output_dir, "metrics.jsonl").open()) > 1
+    rows = map(json.loads, Path(config.output_dir, "metrics.jsonl").read_text().splitlines())
+    assert sum(row.get("is_best", False) for row in rows) > 1
     assert not [path.name for path in Path(config.output_dir).iterdir() if path.name.startswith("model.")]
 
 

@@ -77,7 +77,6 @@ def test_a_tied_parameter_is_perturbed_once_and_rounded_once(family, dtype):
     built = runtime(model, examples(3, name in ENCODERS), dtype=dtype)
     by_hand = plain(name, model, getattr(torch, dtype))
     assert list(built.spec.shapes) == [own for own, _ in by_hand.named_parameters()]
-    assert sum(p.shape == (64, 32) or p.shape == (64, 16) for p in built.params) == 1 + (name == "llama") * 0
     built.step([], seeds=[7], eps=EPS, watch=True)
     assert built.verify() is None
     for copy, scale in ((built.plus, EPS), (built.minus, -EPS)):
@@ -132,9 +131,7 @@ def test_a_model_of_two_dtypes_is_refused(tmp_path_factory):
     kept = AutoModelForCausalLM.from_pretrained(model).__class__
     before, kept._keep_in_fp32_modules_strict = kept._keep_in_fp32_modules_strict, {"norm"}
     try:
-        with pytest.raises(
-            UserError, match=r"--tuning full: .*norm.weight in torch.float32, the rest in torch.bfloat16"
-        ):
+        with pytest.raises(UserError, match=r"holds .*norm.weight in torch.float32, the rest in torch.bfloat16"):
             load_parts(config, torch.device("cpu"), torch.bfloat16)
     finally:
         kept._keep_in_fp32_modules_strict = before
@@ -143,12 +140,8 @@ def test_a_model_of_two_dtypes_is_refused(tmp_path_factory):
 def test_rows_of_a_large_theta_are_compared_in_turn(monkeypatch):
     """Every element is compared within a few watched steps, and a wrong one is named by its place in the whole."""
     monkeypatch.setattr(theta_module, "WATCHED", 60)
-    params = {
-        "matrix": torch.ones(20, 5),
-        "vector": torch.ones(40),
-        "cube": torch.ones(2, 3, 4),
-        "scalar": torch.ones(()),
-    }
+    shapes = {"matrix": (20, 5), "vector": (40,), "cube": (2, 3, 4), "scalar": ()}
+    params = {name: torch.ones(shape) for name, shape in shapes.items()}
     watched, places = PerturbedTheta(ParamLayout(params), []), set()
     for turn in range(10):
         watched.step([StepUpdate([turn], [0.5], 0.9)], [], 1.0, watch=True)
