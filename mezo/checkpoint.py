@@ -211,6 +211,8 @@ def read_peft_config(directory: str | Path) -> dict:
 def adapter_options(directory: str | Path) -> dict:
     """The options of `mezo train` that adapter_config.json fixes. Raises UserError if the adapter is not plain LoRA."""
     if (Path(directory) / "trajectory.jsonl").is_file():
+        if (Path(directory) / "model").is_dir():
+            raise UserError(f"--adapter {directory} trained a whole model: give --model {Path(directory) / 'model'}")
         raise UserError(f"--adapter {directory} is a run directory: give {Path(directory) / 'adapter'}")
     peft = read_peft_config(directory)
     check_plain_lora(peft, str(directory))

@@ -117,6 +117,8 @@ def test_eval_and_export_take_the_run(finished, tmp_path, capsys):
     for form in ("peft", "sglang"):
         with pytest.raises(UserError, match=f"--format {form}: .* there is no adapter; use merged"):
             commands.export(str(run), str(tmp_path / form), form)
+    with pytest.raises(UserError, match=r"trained a whole model: give --model .*/model"):
+        checkpoint.adapter_options(run)
     assert main(["report", str(run)]) == 0
     assert "adapter" not in capsys.readouterr().out
 
