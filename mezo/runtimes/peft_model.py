@@ -74,8 +74,8 @@ def is_masked(model: str) -> bool:
 
 def load_base(model: str, dtype: torch.dtype | str, bare: bool = False) -> nn.Module:
     """A model with its head, or `bare`, on the CPU in eval mode. Raises UserError if it cannot be loaded."""
+    auto = AutoModel if bare else AutoModelForMaskedLM if is_masked(model) else AutoModelForCausalLM
     try:
-        auto = AutoModel if bare else AutoModelForMaskedLM if is_masked(model) else AutoModelForCausalLM
         return auto.from_pretrained(model, dtype=dtype, attn_implementation=ATTENTION).eval()
     except (OSError, ValueError) as error:
         raise UserError(f"--model {model}: it could not be loaded ({_first_line(error)})") from error
