@@ -105,8 +105,10 @@ def load_parts(config: Config, device: torch.device, dtype: torch.dtype) -> tupl
     attach = {"lora": _with_lora, "full": _with_own_parameters}[config.tuning]
     model, params, peft = attach(config, base, layers, heads[0])
     model.requires_grad_(False)
-    if not linear:
-        heads = [child for child in base.children() if child is not body]  # an adapted head is another module
+    if linear:
+        head = getattr(base, LINEAR_HEAD).modules_to_save["default"]
+    else:
+        head = next(child for child in base.children() if child is not body)  # an adapted one is another module
     trained = set(map(id, params.values()))
     touched = [i for i, layer in enumerate(layers) if not trained.isdisjoint(map(id, layer.parameters()))]
     last = len(layers) - 1
@@ -114,7 +116,7 @@ def load_parts(config: Config, device: torch.device, dtype: torch.dtype) -> tupl
     first = min(touched, default=last)
     shapes = {name: tuple(p.shape) for name, p in params.items()}
     spec = TrainedSpec(peft, shapes, config.model, weights, str(dtype).split(".")[1])
-    return ModelParts(model, body, layers, heads[0], params, causal, first, kv_free, _window(base.config)), spec
+    return ModelParts(model, body, layers, head, params, causal, first, kv_free, _window(base.config)), spec
 
 
 Attached = tuple[nn.Module, dict[str, nn.Parameter], dict | None]
