@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.rewards import reward_hash
-from mezo.runtimes.base import LINEAR_HEAD, AdapterSpec, Example, update_of
+from mezo.runtimes.base import LINEAR_HEAD, Example, TrainedSpec, update_of
 from mezo.runtimes.rule import UpdateRule
 from mezo.runtimes.theta import PerturbedTheta
 from mezo.trajectory import StepRecord, drop_torn_line, header, read_lines, read_trajectory
@@ -38,7 +38,8 @@ class RunDirectory:
         self.path = path
         self.config, self.trajectory = path / "config.json", path / "trajectory.jsonl"
         self.metrics, self.result = path / "metrics.jsonl", path / "result.json"
-        self.adapter, self.plots, self.tensorboard = path / "adapter", path / "plots", path / "tensorboard"
+        self.adapter, self.model = path / "adapter", path / "model"
+        self.plots, self.tensorboard = path / "plots", path / "tensorboard"
         self.launch = path / ".launch"
         self._lock = None
 
@@ -210,6 +211,8 @@ def read_peft_config(directory: str | Path) -> dict:
 def adapter_options(directory: str | Path) -> dict:
     """The options of `mezo train` that adapter_config.json fixes. Raises UserError if the adapter is not plain LoRA."""
     if (Path(directory) / "trajectory.jsonl").is_file():
+        if (Path(directory) / "model").is_dir():
+            raise UserError(f"--adapter {directory} trained a whole model: give --model {Path(directory) / 'model'}")
         raise UserError(f"--adapter {directory} is a run directory: give {Path(directory) / 'adapter'}")
     peft = read_peft_config(directory)
     check_plain_lora(peft, str(directory))
@@ -238,9 +241,9 @@ def data_hash(splits: dict[str, Sequence[Example]]) -> str:
     return digest.hexdigest()
 
 
-def make_header(config: Config, spec: AdapterSpec, splits: dict[str, Sequence[Example]]) -> dict:
+def make_header(config: Config, spec: TrainedSpec, splits: dict[str, Sequence[Example]]) -> dict:
     """Header of a new run's log."""
-    init = {"kind": "stream"}
+    init = {"kind": "stream" if spec.peft else "base"}
     if config.adapter:
         digest = hashlib.sha256((Path(config.adapter) / WEIGHTS).read_bytes()).hexdigest()
         init = {"kind": "file", "file": INITIAL, "sha256": digest}
@@ -251,12 +254,22 @@ def make_header(config: Config, spec: AdapterSpec, splits: dict[str, Sequence[Ex
 
 
 def initial_theta(first_line: dict, path: Path) -> dict[str, torch.Tensor]:
-    """theta_0 of a run: lora_A from the z stream and lora_B zero, or the adapter file at `path` it started from."""
-    shapes = {name: tuple(shape) for name, shape in first_line["shapes"].items()}
-    if first_line["init"]["kind"] == "file":
+    """theta_0 of a run, on the CPU.
+
+    lora_A from the z stream and lora_B zero; or the adapter file at `path` it started from; or, where the base itself
+    is trained, its own parameters in its dtype, loaded from where the run found them. The first two are float32.
+    """
+    shapes, kind = {name: tuple(shape) for name, shape in first_line["shapes"].items()}, first_line["init"]["kind"]
+    if kind == "base":
+        from mezo.runtimes.full_model import read_parameters
+
+        return read_parameters(first_line["model"], first_line["dtype"], first_line["model_hash"])
+    if kind == "file":
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != first_line["init"]["sha256"]:
             raise UserError(f"{path}: the adapter this run started from is missing or differs (SHA-256); restore it")
         return load_adapter(path, shapes)
+    if kind != "stream":
+        raise UserError(f"the log starts from {kind!r}, which this program does not know; use the one that wrote it")
     seed = first_line["run_seed"]
     return {n: lora_init(seed, n, s) if n.endswith("lora_A.weight") else torch.zeros(s) for n, s in shapes.items()}
 
@@ -282,8 +295,8 @@ def replay(path: str | Path, until: str = "best", backend: str | None = None) ->
     """Rebuild theta of a run from its log.
 
     Args:
-        path: run directory; only its logs are read (and the adapter it started from, if there was one).
-        until: "best" (what adapter/ holds), "last", or a number of steps.
+        path: run directory; only its logs are read, and the adapter or model that it started from, if there was one.
+        until: "best" (what the run kept), "last", or a number of steps.
         backend: of the fused ops.
     Returns:
         (theta, header, steps applied).
@@ -298,7 +311,7 @@ def replay(path: str | Path, until: str = "best", backend: str | None = None) ->
         raise UserError(f"--until must be best, last or a number of steps from 0 to {len(records)}, got {until}")
     steps = len(records) if until == "last" else best if until == "best" else int(until)
     steps = len(records) if steps is None else steps
-    theta = initial_theta(first_line, directory / INITIAL)
+    theta = {name: tensor.float() for name, tensor in initial_theta(first_line, directory / INITIAL).items()}
     rebuilt = PerturbedTheta(ParamLayout(theta), [], backend, UpdateRule.of_header(first_line))
     replay_records(rebuilt.step, records[:steps])
     return theta, first_line, steps

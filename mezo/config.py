@@ -56,6 +56,9 @@ class Config:
     max_length: int = 512
     """Token budget of a prompt with its longest option; longer texts are cut, the template and the options never."""
 
+    tuning: Literal["lora", "full"] = "lora"
+    """What is trained: a LoRA adapter, or every parameter of the model (hf; 12 bytes each in float32, 8 in 16 bits, and
+    in the paper eps 1e-3 and lr 1e-7 to 1e-5), which leaves a model/ of its own instead of adapter/."""
     head: Literal["model", "linear"] = "model"
     """What scores the options: the model's own head, as words; or a linear layer over the mean of an encoder's last
     hidden states, trained with the adapter from zero: an output a class, which --label-words names."""

@@ -10,6 +10,8 @@ SCORED = ("cross_entropy", "lm_cross_entropy", "accuracy")
 """Objectives that option scores decide."""
 GENERATED = ("f1", "reward")
 """Objectives that generated text decides."""
+LORA = ("r", "lora_alpha", "target_modules", "layers_to_transform", "adapter")
+"""Options of LoRA adapters alone."""
 STATEFUL = ("momentum", "adam", "adamw", "sign")
 """Update rules that act once on a step's whole estimate; the first three keep state."""
 FLOAT32 = (1.1754943508222875e-38, 3.4028234663852886e38)  # smallest normal and largest number
@@ -77,6 +79,8 @@ def check(config) -> None:
         require(not flat, f"--true-gradient: {' and '.join(flat)} has no gradient; leave it out")
     if config.head == "linear":
         _check_linear_head(config)
+    if config.tuning == "full":
+        _check_full(config)
     _check_rule(config)
     require(config.verify_every >= -1, f"--verify-every must be at least -1, got {config.verify_every}")
 
@@ -136,6 +140,17 @@ def _check_linear_head(config) -> None:
         bool(config.prompt or not config.task),
         f"--head linear: the prompt of task {config.task} asks for words; give --prompt, such as '{{text}}'",
     )
+
+
+def _check_full(config) -> None:
+    require(config.runtime == "hf", "--tuning full: the engine's slots hold LoRA adapters; use --runtime hf")
+    for name in LORA:
+        value, flag = getattr(config, name), "--" + name.replace("_", "-")
+        own = value == getattr(type(config), name)
+        require(own, f"{flag} {value} is of LoRA, --tuning full trains every parameter: leave it out")
+    require(config.head == "model", "--head linear is trained beside an adapter: use --tuning lora with it")
+    cache = config.trunk_cache
+    require(cache in ("auto", "off"), f"--trunk-cache {cache}: --tuning full trains every layer; use auto or off")
 
 
 def engine_argument(text: str) -> tuple[str, str]:

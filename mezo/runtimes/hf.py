@@ -3,14 +3,16 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.runtimes.base import Example, StepUpdate, TokenCount
+from mezo.runtimes.full_model import save_model
 from mezo.runtimes.generation import Writing, greedy, refuse_too_long
-from mezo.runtimes.peft_model import head_logits, load_adapted, reference_log_probs
+from mezo.runtimes.peft_model import head_logits, load_parts, reference_log_probs
 from mezo.runtimes.rows import RowBatch, option_scores, rows_of
 from mezo.runtimes.rule import UpdateRule
 from mezo.runtimes.theta import PerturbedTheta
@@ -18,6 +20,7 @@ from mezo.runtimes.trunk import GROUP, Trunk, no_cache, scored
 from mezo_kernels import ParamLayout, available_backends, lora_init
 
 PROOF_EXAMPLES = 3  # besides the longest
+PROOF_NOISE = 1e-3  # standard deviation of what is added to a base that is trained itself
 PROOF_TOLERANCE = 1e-4  # on option log-probabilities in float32; shapes differ, so sums are ordered differently
 
 
@@ -25,7 +28,8 @@ class HFRuntime:
     """transformers + PEFT on one device; implements `mezo.runtimes.base.Runtime`.
 
     The float32 master and the two perturbed copies lie beside the model; a copy is put to use by pointing the
-    adapter's parameters at it, so nothing is copied and nothing is ever restored by arithmetic.
+    trained parameters at it, so nothing is copied and nothing is ever restored by arithmetic. Where the base itself
+    is trained nothing else is left of it: 12 bytes a parameter in float32, 8 in 16 bits.
     """
 
     pairs = 1
@@ -35,12 +39,14 @@ class HFRuntime:
         self.dtype = _dtype(config.dtype, self.device)
         self.backend = None if config.backend == "auto" else config.backend
         _check_backend(self.backend, self.device)
-        self.parts, self.spec = load_adapted(config, self.device, self.dtype)
+        self.parts, self.spec = load_parts(config, self.device, self.dtype)
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
         self.pad, self.config = pad, config
         self.params = list(self.parts.params.values())
+        self.whole = self.spec.peft is None
         empty = lambda dtype: [torch.zeros_like(p, dtype=dtype) for p in self.params]  # noqa: E731
-        self.master = ParamLayout(dict(zip(self.spec.shapes, empty(torch.float32), strict=True)))
+        start = [p.data.float() for p in self.params] if self.whole else empty(torch.float32)
+        self.master = ParamLayout(dict(zip(self.spec.shapes, start, strict=True)))
         self.plus, self.minus = self.master.like(empty(self.dtype)), self.master.like(empty(self.dtype))
         rule = UpdateRule.of(config, self.master.names)
         self.perturbed = PerturbedTheta(self.master, [(self.plus, self.minus)], self.backend, rule)
@@ -179,6 +185,11 @@ class HFRuntime:
             self.parts.model.requires_grad_(False)
         return {name: g.float().cpu() for name, g in zip(self.master.names, grads, strict=True)}
 
+    def save_model(self, directory: Path) -> None:
+        """See `Runtime.save_model`."""
+        self._point([t.to(self.dtype) for t in self.master.tensors])
+        save_model(self.parts.model, self.config.model, directory)
+
     def describe(self) -> str:
         """See `Runtime.describe`."""
         n, layers = self.master.n_elements, len(self.parts.layers)
@@ -188,7 +199,8 @@ class HFRuntime:
             cache = f"trunk cache on {self.trunk.storage} ({self.trunk.nbytes / 2**20:.0f} MiB; runs {kind})"
             if self.trunk.full:
                 cache += "; it is full and computes rows again: raise --trunk-cache-bytes"
-        return f"{n:,} LoRA parameters, {self.dtype} base on {self.device}, {cache}"
+        what = "parameters, all of the model's" if self.whole else "LoRA parameters"
+        return f"{n:,} {what}, {self.dtype} base on {self.device}, {cache}"
 
     def close(self) -> None:
         """See `Runtime.close`."""
@@ -267,11 +279,11 @@ class HFRuntime:
 
     @torch.no_grad()
     def _prove(self, flag: str, remedy: str) -> None:
-        """Compare scores with the model's own forward pass on the longest rows, at an adapter that changes them."""
+        """Compare scores with the model's own forward pass on the longest rows, at a theta that changes them."""
         split, indices = self._hardest()
         rows = [row for i in indices for row in self.rows[split][i]]
         batch = RowBatch.of(rows, self.pad, self.device)
-        # kept under one adapter, used under another, as in training
+        # kept under one theta, used under another, as in training
         self._point_at_noise(seed=0)
         run = self._hidden(split, indices, batch)[0]
         self._point_at_noise(seed=1)
@@ -298,6 +310,10 @@ class HFRuntime:
         return split, sorted({longest[split], *range(min(PROOF_EXAMPLES, len(self.rows[split])))})
 
     def _point_at_noise(self, seed: int) -> None:
+        if self.whole:
+            self.perturbed.step([], [seed], PROOF_NOISE)
+            self._use(self.plus)
+            return
         noise = (lora_init(seed, name, shape) for name, shape in self.spec.shapes.items())
         self._point([tensor.to(self.device, self.dtype) for tensor in noise])
 
