@@ -19,6 +19,7 @@ from mezo_kernels.philox import check_seed, philox_4x32
 PROMPT = "prompt_embeddings"
 """Name of the trained tensor, which PEFT's files give it."""
 VOCABULARY = 0x766F6361  # "voca": the stream word of the counter that draws tokens
+ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers that keep keys and values
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,9 @@ def _keys_and_values(body: nn.Module, ids: list[int]) -> list[torch.Tensor]:
     """Keys and values of each layer in turn, (1, heads, len(ids), head_dim), checked to be of one shape."""
     if "past_key_values" not in inspect.signature(body.forward).parameters:
         raise UserError(_unfit(body, "it takes no keys and values"))
+    others = sorted(set(getattr(body.config, "layer_types", None) or ()) - ATTENTIONS)
+    if others:
+        raise UserError(_unfit(body, f"it has layers of {others[0]}"))
     cache = DynamicCache()
     body(input_ids=torch.tensor([ids], device=body.device), past_key_values=cache)
     parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
