@@ -14,10 +14,13 @@ from mezo.checkpoint import INITIAL, RunDirectory, load_adapter, read_adapter, s
 from mezo.cli import main
 from mezo.config import Config
 from mezo.errors import UserError
+from mezo.protocols import PROTOCOLS
+from mezo.reproduce import configs
 from mezo.runtimes.peft_model import load_tokenizer
 from mezo.runtimes.prefix import PROMPT
 from mezo.tasks import load_splits
 from mezo.trajectory import read_trajectory
+from tests.mezo.test_parallel import torchrun
 from tests.tiny_models import save
 
 LORA = ("target_modules", "layers_to_transform")
@@ -181,3 +184,23 @@ def test_what_a_prefix_cannot_be_is_refused(config, changes, message):
 def test_a_model_has_no_prefix_to_score(config):
     with pytest.raises(UserError, match="there is no prefix to score; leave it out"):
         commands.evaluate(config, None)
+
+
+def test_ranks_that_share_perturbations_are_one_process_to_the_bit(config, tmp_path, as_flags):
+    one = dataclasses.replace(config, steps=12, eval_every=6, num_perturbations=2, parallel="perturbations")
+    several = dataclasses.replace(one, output_dir=str(tmp_path / "several"))
+    commands.train(one)
+    done = torchrun(several, 2, as_flags)
+    assert done.returncode == 0, done.stderr
+    assert log_of(several) == log_of(one)
+    assert same_bits(adapter_of(several), adapter_of(one)) is None
+
+
+def test_the_published_runs_are_those_of_the_paper():
+    masked, text = (configs(PROTOCOLS[f"{n}-prefix"], "unused", {})[0] for n in ("roberta-mnli-k512", "opt13b-drop"))
+    assert [config.lr for config in masked] == [1e-2, 5e-3, 1e-3]
+    assert [config.lr for config in text] == [5e-2, 1e-2, 5e-3]
+    for config in (*masked, *text):
+        assert (config.tuning, config.num_prefix_tokens, config.eps, config.weight_decay) == ("prefix", 5, 0.1, 0.0)
+    assert (PROTOCOLS["roberta-mnli-k512-prefix"].mean, PROTOCOLS["opt13b-rte-prefix"].mean) == (79.8, 70.8)
+    assert PROTOCOLS["opt13b-squad"].lrs == (1e-4, 5e-5, 1e-5)
