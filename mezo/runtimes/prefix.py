@@ -80,7 +80,9 @@ def real_activations(body: nn.Module, ids: list[int]) -> torch.Tensor:
     return torch.stack(parts, 1).reshape(len(ids), -1).float().cpu()
 
 
-def attach_prefix(base: nn.Module, body: nn.Module, n_layers: int, tokens: int, model: str, causal: bool):
+def attach_prefix(
+    base: nn.Module, body: nn.Module, n_layers: int, tokens: int, model: str, causal: bool
+) -> tuple[nn.Module, nn.Parameter, dict]:
     """A PEFT model of a base with a prefix of zeros.
 
     Args:
