@@ -238,7 +238,7 @@ def _export(argv: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _ImportOptions:
-    """Make a LoRA adapter from elsewhere (any dtype) ready for `mezo train --adapter`."""
+    """Make an adapter from elsewhere (LoRA or prefix, any dtype) ready for `mezo train --adapter`."""
 
     adapter: tyro.conf.Positional[str]
     """PEFT adapter directory."""

@@ -53,11 +53,13 @@ def start(
 ) -> dict | None:
     """`train` on what is loaded already, which took so many seconds."""
     ranks = ranks or Ranks()
-    header = checkpoint.make_header(config, runtime.spec, splits)
-    initial = Path(config.adapter) / checkpoint.WEIGHTS
+    initial = checkpoint.starting_file(config, runtime)
+    header = checkpoint.make_header(config, runtime.spec, splits, initial)
     runtime.load(checkpoint.initial_theta(header, initial))
+    if initial is not None and ranks.size > 1:
+        ranks.check_equal(runtime.theta(), 0)
     if ranks.leads:
-        run = RunDirectory.create(config.output_dir, config, header, initial if config.adapter else None)
+        run = RunDirectory.create(config.output_dir, config, header, initial)
     else:
         run = RunDirectory(Path(config.output_dir))
     trainer = Trainer(config, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
@@ -168,6 +170,8 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
         As `evaluate_split`, by split; with num_demonstrations train gives these and is not scored.
     """
     config = dataclasses.replace(with_objective(config), trunk_cache="off", eval_test=True, eval_train=True)
+    if adapter is None and config.tuning == "prefix":
+        raise UserError("--tuning prefix: without a run or an adapter there is no prefix to score; leave it out")
     if config.follows:
         raise UserError("--engine-arg node_rank: only mezo train runs on several machines; use one, or --runtime hf")
     with loaded(config) as (runtime, splits, _):
@@ -219,6 +223,8 @@ def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -
         return
     adapter = Path(run) / "adapter" if (Path(run) / "adapter").is_dir() else Path(run)
     peft = checkpoint.read_peft_config(adapter)
+    if checkpoint.is_prefix(peft) and form != "peft":
+        raise UserError(f"--format {form}: the adapter is a prefix, which is no change of weights; use peft")
     if peft.get("modules_to_save") and form != "peft":
         raise UserError(f"--format {form}: the adapter has a linear head, which this form cannot hold; use peft")
     if form == "merged":
@@ -232,11 +238,14 @@ def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -
 
 
 def import_adapter(adapter: str, output_dir: str) -> None:
-    """Turn a LoRA adapter made elsewhere into one that `--adapter` starts from: float32, canonical names, checked."""
+    """Turn an adapter made elsewhere into one that `--adapter` starts from: float32, canonical names, checked."""
     _refuse_output(output_dir)
     peft = checkpoint.read_peft_config(adapter)
-    checkpoint.check_plain_lora(peft, adapter)
+    checkpoint.check_trainable(peft, adapter)
     theta = checkpoint.read_adapter(Path(adapter))
+    if checkpoint.is_prefix(peft):
+        checkpoint.save_adapter(Path(output_dir), {**peft, "prefix_projection": False, "inference_mode": True}, theta)
+        return
     kept = {key: peft[key] for key in ("base_model_name_or_path", "r", "lora_alpha", "target_modules")}
     layers, task = peft.get("layers_to_transform"), peft.get("task_type")
     if peft.get("modules_to_save"):

@@ -138,6 +138,12 @@ class Runtime(Protocol):
         The perturbed copies are stale until `step`.
         """
 
+    def initial_theta(self, run_seed: int) -> dict[str, torch.Tensor]:
+        """theta_0 of a new run where the model at hand decides it, float32, on the CPU, by canonical name.
+
+        The hf runtime's alone, of --tuning prefix; elsewhere the header of the log says what theta_0 is.
+        """
+
     def theta(self) -> dict[str, torch.Tensor]:
         """Copies of theta on the CPU, float32, by canonical name."""
 

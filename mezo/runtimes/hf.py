@@ -12,7 +12,8 @@ from mezo.errors import UserError
 from mezo.runtimes.base import Example, StepUpdate, TokenCount
 from mezo.runtimes.full_model import save_model
 from mezo.runtimes.generation import Writing, greedy, refuse_too_long
-from mezo.runtimes.peft_model import head_logits, load_parts, reference_log_probs
+from mezo.runtimes.peft_model import head_logits, load_parts, position_limit, reference_log_probs
+from mezo.runtimes.prefix import PROMPT, real_activations, vocabulary_tokens
 from mezo.runtimes.rows import RowBatch, option_scores, rows_of
 from mezo.runtimes.rule import UpdateRule
 from mezo.runtimes.theta import PerturbedTheta
@@ -80,8 +81,7 @@ class HFRuntime:
             self._prepare_trunk()
 
     def _check_lengths(self) -> None:
-        limit = getattr(self.parts.model.config, "max_position_embeddings", None)
-        refuse_too_long(self.config, self.examples, self._longest(), limit)
+        refuse_too_long(self.config, self.examples, self._longest(), position_limit(self.parts))
 
     def _longest(self) -> int:
         return max(len(row.ids) for nested in self.rows.values() for own in nested for row in own)
@@ -110,6 +110,11 @@ class HFRuntime:
         for name, tensor in zip(self.master.names, self.master.tensors, strict=True):
             tensor.copy_(theta[name])
         self.perturbed.forget()
+
+    def initial_theta(self, run_seed: int) -> dict[str, torch.Tensor]:
+        """See `Runtime.initial_theta`: the prefix of real tokens, drawn from the vocabulary by the seed of the run."""
+        body, n = self.parts.body, self.parts.prefix.tokens
+        return {PROMPT: real_activations(body, vocabulary_tokens(n, body.config.vocab_size, run_seed))}
 
     def theta(self) -> dict[str, torch.Tensor]:
         """See `Runtime.theta`."""
@@ -165,7 +170,7 @@ class HFRuntime:
         """Texts with the weights in use; a token of an answer is run to find the next, so the last one never is."""
         prompts = [self.examples[split][i].prompt for i in indices]
         ended = lambda ids: self.writing.ended(ids, stop)  # noqa: E731
-        answers = greedy(self.parts.body, self.parts.head, prompts, max_new_tokens, ended, self.pad)
+        answers = greedy(self.parts.body, self.parts.head, prompts, max_new_tokens, ended, self.pad, self.parts.prefix)
         tokens = sum(len(prompt) + len(answer) - 1 for prompt, answer in zip(prompts, answers, strict=True))
         count.scored, count.computed = count.scored + tokens, count.computed + tokens
         return [self.writing.text(answer, stop) for answer in answers]
@@ -199,7 +204,11 @@ class HFRuntime:
             cache = f"trunk cache on {self.trunk.storage} ({self.trunk.nbytes / 2**20:.0f} MiB; runs {kind})"
             if self.trunk.full:
                 cache += "; it is full and computes rows again: raise --trunk-cache-bytes"
-        what = "parameters, all of the model's" if self.whole else "LoRA parameters"
+        what = "LoRA parameters"
+        if self.parts.prefix:
+            what = f"parameters of a prefix of {self.parts.prefix.tokens} tokens"
+        elif self.whole:
+            what = "parameters, all of the model's"
         return f"{n:,} {what}, {self.dtype} base on {self.device}, {cache}"
 
     def close(self) -> None:
@@ -248,8 +257,9 @@ class HFRuntime:
         return tokens * (self.parts.first + self.trunk.keep_kv) / len(self.parts.layers)
 
     def _full_hidden(self, batch: RowBatch) -> torch.Tensor:
-        mask = None if self.parts.causal else batch.mask
-        out = self.parts.body(input_ids=batch.ids, attention_mask=mask, **no_cache(self.parts.causal))
+        mask, prefix = None if self.parts.causal else batch.mask, self.parts.prefix
+        others = {"attention_mask": mask, **no_cache(self.parts.causal)}
+        out = self.parts.body(input_ids=batch.ids, **prefix.inputs(len(batch.ids), mask) if prefix else others)
         return scored(out.last_hidden_state, batch.positions)
 
     def _log_probs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -314,8 +324,10 @@ class HFRuntime:
             self.perturbed.step([], [seed], PROOF_NOISE)
             self._use(self.plus)
             return
-        noise = (lora_init(seed, name, shape) for name, shape in self.spec.shapes.items())
-        self._point([tensor.to(self.device, self.dtype) for tensor in noise])
+        noise = {name: lora_init(seed, name, shape) for name, shape in self.spec.shapes.items()}
+        if self.parts.prefix:
+            noise = self.initial_theta(seed)
+        self._point([tensor.to(self.device, self.dtype) for tensor in noise.values()])
 
     def _batch_noise(self, rows, expected: torch.Tensor, size: int) -> float:
         """How far the full forward pass moves when the same rows are run `size` at a time."""

@@ -1,4 +1,4 @@
-"""A base model from transformers with what is trained of it: a PEFT LoRA adapter, or its own parameters."""
+"""A base model from transformers with what is trained of it: a PEFT adapter, LoRA or prefix, or its own parameters."""
 
 import hashlib
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from transformers import (
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.runtimes.base import LINEAR_HEAD, TrainedSpec
+from mezo.runtimes.prefix import PROMPT, Prefix, attach_prefix
 from mezo.runtimes.reuse import KV_FREE
 from mezo.runtimes.rows import RowBatch
 from mezo.runtimes.trunk import ATTENTION, scored
@@ -42,6 +43,7 @@ class ModelParts:
         first: index of the lowest layer that must be run: the lowest trained one, or the last.
         kv_free: no key or value depends on what is trained.
         window: how far back the last layer attends, or None.
+        prefix: what every layer's own keys and values follow, or None.
     """
 
     model: nn.Module
@@ -53,6 +55,7 @@ class ModelParts:
     first: int
     kv_free: bool
     window: int | None
+    prefix: Prefix | None = None
 
 
 def load_tokenizer(model: str):
@@ -82,7 +85,7 @@ def load_base(model: str, dtype: torch.dtype | str, bare: bool = False) -> nn.Mo
 
 
 def load_parts(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[ModelParts, TrainedSpec]:
-    """Load the base model, attach a fresh LoRA adapter unless its own parameters are trained, and describe what is.
+    """Load the base model, attach a fresh adapter unless its own parameters are trained, and describe what is.
 
     Under `head` "linear" the base is the bare encoder with a linear layer of that name beside its layers.
 
@@ -102,7 +105,7 @@ def load_parts(config: Config, device: torch.device, dtype: torch.dtype) -> tupl
     layers = _layers(body, base.config.num_hidden_layers)
     if len(heads) != 1 or layers is None:
         raise UserError(f"--model {config.model}: {type(base).__name__} is not one body of layers and one head")
-    attach = {"lora": _with_lora, "full": _with_own_parameters}[config.tuning]
+    attach = {"lora": _with_lora, "full": _with_own_parameters, "prefix": _with_prefix}[config.tuning]
     model, params, peft = attach(config, base, layers, heads[0])
     model.requires_grad_(False)
     if linear:
@@ -112,11 +115,14 @@ def load_parts(config: Config, device: torch.device, dtype: torch.dtype) -> tupl
     trained = set(map(id, params.values()))
     touched = [i for i, layer in enumerate(layers) if not trained.isdisjoint(map(id, layer.parameters()))]
     last = len(layers) - 1
-    kv_free = peft is not None and set(touched) <= {last} and _adapted_leaves(layers[-1]) <= KV_FREE
-    first = min(touched, default=last)
+    prefix = Prefix(params[PROMPT], len(layers), peft["num_attention_heads"]) if PROMPT in params else None
+    every = peft is None or prefix is not None
+    kv_free = not every and set(touched) <= {last} and _adapted_leaves(layers[-1]) <= KV_FREE
+    first = 0 if prefix else min(touched, default=last)
     shapes = {name: tuple(p.shape) for name, p in params.items()}
     spec = TrainedSpec(peft, shapes, config.model, weights, str(dtype).split(".")[1])
-    return ModelParts(model, body, layers, head, params, causal, first, kv_free, _window(base.config)), spec
+    window = _window(base.config)
+    return ModelParts(model, body, layers, head, params, causal, first, kv_free, window, prefix), spec
 
 
 Attached = tuple[nn.Module, dict[str, nn.Parameter], dict | None]
@@ -134,6 +140,12 @@ def _with_lora(config: Config, base: nn.Module, layers: nn.ModuleList, head: nn.
         head = getattr(base, LINEAR_HEAD).modules_to_save["default"]
         params[f"base_model.model.{LINEAR_HEAD}.weight"] = head.weight  # as PEFT's state dict calls it
     return model, params, _peft_fields(lora, config.model)
+
+
+def _with_prefix(config: Config, base: nn.Module, layers: nn.ModuleList, head: nn.Module) -> Attached:
+    tokens, causal = config.num_prefix_tokens, not is_masked(config.model)
+    model, weight, fields = attach_prefix(base, base.base_model, len(layers), tokens, config.model, causal)
+    return model, {PROMPT: weight}, fields
 
 
 def _with_own_parameters(config: Config, base: nn.Module, layers: nn.ModuleList, head: nn.Module) -> Attached:
@@ -193,6 +205,16 @@ def reference_log_probs(model: nn.Module, batch: RowBatch) -> torch.Tensor:
             logits = getattr(model.get_base_model(), LINEAR_HEAD)(scored(out.last_hidden_state, positions))
         found.append(logits.double().log_softmax(-1).gather(-1, targets).cpu())
     return torch.cat(found)
+
+
+def position_limit(parts: ModelParts) -> int | None:
+    """Tokens that a row may have, None for any number: RoBERTa counts positions from its padding id on."""
+    limit = getattr(parts.body.config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    table = getattr(getattr(parts.body, "embeddings", None), "position_embeddings", None)
+    first = 0 if getattr(table, "padding_idx", None) is None else table.padding_idx + 1
+    return limit - first - (parts.prefix.tokens if parts.prefix else 0)
 
 
 def _window(config) -> int | None:
