@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from mezo.errors import UserError, require
-from mezo.options import ENGINE, GENERATED, check, engine_argument
+from mezo.options import ENGINE, GENERATED, ONE_SIDED, check, engine_argument
 
 PATHS = ("model", "train_file", "dev_file", "test_file", "adapter")
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -97,10 +97,12 @@ class Config:
     instead."""
     no_decay: tuple[str, ...] = ()
     """Parameters that weight decay leaves alone: patterns of their names, such as '*lora_B*'."""
-    update_rule: Literal["sgd", "momentum", "adam", "adamw", "sign", "conservative"] = "sgd"
+    update_rule: Literal["sgd", "momentum", "adam", "adamw", "sign", "conservative", "fzoo"] = "sgd"
     """What moves theta: sgd is the paper's; momentum keeps a buffer (4 bytes a parameter), adam and adamw two moments
     (8 bytes); sign takes the sign of each element; conservative keeps the best of theta and a step of sgd either way,
-    by the losses of the same batch, for four more forward passes."""
+    by the losses of the same batch, for four more forward passes; fzoo (arXiv 2506.09034) takes n + 1 forward passes
+    for n perturbations, one-sided and of z = +1 or -1, and divides the estimate by the standard deviation of their
+    losses: a step moves a weight by about lr / (eps sqrt(n))."""
     momentum: float = 0.9
     """Of the rule momentum."""
     beta1: float = 0.9
@@ -111,6 +113,8 @@ class Config:
     """Added to the root of Adam's second moment."""
     num_perturbations: int = 1
     """Directions averaged per step (n-SPSA)."""
+    normalise_z: bool = False
+    """Divide each z by its root mean square over all trained parameters, so that every perturbation has one length."""
     parallel: Literal["data", "perturbations"] = "data"
     """What the processes that torchrun started share: the examples of a batch, or the perturbations of a step."""
     objective: str = "auto"
@@ -182,6 +186,16 @@ class Config:
             require(name not in weights, f"--objective {self.objective}: {name} is there twice: drop one")
             weights[name] = _typed(f"--objective {self.objective}: a weight", weight, float) if colon else 1.0
         return weights
+
+    @property
+    def half_distance(self) -> float:
+        """Half the way, along z, between the two thetas of a projected_grad: eps, or eps / 2 where one is theta."""
+        return self.eps / 2 if self.update_rule in ONE_SIDED else self.eps
+
+    @property
+    def distribution(self) -> str:
+        """Of z: that of the rule."""
+        return "rademacher" if self.update_rule == "fzoo" else "normal"
 
     @property
     def scores(self) -> bool:

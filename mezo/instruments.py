@@ -11,9 +11,12 @@ import torch
 from mezo.clock import Clock
 from mezo.config import Config
 from mezo.measurement import Measurement, Scores
+from mezo.options import ONE_SIDED
 from mezo.runtimes.base import Runtime
 from mezo.trajectory import StepRecord
-from mezo_kernels import ParamLayout, standard_normal, step_
+from mezo_kernels import ParamLayout, rademacher, standard_normal, step_
+
+DRAW = {"normal": standard_normal, "rademacher": rademacher}
 
 LOOKED_AT = 1 << 16  # elements of a parameter that its rounding is judged by
 
@@ -54,7 +57,7 @@ class Instruments:
 
     def _noise(self, step: int, records: Sequence[StepRecord]) -> dict:
         """Score the last batch twice with theta in every copy: what differs is noise, here of projected_grad."""
-        eps = self.config.eps
+        eps = self.config.half_distance
         self.runtime.equalise()
         batch = self.measurement.batches(step - 1)
         (plus, minus), (plus_again, minus_again) = [self.measurement.mean_losses(batch)[0] for _ in range(2)]
@@ -69,14 +72,16 @@ class Instruments:
         }
 
     def _spread(self, step: int, records: Sequence[StepRecord]) -> dict:
-        measurement, eps = self.measurement, self.config.eps
+        measurement, config = self.measurement, self.config
+        (seed,), half = measurement.first_seeds(step)[:1], config.half_distance
+        eps, one_sided = config.eps / (measurement.norms([seed]) or (1.0,))[0], config.update_rule in ONE_SIDED
         theta, dtype = self.runtime.theta(), getattr(torch, self.runtime.spec.dtype.split(",")[0])
         return {
             "over_perturbations": spread_over_perturbations(records),
             "over_batch": spread_over_batch(
-                measurement.recent, measurement.labels, measurement.objective, eps, self.config.batch_size
+                measurement.recent, measurement.labels, measurement.objective, half, config.batch_size
             ),
-            **realised_perturbation(theta, dtype, measurement.first_seeds(step)[0], eps),
+            **realised_perturbation(theta, dtype, seed, eps, config.distribution, one_sided),
         }
 
     def _gradient(self, step: int, records: Sequence[StepRecord]) -> dict:
@@ -90,11 +95,11 @@ class Instruments:
             share, labels = len(part) / len(batch), measurement.labels[part]
             found = self.runtime.gradient("train", part, lambda s, n=share, y=labels: n * measurement.objective(s, y))
             total = found if total is None else {name: total[name] + found[name] for name in found}
-        return against_gradient(seeds, grads, total)
+        return against_gradient(seeds, grads, total, self.config.distribution, measurement.norms(seeds))
 
     def _restore(self, step: int) -> None:
         """Write the next step's perturbations again."""
-        self.runtime.step([], self.measurement.first_seeds(step), self.config.eps)
+        self.measurement.step([], self.measurement.first_seeds(step))
 
 
 def spread_over_perturbations(records: Sequence[StepRecord]) -> float | None:
@@ -119,7 +124,7 @@ def spread_over_batch(
         recent: (indices, scores of both signs by perturbation) of batches or parts of them.
         labels: of the training examples.
         objective: (scores, labels) -> loss, a mean over examples.
-        eps: of the perturbations.
+        eps: of the perturbations; half of it where one sign is theta itself.
         batch_size: examples that a step's projected_grad is the mean over.
     Returns:
         sqrt(pooled variance of (loss_plus_i - loss_minus_i) / (2 eps) / batch_size); None below two examples.
@@ -134,14 +139,24 @@ def spread_over_batch(
     return math.sqrt(squares / freedom / batch_size) if freedom else None
 
 
-def realised_perturbation(theta: dict[str, torch.Tensor], dtype: torch.dtype, seed: int, eps: float) -> dict:
-    """(theta_plus - theta_minus) / 2 as the model's dtype holds it, against eps z; of a long parameter, its beginning.
+def realised_perturbation(
+    theta: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    seed: int,
+    eps: float,
+    distribution: str = "normal",
+    one_sided: bool = False,
+) -> dict:
+    """(theta_plus - theta_minus) / 2, one-sided theta_plus - theta, as the model's dtype holds it, against eps z;
+    of a long parameter, its beginning.
 
     Args:
         theta: float32 by canonical name, on the CPU.
         dtype: of the perturbed copies.
         seed: of z.
         eps: perturbation scale.
+        distribution: of z.
+        one_sided: theta itself is compared with.
     Returns:
         perturbation_error: |realised - eps z| / |eps z|. perturbation_cosine: of the angle between them; 0 if nothing
         was left.
@@ -152,11 +167,13 @@ def realised_perturbation(theta: dict[str, torch.Tensor], dtype: torch.dtype, se
     """
     master = ParamLayout({name: tensor.flatten()[:LOOKED_AT] for name, tensor in theta.items()})
     plus, minus = (master.like([torch.empty_like(t, dtype=dtype) for t in master.tensors]) for _ in "+-")
-    step_(master, [], 1.0, seed, eps, plus, minus)
+    step_(master, [], 1.0, seed, eps, plus, minus, distribution=distribution)
+    if one_sided:
+        minus.copy_(master)
     squares = dict.fromkeys(("error", "realised", "nominal", "product"), 0.0)
     for name, above, below in zip(master.names, plus.tensors, minus.tensors, strict=True):
-        realised = (above.double() - below.double()).flatten() / 2
-        nominal = eps * standard_normal(seed, name, 0, above.numel()).double()
+        realised = (above.double() - below.double()).flatten() / (1 if one_sided else 2)
+        nominal = eps * DRAW[distribution](seed, name, 0, above.numel()).double()
         pairs = {"realised": (realised,) * 2, "nominal": (nominal,) * 2, "product": (realised, nominal)}
         for kind, (a, b) in (pairs | {"error": (realised - nominal,) * 2}).items():
             squares[kind] += (a @ b).item()
@@ -167,16 +184,25 @@ def realised_perturbation(theta: dict[str, torch.Tensor], dtype: torch.dtype, se
     }
 
 
-def against_gradient(seeds: Sequence[int], grads: Sequence[float], gradient: dict[str, torch.Tensor]) -> dict:
+def against_gradient(
+    seeds: Sequence[int],
+    grads: Sequence[float],
+    gradient: dict[str, torch.Tensor],
+    distribution: str = "normal",
+    norms: Sequence[float] = (),
+) -> dict:
     """The estimate mean_k projected_grad_k z_k against the gradient itself.
 
     Args:
         seeds: of z_k.
         grads: projected_grad of each.
         gradient: by canonical name, on the CPU.
+        distribution: of z.
+        norms: what each z was divided by; () if nothing.
     Returns:
         cosine: of the angle between the two; in d dimensions about sqrt(n / (n + d + 1)), `expected_cosine`, is all
-        that n random directions can give (E[g z] = grad, E|g z|^2 = (d + 2) |grad|^2).
+        that n random directions can give (E[g z] = grad, E|g z|^2 = (d + 2) |grad|^2); sqrt(n / (n + d - 1)) for z of
+        one length (E|g z|^2 = d |grad|^2).
         projected_grad_error: root mean square of projected_grad_k - z_k . grad over that of z_k . grad: what finite
         eps, rounding and noise add. gradient_norm: |grad|.
 
@@ -187,10 +213,13 @@ def against_gradient(seeds: Sequence[int], grads: Sequence[float], gradient: dic
     (5, 0.5, True)
     """
     n, size = len(seeds), sum(part.numel() for part in gradient.values())
+    norms = list(norms) or [1.0] * n
+    spread = 1 if distribution == "normal" and norms == [1.0] * n else -1
     slopes, squared, product = [0.0] * n, 0.0, 0.0
     for name, part in gradient.items():
         flat = part.flatten().double()
-        z = [standard_normal(seed, name, 0, part.numel()).double() for seed in seeds]
+        raw = [DRAW[distribution](seed, name, 0, part.numel()).double() for seed in seeds]
+        z = [direction / norm for direction, norm in zip(raw, norms, strict=True)]
         estimate = sum(g * direction for g, direction in zip(grads, z, strict=True)) / n
         slopes = [slope + (direction @ flat).item() for slope, direction in zip(slopes, z, strict=True)]
         squared, product = squared + (estimate @ estimate).item(), product + (estimate @ flat).item()
@@ -198,7 +227,7 @@ def against_gradient(seeds: Sequence[int], grads: Sequence[float], gradient: dic
     error, slope = rms([g - s for g, s in zip(grads, slopes, strict=True)]), rms(slopes)
     return {
         "cosine": product / (math.sqrt(squared) * norm) if squared and norm else None,
-        "expected_cosine": math.sqrt(n / (n + size + 1)),
+        "expected_cosine": math.sqrt(n / (n + size + spread)),
         "projected_grad_error": error / slope if slope else None,
         "gradient_norm": norm,
     }

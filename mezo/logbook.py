@@ -11,7 +11,7 @@ from mezo.errors import UserError
 from mezo.estimator import best_of_three, planned, projected_grad
 from mezo.options import STATEFUL
 from mezo.trajectory import drop_torn_line, read_trajectory
-from mezo_kernels import perturbation_seed
+from mezo_kernels import perturbation_seed, root_mean_square
 
 
 def summary(run: str) -> dict:
@@ -55,8 +55,9 @@ def verify(run: str) -> int:
                 raise UserError(f"{line}: a skipped step must change nothing")
             continue
         pairs = zip(record.loss_plus, record.loss_minus, strict=True)
-        grads = tuple(projected_grad(plus, minus, config.eps) for plus, minus in pairs)
-        expected, decay, lr = planned(config, record.step, grads)
+        grads = tuple(projected_grad(plus, minus, config.half_distance) for plus, minus in pairs)
+        norms = [root_mean_square(first["shapes"], seed) for seed in seeds] if config.normalise_z else []
+        expected, decay, lr = planned(config, record.step, grads, record.loss_plus, norms)
         if config.update_rule == "conservative":
             expected, _ = best_of_three(expected[0], record.tried)
         # another machine's cosine may differ in its last bit

@@ -1,5 +1,6 @@
 """The losses of a step: its batch under every perturbation, both signs, shared among ranks and micro-batches."""
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -14,9 +15,9 @@ from mezo.objectives import mixture, standardised
 from mezo.options import FLOAT32, STATEFUL
 from mezo.parallel import Ranks
 from mezo.rewards import Judge
-from mezo.runtimes.base import Example, Runtime
+from mezo.runtimes.base import Example, Runtime, StepUpdate
 from mezo.trajectory import StepRecord
-from mezo_kernels import perturbation_seed
+from mezo_kernels import perturbation_seed, root_mean_square
 
 RECENT = 16  # calls of the runtime whose scores are kept for the spread over a batch
 Scores = tuple[
@@ -46,6 +47,18 @@ class Measurement:
         self.objective = mixture(config.objectives)
         self.judges = {name: judge for name, judge in judges.items() if name in config.objectives}
         self.recent: deque[Scores] = deque(maxlen=RECENT)
+        self._rms = functools.lru_cache(256)(
+            lambda seed: root_mean_square(runtime.spec.shapes, seed, device=runtime.device)
+        )
+
+    def step(self, updates: Sequence[StepUpdate], seeds: Sequence[int], watch: bool = False) -> None:
+        """Apply updates and write the perturbed copies of these seeds, at most `runtime.pairs`."""
+        eps, norms = self.config.eps, self.norms(seeds)
+        self.runtime.step(updates, seeds, [eps / norm for norm in norms] if norms else eps, watch=watch)
+
+    def norms(self, seeds: Sequence[int]) -> tuple[float, ...]:
+        """Root mean square of each z where --normalise-z divides by it; else ()."""
+        return tuple(map(self._rms, seeds)) if self.config.normalise_z else ()
 
     def record(self, step: int, watch: bool, check: Callable, interrupted: bool) -> tuple[StepRecord, bool]:
         """Score a step's batch and form the update.
@@ -63,8 +76,8 @@ class Measurement:
         batch = self.batches(step)
         losses, stopping = self._share_losses(seeds, batch, watch, check, interrupted)
         loss_plus, loss_minus = zip(*losses, strict=True)
-        grads = tuple(projected_grad(*pair, config.eps) for pair in losses)
-        steps, decay, lr = planned(config, step, grads)
+        grads = tuple(projected_grad(*pair, config.half_distance) for pair in losses)
+        steps, decay, lr = planned(config, step, grads, loss_plus, self.norms(seeds))
         if not usable(loss_plus + loss_minus + steps):
             zeros = (0.0,) * len(seeds)
             return StepRecord(step, seeds, grads, zeros, 1.0, loss_plus, loss_minus, skipped=True), stopping
@@ -102,7 +115,7 @@ class Measurement:
         for n, held in enumerate(self._held_together()):
             if n:
                 check()
-                self.runtime.step([], [seeds[k] for k in held], self.config.eps, watch=watch)
+                self.step([], [seeds[k] for k in held], watch)
             for k, pair in zip(held, self._measure(batch, mine), strict=True):
                 rows[k] = pair
             check()
@@ -115,12 +128,12 @@ class Measurement:
 
     def estimate(self, step: int) -> tuple[list[int], list[float]]:
         """Seeds and projected_grads of a step to come, those of this rank's perturbations; other copies are written."""
-        seeds, grads, eps, batch = [], [], self.config.eps, self.batches(step)
+        seeds, grads, batch = [], [], self.batches(step)
         for held in self._held_together():
             own = [perturbation_seed(self.config.seed, step, k) for k in held]
-            self.runtime.step([], own, eps)
+            self.step([], own)
             seeds += own
-            grads += [projected_grad(*pair, eps) for pair in self.mean_losses(batch)]
+            grads += [projected_grad(*pair, self.config.half_distance) for pair in self.mean_losses(batch)]
         return seeds, grads
 
     def first_seeds(self, step: int) -> list[int]:

@@ -75,6 +75,7 @@ def result(
         **_instruments(metrics),
         "zero_gradient_share": sum(g == 0 for g in grads) / max(len(grads), 1),
         "clipped_share": sum(abs(g) > config.clip for g in grads) / max(len(grads), 1) if config.clip else 0.0,
+        "zero_steps": sum(not record.skipped and not any(record.coefficients) for record in records),
         "skipped_steps": sum(record.skipped for record in records),
     }
 

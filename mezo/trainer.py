@@ -120,7 +120,7 @@ class Trainer:
             self.ranks.check_equal(self.runtime.theta(), len(self.records))
 
     def _write_next(self, step: int, updates: list[StepUpdate]) -> None:
-        self.runtime.step(updates, self.measurement.first_seeds(step), self.config.eps, watch=self.due)
+        self.measurement.step(updates, self.measurement.first_seeds(step), self.due)
 
     def _verify(self) -> None:
         """In a step that is due, compare what the model used with the reference."""

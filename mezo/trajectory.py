@@ -25,10 +25,11 @@ class StepRecord:
     Args:
         step: number of the step, from 0.
         seeds: one per perturbation.
-        projected_grads: (loss_plus - loss_minus) / (2 eps) of each.
-        coefficients: lr * projected_grad / n of each; zero in a skipped step.
+        projected_grads: (loss_plus - loss_minus) / (2 eps) of each; over eps where the rule is one-sided.
+        coefficients: lr * projected_grad / n of each, over what the rule or --normalise-z divides it by; zero in a
+            skipped step.
         decay: 1 - lr * weight_decay; 1 in a skipped step.
-        loss_plus, loss_minus: losses of each.
+        loss_plus, loss_minus: losses of each; one-sided, loss_minus is that of theta itself, for each.
         skipped: a loss was not finite, so nothing was changed.
         lr: learning rate, where a rule of the header applies it to the estimate sum_k coefficients[k] z(seeds[k]),
             whose coefficients are projected_grad / n then; else None, and left out of the line.
@@ -99,7 +100,7 @@ def header(run_seed: int, data_hash: str, init: dict, spec: dict) -> dict:
         init: {"kind": "stream"}: lora_A from the z stream, lora_B zero; {"kind": "file", "file", "sha256"};
             or {"kind": "base"}: the parameters of `model`, whose hash is `model_hash`.
         spec: fields of `TrainedSpec`; before them `reward_hash`, SHA-256 of the file of --reward, if there is one, and
-            `rule`, the update rule, if it is not plain SGD.
+            `rule`, the update rule and what z is, if it is not plain SGD along normal z.
     """
     version = VERSIONS["rule" in spec or init["kind"] == "base"]
     fixed = {"format": FORMAT, "version": version, "z_stream": Z_STREAM_VERSION}

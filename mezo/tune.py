@@ -18,6 +18,7 @@ from mezo.checkpoint import RunDirectory, replace_file
 from mezo.config import Config
 from mezo.errors import RunError, UserError
 from mezo.evaluation import best_by
+from mezo.options import ONE_SIDED
 from mezo.parallel import Ranks
 from mezo.rewards import judges
 from mezo.runtimes.base import Example, Runtime
@@ -65,6 +66,11 @@ def tune(
     steps = rung_steps(rungs, trial_steps or max(2 ** (rungs - 1), config.steps // 4))
     if not (grid_lr and grid_eps) and not config.objectives.keys() <= SMOOTH:
         raise UserError(f"--objective {config.objective} has no slope to estimate: give --grid-lr and --grid-eps")
+    if not (grid_lr and grid_eps) and config.update_rule in ONE_SIDED:
+        rule = config.update_rule
+        raise UserError(
+            f"--update-rule {rule}: lr and eps are estimated for two-sided steps: give --grid-lr and --grid-eps"
+        )
     if config.follows:
         raise UserError("--engine-arg node_rank: a sweep is run by the first machine; start the others with mezo train")
     for lr in grid_lr or (config.lr,):  # values that cannot be are refused before the model is loaded

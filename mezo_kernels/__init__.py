@@ -3,6 +3,7 @@
 from mezo_kernels.layout import ParamLayout, ParamSlot, canonical_name
 from mezo_kernels.ops import available_backends, perturb_, rademacher, standard_normal, step_, sum_of_squares
 from mezo_kernels.philox import Z_STREAM_VERSION, lora_init, perturbation_seed, tensor_id
+from mezo_kernels.rms import root_mean_square
 from mezo_kernels.rules import Rule, RuleUpdate, rule_step_
 from mezo_kernels.verify import VerifyRow, verify
 
@@ -19,6 +20,7 @@ __all__ = [
     "perturb_",
     "perturbation_seed",
     "rademacher",
+    "root_mean_square",
     "rule_step_",
     "standard_normal",
     "step_",

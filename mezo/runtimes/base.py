@@ -120,6 +120,7 @@ class Runtime(Protocol):
         seconds: time so far by part, such as "kernels" and "forward".
         seconds_filling: time so far spent on filling caches ahead of use.
         pairs: perturbations whose two copies are held at once.
+        device: where this process draws numbers.
     """
 
     spec: TrainedSpec
@@ -128,6 +129,7 @@ class Runtime(Protocol):
     seconds: dict[str, float]
     seconds_filling: float
     pairs: int
+    device: torch.device
 
     def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
         """Register every example that will be scored, named by split and index from then on, and fill caches."""
@@ -147,10 +149,12 @@ class Runtime(Protocol):
     def theta(self) -> dict[str, torch.Tensor]:
         """Copies of theta on the CPU, float32, by canonical name."""
 
-    def step(self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float, *, watch: bool = False) -> None:
+    def step(
+        self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float | Sequence[float], *, watch: bool = False
+    ) -> None:
         """Apply the updates and write theta + eps z(seed) and theta - eps z(seed) for each seed, in one pass.
 
-        At most `pairs` seeds. With `watch`, keep what `verify` needs.
+        At most `pairs` seeds; eps is one for all or one a seed. With `watch`, keep what `verify` needs.
         """
 
     def verify(self) -> str | None:
@@ -160,7 +164,8 @@ class Runtime(Protocol):
         """Write theta, rounded once, to every perturbed copy: what `score_pairs` then differs by is noise."""
 
     def score_pairs(self, split: str, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Option scores at theta + eps z and theta - eps z of each seed of the last step.
+        """Option scores at theta + eps z and theta - eps z of each seed of the last step; under a one-sided rule at
+        theta + eps z of each and theta itself, which is scored once a batch.
 
         Each is float64 (len(indices), options), padded with -inf.
         """

@@ -16,6 +16,7 @@ from mezo.runtimes.peft_model import head_logits, load_parts, position_limit, re
 from mezo.runtimes.prefix import PROMPT, real_activations, vocabulary_tokens
 from mezo.runtimes.rows import RowBatch, option_scores, rows_of
 from mezo.runtimes.rule import UpdateRule
+from mezo.runtimes.sides import Sides
 from mezo.runtimes.theta import PerturbedTheta
 from mezo.runtimes.trunk import GROUP, Trunk, no_cache, scored
 from mezo_kernels import ParamLayout, available_backends, lora_init
@@ -49,8 +50,10 @@ class HFRuntime:
         start = [p.data.float() for p in self.params] if self.whole else empty(torch.float32)
         self.master = ParamLayout(dict(zip(self.spec.shapes, start, strict=True)))
         self.plus, self.minus = self.master.like(empty(self.dtype)), self.master.like(empty(self.dtype))
+        self.copies = {"plus0": self.plus, "minus0": self.minus}
         rule = UpdateRule.of(config, self.master.names)
         self.perturbed = PerturbedTheta(self.master, [(self.plus, self.minus)], self.backend, rule)
+        self.sides = Sides(rule.one_sided)
         self.seconds = dict.fromkeys(("kernels", "forward"), 0.0)
         self.examples: dict[str, Sequence[Example]] = {}
         self.trunk: Trunk | None = None
@@ -110,6 +113,7 @@ class HFRuntime:
         for name, tensor in zip(self.master.names, self.master.tensors, strict=True):
             tensor.copy_(theta[name])
         self.perturbed.forget()
+        self.sides.loaded()
 
     def initial_theta(self, run_seed: int) -> dict[str, torch.Tensor]:
         """See `Runtime.initial_theta`: the prefix of real tokens, drawn from the vocabulary by the seed of the run."""
@@ -121,14 +125,18 @@ class HFRuntime:
         tensors = (t.detach().to("cpu", copy=True) for t in self.master.tensors)
         return dict(zip(self.master.names, tensors, strict=True))
 
-    def step(self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float, *, watch: bool = False) -> None:
+    def step(
+        self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float | Sequence[float], *, watch: bool = False
+    ) -> None:
         """See `Runtime.step`: one fused pass."""
         with self._timed("kernels"):
             self.perturbed.step(updates, seeds, eps, watch=watch)
+        self.sides.stepped(updates)
 
     def equalise(self) -> None:
         """See `Runtime.equalise`."""
         self.perturbed.show([self.plus, self.minus])
+        self.sides.equalised()
 
     def verify(self) -> str | None:
         """See `Runtime.verify`: what is compared is what the model's parameters point at."""
@@ -137,12 +145,12 @@ class HFRuntime:
     @torch.no_grad()
     def score_pairs(self, split: str, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """See `Runtime.score_pairs`. Both signs run on the same gathered batch."""
+
+        def read(names: list[str]) -> list[torch.Tensor]:
+            return self._with_each(names, self._forward(split, indices, self.tokens, signs=len(names)))
+
         with self._timed("forward"):
-            forward = self._forward(split, indices, self.tokens, signs=2)
-            self._use(self.plus)
-            plus = forward()
-            self._use(self.minus)
-            return [(plus, forward())]
+            return self.sides.pairs(1, ("scores", split, *indices), read)
 
     @torch.no_grad()
     def score(self, split: str, indices: Sequence[int]) -> torch.Tensor:
@@ -159,12 +167,20 @@ class HFRuntime:
         self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]
     ) -> list[tuple[list[str], list[str]]]:
         """See `Runtime.generate_pairs`."""
+
+        def read(names: list[str]) -> list[list[str]]:
+            return self._with_each(names, lambda: self._write(split, indices, max_new_tokens, stop, self.tokens))
+
         with self._timed("forward"):
-            texts = []
-            for copy in (self.plus, self.minus):
-                self._use(copy)
-                texts.append(self._write(split, indices, max_new_tokens, stop, self.tokens))
-            return [tuple(texts)]
+            return self.sides.pairs(1, ("texts", split, *indices), read)
+
+    def _with_each(self, names: Sequence[str], run: Callable) -> list:
+        """What `run` returns with each of these copies in use, in order."""
+        found = []
+        for name in names:
+            self._use(self.copies[name])
+            found.append(run())
+        return found
 
     def _write(self, split, indices, max_new_tokens: int, stop: Sequence[str], count: TokenCount) -> list[str]:
         """Texts with the weights in use; a token of an answer is run to find the next, so the last one never is."""

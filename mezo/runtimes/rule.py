@@ -7,8 +7,9 @@ from fnmatch import fnmatchcase
 
 from mezo.config import Config
 from mezo.errors import UserError
-from mezo.options import STATEFUL
+from mezo.options import ONE_SIDED, STATEFUL
 from mezo_kernels import Rule
+from mezo_kernels.philox import STREAMS
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,12 @@ class UpdateRule:
     """How the updates of a log move theta; written to the header of a log that has another rule than plain SGD.
 
     Args:
-        name: as --update-rule has it. "conservative" moves theta as "sgd" does, by other coefficients.
+        name: as --update-rule has it. "conservative" and "fzoo" move theta as "sgd" does, by other coefficients.
         beta1, beta2, eps, l2: of `mezo_kernels.Rule`.
         no_decay: patterns of canonical names that weight decay leaves alone, as a shell has them.
+        distribution: of z.
+        normalised: coefficients are over the root mean square of z, as the perturbations were; replay takes them as
+            they are.
 
     >>> UpdateRule("adam").bytes, UpdateRule().bytes
     (8, 0)
@@ -30,6 +34,8 @@ class UpdateRule:
     eps: float = 1e-8
     l2: float = 0.0
     no_decay: tuple[str, ...] = ()
+    distribution: str = "normal"
+    normalised: bool = False
 
     @classmethod
     def of(cls, config: Config, names: Iterable[str]) -> "UpdateRule":
@@ -39,7 +45,8 @@ class UpdateRule:
                 raise UserError(f"--no-decay {pattern} fits no trained parameter; {next(iter(names))} is one")
         l2 = config.weight_decay if config.update_rule == "adam" else 0.0
         beta1 = config.momentum if config.update_rule == "momentum" else config.beta1
-        return cls(config.update_rule, beta1, config.beta2, config.adam_eps, l2, config.no_decay)
+        z = config.distribution, config.normalise_z
+        return cls(config.update_rule, beta1, config.beta2, config.adam_eps, l2, config.no_decay, *z)
 
     @classmethod
     def of_header(cls, first_line: dict) -> "UpdateRule":
@@ -49,8 +56,10 @@ class UpdateRule:
             rule = cls(**{**values, "no_decay": tuple(values.get("no_decay", ()))})
             if rule.name in STATEFUL:
                 rule.fused(True)
-            elif rule.name not in ("sgd", "conservative"):
+            elif rule.name not in ("sgd", "conservative", "fzoo"):
                 raise ValueError(f"unknown rule {rule.name!r}")
+            if rule.distribution not in STREAMS:
+                raise ValueError(f"unknown distribution {rule.distribution!r}")
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"the log's update rule cannot be applied ({error}); use the program that wrote it"
@@ -59,8 +68,11 @@ class UpdateRule:
 
     def header(self) -> dict | None:
         """What the header of a log holds of it; None of plain SGD, whose logs are those of version 1."""
-        plain = self.name == "sgd" and not self.no_decay
-        return None if plain else {**dataclasses.asdict(self), "no_decay": list(self.no_decay)}
+        if self.name == "sgd" and not (self.no_decay or self.normalised):
+            return None
+        values = {**dataclasses.asdict(self), "no_decay": list(self.no_decay)}
+        own = {"distribution": self.distribution != "normal", "normalised": self.normalised}
+        return {name: value for name, value in values.items() if own.get(name, True)}
 
     def fused(self, decays: bool) -> Rule | None:
         """The fused rule with state, or None where `step_` does it all; `decays`: for parameters that decay."""
@@ -73,6 +85,11 @@ class UpdateRule:
         """Bytes of state for each trained parameter."""
         rule = self.fused(True)
         return 4 * rule.states if rule else 0
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether an estimate compares theta + eps z with theta itself."""
+        return self.name in ONE_SIDED
 
     def decays(self, name: str) -> bool:
         """Whether weight decay acts on the parameter of this canonical name."""

@@ -37,6 +37,7 @@ from mezo.runtimes.sglang_arguments import (
 )
 from mezo.runtimes.sglang_engine import EngineHandle
 from mezo.runtimes.sglang_proof import StartProof
+from mezo.runtimes.sides import Sides
 
 FLUSH_SECONDS = 10.0
 
@@ -71,7 +72,8 @@ class SGLangRuntime:
         if not self._parts.causal:
             raise UserError(f"--model {config.model} fills masks, which SGLang does not score: use --runtime hf")
         self.kv_depends = why_kv_depends(self.spec.shapes, len(self._parts.layers))
-        self.rule = json.dumps(UpdateRule.of(config, self.spec.shapes).header() or {})
+        rule = UpdateRule.of(config, self.spec.shapes)
+        self.rule, self.sides, self.device = json.dumps(rule.header() or {}), Sides(rule.one_sided), torch.device("cpu")
         self.shared = self.kv_depends is None and config.radix == "auto"
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
         self.seconds = dict.fromkeys(("kernels", "rpc", "engine"), 0.0)
@@ -143,6 +145,7 @@ class SGLangRuntime:
         save_file({name: theta[name].float().contiguous() for name in self.spec.shapes}, path)
         self._call("load", path=str(path))
         path.unlink()
+        self.sides.loaded()
         self._changed("stale")
 
     def theta(self) -> dict[str, torch.Tensor]:
@@ -153,7 +156,9 @@ class SGLangRuntime:
         path.unlink()
         return {name: full[name] for name in self.spec.shapes}
 
-    def step(self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float, *, watch: bool = False) -> None:
+    def step(
+        self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float | Sequence[float], *, watch: bool = False
+    ) -> None:
         """See `Runtime.step`: one call with scalars, one fused pass in every worker."""
         lists = json.dumps([[list(u.seeds), list(u.coefficients), u.decay, u.lr, u.skipped] for u in updates])
         answers = self._call("step", updates=lists, seeds=json.dumps(list(seeds)), eps=eps, watch=watch)
@@ -161,11 +166,13 @@ class SGLangRuntime:
         self.seconds["kernels"] += slowest
         self.seconds["rpc"] -= slowest
         self._held = len(seeds)
+        self.sides.stepped(updates)
         self._changed("perturbed")
 
     def equalise(self) -> None:
         """See `Runtime.equalise`. One pair tells as much as all."""
         self._show("equal")
+        self.sides.equalised()
         self._held = 1
 
     def verify(self) -> str | None:
@@ -177,8 +184,9 @@ class SGLangRuntime:
 
     def score_pairs(self, split: str, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """See `Runtime.score_pairs`. One batch of requests holds both signs of every perturbation."""
-        scores = self._score(split, indices, *self._pairs_shown())
-        return list(zip(scores[::2], scores[1::2], strict=True))
+        count = self._pairs_shown()
+        read = lambda names: self._score(split, indices, names, count)  # noqa: E731
+        return self.sides.pairs(self._held, ("scores", split, *indices), read)
 
     def score(self, split: str, indices: Sequence[int]) -> torch.Tensor:
         """See `Runtime.score`. Theta, rounded once, is written to one slot; the next pair finds its slots restored."""
@@ -190,8 +198,9 @@ class SGLangRuntime:
         self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]
     ) -> list[tuple[list[str], list[str]]]:
         """See `Runtime.generate_pairs`. One batch of requests holds both signs of every perturbation."""
-        texts = self._write(split, indices, *self._pairs_shown(), max_new_tokens, stop)
-        return list(zip(texts[::2], texts[1::2], strict=True))
+        count = self._pairs_shown()
+        read = lambda names: self._write(split, indices, names, count, max_new_tokens, stop)  # noqa: E731
+        return self.sides.pairs(self._held, ("texts", split, *indices), read)
 
     def generate(self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
         """See `Runtime.generate`."""
@@ -199,15 +208,14 @@ class SGLangRuntime:
             self._show("theta")
         return self._write(split, indices, ["plus0"], self.eval_tokens, max_new_tokens, stop)[0]
 
-    def _pairs_shown(self) -> tuple[list[str], TokenCount]:
-        """The slots of both signs of every perturbation held, which they now show, and where their tokens count."""
+    def _pairs_shown(self) -> TokenCount:
+        """Have the slots show the pairs they hold; returns where their tokens count."""
         assert self._showing != "stale", "load() leaves the copies behind: step() first"
         if self._showing == "theta":
             self._show("perturbed")
         if self._showing == "equal":
             self._changed("equal")  # each measurement of noise finds the cache as a step does
-        names = [f"{sign}{k}" for k in range(self._held) for sign in ("plus", "minus")]
-        return names, self.tokens if self._showing == "perturbed" else self.eval_tokens
+        return self.tokens if self._showing == "perturbed" else self.eval_tokens
 
     def describe(self) -> str:
         """See `Runtime.describe`."""

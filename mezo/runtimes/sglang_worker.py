@@ -152,7 +152,7 @@ class Worker:
             part.rename(path)
         return {}
 
-    def step(self, updates: str, seeds: str, eps: float, watch: bool) -> dict:
+    def step(self, updates: str, seeds: str, eps: float | list[float], watch: bool) -> dict:
         """See `PerturbedTheta.step`; `updates` and `seeds` are JSON. Returns seconds in the fused op, and `report`."""
         self._check()
         device = self.theta.master.device

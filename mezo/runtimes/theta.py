@@ -1,6 +1,7 @@
 """Theta and its perturbed copies: the float32 master, stepped in one fused pass, and the proof of what was written."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -17,7 +18,8 @@ WATCHED = 1 << 26  # elements that are compared with the reference at once: it i
 class PerturbedTheta:
     """The float32 master theta and the places that theta + eps z_k and theta - eps z_k are written to.
 
-    Nothing is ever restored by arithmetic: every copy is a single rounding of a sum formed from the master.
+    Nothing is ever restored by arithmetic: every copy is a single rounding of a sum formed from the master. Under a
+    one-sided rule the minus copy of the first pair is theta, rounded once, and those of the others are not used.
 
     Args:
         master: float32.
@@ -38,7 +40,7 @@ class PerturbedTheta:
         self.count = 0  # updates applied, as Adam counts them
         self._groups = self._grouped()
         self._watched, self._watches = None, 0
-        self._perturbation: tuple[list[int], float] | None = None
+        self._perturbation: tuple[list[int], float | Sequence[float]] | None = None
 
     def _grouped(self) -> list[tuple[bool, ParamLayout, list[ParamLayout], Pairs]]:
         """(whether they decay, master, state, pairs) of the parameters that decay, and of the others: a pass each."""
@@ -61,10 +63,11 @@ class PerturbedTheta:
         for layout in self.state:
             torch._foreach_zero_(layout.tensors)
 
-    def step(self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float, *, watch: bool = False) -> None:
-        """Apply the updates, then write theta +- eps z(seeds[k]) to pair k, in one pass.
-
-        With `watch`, keep what `verify` needs.
+    def step(
+        self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float | Sequence[float], *, watch: bool = False
+    ) -> None:
+        """Apply the updates, then write theta +- eps z(seeds[k]) to pair k, in one pass; with `watch`, keep what
+        `verify` needs. Pairs that differ in eps take a pass for each eps.
         """
         if watch:
             windows = _windows(self.master, self._watches)
@@ -74,17 +77,25 @@ class PerturbedTheta:
             self._watches += 1
         self._perturbation = list(seeds), eps
         used = [update for update in updates if not update.skipped]
+        for first, after, distance in _runs(eps, len(seeds)):
+            self._pass(used if first == 0 else [], seeds[first:after], distance, slice(first, after))
+        self.count += len(used)
+        if seeds and self.rule.one_sided:
+            self.show([self.pairs[0][1]])
+
+    def _pass(self, used: Sequence[StepUpdate], seeds: Sequence[int], eps: float, held: slice) -> None:
+        """One fused pass: updates, then the pairs `held` at one eps."""
+        options = {"distribution": self.rule.distribution, "backend": self.backend}
         for decays, master, state, pairs in self._groups:
-            plus, minus = ([pair[sign] for pair in pairs[: len(seeds)]] for sign in (0, 1))
+            plus, minus = ([pair[sign] for pair in pairs[held]] for sign in (0, 1))
             own = used if decays else [_without_decay(update) for update in used]
             targets = (list(seeds), eps, plus, minus)
             rule = self.rule.fused(decays)
             if rule is None:
-                step_(master, passes(own), 1.0, *targets, backend=self.backend)
+                step_(master, passes(own), 1.0, *targets, **options)
                 continue
             steps = [RuleUpdate(u.seeds, u.coefficients, u.lr, t, u.decay) for t, u in enumerate(own, self.count + 1)]
-            rule_step_(master, rule, state, steps, *targets, backend=self.backend)
-        self.count += len(used)
+            rule_step_(master, rule, state, steps, *targets, **options)
 
     def restore(self) -> None:
         """Write the perturbed copies of the last step anew: the same bits, whatever is there now."""
@@ -155,6 +166,22 @@ def _within(layout: ParamLayout, windows: Sequence[slice]) -> ParamLayout:
 
 def _rows(tensor: torch.Tensor, window: slice) -> torch.Tensor:
     return tensor[window] if tensor.dim() else tensor
+
+
+def _runs(eps: float | Sequence[float], n: int) -> list[tuple[int, int, float]]:
+    """(first, after, eps) of the pairs, of n, that follow each other and have one eps; one empty run of none.
+
+    >>> _runs(0.1, 2), _runs([0.1, 0.2, 0.2], 3)
+    ([(0, 2, 0.1)], [(0, 1, 0.1), (1, 3, 0.2)])
+    """
+    if not isinstance(eps, Sequence) or not n:
+        return [(0, n, eps if not isinstance(eps, Sequence) else 1.0)]
+    runs, first = [], 0
+    for value, own in itertools.groupby(eps):
+        after = first + len(list(own))
+        runs.append((first, after, value))
+        first = after
+    return runs
 
 
 def _without_decay(update: StepUpdate) -> StepUpdate:

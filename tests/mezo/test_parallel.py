@@ -54,8 +54,19 @@ def test_sharing_the_batch_equals_one_process_to_summation_order(tiny_config, tm
     assert 3 * 8 * ranks <= result["bytes_exchanged_per_step"] <= 4 * 8 * ranks
 
 
-def test_sharing_perturbations_equals_one_process_bit_for_bit(tiny_config, tmp_path, as_flags):
-    one = dataclasses.replace(tiny_config, steps=12, eval_every=6, num_perturbations=3, parallel="perturbations")
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {},
+        {"update_rule": "adam", "weight_decay": 0.5},
+        {"update_rule": "fzoo", "lr": 1e-4},
+        {"update_rule": "momentum", "normalise_z": True, "lr": 1e-3},
+    ],
+    ids=lambda rule: rule.get("update_rule", "sgd"),
+)
+def test_sharing_perturbations_equals_one_process_bit_for_bit(rule, tiny_config, tmp_path, as_flags):
+    options = {"num_perturbations": 3, "parallel": "perturbations", "verify_every": 3, **rule}
+    one = dataclasses.replace(tiny_config, steps=12, eval_every=6, **options)
     several = dataclasses.replace(one, output_dir=str(tmp_path / "several"))
     commands.train(one)
     done = torchrun(several, 2, as_flags)

@@ -117,17 +117,28 @@ def derivative(model, loss, seed):
 
 
 @torch.no_grad()
-def estimate(model, loss, seed, eps):
+def estimate(model, loss, seed, eps, signs=(1, -1)):
     """projected_grad under the z of the seed, every parameter perturbed about the same float64 theta."""
     theta = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = []
-    for sign in (1, -1):
+    for sign in signs:
         for name, p in model.named_parameters():
             p.copy_(theta[name] + sign * eps * standard_normal(seed, name, 0, p.numel()).double().view_as(p))
         losses.append(loss().item())
     for name, p in model.named_parameters():
         p.copy_(theta[name])
-    return projected_grad(*losses, eps)
+    return projected_grad(*losses, eps * (signs[0] - signs[1]) / 2)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_one_sided_the_error_of_an_estimate_is_of_first_order(transformer, seed):
+    """It falls tenfold when eps falls tenfold: eps / 2 z . Hz."""
+    model, loss = transformer
+    expected = derivative(model, loss, seed)
+    errors = [estimate(model, loss, seed, eps, signs=(1, 0)) - expected for eps in (1e-4, 1e-5)]
+    curvature = (estimate(model, loss, seed, 1e-4, (1, 0)) - estimate(model, loss, seed, 1e-4, (0, -1))) / 1e-4
+    assert errors[0] / errors[1] == pytest.approx(10, rel=0.02)
+    assert errors[1] == pytest.approx(1e-5 / 2 * curvature, rel=0.02)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

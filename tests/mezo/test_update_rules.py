@@ -26,12 +26,20 @@ OPTIONS = {
     "adamw": {"weight_decay": 0.5, "no_decay": ("*lora_B*",), "beta1": 0.8},
     "sign": {"lr": 1e-3, "num_perturbations": 3, "weight_decay": 0.1},
     "conservative": {"lr": 5e-2},
+    "fzoo": {"lr": 1e-4, "num_perturbations": 4, "weight_decay": 0.5},
+    "normalised": {"update_rule": "sgd", "normalise_z": True, "num_perturbations": 2},
 }
 each_rule = pytest.mark.parametrize("rule", OPTIONS)
 
 
 def of(config, rule, **changes):
-    return dataclasses.replace(config, update_rule=rule, **{**OPTIONS[rule], "verify_every": 1, **changes})
+    return dataclasses.replace(config, **{"update_rule": rule, **OPTIONS[rule], "verify_every": 1, **changes})
+
+
+def applied(rule, **fields):
+    """The update rule of a name in OPTIONS."""
+    distribution = "rademacher" if rule == "fzoo" else "normal"
+    return UpdateRule(OPTIONS[rule].get("update_rule", rule), distribution=distribution, **fields)
 
 
 def log_of(config):
@@ -46,7 +54,8 @@ def test_a_run_is_its_log_and_goes_on_from_any_line(rule, tiny_config):
     whole = log_of(config).read_bytes()
     first, records = read_trajectory(log_of(config))
     assert first["version"] == (1 if rule == "sgd" else 2)
-    assert first.get("rule", {"name": "sgd"})["name"] == rule
+    assert first.get("rule", {"name": "sgd"})["name"] == applied(rule).name
+    assert first.get("rule", {}).get("distribution", "normal") == applied(rule).distribution
     assert logbook.verify(config.output_dir) == 40
     kept = checkpoint.read_adapter(Path(config.output_dir, "adapter"))
     for backend in (None, "reference"):
@@ -65,7 +74,7 @@ def test_a_run_is_its_log_and_goes_on_from_any_line(rule, tiny_config):
 @each_rule
 def test_the_loss_falls(rule, tiny_config):
     """200 steps of the sentiment task, from chance; a sign error climbs."""
-    lr = {"sgd": 3e-2, "conservative": 3e-2, "momentum": 5e-3, "adam": 1e-2, "adamw": 1e-2, "sign": 3e-3}[rule]
+    lr = {"momentum": 5e-3, "adam": 1e-2, "adamw": 1e-2, "sign": 3e-3, "fzoo": 1e-4}.get(rule, 3e-2)
     config = of(tiny_config, rule, lr=lr, steps=200, weight_decay=0.0, no_decay=(), verify_every=-1, eval_every=200)
     result = commands.train(config)
     records = read_trajectory(log_of(config))[1]
@@ -97,11 +106,11 @@ def test_a_skipped_step_changes_neither_theta_nor_state(rule):
 def test_weight_decay_leaves_the_excluded_alone(rule):
     """An excluded parameter is as in a run without decay, to the bit; the others are as without an exclusion."""
     l2, decay = (0.3, 1.0) if rule == "adam" else (0.0, 0.9)
-    lr = 0.1 if UpdateRule(rule).fused(True) else None
+    lr = 0.1 if applied(rule).fused(True) else None
     updates = [StepUpdate((seed,), (0.1,), decay, lr=lr) for seed in range(4)]
     plain = [dataclasses.replace(update, decay=1.0) for update in updates]
-    got = stepped(UpdateRule(rule, l2=l2, no_decay=("b",)), updates).master.tensors
-    without, with_decay = stepped(UpdateRule(rule), plain), stepped(UpdateRule(rule, l2=l2), updates)
+    got = stepped(applied(rule, l2=l2, no_decay=("b",)), updates).master.tensors
+    without, with_decay = stepped(applied(rule), plain), stepped(applied(rule, l2=l2), updates)
     assert torch.equal(got[1], without.master.tensors[1])
     assert torch.equal(got[0], with_decay.master.tensors[0])
     assert not torch.equal(got[0], without.master.tensors[0])
@@ -155,6 +164,8 @@ def test_losses_tried_are_those_of_the_steps(tiny_config):
         ({"update_rule": "adam", "adam_eps": 0.0}, "--adam-eps must be a finite float32 number > 0"),
         ({"no_decay": ("*",)}, "--no-decay needs --weight-decay"),
         ({"update_rule": "conservative", "num_perturbations": 2}, "--num-perturbations must be 1, got 2"),
+        ({"update_rule": "fzoo"}, "--update-rule fzoo .* --num-perturbations must be >= 2, got 1"),
+        ({"update_rule": "fzoo", "num_perturbations": 2, "normalise_z": True}, "--normalise-z: z of the rule fzoo"),
     ],
 )
 def test_mistakes_are_refused(changes, message, tiny_options):
@@ -173,6 +184,7 @@ def test_a_pattern_that_fits_nothing_is_refused_before_anything_is_written(tiny_
     ("change", "message"),
     [
         (lambda first, line: first["rule"].update(name="lion"), "update rule cannot be applied"),
+        (lambda first, line: first["rule"].update(distribution="cauchy"), "unknown distribution 'cauchy'"),
         (lambda first, line: line.pop("lr"), "line 2 lacks lr"),
     ],
 )
