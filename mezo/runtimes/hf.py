@@ -14,13 +14,14 @@ from mezo.runtimes.full_model import save_model
 from mezo.runtimes.generation import Writing, greedy, refuse_too_long
 from mezo.runtimes.peft_model import head_logits, load_parts, position_limit, reference_log_probs
 from mezo.runtimes.prefix import PROMPT, real_activations, vocabulary_tokens
-from mezo.runtimes.rows import RowBatch, option_scores, rows_of
+from mezo.runtimes.rows import RowBatch, by_length, option_scores, rows_of
 from mezo.runtimes.rule import UpdateRule
 from mezo.runtimes.sides import Sides
 from mezo.runtimes.theta import PerturbedTheta
 from mezo.runtimes.trunk import GROUP, Trunk, no_cache, scored
 from mezo_kernels import ParamLayout, available_backends, lora_init
 
+CALL = 48  # tokens whose time a forward pass of none takes on a CPU, where the weights are read for each call
 PROOF_EXAMPLES = 3  # besides the longest
 PROOF_NOISE = 1e-3  # standard deviation of what is added to a base that is trained itself
 PROOF_TOLERANCE = 1e-4  # on option log-probabilities in float32; shapes differ, so sums are ordered differently
@@ -262,10 +263,20 @@ class HFRuntime:
 
     def _hidden(self, split, indices, batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:
         """A function that gives the hidden states at the scored positions, and the tokens whose trunk was run."""
-        if self.trunk is None:
-            return lambda: self._full_hidden(batch), 0
         starts = self.first_row[split]
         numbers = [n for i in indices for n in range(starts[i], starts[i] + len(self.rows[split][i]))]
+        if self.device.type != "cpu" or (self.trunk and self.trunk.keep_kv):
+            return self._run_of(split, numbers, batch)
+        parts = by_length(batch.lengths.tolist(), CALL)
+        runs, filled = zip(
+            *(self._run_of(split, [numbers[n] for n in own], batch.part(own)) for own in parts), strict=True
+        )
+        back = torch.tensor([n for own in parts for n in own]).argsort()
+        return lambda: torch.cat([run() for run in runs])[back], sum(filled)
+
+    def _run_of(self, split: str, numbers: Sequence[int], batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:
+        if self.trunk is None:
+            return lambda: self._full_hidden(batch), 0
         return self.trunk.hidden(split, numbers, batch)
 
     def _trunk_share(self, tokens: int) -> float:
