@@ -241,31 +241,40 @@ def verdicts(results: dict) -> dict[str, bool]:
     return held
 
 
-def main() -> int:
-    """Measure, print, write; exit code 1 if something does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--pairs", type=int, default=PAIRS, help="rounds in turn, adapters on all layers")
-    options = parser.parse_args()
+def measured(pairs: int) -> dict:
+    """The parts of a step, and the ratios that must hold."""
     kinds = configs()
     data = load_splits(kinds["last layer"], load_tokenizer(kinds["last layer"].model), masked=False)["train"][:BATCH]
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
         for kind, config in kinds.items():
-            results[f"hf, {kind}"] = hf(config, data, log, options.pairs if kind == "all layers" else 7)
+            results[f"hf, {kind}"] = hf(config, data, log, pairs if kind == "all layers" else 7)
             print(kind, json.dumps(results[f"hf, {kind}"], indent=2), file=sys.stderr)
         for kind in ("all layers", "last layer") if find_spec("sglang") else ():
             results[f"sglang, {kind}"] = sglang(kinds[kind], data, log, 8)
-        series = growth(kinds, log)
-    held = verdicts(results)
-    machine = describe() | {"transformers": version("transformers"), "peft": version("peft")}
-    whole = {"command": "make bench-training", "machine": machine, "results": results, "series": series, "held": held}
+    return results
+
+
+def main() -> int:
+    """Measure, print, write; exit code 1 if something does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="rounds in turn, adapters on all layers")
+    parser.add_argument("--growth-alone", action="store_true", help="keep the rest of what the file has")
+    options = parser.parse_args()
+    found = json.loads(options.output.read_text()) if options.growth_alone else {"command": "make bench-training"}
+    if not options.growth_alone:
+        found["results"] = measured(options.pairs)
+        found["held"] = verdicts(found["results"])
+    with tempfile.TemporaryDirectory() as folder:
+        found["series"] = growth(configs(), Path(folder) / "log.jsonl")
+    found["machine"] = describe() | {"transformers": version("transformers"), "peft": version("peft")}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(whole, indent=2) + "\n")
-    for name, value in held.items():
+    options.output.write_text(json.dumps(found, indent=2) + "\n")
+    for name, value in found["held"].items():
         print(f"{'holds' if value else 'DOES NOT HOLD'}: {name}")
-    return 0 if all(held.values()) else 1
+    return 0 if all(found["held"].values()) else 1
 
 
 if __name__ == "__main__":

@@ -25,9 +25,7 @@ def keep(run: RunDirectory, runtime: Runtime) -> None:
 def read(run: RunDirectory, spec: TrainedSpec) -> dict[str, torch.Tensor]:
     """What a run kept, as `Runtime.load` takes it."""
     if spec.peft is None:
-        from mezo.runtimes.full_model import read_parameters
-
-        return read_parameters(str(run.model), spec.dtype)
+        return _parameters(run, spec.dtype)
     return load_adapter(run.adapter, spec.shapes)
 
 
@@ -51,10 +49,14 @@ def difference(run: RunDirectory, first_line: dict, theta: dict[str, torch.Tenso
     """None if a run keeps exactly this theta (rounded once, if it is a model in 16 bits), else the first other name."""
     if first_line["peft"] is not None:
         return same_bits(theta, read_adapter(run.adapter))
+    found, dtype = _parameters(run, first_line["dtype"]), getattr(torch, first_line["dtype"])
+    rounded = {name: tensor.to(dtype).float() for name, tensor in theta.items()}
+    return same_bits(rounded, {name: tensor.float() for name, tensor in found.items()})
+
+
+def _parameters(run: RunDirectory, dtype: str) -> dict[str, torch.Tensor]:
     if not run.model.is_dir():
         raise UserError(f"{run.path}: model/ is missing; rebuild it with: mezo replay {run.path} --output-dir NEW")
     from mezo.runtimes.full_model import read_parameters
 
-    found = {name: tensor.float() for name, tensor in read_parameters(str(run.model), first_line["dtype"]).items()}
-    dtype = getattr(torch, first_line["dtype"])
-    return same_bits({name: tensor.to(dtype).float() for name, tensor in theta.items()}, found)
+    return read_parameters(str(run.model), dtype)

@@ -3,10 +3,25 @@
 import math
 
 import numpy as np
-from numba import float32, njit, prange, uint32
+from numba import float32, prange
 
 from mezo_kernels import cpu
-from mezo_kernels.cpu import GROUPS, MOVED, PAIR, SCRATCH, THETA, VALUE, F, _array, _draw, _load, _store, _subtract
+from mezo_kernels.cpu import PAIR, THETA, _subtract
+from mezo_kernels.cpu_draw import (
+    GROUPS,
+    MOVED,
+    SCRATCH,
+    VALUE,
+    F,
+    _aligned,
+    _array,
+    _draw_batch,
+    _end_of_batch,
+    _load_batch,
+    _number_blocks,
+    _store_batch,
+    compiled,
+)
 from mezo_kernels.layout import AddressCache
 from mezo_kernels.philox import STREAMS
 
@@ -18,14 +33,14 @@ STATE = THETA  # the states lie where `_build_items` puts the first pair
 _ZERO, _ONE = F(0), F(1)
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _clear(address, n):
     value = _array(address, 1, n, np.float32)
     for j in range(n):
         value[j] = _ZERO
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _rule(kind, scratch, n, constants, rate, decay, root):
     """One update of a chunk: theta and its states, in float32, each operation rounded on its own."""
     theta, g = _array(scratch + 4 * VALUE, 1, n, np.float32), _array(scratch + 4 * ESTIMATE, 1, n, np.float32)
@@ -55,41 +70,40 @@ def _rule(kind, scratch, n, constants, rate, decay, root):
         theta[j] = theta[j] - rate * g[j]
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _rule_items(items, lo, hi, buffer, thread, kind, states, constants, seeds, numbers, next_seeds, eps, stream):
-    scratch = buffer.ctypes.data + thread * 4 * RULE_SCRATCH
+    scratch = _aligned(buffer) + thread * 4 * RULE_SCRATCH
     value, moved, estimate = scratch + 4 * VALUE, scratch + 4 * MOVED, scratch + 4 * ESTIMATE
-    for it in range(lo, hi):
-        item = items[it]
-        n, index, tensor_id = item[3], item[4], uint32(item[5])
-        _load(value, item[0], item[1], item[2], n)
+    while lo < hi:
+        end = _end_of_batch(items, lo, hi, stream)
+        n = _number_blocks(scratch, items, lo, end)
+        _load_batch(value, items, lo, end, 0)
         for s in range(states):
-            at = STATE + 3 * s
-            _load(scratch + 4 * (FIRST + s * (SECOND - FIRST)), item[at], item[at + 1], item[at + 2], n)
+            _load_batch(scratch + 4 * (FIRST + s * (SECOND - FIRST)), items, lo, end, STATE + 3 * s)
         _clear(estimate, n)
         for k in range(seeds.shape[0]):
             # g <- g + (w * z)
-            z = _draw(scratch, index, n, tensor_id, stream, seeds[k, 0], seeds[k, 1])
+            z = _draw_batch(scratch, items, lo, end, n, stream, seeds[k, 0], seeds[k, 1])
             _subtract(estimate, estimate, -numbers[k, WEIGHT], z, n)
             if numbers[k, LAST] != _ZERO:
                 _rule(kind, scratch, n, constants, numbers[k, RATE], numbers[k, DECAY], numbers[k, ROOT])
                 _clear(estimate, n)
         if seeds.shape[0]:
-            _store(value, item[0], item[1], item[2], n)
+            _store_batch(value, items, lo, end, 0)
             for s in range(states):
-                at = STATE + 3 * s
-                _store(scratch + 4 * (FIRST + s * (SECOND - FIRST)), item[at], item[at + 1], item[at + 2], n)
+                _store_batch(scratch + 4 * (FIRST + s * (SECOND - FIRST)), items, lo, end, STATE + 3 * s)
         for p in range(next_seeds.shape[0]):
             # theta + eps z = theta - (-eps) z
             at = THETA + (p + (1 if states else 0)) * PAIR
-            z = _draw(scratch, index, n, tensor_id, stream, next_seeds[p, 0], next_seeds[p, 1])
+            z = _draw_batch(scratch, items, lo, end, n, stream, next_seeds[p, 0], next_seeds[p, 1])
             _subtract(moved, value, -eps, z, n)
-            _store(moved, item[at], item[at + 1], item[at + 2], n)
+            _store_batch(moved, items, lo, end, at)
             _subtract(moved, value, eps, z, n)
-            _store(moved, item[at + 3], item[at + 4], item[at + 5], n)
+            _store_batch(moved, items, lo, end, at + 3)
+        lo = end
 
 
-@njit(parallel=True, error_model="numpy", nogil=True, cache=True)
+@compiled(parallel=True)
 def _rule_parallel(threads, items, buffer, kind, states, constants, seeds, numbers, next_seeds, eps, stream):
     n = items.shape[0]
     for t in prange(threads):
@@ -110,7 +124,7 @@ def rule_step_(theta, state, plus, minus, geometry, kind, constants, updates, ne
     arguments = (kind, states, np.array(constants, F), *passes, F(eps), STREAMS[distribution])
     threads = cpu._threads(items, n_elements * max(1, len(updates) + len(next_seeds)))
     if threads == 1:
-        _rule_items(items, 0, len(items), np.empty(RULE_SCRATCH, F), 0, *arguments)
+        _rule_items(items, 0, len(items), np.empty(RULE_SCRATCH + 16, F), 0, *arguments)
     else:
         with cpu._pool:
-            _rule_parallel(threads, items, np.empty(threads * RULE_SCRATCH, F), *arguments)
+            _rule_parallel(threads, items, np.empty(threads * RULE_SCRATCH + 16, F), *arguments)

@@ -2,10 +2,13 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from mezo.errors import UserError
 from mezo.runtimes.peft_model import load_base, load_tokenizer, weights_hash
@@ -46,7 +49,8 @@ def save_model(model: nn.Module, source: str, directory: Path) -> None:
     part, old = (directory.with_name(directory.name + end) for end in (".part", ".old"))
     for path in (part, old):
         shutil.rmtree(path, ignore_errors=True)
-    model.save_pretrained(part)
+    with _without_bars():
+        model.save_pretrained(part)
     load_tokenizer(source).save_pretrained(part)
     for path in part.iterdir():
         with open(path, "rb+") as file:
@@ -55,3 +59,15 @@ def save_model(model: nn.Module, source: str, directory: Path) -> None:
         directory.rename(old)
     part.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """The progress bars of transformers would mix with the run's own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -77,8 +77,8 @@ def is_masked(model: str) -> bool:
 
 def load_base(model: str, dtype: torch.dtype | str, bare: bool = False) -> nn.Module:
     """A model with its head, or `bare`, on the CPU in eval mode. Raises UserError if it cannot be loaded."""
+    auto = AutoModel if bare else AutoModelForMaskedLM if is_masked(model) else AutoModelForCausalLM
     try:
-        auto = AutoModel if bare else AutoModelForMaskedLM if is_masked(model) else AutoModelForCausalLM
         return auto.from_pretrained(model, dtype=dtype, attn_implementation=ATTENTION).eval()
     except (OSError, ValueError) as error:
         raise UserError(f"--model {model}: it could not be loaded ({_first_line(error)})") from error
@@ -108,8 +108,10 @@ def load_parts(config: Config, device: torch.device, dtype: torch.dtype) -> tupl
     attach = {"lora": _with_lora, "full": _with_own_parameters, "prefix": _with_prefix}[config.tuning]
     model, params, peft = attach(config, base, layers, heads[0])
     model.requires_grad_(False)
-    if not linear:
-        heads = [child for child in base.children() if child is not body]  # an adapted head is another module
+    if linear:
+        head = getattr(base, LINEAR_HEAD).modules_to_save["default"]
+    else:
+        head = next(child for child in base.children() if child is not body)  # an adapted one is another module
     trained = set(map(id, params.values()))
     touched = [i for i, layer in enumerate(layers) if not trained.isdisjoint(map(id, layer.parameters()))]
     last = len(layers) - 1
@@ -120,7 +122,7 @@ def load_parts(config: Config, device: torch.device, dtype: torch.dtype) -> tupl
     shapes = {name: tuple(p.shape) for name, p in params.items()}
     spec = TrainedSpec(peft, shapes, config.model, weights, str(dtype).split(".")[1])
     window = _window(base.config)
-    return ModelParts(model, body, layers, heads[0], params, causal, first, kv_free, window, prefix), spec
+    return ModelParts(model, body, layers, head, params, causal, first, kv_free, window, prefix), spec
 
 
 Attached = tuple[nn.Module, dict[str, nn.Parameter], dict | None]

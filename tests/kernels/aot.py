@@ -22,6 +22,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import mezo_kernels as mk
+from mezo_kernels import rules
 from mezo_kernels import triton as ops
 from mezo_kernels.triton.table import BLOCK_SIZE, LAUNCH
 
@@ -85,6 +86,18 @@ def step(layout, dtypes, updates=((3, 0.1, 1.0),), next_seeds=(7,), eps: float =
     ops.step_(layout.tensors, plus, minus, [layout.geometry] * 3, list(updates), list(next_seeds), eps, "normal")
 
 
+def rule_step(layout, dtypes, rule: mk.Rule, n_updates: int = 1, seed: int = 3, next_seeds=(7,), eps: float = 1e-3):
+    """A step by a rule, from zero state."""
+    state = [torch.zeros_like(t) for _ in range(rule.states) for t in layout.tensors]
+    tensors = [torch.empty_like(t, dtype=dtype) for t, dtype in zip(layout.tensors, dtypes, strict=True)]
+    plus, minus = ([t.clone() for _ in next_seeds for t in tensors] for _ in range(2))
+    updates, geometry = [(seed, 0.5, 1.0, 0.1, 1.0, 1.0)] * n_updates, [layout.geometry] * 5
+    kind, numbers = rules.KINDS[rule.kind], rule.constants
+    ops.rule_step_(
+        layout.tensors, state, plus, minus, geometry, kind, numbers, updates, list(next_seeds), eps, "normal"
+    )  # fmt: skip
+
+
 def normal(start: int) -> None:
     ops.standard_normal(5, 9, start, 4096, "normal", "cpu")
 
@@ -101,6 +114,16 @@ VARIANTS = {
     "perturb_rademacher_bf16": (lambda: perturb(flat(BF16), "rademacher"), 2, 2),
     **{f"step_{NAMES[d]}": (lambda d=d: step(flat(FP32), [d]), 4, 4 + 2 * d.itemsize) for d in NAMES},
     **{f"update_{NAMES[d]}": (lambda d=d: step(flat(d), [d]), d.itemsize, 3 * d.itemsize) for d in (BF16, FP16)},
+    **{
+        f"{kind}_{NAMES[d]}": (
+            lambda kind=kind, d=d: rule_step(flat(FP32), [d], mk.Rule(kind)),
+            4 + 4 * rules.STATES[kind],
+            4 + 4 * rules.STATES[kind] + 2 * d.itemsize,
+        )
+        for kind in ("momentum", "adam", "sign")
+        for d in (FP32, BF16)
+    },
+    "any_adam_bf16": (lambda: rule_step(ragged(FP32), [BF16], mk.Rule("adam")), None, None),
     "standard_normal": (lambda: normal(0), 0, 4),
     "sum_of_squares": (lambda: squares(flat(FP32)), None, None),
     "any_perturb_mixed": (lambda: perturb(ragged(*NAMES)), None, None),
@@ -135,6 +158,7 @@ def _nvidia(kernel) -> dict:
     lanes = LAUNCH["num_warps"] * 32
     ptx = kernel.asm["ptx"]
     roots = len(re.findall(r"\bsqrt\.rn\.f32", ptx))
+    quotients = len(re.findall(r"\bdiv\.rn\.f32", ptx))
     fused = sum(op.startswith("FFMA") for _, op, _ in code)
     return {
         "registers": resources["REG"],
@@ -145,8 +169,12 @@ def _nvidia(kernel) -> dict:
         "stores": _widths(opcodes, "STG"),
         "lanes": lanes,
         "barriers": sum(n for op, n in opcodes.items() if op.startswith("BAR")),
-        # a correctly rounded square root is refined by two of these, and by three in its subroutine for subnormals
-        "fused": len(re.findall(r"\bfma\.\w+\.(?:ftz\.)?f32", ptx)) + fused - 2 * roots - 3 * (roots > 0),
+        # a correctly rounded square root is refined by two of these, and by three in its subroutine for subnormals; a
+        # quotient by five, and by twelve in its subroutine
+        "fused": len(re.findall(r"\bfma\.\w+\.(?:ftz\.)?f32", ptx))
+        + fused
+        - (2 * roots + 3 * (roots > 0))
+        - (5 * quotients + 12 * (quotients > 0)),
         "roots": roots,
         "inexact": len(re.findall(r"\.ftz|\.approx|\bsin\.|\bcos\.", ptx)),
     }
@@ -191,8 +219,8 @@ def _amd(kernel) -> dict:
         "stores": widths("store"),
         "lanes": lanes,
         "barriers": opcodes["s_barrier"],
-        # a correctly rounded square root is refined by two of these
-        "fused": fused - 2 * opcodes["v_sqrt_f32_e32"],
+        # a correctly rounded square root is refined by two of these, a quotient by five
+        "fused": fused - 2 * opcodes["v_sqrt_f32_e32"] - 5 * opcodes["v_div_fixup_f32"],
         "roots": opcodes["v_sqrt_f32_e32"],
         "inexact": int(".amdhsa_float_denorm_mode_32 3" not in assembly) + opcodes["v_sin_f32_e32"],
     }
@@ -207,6 +235,9 @@ def variants_of_a_run() -> dict[str, int]:
         updates = [(seed, 0.0, 1.0), (seed, 1.0, 0.5), *[(seed, 0.1, 1.0)] * 14][: 1 + seed % 16]
         perturb(layout, seed=seed, scale=seed / 2**60)
         step(layout, [FP32] * len(layout.tensors), updates, [seed] * (1 + seed % 2), eps=seed + 1.0)
+        betas = (0.5, 0.25) if seed % 2 else (0.9, 0.0)
+        rule = mk.Rule("adam", *betas, eps=1e-8 * (1 + seed % 4), l2=float(seed % 3))
+        rule_step(layout, [FP32] * len(layout.tensors), rule, len(updates), seed, [seed] * (1 + seed % 2), seed + 1.0)
         squares(layout, seed)
         ops.standard_normal(seed, seed % 2**32, 4 * (seed % 2**60), 4096 + 4 * (seed % 5), "normal", "cpu")
     return Counter(name for name, _ in {(kernel.metadata.name, id(kernel)) for kernel in compiled})

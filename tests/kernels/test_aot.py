@@ -72,5 +72,5 @@ def test_registers_and_issue_slots_stay_below_their_ceilings(kernel):
 
 
 def test_no_per_step_value_compiles_a_second_variant(report):
-    kernels = ("perturb", "step", "sum_of_squares", "standard_normal")
+    kernels = ("perturb", "step", "rule", "sum_of_squares", "standard_normal")
     assert report["variants_of_a_run"] == {f"_{name}_kernel": 1 for name in kernels}

@@ -1,8 +1,14 @@
 """Registration with torch.library, tracing, and what must not happen again on every step."""
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import mezo_kernels
 from mezo_kernels import ParamLayout, cpu, perturb_, standard_normal, step_, sum_of_squares
 
 OPS = torch.ops.mezo_kernels
@@ -105,3 +111,16 @@ def test_a_freed_address_given_to_another_layout_is_another_table():
         perturb_(ParamLayout({f"w{n}": w}), 1.0, 0)
         assert torch.equal(w, standard_normal(0, f"w{n}", 0, 4 * n))
         del w
+
+
+def test_compiled_code_on_disk_is_that_of_every_module(tmp_path):
+    """numba looks at a function's own file alone: code of cpu.py would outlive the cpu_draw.py inside it."""
+    shutil.copytree(Path(mezo_kernels.__file__).parent, tmp_path / "mezo_kernels")
+    code = "import torch; from mezo_kernels import ParamLayout, perturb_; w = torch.zeros(8)"
+    code += "; perturb_(ParamLayout({'w': w}), 1.0, 0); print(w[0].item())"
+    drawing, found = tmp_path / "mezo_kernels" / "cpu_draw.py", []
+    for change in ("F(1), F(-2)", "F(1), F(-8)"):  # the second draws z of twice the size
+        drawing.write_text(drawing.read_text().replace("F(1), F(-2)", change))
+        run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+        found.append(float(run.stdout))
+    assert found[1] == pytest.approx(2 * found[0])

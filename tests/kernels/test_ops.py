@@ -92,6 +92,26 @@ def test_blocks_and_strides_are_the_reference(dtype, block):
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_narrow_rows_between_wide_ones_are_the_reference(start, distribution):
+    """Rows of up to 64 elements are drawn together: more of them than the scratch holds, and beginning anywhere."""
+    widths = (1, 2, 3, 4, 7, 64, 5, 2100, 60, 61, 8)
+    for backend in ("numba", "reference"):
+        full = {f"w{cols}": values(90 if cols < 2000 else 2, start + cols + 2) for cols in widths}
+        layout = ParamLayout(
+            ParamSlot(name, w[:, start : start + cols], tuple(w.shape), 0, start)
+            for (name, w), cols in zip(full.items(), widths, strict=True)
+        )
+        targets = pairs(layout, FLOATS)
+        step_(layout, UPDATES, 0.99, **targets, distribution=distribution, backend=backend)
+        # the columns around a shard belong to somebody else
+        written = [*full.values(), *(t for one in (*targets["plus"], *targets["minus"]) for t in one.tensors)]
+        if backend == "numba":
+            got = written
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(got, written, strict=True))
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("block", ["rows", "columns", "strided columns"])
 def test_a_shard_gets_its_slice_of_the_full_result(block, distribution):
     theta = values(13, 101)
