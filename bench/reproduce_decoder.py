@@ -112,8 +112,9 @@ def load(config: Config) -> tuple[HFRuntime, dict[str, list[Example]]]:
 def train_on(runtime: HFRuntime, splits: dict[str, list[Example]], config: Config) -> dict:
     """The run that `mezo train` makes, on a runtime that is there already: its trunk serves several runs."""
     header = checkpoint.make_header(config, runtime.spec, splits)
-    runtime.load(checkpoint.initial_theta(header, Path()))
-    run = RunDirectory.create(config.output_dir, config, header)
+    initial = Path(config.adapter) / checkpoint.WEIGHTS if config.adapter else None
+    runtime.load(checkpoint.initial_theta(header, initial or Path()))
+    run = RunDirectory.create(config.output_dir, config, header, initial)
     return Trainer(config, runtime, splits, run).train()
 
 

@@ -12,6 +12,7 @@ import torch
 from reproduce_decoder import NUM_TEST, SEEDS, SHOTS, load, mean_std, train_on, write_pools
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.preprocessing import normalize
 
 from mezo import checkpoint
 from mezo.assets import Package, cache_root, cached, fetch_package
@@ -19,7 +20,7 @@ from mezo.batches import Batches
 from mezo.config import Config
 from mezo.evaluation import score_split
 from mezo.objectives import cross_entropy, evaluate
-from mezo.runtimes.base import Example, TokenCount
+from mezo.runtimes.base import LINEAR_HEAD, Example, TokenCount
 from mezo.runtimes.hf import HFRuntime
 from mezo.runtimes.rows import RowBatch, rows_of
 
@@ -41,9 +42,11 @@ MEZO = {
     "layers_to_transform": (4, 5),
     "max_length": 48,
 }
+FROM_PROBE = {"lr": 1e-3, "eps": 1e-2}
+"""Where they differ from MEZO, for the run whose head starts from a linear probe."""
 ADAMW = {"steps": 160, "lr": 1e-3, "eval_every": 20}
 STRENGTHS = tuple(float(c) for c in np.logspace(-2, 4, 13))
-"""C of the probe, chosen by 5-fold cross-validation on the training sentences."""
+"""C of a probe, chosen by 5-fold cross-validation on the training sentences."""
 
 
 def fetch_encoder() -> Path:
@@ -85,6 +88,7 @@ def encoder(scratch: Path) -> dict:
     own = {"steps": STEPS, "num_test": NUM_TEST, "r": base.r}
     return {
         "mezo": MEZO | own,
+        "from a probe": FROM_PROBE,
         "adamw": ADAMW | {"batch_size": base.batch_size},
         "probe": {"C": STRENGTHS, "folds": 5},
         "shots": shots,
@@ -97,7 +101,7 @@ def compare(config: Config) -> dict[str, dict[str, float]]:
     runtime, splits = load(config)
     filling = time.perf_counter() - began
     found = {}
-    for method, run in (("probe", probe), ("adamw", adamw), ("mezo", mezo)):
+    for method, run in (("probe", probe), ("adamw", adamw), ("mezo", mezo), ("mezo from a probe", mezo_from_probe)):
         began = time.perf_counter()
         found[method] = run(config, runtime, splits)
         found[method]["seconds"] = time.perf_counter() - began + (filling if method != "probe" else 0)
@@ -110,61 +114,94 @@ def mezo(config: Config, runtime: HFRuntime, splits: dict[str, Sequence[Example]
     return {key: result["test"]["after"][key] for key in ("accuracy", "auc")}
 
 
+def mezo_from_probe(config: Config, runtime: HFRuntime, splits: dict[str, Sequence[Example]]) -> dict[str, float]:
+    """The same run, its head that of a linear probe at the start.
+
+    Probe first, then fine-tune, as Kumar et al. (2022, arXiv 2202.10054) advise. The head has no bias and reads means
+    of any length, so its probe is not the one of `probe`: "accuracy before" is its own.
+    """
+    theta = start_of(config, runtime, splits)
+    fitted = fit(features(runtime, theta, splits["train"]), labels(splits["train"]), config.seed, fit_intercept=False)
+    weights = torch.from_numpy(fitted.best_estimator_.coef_[0]).float()
+    name = next(name for name in theta if name.endswith(f"{LINEAR_HEAD}.weight"))
+    folder = Path(f"{config.output_dir}-probe")
+    checkpoint.save_adapter(folder, runtime.spec.peft, theta | {name: torch.stack([-weights / 2, weights / 2])})
+    own = {"adapter": str(folder), "output_dir": f"{config.output_dir}-from-probe"}
+    result = train_on(runtime, splits, dataclasses.replace(config, **own, **FROM_PROBE))["test"]
+    return {key: result["after"][key] for key in ("accuracy", "auc")} | {
+        "accuracy before": result["before"]["accuracy"],
+        "C": float(fitted.best_params_["C"]),
+    }
+
+
 def probe(config: Config, runtime: HFRuntime, splits: dict[str, Sequence[Example]]) -> dict[str, float]:
-    """Logistic regression on the frozen encoder's mean hidden states, of length one; C by cross-validation."""
-    runtime.load(checkpoint.initial_theta(checkpoint.make_header(config, runtime.spec, splits), Path()))
-    runtime._point(runtime.master.tensors)  # lora_B is zero: the encoder as it came
-    x, y = {}, {}
-    for split in ("train", "test"):
-        x[split] = embeddings(runtime, splits[split])
-        y[split] = [example.label for example in splits[split]]
-    folds = StratifiedKFold(5, shuffle=True, random_state=config.seed)
-    search = GridSearchCV(LogisticRegression(max_iter=5000), {"C": list(STRENGTHS)}, cv=folds)
-    margin = torch.from_numpy(search.fit(x["train"], y["train"]).decision_function(x["test"]))
-    measured = evaluate(torch.stack([-margin / 2, margin / 2], -1), torch.tensor(y["test"]))
-    return {key: measured[key] for key in ("accuracy", "auc")} | {"C": float(search.best_params_["C"])}
+    """Logistic regression on the frozen encoder's mean hidden states, of length one as it was trained for."""
+    theta = start_of(config, runtime, splits)
+    x = {split: normalize(features(runtime, theta, splits[split])) for split in ("train", "test")}
+    fitted = fit(x["train"], labels(splits["train"]), config.seed)
+    margin = torch.from_numpy(fitted.decision_function(x["test"]))
+    measured = evaluate(torch.stack([-margin / 2, margin / 2], -1), torch.tensor(labels(splits["test"])))
+    return {key: measured[key] for key in ("accuracy", "auc")} | {"C": float(fitted.best_params_["C"])}
+
+
+def fit(x: np.ndarray, y: list[int], seed: int, **options) -> GridSearchCV:
+    """Logistic regression with C by 5-fold cross-validation."""
+    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+    search = GridSearchCV(LogisticRegression(max_iter=5000, **options), {"C": list(STRENGTHS)}, cv=folds)
+    return search.fit(x, y)
+
+
+def labels(examples: Sequence[Example]) -> list[int]:
+    return [example.label for example in examples]
+
+
+def start_of(config: Config, runtime: HFRuntime, splits: dict[str, Sequence[Example]]) -> dict[str, torch.Tensor]:
+    """theta_0 of a run: lora_B and the head are zero."""
+    return checkpoint.initial_theta(checkpoint.make_header(config, runtime.spec, splits), Path())
 
 
 @torch.no_grad()
-def embeddings(runtime: HFRuntime, examples: Sequence[Example]) -> np.ndarray:
-    """(examples, hidden_size): mean of the last hidden states, of length one as the encoder was trained for."""
+def features(runtime: HFRuntime, theta: dict[str, torch.Tensor], examples: Sequence[Example]) -> np.ndarray:
+    """(examples, hidden_size): means of the last hidden states at theta."""
+    runtime.load(theta)
+    runtime._point(runtime.master.tensors)
     order, found = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt)), {}
     for start in range(0, len(order), 32):
         part = order[start : start + 32]
         batch = RowBatch.of([row for i in part for row in rows_of(examples[i])], runtime.pad, "cpu")
         hidden = runtime.parts.body(batch.ids, attention_mask=batch.mask).last_hidden_state
         means = (hidden * batch.mask[:, :, None]).sum(1) / batch.lengths[:, None]
-        found |= dict(zip(part, torch.nn.functional.normalize(means).numpy(), strict=True))
+        found |= dict(zip(part, means.numpy(), strict=True))
     return np.stack([found[i] for i in range(len(examples))])
 
 
 def adamw(config: Config, runtime: HFRuntime, splits: dict[str, Sequence[Example]]) -> dict[str, float]:
     """AdamW with gradients on the weights that MeZO trains, from the same start on the same batches; best dev step."""
-    labels = {split: torch.tensor([example.label for example in own]) for split, own in splits.items()}
-    start = checkpoint.initial_theta(checkpoint.make_header(config, runtime.spec, splits), Path())
+    targets = {split: torch.tensor(labels(own)) for split, own in splits.items()}
+    start = start_of(config, runtime, splits)
     weights = [start[name].clone() for name in runtime.master.names]
     runtime._point(weights)
     for p in runtime.params:
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(runtime.params, lr=ADAMW["lr"])
-    batches, best = Batches(len(labels["train"]), config.batch_size, config.seed), (-1.0, None)
+    batches, best = Batches(len(targets["train"]), config.batch_size, config.seed), (-1.0, None)
     for step in range(ADAMW["steps"]):
         batch = batches(step)
         optimizer.zero_grad()
         # as `score_pairs` does, the trunk cache included, at the parameters as they are
-        loss = cross_entropy(runtime._forward("train", batch, TokenCount(), signs=1)(), labels["train"][batch])
+        loss = cross_entropy(runtime._forward("train", batch, TokenCount(), signs=1)(), targets["train"][batch])
         loss.backward()
         optimizer.step()
         if (step + 1) % ADAMW["eval_every"] == 0:
             now = {name: w.detach().clone() for name, w in zip(runtime.master.names, weights, strict=True)}
             runtime.load(now)
-            dev = evaluate(score_split(runtime, "dev", len(labels["dev"]), config.batch_size), labels["dev"])
+            dev = evaluate(score_split(runtime, "dev", len(targets["dev"]), config.batch_size), targets["dev"])
             runtime._point(weights)
             if dev["accuracy"] > best[0]:
                 best = (dev["accuracy"], now)
     for p in runtime.params:
         p.requires_grad_(False)
     runtime.load(best[1])
-    scores = score_split(runtime, "test", len(labels["test"]), config.batch_size)
-    measured = evaluate(scores, labels["test"])
+    scores = score_split(runtime, "test", len(targets["test"]), config.batch_size)
+    measured = evaluate(scores, targets["test"])
     return {key: measured[key] for key in ("accuracy", "auc")}

@@ -80,7 +80,7 @@ def test_the_study_counts_zero_differences_and_keeps_four_curves(small):
 def test_the_encoder_is_beside_its_peers(small):
     found = measured(small, "encoder")
     for shots in found["shots"].values():
-        assert set(shots) == {"probe", "adamw", "mezo"}
+        assert set(shots) == {"probe", "adamw", "mezo", "mezo from a probe"}
         assert all(len(row["accuracy"]["values"]) == 2 for row in shots.values())
 
 
