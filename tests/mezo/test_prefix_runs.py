@@ -122,9 +122,9 @@ def test_a_run_goes_on_from_its_adapter_and_is_scored_alone(config, capsys):
     data = ["--test-file", config.test_file, "--prompt", config.prompt, "--label-words", *config.label_words]
     assert main(["eval", adapter, *data]) == 0
     assert f"{before['loss']:.4f}" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--num-prefix-tokens 6 contradicts --adapter .*, which has 5: leave it out"):
+    with pytest.raises(UserError, match=r"--num-prefix-tokens 6 contradicts --adapter .*, which has 5: leave it out"):
         commands.with_adapter_options(dataclasses.replace(config, num_prefix_tokens=6, adapter=adapter))
-    with pytest.raises(UserError, match="--r 4 contradicts|--r 4 is of LoRA"):
+    with pytest.raises(UserError, match=r"--r 4 contradicts|--r 4 is of LoRA"):
         commands.with_adapter_options(dataclasses.replace(config, tuning="lora", r=4, adapter=adapter))
 
 
