@@ -11,6 +11,8 @@ import torch
 from mezo import commands, logbook, tune
 from mezo.errors import UserError
 from mezo.estimator import planned
+from mezo.measurement import Measurement
+from mezo.parallel import Ranks
 from mezo.runtimes.hf import HFRuntime
 from mezo.runtimes.peft_model import load_tokenizer
 from mezo.tasks import load_splits
@@ -159,13 +161,22 @@ def test_normalised_coefficients_are_over_the_length_of_z(config):
 
 
 def test_normalised_perturbations_have_one_length(config):
-    """|theta_plus - theta_minus| = 2 eps sqrt(d), whatever the seed."""
+    """|theta_plus - theta_minus| = 2 eps sqrt(d), whatever the seed; plain z has another length each time."""
     config = dataclasses.replace(config, update_rule="sgd", normalise_z=True)
     made, splits = HFRuntime(config), load_splits(config, load_tokenizer(config.model))
     made.prepare(splits)
     made.load(noisy(made))
-    for seed in (1, 2, 3):
-        made.step([], [seed], [EPS / root_mean_square(made.spec.shapes, seed)])
+    measurement, one = (
+        Measurement(config, made, splits["train"], {}, Ranks()),
+        2 * EPS * math.sqrt(made.master.n_elements),
+    )
+
+    def length():
         pairs = zip(made.plus.tensors, made.minus.tensors, strict=True)
-        length = math.sqrt(sum((a.double() - b.double()).square().sum().item() for a, b in pairs))
-        assert length == pytest.approx(2 * EPS * math.sqrt(made.master.n_elements), rel=1e-5)
+        return math.sqrt(sum((a.double() - b.double()).square().sum().item() for a, b in pairs))
+
+    for seed in (1, 2, 3):
+        measurement.step([], [seed])
+        assert length() == pytest.approx(one, rel=1e-5)
+        made.step([], [seed], EPS)
+        assert length() != pytest.approx(one, rel=1e-4)

@@ -13,7 +13,7 @@ from mezo.errors import UserError
 from mezo.trajectory import StepRecord, TrajectoryWriter, drop_torn_line, header, read_trajectory
 from mezo_kernels import available_backends
 
-GOLDEN, STEPS_OF_GOLDEN = Path(__file__).parents[1] / "golden" / "trajectory-v1", 8
+GOLDEN, STEPS_OF_GOLDEN = Path(__file__).parents[1] / "golden", 8
 SPEC = {"peft": {}, "shapes": {"w.lora_A.weight": [8, 4]}, "model": "m", "model_hash": "0", "dtype": "float32"}
 floats = st.floats(allow_nan=False)
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -103,9 +103,12 @@ def test_no_bytes_crash_the_reader(tmp_path_factory, data, at):
 
 
 @pytest.mark.parametrize("backend", ["reference", "numba", "triton"])
-def test_version_1_is_read_and_replayed_for_good(backend):
+@pytest.mark.parametrize("log", ["v1", "v2-fzoo", "v2-adam"])
+def test_every_version_is_read_and_replayed_for_good(log, backend):
+    """The adapters were written by the runs themselves. v2-adam was along normalised z, without decay of lora_B."""
     if backend not in available_backends("cpu"):
         pytest.skip("Triton is interpreted only where there is no GPU")
-    theta, first, steps = checkpoint.replay(GOLDEN, backend=backend)
-    assert (first["version"], first["run_seed"], steps) == (1, 2**64 - 3, STEPS_OF_GOLDEN)
-    assert checkpoint.same_bits(theta, checkpoint.read_adapter(GOLDEN)) is None
+    golden = GOLDEN / f"trajectory-{log}"
+    theta, first, steps = checkpoint.replay(golden, backend=backend)
+    assert (first["version"], first["run_seed"], steps) == (int(log[1]), 2**64 - 3, STEPS_OF_GOLDEN)
+    assert checkpoint.same_bits(theta, checkpoint.read_adapter(golden)) is None
