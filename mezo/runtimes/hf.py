@@ -19,6 +19,7 @@ from mezo.runtimes.theta import PerturbedTheta
 from mezo.runtimes.trunk import GROUP, Trunk, no_cache, scored
 from mezo_kernels import ParamLayout, available_backends, lora_init
 
+WATCHED = 1 << 24  # elements of a whole model that a watched step compares with the reference
 PROOF_EXAMPLES = 3  # besides the longest
 PROOF_NOISE = 1e-3  # standard deviation of what is added to a base that is trained itself
 PROOF_TOLERANCE = 1e-4  # on option log-probabilities in float32; shapes differ, so sums are ordered differently
@@ -49,7 +50,8 @@ class HFRuntime:
         self.master = ParamLayout(dict(zip(self.spec.shapes, start, strict=True)))
         self.plus, self.minus = self.master.like(empty(self.dtype)), self.master.like(empty(self.dtype))
         rule = UpdateRule.of(config, self.master.names)
-        self.perturbed = PerturbedTheta(self.master, [(self.plus, self.minus)], self.backend, rule)
+        watched = WATCHED if self.whole else None
+        self.perturbed = PerturbedTheta(self.master, [(self.plus, self.minus)], self.backend, rule, watched)
         self.seconds = dict.fromkeys(("kernels", "forward"), 0.0)
         self.examples: dict[str, Sequence[Example]] = {}
         self.trunk: Trunk | None = None
