@@ -1,5 +1,6 @@
 """The in-process runtime: transformers computes the losses, the trunk cache saves what theta cannot change."""
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from mezo.runtimes.trunk import GROUP, Trunk, no_cache, scored
 from mezo_kernels import ParamLayout, available_backends, lora_init
 
 CALL = 48  # tokens whose time a forward pass of none takes on a CPU, where the weights are read for each call
+WATCHED = 1 << 24  # elements of a whole model that a watched step compares with the reference
 PROOF_EXAMPLES = 3  # besides the longest
 PROOF_NOISE = 1e-3  # standard deviation of what is added to a base that is trained itself
 PROOF_TOLERANCE = 1e-4  # on option log-probabilities in float32; shapes differ, so sums are ordered differently
@@ -53,7 +55,8 @@ class HFRuntime:
         self.plus, self.minus = self.master.like(empty(self.dtype)), self.master.like(empty(self.dtype))
         self.copies = {"plus0": self.plus, "minus0": self.minus}
         rule = UpdateRule.of(config, self.master.names)
-        self.perturbed = PerturbedTheta(self.master, [(self.plus, self.minus)], self.backend, rule)
+        watched = WATCHED if self.whole else None
+        self.perturbed = PerturbedTheta(self.master, [(self.plus, self.minus)], self.backend, rule, watched)
         self.sides = Sides(rule.one_sided)
         self.seconds = dict.fromkeys(("kernels", "forward"), 0.0)
         self.examples: dict[str, Sequence[Example]] = {}
@@ -368,11 +371,7 @@ class HFRuntime:
 
 
 def _starts(rows: list[list]) -> list[int]:
-    starts, total = [], 0
-    for own in rows:
-        starts.append(total)
-        total += len(own)
-    return starts
+    return [0, *itertools.accumulate(map(len, rows))][:-1]
 
 
 def _device(name: str) -> torch.device:

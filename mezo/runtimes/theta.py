@@ -12,7 +12,6 @@ from mezo.runtimes.rule import UpdateRule
 from mezo_kernels import ParamLayout, RuleUpdate, rule_step_, step_
 
 Pairs = list[tuple[ParamLayout, ParamLayout]]
-WATCHED = 1 << 26  # elements that are compared with the reference at once: it is slow, and needs theta several times
 
 
 class PerturbedTheta:
@@ -26,6 +25,8 @@ class PerturbedTheta:
         pairs: (plus, minus) of each perturbation that is held at once; the same elements, any dtype and strides.
         backend: of the fused ops; None chooses by device.
         rule: what an update does; its state lives here, zeros at first.
+        watched: elements that a watched step compares, about; the reference is slow, and needs them several times. None
+            compares all.
     """
 
     def __init__(
@@ -34,12 +35,13 @@ class PerturbedTheta:
         pairs: Sequence[tuple[ParamLayout, ParamLayout]],
         backend: str | None = None,
         rule: UpdateRule | None = None,
+        watched: int | None = None,
     ):
         self.master, self.pairs, self.backend, self.rule = master, list(pairs), backend, rule or UpdateRule()
         self.state = [master.like([torch.zeros_like(t) for t in master.tensors]) for _ in range(self.rule.bytes // 4)]
         self.count = 0  # updates applied, as Adam counts them
         self._groups = self._grouped()
-        self._watched, self._watches = None, 0
+        self.watched, self._watched, self._watches = watched, None, 0
         self._perturbation: tuple[list[int], float | Sequence[float]] | None = None
 
     def _grouped(self) -> list[tuple[bool, ParamLayout, list[ParamLayout], Pairs]]:
@@ -70,7 +72,7 @@ class PerturbedTheta:
         `verify` needs. Pairs that differ in eps take a pass for each eps.
         """
         if watch:
-            windows = _windows(self.master, self._watches)
+            windows = _windows(self.master, self.watched, self._watches)
             before = [_within(layout, windows) for layout in (self.master, *self.state)]
             before = [layout.like([t.clone() for t in layout.tensors]) for layout in before]
             self._watched = windows, before, self.count, list(updates), list(seeds), eps
@@ -109,7 +111,7 @@ class PerturbedTheta:
     def verify(self, used: Sequence[Sequence[torch.Tensor]] | None = None) -> str | None:
         """Rebuild with the reference what the watched step wrote; name the first element that differs, or None.
 
-        Of a theta of more than WATCHED elements some rows of each parameter are, others at each watched step.
+        Of a theta of more than `watched` elements some rows of each parameter are, others at each watched step.
 
         Args:
             used: tensors that the model reads, two lists for each pair; by default those that were written to.
@@ -140,9 +142,9 @@ class PerturbedTheta:
         return None
 
 
-def _windows(layout: ParamLayout, turn: int) -> list[slice]:
+def _windows(layout: ParamLayout, watched: int | None, turn: int) -> list[slice]:
     """Rows of each parameter that a watched step compares: all, or a share that moves on from turn to turn."""
-    share, windows = min(1.0, WATCHED / layout.n_elements), []
+    share, windows = min(1.0, watched / layout.n_elements) if watched else 1.0, []
     for tensor in layout.tensors:
         rows = len(tensor) if tensor.dim() else 1
         size = rows if tensor.dim() > 2 else max(1, math.floor(share * rows))  # blocks have one or two dimensions

@@ -6,7 +6,6 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from mezo.config import Config
 from mezo.errors import UserError
-from mezo.runtimes import theta as theta_module
 from mezo.runtimes.base import Example, StepUpdate
 from mezo.runtimes.full_model import read_parameters
 from mezo.runtimes.hf import HFRuntime
@@ -137,12 +136,11 @@ def test_a_model_of_two_dtypes_is_refused(tmp_path_factory):
         kept._keep_in_fp32_modules_strict = before
 
 
-def test_rows_of_a_large_theta_are_compared_in_turn(monkeypatch):
+def test_rows_of_a_large_theta_are_compared_in_turn():
     """Every element is compared within a few watched steps, and a wrong one is named by its place in the whole."""
-    monkeypatch.setattr(theta_module, "WATCHED", 60)
     shapes = {"matrix": (20, 5), "vector": (40,), "cube": (2, 3, 4), "scalar": ()}
     params = {name: torch.ones(shape) for name, shape in shapes.items()}
-    watched, places = PerturbedTheta(ParamLayout(params), []), set()
+    watched, places = PerturbedTheta(ParamLayout(params), [], watched=60), set()
     for turn in range(10):
         watched.step([StepUpdate([turn], [0.5], 0.9)], [], 1.0, watch=True)
         assert watched.verify() is None
