@@ -17,7 +17,7 @@ def test_backends_chunks_and_orders_agree_in_every_bit(seed, monkeypatch):
         assert root_mean_square(SHAPES, seed, backend=backend) == expected
     assert root_mean_square(dict(reversed(SHAPES.items())), seed) == expected
     for chunk in (1, 97):
-        monkeypatch.setattr(rms, "CHUNK", chunk)
+        monkeypatch.setitem(rms.CHUNK, "cpu", chunk)
         assert root_mean_square(SHAPES, seed) == expected
 
 
