@@ -1,4 +1,4 @@
-"""Peak memory and seconds of a step: inference alone, MeZO on both runtimes, AdamW on the adapter and on all weights.
+"""Peak memory and seconds of a step: inference alone, MeZO on both runtimes, AdamW; on an adapter and on all weights.
 
 Run: make bench-alternatives, or python bench/alternatives.py --output bench/results/MACHINE/alternatives.json
 """
@@ -35,6 +35,7 @@ METHODS = {
     "inference alone": "one forward pass, no adapter, nothing kept",
     "MeZO, hf": "two forward passes, adapters on all layers",
     "MeZO, sglang": "the same through the engine; its processes and the trainer's together",
+    "MeZO, all weights": "two forward passes, every weight trained, float32",
     "AdamW, adapter": "a backward pass, AdamW on the same adapter",
     "AdamW, all weights": "a backward pass, AdamW on every weight, float32",
 }
@@ -91,7 +92,9 @@ def step_of(method: str, data: list[Example], log: Path):
 
         runtime = SGLangRuntime(dataclasses.replace(config, runtime="sglang"))
         return OurStep(runtime, config, data, log), runtime
-    if method == "MeZO, hf":
+    if method == "MeZO, all weights":
+        config = dataclasses.replace(config, tuning="full", target_modules=(), layers_to_transform=())
+    if method in ("MeZO, hf", "MeZO, all weights"):
         runtime = HFRuntime(config)
         return OurStep(runtime, config, data, log), runtime
     kinds = {"inference alone": "nothing", "AdamW, adapter": "adapter", "AdamW, all weights": "all weights"}

@@ -111,9 +111,9 @@ def load(config: Config) -> tuple[HFRuntime, dict[str, list[Example]]]:
 
 def train_on(runtime: HFRuntime, splits: dict[str, list[Example]], config: Config) -> dict:
     """The run that `mezo train` makes, on a runtime that is there already: its trunk serves several runs."""
-    header = checkpoint.make_header(config, runtime.spec, splits)
-    initial = Path(config.adapter) / checkpoint.WEIGHTS if config.adapter else None
-    runtime.load(checkpoint.initial_theta(header, initial or Path()))
+    initial = checkpoint.starting_file(config, runtime)
+    header = checkpoint.make_header(config, runtime.spec, splits, initial)
+    runtime.load(checkpoint.initial_theta(header, initial))
     run = RunDirectory.create(config.output_dir, config, header, initial)
     return Trainer(config, runtime, splits, run).train()
 

@@ -157,7 +157,7 @@ def labels(examples: Sequence[Example]) -> list[int]:
 
 def start_of(config: Config, runtime: HFRuntime, splits: dict[str, Sequence[Example]]) -> dict[str, torch.Tensor]:
     """theta_0 of a run: lora_B and the head are zero."""
-    return checkpoint.initial_theta(checkpoint.make_header(config, runtime.spec, splits), Path())
+    return checkpoint.initial_theta(checkpoint.make_header(config, runtime.spec, splits))
 
 
 @torch.no_grad()

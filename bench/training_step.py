@@ -58,7 +58,8 @@ class OurStep:
         self.config = dataclasses.replace(config, batch_size=min(config.batch_size, len(data)))
         self.runtime = runtime
         runtime.prepare({"train": data})
-        runtime.load({name: lora_init(3, name, shape) for name, shape in runtime.spec.shapes.items()})
+        if runtime.spec.peft:
+            runtime.load({name: lora_init(3, name, shape) for name, shape in runtime.spec.shapes.items()})
         self.measurement = Measurement(self.config, runtime, data, {}, Ranks())
         self.writer, self.done = TrajectoryWriter(log), 0
         runtime.step([], self.measurement.first_seeds(0), config.eps)

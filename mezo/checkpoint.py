@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from rich.progress import track
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.rewards import reward_hash
-from mezo.runtimes.base import LINEAR_HEAD, AdapterSpec, Example, update_of
+from mezo.runtimes.base import LINEAR_HEAD, Example, Runtime, TrainedSpec, update_of
 from mezo.runtimes.rule import UpdateRule
 from mezo.runtimes.theta import PerturbedTheta
 from mezo.trajectory import StepRecord, drop_torn_line, header, read_lines, read_trajectory
@@ -38,20 +38,25 @@ class RunDirectory:
         self.path = path
         self.config, self.trajectory = path / "config.json", path / "trajectory.jsonl"
         self.metrics, self.result = path / "metrics.jsonl", path / "result.json"
-        self.adapter, self.plots, self.tensorboard = path / "adapter", path / "plots", path / "tensorboard"
+        self.adapter, self.model = path / "adapter", path / "model"
+        self.plots, self.tensorboard = path / "plots", path / "tensorboard"
         self.launch = path / ".launch"
         self._lock = None
 
     @classmethod
-    def create(cls, path: str, config: Config, first_line: dict, initial: Path | None = None) -> "RunDirectory":
-        """Make the directory with its config and log header, whole or not at all. Raises UserError if it exists."""
+    def create(cls, path: str, config: Config, first_line: dict, initial: Path | bytes | None = None) -> "RunDirectory":
+        """Make the directory with its config, log header and `starting_file`, whole or not at all, and lock it.
+
+        Raises:
+            UserError: it exists, or cannot be made.
+        """
         refuse_existing(path)
         part = cls(Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part"))
         try:
             part.path.mkdir(parents=True)
             part._acquire()
             if initial is not None:
-                shutil.copyfile(initial, part.path / INITIAL)
+                replace_file(part.path / INITIAL, _content(initial))
             replace_file(part.launch, launch_id().encode())
             replace_file(part.config, config.to_json().encode())
             replace_file(part.trajectory, (json.dumps(first_line) + "\n").encode())
@@ -162,10 +167,17 @@ def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"adapter {directory}: {WEIGHTS} cannot be read there ({error})") from error
 
 
-def check_plain_lora(peft: dict, directory: str) -> None:
-    """Raise UserError if an adapter is more than LoRA on linear layers of one rank."""
+def is_prefix(peft: dict) -> bool:
+    """Whether an adapter is keys and values of a prefix."""
+    return peft.get("peft_type") == "PREFIX_TUNING"
+
+
+def check_trainable(peft: dict, directory: str) -> None:
+    """Raise UserError if an adapter is neither a prefix nor LoRA on linear layers of one rank and no more."""
+    if is_prefix(peft):
+        return  # PEFT saves what the network of a projection gives, not the network
     if peft.get("peft_type") != "LORA":
-        raise UserError(f"adapter {directory}: peft_type must be LORA, got {peft.get('peft_type')}")
+        raise UserError(f"adapter {directory}: peft_type must be LORA or PREFIX_TUNING, got {peft.get('peft_type')}")
     for key in (
         "use_dora",
         "use_rslora",
@@ -189,7 +201,7 @@ def load_adapter(directory: str | Path, shapes: dict[str, tuple[int, ...]]) -> d
         odd = sorted(set(theta) ^ set(shapes))[0]
         raise UserError(
             f"adapter {directory} has other parameters than this run trains (first difference: {odd});"
-            " give the --r, --target-modules and --layers-to-transform it was trained with"
+            " give the --tuning, --r, --target-modules and --layers-to-transform it was trained with"
         )
     for name, shape in shapes.items():
         if tuple(theta[name].shape) != tuple(shape):
@@ -208,14 +220,20 @@ def read_peft_config(directory: str | Path) -> dict:
 
 
 def adapter_options(directory: str | Path) -> dict:
-    """The options of `mezo train` that adapter_config.json fixes. Raises UserError if the adapter is not plain LoRA."""
+    """The options of `mezo train` that adapter_config.json fixes. Raises UserError if it is no adapter to train on."""
     if (Path(directory) / "trajectory.jsonl").is_file():
+        if (Path(directory) / "model").is_dir():
+            raise UserError(f"--adapter {directory} trained a whole model: give --model {Path(directory) / 'model'}")
         raise UserError(f"--adapter {directory} is a run directory: give {Path(directory) / 'adapter'}")
     peft = read_peft_config(directory)
-    check_plain_lora(peft, str(directory))
+    check_trainable(peft, str(directory))
+    model = peft.get("base_model_name_or_path") or ""
+    if is_prefix(peft):
+        return {"model": model, "tuning": "prefix", "num_prefix_tokens": peft["num_virtual_tokens"]}
     layers = peft.get("layers_to_transform")
     return {
-        "model": peft.get("base_model_name_or_path") or "",
+        "model": model,
+        "tuning": "lora",
         "r": peft["r"],
         "lora_alpha": peft["lora_alpha"],
         "target_modules": tuple(peft["target_modules"]),
@@ -238,25 +256,52 @@ def data_hash(splits: dict[str, Sequence[Example]]) -> str:
     return digest.hexdigest()
 
 
-def make_header(config: Config, spec: AdapterSpec, splits: dict[str, Sequence[Example]]) -> dict:
-    """Header of a new run's log."""
-    init = {"kind": "stream"}
+def starting_file(config: Config, runtime: Runtime) -> Path | bytes | None:
+    """The file of the adapter that a new run starts from, or what is to be in it; None if there is none.
+
+    It is that of --adapter, or holds a prefix of real tokens.
+    """
     if config.adapter:
-        digest = hashlib.sha256((Path(config.adapter) / WEIGHTS).read_bytes()).hexdigest()
-        init = {"kind": "file", "file": INITIAL, "sha256": digest}
+        return Path(config.adapter) / WEIGHTS
+    return save(runtime.initial_theta(config.seed)) if config.tuning == "prefix" else None
+
+
+def _content(initial: Path | bytes) -> bytes:
+    return initial if isinstance(initial, bytes) else initial.read_bytes()
+
+
+def make_header(
+    config: Config, spec: TrainedSpec, splits: dict[str, Sequence[Example]], initial: Path | bytes | None = None
+) -> dict:
+    """Header of a new run's log; `initial` is its `starting_file`."""
+    init = {"kind": "stream" if spec.peft else "base"}
+    if initial is not None:
+        init = {"kind": "file", "file": INITIAL, "sha256": hashlib.sha256(_content(initial)).hexdigest()}
     extra = {"reward_hash": reward_hash(config.reward)} if config.reward else {}
     rule = UpdateRule.of(config, spec.shapes).header()
     extra |= {"rule": rule} if rule else {}
     return header(config.seed, data_hash(splits), init, {**extra, **asdict(spec)})
 
 
-def initial_theta(first_line: dict, path: Path) -> dict[str, torch.Tensor]:
-    """theta_0 of a run: lora_A from the z stream and lora_B zero, or the adapter file at `path` it started from."""
-    shapes = {name: tuple(shape) for name, shape in first_line["shapes"].items()}
-    if first_line["init"]["kind"] == "file":
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != first_line["init"]["sha256"]:
-            raise UserError(f"{path}: the adapter this run started from is missing or differs (SHA-256); restore it")
-        return load_adapter(path, shapes)
+def initial_theta(first_line: dict, initial: Path | bytes | None = None) -> dict[str, torch.Tensor]:
+    """theta_0 of a run, on the CPU.
+
+    lora_A from the z stream and lora_B zero; or the adapter of `initial`, a file or its content; or, where the base
+    itself is trained, its own parameters in its dtype, loaded from where the run found them. The first two are float32.
+    """
+    shapes, kind = {name: tuple(shape) for name, shape in first_line["shapes"].items()}, first_line["init"]["kind"]
+    if kind == "base":
+        from mezo.runtimes.full_model import read_parameters
+
+        return read_parameters(first_line["model"], first_line["dtype"], first_line["model_hash"])
+    if kind == "file":
+        if isinstance(initial, bytes):
+            return load(initial)
+        if not initial.is_file() or hashlib.sha256(initial.read_bytes()).hexdigest() != first_line["init"]["sha256"]:
+            raise UserError(f"{initial}: the adapter this run started from is missing or differs (SHA-256); restore it")
+        return load_adapter(initial, shapes)
+    if kind != "stream":
+        raise UserError(f"the log starts from {kind!r}, which this program does not know; use the one that wrote it")
     seed = first_line["run_seed"]
     return {n: lora_init(seed, n, s) if n.endswith("lora_A.weight") else torch.zeros(s) for n, s in shapes.items()}
 
@@ -282,8 +327,8 @@ def replay(path: str | Path, until: str = "best", backend: str | None = None) ->
     """Rebuild theta of a run from its log.
 
     Args:
-        path: run directory; only its logs are read (and the adapter it started from, if there was one).
-        until: "best" (what adapter/ holds), "last", or a number of steps.
+        path: run directory; only its logs are read, and the adapter or model that it started from, if there was one.
+        until: "best" (what the run kept), "last", or a number of steps.
         backend: of the fused ops.
     Returns:
         (theta, header, steps applied).
@@ -298,7 +343,7 @@ def replay(path: str | Path, until: str = "best", backend: str | None = None) ->
         raise UserError(f"--until must be best, last or a number of steps from 0 to {len(records)}, got {until}")
     steps = len(records) if until == "last" else best if until == "best" else int(until)
     steps = len(records) if steps is None else steps
-    theta = initial_theta(first_line, directory / INITIAL)
+    theta = {name: tensor.float() for name, tensor in initial_theta(first_line, directory / INITIAL).items()}
     rebuilt = PerturbedTheta(ParamLayout(theta), [], backend, UpdateRule.of_header(first_line))
     replay_records(rebuilt.step, records[:steps])
     return theta, first_line, steps

@@ -21,8 +21,8 @@ USAGE = """usage: mezo COMMAND [options]
 
   train    fine-tune a model with forward passes only; --resume RUN continues a run
   eval     score a run's adapter, any adapter, or a model without one
-  replay   rebuild an adapter from a run's log alone
-  export   write a run's adapter, or the base model with the adapter merged
+  replay   rebuild a run's adapter or model from its log
+  export   write a run's adapter, the base model with the adapter merged, or the trained model
   import   make an adapter of someone else's ready for --adapter
   trajectory show, verify or truncate a run's log
   report   what finished runs did, and where time and tokens went; also as a web page with curves
@@ -181,7 +181,7 @@ def _eval(argv: list[str]) -> int:
     target, rest = Path(argv[0]), argv[1:]
 
     if (target / "config.json").is_file():
-        base, target = dataclasses.asdict(_saved_config(target)), target / "adapter"
+        base, target = commands.run_to_score(target)
     else:
         base = {"output_dir": "unused", **adapter_options(target)}
     _show_splits(commands.evaluate(_parse(rest, "mezo eval", base), target))
@@ -190,14 +190,14 @@ def _eval(argv: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _ReplayOptions:
-    """Rebuild an adapter from a run's log alone, bit for bit."""
+    """Rebuild a run's adapter from its log alone, or its model from log and base model, bit for bit."""
 
     run: tyro.conf.Positional[str]
     """Run directory."""
     output_dir: str
-    """Adapter directory to create."""
+    """Directory to create, of an adapter or a model."""
     until: str = "best"
-    """best (what adapter/ holds), last, or a number of steps."""
+    """best (what the run kept), last, or a number of steps."""
     backend: Literal["auto", "reference", "numba", "triton"] = "auto"
     """Backend of the fused ops; auto goes by device."""
 
@@ -214,14 +214,15 @@ def _replay(argv: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _ExportOptions:
-    """Write a run's best adapter for others to use."""
+    """Write a run's best adapter or model for others to use."""
 
     run: tyro.conf.Positional[str]
     """Run directory, or any adapter directory."""
     output_dir: str
     """Directory to create."""
     format: Literal["peft", "sglang", "merged"] = "peft"
-    """peft: the adapter; sglang: the same in a form its --lora-paths takes; merged: base model and adapter in one."""
+    """peft: the adapter; sglang: the same in a form its --lora-paths takes; merged: base model and adapter in one, or
+    the model that --tuning full trained."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the merged model; auto is that of the base checkpoint."""
 
@@ -237,7 +238,7 @@ def _export(argv: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _ImportOptions:
-    """Make a LoRA adapter from elsewhere (any dtype) ready for `mezo train --adapter`."""
+    """Make an adapter from elsewhere (LoRA or prefix, any dtype) ready for `mezo train --adapter`."""
 
     adapter: tyro.conf.Positional[str]
     """PEFT adapter directory."""
@@ -371,7 +372,7 @@ def _show_result(result: dict) -> None:
     console.print(f"{scored:,} tokens scored, {reused:,} of them reused; {result['skipped_steps']} steps skipped")
     if "checked_steps" in result:
         console.print(
-            f"the run is finished; its log gives adapter/ bit for bit ({result['checked_steps']} steps replayed)"
+            f"the run is finished; its log gives what it kept, bit for bit ({result['checked_steps']} steps replayed)"
         )
 
 

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     console = Console(highlight=False)
     if not options.name:
         for protocol in protocols.PROTOCOLS.values():
-            console.print(f"{protocol.name:<20} {_interval(protocol.mean, protocol.std):<12} {protocol.table}")
+            console.print(f"{protocol.name:<25} {_interval(protocol.mean, protocol.std):<12} {protocol.table}")
         return 0
     protocol = reproduce.find(options.name)
     if options.steps < 0:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mezo import checkpoint
+from mezo import checkpoint, kept
 from mezo.checkpoint import RunDirectory
 from mezo.config import Config
 from mezo.errors import UserError
@@ -14,7 +14,7 @@ from mezo.evaluation import evaluate_split
 from mezo.parallel import Ranks
 from mezo.rewards import judges
 from mezo.runtimes.base import Runtime
-from mezo.runtimes.merge import merge
+from mezo.runtimes.merge import cast, merge
 from mezo.runtimes.peft_model import is_masked, load_tokenizer
 from mezo.runtimes.stacks import complete_fields, complete_stacks
 from mezo.stopping import stalled
@@ -53,11 +53,13 @@ def start(
 ) -> dict | None:
     """`train` on what is loaded already, which took so many seconds."""
     ranks = ranks or Ranks()
-    header = checkpoint.make_header(config, runtime.spec, splits)
-    initial = Path(config.adapter) / checkpoint.WEIGHTS
+    initial = checkpoint.starting_file(config, runtime)
+    header = checkpoint.make_header(config, runtime.spec, splits, initial)
     runtime.load(checkpoint.initial_theta(header, initial))
+    if initial is not None and ranks.size > 1:
+        ranks.check_equal(runtime.theta(), 0)
     if ranks.leads:
-        run = RunDirectory.create(config.output_dir, config, header, initial if config.adapter else None)
+        run = RunDirectory.create(config.output_dir, config, header, initial)
     else:
         run = RunDirectory(Path(config.output_dir))
     trainer = Trainer(config, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
@@ -163,11 +165,13 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
 
     Args:
         config: model and data; its run settings are not used.
-        adapter: adapter directory, or None for the base model with a fresh adapter (whose output is zero).
+        adapter: adapter directory, or None for the model itself (a fresh adapter's output is zero).
     Returns:
         As `evaluate_split`, by split; with num_demonstrations train gives these and is not scored.
     """
     config = dataclasses.replace(with_objective(config), trunk_cache="off", eval_test=True, eval_train=True)
+    if adapter is None and config.tuning == "prefix":
+        raise UserError("--tuning prefix: without a run or an adapter there is no prefix to score; leave it out")
     if config.follows:
         raise UserError("--engine-arg node_rank: only mezo train runs on several machines; use one, or --runtime hf")
     with loaded(config) as (runtime, splits, _):
@@ -177,27 +181,50 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
         return {split: evaluate_split(config, runtime, split, own, judged) for split, own in splits.items()}
 
 
+def run_to_score(path: Path) -> tuple[dict, Path | None]:
+    """Options and adapter with which `evaluate` scores what a run kept; a trained model stands in for its base.
+
+    Raises:
+        UserError: no run, or its model is not there.
+    """
+    run = RunDirectory(path)
+    config = run.read_config()
+    if config.tuning != "full":
+        return dataclasses.asdict(config), run.adapter
+    if not run.model.is_dir():
+        raise UserError(f"{path} has no model/ yet: let the run finish, or rebuild one with mezo replay")
+    return {**dataclasses.asdict(config), "model": str(run.model)}, None
+
+
 def replay(run: str, output_dir: str, until: str = "best", backend: str | None = None) -> int:
-    """Rebuild an adapter from a run's log and write it; return the number of steps applied."""
+    """Rebuild theta from a run's log and write it as the run keeps it; return the number of steps applied."""
     _refuse_output(output_dir)
     theta, header, steps = checkpoint.replay(run, until, backend)
-    checkpoint.save_adapter(Path(output_dir), header["peft"], theta)
+    kept.write(Path(output_dir), header, theta)
     return steps
 
 
 def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -> None:
-    """Write a run's best adapter for others to use.
+    """Write what a run kept for others to use.
 
     Args:
         run: run directory, or any adapter directory.
         output_dir: directory to create.
         form: "peft", an adapter; "sglang", the same with zeros for the projections that SGLang's loader wants beside
-            trained ones; "merged", the base model with the adapter added in float32 and cast once.
+            trained ones; "merged", the base model with the adapter added in float32 and cast once, or the model that
+            was trained as a whole.
         dtype: of the merged model; auto is that of the base checkpoint.
     """
     _refuse_output(output_dir)
+    if (model := RunDirectory(Path(run)).model).is_dir():
+        if form != "merged":
+            raise UserError(f"--format {form}: {run} trained the whole model, there is no adapter; use merged")
+        cast(model, RunDirectory(Path(run)).read_config().model, Path(output_dir), dtype)
+        return
     adapter = Path(run) / "adapter" if (Path(run) / "adapter").is_dir() else Path(run)
     peft = checkpoint.read_peft_config(adapter)
+    if checkpoint.is_prefix(peft) and form != "peft":
+        raise UserError(f"--format {form}: the adapter is a prefix, which is no change of weights; use peft")
     if peft.get("modules_to_save") and form != "peft":
         raise UserError(f"--format {form}: the adapter has a linear head, which this form cannot hold; use peft")
     if form == "merged":
@@ -211,11 +238,14 @@ def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -
 
 
 def import_adapter(adapter: str, output_dir: str) -> None:
-    """Turn a LoRA adapter made elsewhere into one that `--adapter` starts from: float32, canonical names, checked."""
+    """Turn an adapter made elsewhere into one that `--adapter` starts from: float32, canonical names, checked."""
     _refuse_output(output_dir)
     peft = checkpoint.read_peft_config(adapter)
-    checkpoint.check_plain_lora(peft, adapter)
+    checkpoint.check_trainable(peft, adapter)
     theta = checkpoint.read_adapter(Path(adapter))
+    if checkpoint.is_prefix(peft):
+        checkpoint.save_adapter(Path(output_dir), {**peft, "prefix_projection": False, "inference_mode": True}, theta)
+        return
     kept = {key: peft[key] for key in ("base_model_name_or_path", "r", "lora_alpha", "target_modules")}
     layers, task = peft.get("layers_to_transform"), peft.get("task_type")
     if peft.get("modules_to_save"):
@@ -286,12 +316,12 @@ def _short(value) -> str:
 
 
 def _check_finished(run: RunDirectory) -> dict:
-    """Rebuild the adapter of a finished run from its log and compare it with adapter/."""
-    theta, _, steps = checkpoint.replay(run.path)
-    different = checkpoint.same_bits(theta, checkpoint.read_adapter(run.adapter))
+    """Rebuild theta of a finished run from its log and compare it with what the run kept."""
+    theta, first_line, steps = checkpoint.replay(run.path)
+    different = kept.difference(run, first_line, theta)
     if different:
         raise UserError(
-            f"{run.path}: adapter/ is not what the log gives ({different} differs);"
+            f"{run.path}: {kept.place(run, first_line['peft']).name}/ is not what the log gives ({different} differs);"
             f" rebuild it with: mezo replay {run.path} --output-dir NEW"
         )
     return {**run.read_result(), "checked_steps": steps}

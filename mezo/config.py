@@ -56,6 +56,12 @@ class Config:
     max_length: int = 512
     """Token budget of a prompt with its longest option; longer texts are cut, the template and the options never."""
 
+    tuning: Literal["lora", "full", "prefix"] = "lora"
+    """What is trained: a LoRA adapter, or every parameter of the model (hf; 12 bytes each in float32, 8 in 16 bits, and
+    in the paper eps 1e-3 and lr 1e-7 to 1e-5), which leaves a model/ of its own instead of adapter/; or keys and values
+    of a prefix in every layer (hf; in the paper eps 1e-1 and lr 1e-3 to 1e-2)."""
+    num_prefix_tokens: int = 5
+    """Tokens of the prefix of --tuning prefix; they start as random tokens of the vocabulary."""
     head: Literal["model", "linear"] = "model"
     """What scores the options: the model's own head, as words; or a linear layer over the mean of an encoder's last
     hidden states, trained with the adapter from zero: an output a class, which --label-words names."""
@@ -68,7 +74,7 @@ class Config:
     layers_to_transform: tuple[int, ...] = ()
     """Indices of the layers to adapt; by default all."""
     adapter: str = ""
-    """Start from this PEFT adapter instead of a fresh one."""
+    """Start from this PEFT adapter, LoRA or prefix, instead of a fresh one."""
 
     steps: int = 1000
     """Optimisation steps, two forward passes each for every perturbation."""

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from mezo.answers import METRICS, best
-from mezo.checkpoint import RunDirectory, save_adapter
+from mezo.checkpoint import RunDirectory
 from mezo.clock import Clock
 from mezo.config import Config
 from mezo.instruments import Instruments
+from mezo.kept import keep
 from mezo.measurement import Measurement
 from mezo.monitor import Monitor
 from mezo.objectives import evaluate, predictions
@@ -22,7 +23,7 @@ TENTHS = 10
 
 
 class Evaluations:
-    """Rows of metrics.jsonl, made when they are due; the best adapter is kept.
+    """Rows of metrics.jsonl, made when they are due; the best theta is kept.
 
     Args:
         config: the run's.
@@ -56,7 +57,7 @@ class Evaluations:
         return step % self.every == 0 or step == self.config.steps
 
     def make(self, records: Sequence[StepRecord], monitor: Monitor) -> None:
-        """Evaluate dev, and test and train before the first step; keep the adapter if it is the best."""
+        """Evaluate dev, and test and train before the first step; keep theta if it is the best."""
         step = len(records)
         if step == 0:
             for split in self._before_and_after():
@@ -76,7 +77,7 @@ class Evaluations:
             if split == "dev":
                 row["is_best"] = self._beats(row)
                 if row["is_best"]:
-                    save_adapter(self.run.adapter, self.runtime.spec.peft, self.runtime.theta())
+                    keep(self.run, self.runtime)
         self.log(row)
         monitor.evaluation(row)
         return row

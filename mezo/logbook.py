@@ -5,7 +5,7 @@ import itertools
 import math
 from pathlib import Path
 
-from mezo import checkpoint
+from mezo import checkpoint, kept
 from mezo.checkpoint import RunDirectory
 from mezo.errors import UserError
 from mezo.estimator import best_of_three, planned, projected_grad
@@ -18,18 +18,20 @@ def summary(run: str) -> dict:
     """What a log holds, as label -> text."""
     path = Path(run) / "trajectory.jsonl"
     first, records = read_trajectory(path)
-    data, elements = path.read_bytes(), sum(rows * cols for rows, cols in first["shapes"].values())
+    data, elements = path.read_bytes(), sum(map(math.prod, first["shapes"].values()))
+    start = {"stream": "from the z stream", "base": "from the base model", "file": f"from {first['init'].get('file')}"}
+    what = "model in float32" if first["peft"] is None else "adapter"
     torn = len(data) - data.rfind(b"\n") - 1
     grads = [abs(g) for record in records if not record.skipped for g in record.projected_grads]
     return {
         "format": f"{first['format']} version {first['version']}, z stream {first['z_stream']}",
         "model": f"{first['model']} (weights {first['model_hash'][:12]})",
         "parameters": f"{elements:,} in {len(first['shapes'])} tensors",
-        "start": "from the z stream" if first["init"]["kind"] == "stream" else f"from {first['init']['file']}",
+        "start": start[first["init"]["kind"]],
         "run seed": str(first["run_seed"]),
         "steps": f"{len(records)} ({sum(record.skipped for record in records)} skipped)",
         "|projected_grad|": f"mean {sum(grads) / max(len(grads), 1):.4g}, {grads.count(0)} of {len(grads)} zero",
-        "size": f"{len(data):,} bytes, {len(gzip.compress(data)):,} compressed; the adapter is {4 * elements:,}",
+        "size": f"{len(data):,} bytes, {len(gzip.compress(data)):,} compressed; the {what} is {4 * elements:,}",
         "torn last line": f"{torn} bytes, to be dropped" if torn else "no",
     }
 
@@ -80,20 +82,21 @@ def truncate(run: str, step: int) -> Path:
     _, records = read_trajectory(directory.trajectory)
     if not 0 <= step <= len(records):
         raise UserError(f"--step must be from 0 to {len(records)}, got {step}")
-    kept = next(p for n in itertools.count(1) if not (p := directory.path / f"before-truncate-{n}").exists())
-    kept.mkdir()
+    aside = next(p for n in itertools.count(1) if not (p := directory.path / f"before-truncate-{n}").exists())
+    aside.mkdir()
     lines = directory.trajectory.read_bytes().splitlines(keepends=True)
     rows = directory.read_metrics()
     # a test score after the run belongs to the run's end
     rows = [row for row in rows if row["step"] <= step and (row["split"] == "dev" or row["step"] == 0)]
     page = directory.path / "report.html"
-    for path in (directory.trajectory, directory.metrics, directory.adapter, directory.result, directory.plots, page):
+    outcomes = directory.adapter, directory.model, directory.result, directory.plots, page
+    for path in (directory.trajectory, directory.metrics, *outcomes):
         if path.exists():
-            path.rename(kept / path.name)
+            path.rename(aside / path.name)
     checkpoint.replace_file(directory.trajectory, b"".join(lines[: step + 1]))
     directory.write_metrics(rows)
     if checkpoint.best_step(rows) is not None:
         theta, first, _ = checkpoint.replay(directory.path)
-        checkpoint.save_adapter(directory.adapter, first["peft"], theta)
+        kept.write(kept.place(directory, first["peft"]), first, theta)
     directory.release()
-    return kept
+    return aside

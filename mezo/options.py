@@ -10,6 +10,8 @@ SCORED = ("cross_entropy", "lm_cross_entropy", "accuracy")
 """Objectives that option scores decide."""
 GENERATED = ("f1", "reward")
 """Objectives that generated text decides."""
+LORA = ("r", "lora_alpha", "target_modules", "layers_to_transform")
+"""Options of LoRA adapters alone."""
 STATEFUL = ("momentum", "adam", "adamw", "sign")
 """Update rules that act once on a step's whole estimate; the first three keep state."""
 ONE_SIDED = ("fzoo",)
@@ -34,6 +36,7 @@ def check(config) -> None:
         "num_perturbations",
         "r",
         "lora_alpha",
+        "num_prefix_tokens",
         "max_length",
         "trunk_cache_bytes",
         "tp",
@@ -79,6 +82,7 @@ def check(config) -> None:
         require(not flat, f"--true-gradient: {' and '.join(flat)} has no gradient; leave it out")
     if config.head == "linear":
         _check_linear_head(config)
+    _check_tuning(config)
     _check_rule(config)
     require(config.verify_every >= -1, f"--verify-every must be at least -1, got {config.verify_every}")
 
@@ -145,6 +149,23 @@ def _check_linear_head(config) -> None:
         bool(config.prompt or not config.task),
         f"--head linear: the prompt of task {config.task} asks for words; give --prompt, such as '{{text}}'",
     )
+
+
+def _check_tuning(config) -> None:
+    tuning, tokens = config.tuning, config.num_prefix_tokens
+    own = tuning == "prefix" or tokens == type(config).num_prefix_tokens
+    require(own, f"--num-prefix-tokens {tokens} is of prefixes: use --tuning prefix with it")
+    if tuning == "lora":
+        return
+    trained = {"full": "every parameter", "prefix": "keys and values of every layer"}[tuning]
+    require(config.runtime == "hf", f"--tuning {tuning}: the engine's slots hold LoRA adapters; use --runtime hf")
+    for name in (*LORA, "adapter") if tuning == "full" else LORA:
+        value, flag = getattr(config, name), "--" + name.replace("_", "-")
+        own = value == getattr(type(config), name)
+        require(own, f"{flag} {value} is of LoRA, --tuning {tuning} trains {trained}: leave it out")
+    require(config.head == "model", "--head linear is trained beside an adapter: use --tuning lora with it")
+    cache = config.trunk_cache
+    require(cache in ("auto", "off"), f"--trunk-cache {cache}: --tuning {tuning} trains every layer; use auto or off")
 
 
 def engine_argument(text: str) -> tuple[str, str]:

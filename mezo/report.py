@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mezo.checkpoint import RunDirectory
 from mezo.errors import UserError
+from mezo.kept import place
 from mezo.monitor import warning
 from mezo.stopping import WARNED, WINDOW, loss_ratio
 from mezo.trajectory import read_trajectory
@@ -49,7 +50,7 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
 def warnings(run: str) -> list[str]:
     """What a person should know before trusting a finished run, a sentence each."""
     directory = _finished(run)
-    result, records = directory.read_result(), read_trajectory(directory.trajectory)[1]
+    result, (first, records) = directory.read_result(), read_trajectory(directory.trajectory)
     found = []
     if "projected_grad_noise" in result:
         noise, signal = result["projected_grad_noise"], result["projected_grad_rms"]
@@ -69,7 +70,8 @@ def warnings(run: str) -> list[str]:
     if ratio is not None and ratio > WARNED:
         found.append(f"the mean loss of the last {WINDOW} steps is {ratio:.3g} times that of the first: lower --lr")
     if result["dev"] and result["best_step"] == 0:
-        found.append("no evaluation of dev was better than the first: adapter/ is what the run started from")
+        kept = place(directory, first["peft"]).name
+        found.append(f"no evaluation of dev was better than the first: {kept}/ is what the run started from")
     return [text for text in found if text]
 
 

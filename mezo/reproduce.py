@@ -39,6 +39,7 @@ def configs(protocol: Protocol, output_dir: str, changes: dict, seeds: tuple[int
             data.pop(f"num_{split}", None)
     common = {
         "model": protocol.model,
+        "tuning": protocol.tuning,
         "task": protocol.task,
         **data,
         "eps": protocol.eps,
@@ -126,7 +127,7 @@ def departures(found: dict) -> list[str]:
     ['no head', 'steps 20 (published: 100)', 'data seeds 1 (published: 1, 2)']
     """
     protocol, listed = found["protocol"], lambda seeds: ", ".join(map(str, seeds))
-    lines = [protocol["differs"]]
+    lines = [protocol["differs"]] if protocol["differs"] else []
     for name, value in found["changes"].items():
         published = protocol.get(name)
         if value != published:

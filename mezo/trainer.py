@@ -5,8 +5,8 @@ import signal
 import threading
 from collections.abc import Sequence
 
-from mezo import plots
-from mezo.checkpoint import RunDirectory, best_step, load_adapter, replace_file, save_adapter
+from mezo import kept, plots
+from mezo.checkpoint import RunDirectory, best_step, replace_file
 from mezo.clock import Clock
 from mezo.config import Config
 from mezo.errors import RunError
@@ -144,9 +144,10 @@ class Trainer:
         found = f"the mean loss of {WINDOW} steps is {ratio:.3g} times that of the first {WINDOW}"
         if limit:
             self._keep()
+            place = kept.place(self.run, self.runtime.spec.peft).name
             raise RunError(
                 f"step {len(self.records)}: {found}, above --max-loss-ratio {limit:g}: lower --lr. The log is whole and"
-                f" adapter/ is kept; go on all the same with: mezo train --resume {self.run.path} --max-loss-ratio 0"
+                f" {place}/ is kept; go on all the same with: mezo train --resume {self.run.path} --max-loss-ratio 0"
             )
         if not self.warned:
             self.warned = True
@@ -166,12 +167,12 @@ class Trainer:
             self.log.sync()
 
     def _finish(self) -> dict:
-        """Evaluate the best adapter on what was evaluated before the first step, and write the result."""
+        """Evaluate the best theta on what was evaluated before the first step, and write the result."""
         metrics = self.evaluations.metrics
         best = best_step(metrics)
         if best is None:
-            save_adapter(self.run.adapter, self.runtime.spec.peft, self.runtime.theta())
-        self.runtime.load(load_adapter(self.run.adapter, self.runtime.spec.shapes))
+            kept.keep(self.run, self.runtime)
+        self.runtime.load(kept.read(self.run, self.runtime.spec))
         step = len(self.records) if best is None else best
         scored = {row["split"] for row in metrics if row["split"] in ("test", "train")}
         after = {split: self.evaluations.evaluate(split, step, self.monitor) for split in sorted(scored)}
@@ -190,10 +191,10 @@ class Trainer:
         self.monitor.say(f"stopped after step {len(self.records)}; continue with: mezo train --resume {self.run.path}")
 
     def _keep(self) -> None:
-        """Leave an adapter behind, and the clock."""
+        """Leave theta behind, and the clock."""
         if self.ranks.leads:
             if best_step(self.evaluations.metrics) is None:
-                save_adapter(self.run.adapter, self.runtime.spec.peft, self.runtime.theta())
+                kept.keep(self.run, self.runtime)
             self.evaluations.log({"step": len(self.records), "split": "stop"})
 
 

@@ -12,7 +12,7 @@ from mezo.errors import RunError, UserError
 from mezo.options import STATEFUL
 from mezo_kernels import Z_STREAM_VERSION
 
-FORMAT, VERSIONS = "mezo-trajectory", (1, 2)  # version 2 adds the rule of runs that are not plain SGD
+FORMAT, VERSIONS = "mezo-trajectory", (1, 2)  # version 2 adds the rule of runs that are not plain SGD, and init "base"
 HEADER = ("z_stream", "run_seed", "data_hash", "init", "peft", "shapes", "model", "model_hash", "dtype")
 OPTIONAL = ("lr", "tried")  # fields that version 1 has not
 FSYNC_SECONDS = 1.0
@@ -97,11 +97,13 @@ def header(run_seed: int, data_hash: str, init: dict, spec: dict) -> dict:
     Args:
         run_seed: seed of the run.
         data_hash: SHA-256 of the tokenised examples, so that a run is not resumed on others.
-        init: {"kind": "stream"}: lora_A from the z stream, lora_B zero; or {"kind": "file", "file", "sha256"}.
-        spec: fields of `AdapterSpec`; before them `reward_hash`, SHA-256 of the file of --reward, if there is one, and
+        init: {"kind": "stream"}: lora_A from the z stream, lora_B zero; {"kind": "file", "file", "sha256"};
+            or {"kind": "base"}: the parameters of `model`, whose hash is `model_hash`.
+        spec: fields of `TrainedSpec`; before them `reward_hash`, SHA-256 of the file of --reward, if there is one, and
             `rule`, the update rule and what z is, if it is not plain SGD along normal z.
     """
-    fixed = {"format": FORMAT, "version": VERSIONS["rule" in spec], "z_stream": Z_STREAM_VERSION}
+    version = VERSIONS["rule" in spec or init["kind"] == "base"]
+    fixed = {"format": FORMAT, "version": version, "z_stream": Z_STREAM_VERSION}
     return {**fixed, "run_seed": run_seed, "data_hash": data_hash, "init": init, **spec}
 
 

@@ -166,8 +166,9 @@ def order(rows: Sequence[dict], sign: int = -1, key: str = "loss") -> list[dict]
 
 
 def _estimate(config: Config, runtime: Runtime, splits: dict[str, Sequence[Example]]) -> StepSizes:
-    first_line = checkpoint.make_header(config, runtime.spec, splits)
-    runtime.load(checkpoint.initial_theta(first_line, Path(config.adapter) / checkpoint.WEIGHTS))
+    initial = checkpoint.starting_file(config, runtime)
+    first_line = checkpoint.make_header(config, runtime.spec, splits, initial)
+    runtime.load(checkpoint.initial_theta(first_line, initial))
     return estimate(config, runtime, splits["train"], judges(config))
 
 

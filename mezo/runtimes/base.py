@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -56,18 +57,18 @@ class TokenCount:
 
 
 @dataclass(frozen=True)
-class AdapterSpec:
-    """What is trained, fixed for a run: enough to rebuild theta with no model at hand.
+class TrainedSpec:
+    """What is trained, fixed for a run: enough to rebuild theta, of an adapter with no model at hand.
 
     Args:
-        peft: fields of PEFT's adapter_config.json.
+        peft: fields of PEFT's adapter_config.json; None where the base model's own parameters are trained.
         shapes: full shape of each trained parameter by canonical name, in order.
         model: id or path of the base model.
         model_hash: SHA-256 of the base weights in `dtype`.
         dtype: of the base model, e.g. "float32".
     """
 
-    peft: dict
+    peft: dict | None
     shapes: dict[str, tuple[int, ...]]
     model: str
     model_hash: str
@@ -122,7 +123,7 @@ class Runtime(Protocol):
         device: where this process draws numbers.
     """
 
-    spec: AdapterSpec
+    spec: TrainedSpec
     tokens: TokenCount
     eval_tokens: TokenCount
     seconds: dict[str, float]
@@ -134,7 +135,16 @@ class Runtime(Protocol):
         """Register every example that will be scored, named by split and index from then on, and fill caches."""
 
     def load(self, theta: dict[str, torch.Tensor]) -> None:
-        """Set theta from float32 tensors by canonical name; the perturbed copies are stale until `step`."""
+        """Set theta from tensors by canonical name, float32 or of the base's dtype.
+
+        The perturbed copies are stale until `step`.
+        """
+
+    def initial_theta(self, run_seed: int) -> dict[str, torch.Tensor]:
+        """theta_0 of a new run where the model at hand decides it, float32, on the CPU, by canonical name.
+
+        The hf runtime's alone, of --tuning prefix; elsewhere the header of the log says what theta_0 is.
+        """
 
     def theta(self) -> dict[str, torch.Tensor]:
         """Copies of theta on the CPU, float32, by canonical name."""
@@ -185,6 +195,12 @@ class Runtime(Protocol):
         """d loss(option scores) / d theta by autograd at theta, on the CPU, float32, by canonical name.
 
         The hf runtime's alone: an engine keeps no graph, and the configuration refuses --true-gradient there.
+        """
+
+    def save_model(self, directory: Path) -> None:
+        """Write theta as `score` reads it, as a transformers model with its tokenizer; an earlier one there gives way.
+
+        The hf runtime's alone, of --tuning full: an adapter is written from `theta`.
         """
 
     def describe(self) -> str:

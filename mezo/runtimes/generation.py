@@ -13,6 +13,7 @@ from mezo.config import Config
 from mezo.errors import UserError
 from mezo.runtimes.base import Example
 from mezo.runtimes.peft_model import load_tokenizer
+from mezo.runtimes.prefix import Prefix
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,9 @@ def refuse_too_long(config: Config, splits: dict[str, Sequence[Example]], longes
     tokens = max(longest, prompt + new)
     if limit is not None and tokens > limit:
         what = f"a prompt with --max-new-tokens {new}" if new else "a prompt"
+        after = f" after a prefix of {config.num_prefix_tokens}" if config.tuning == "prefix" else ""
         raise UserError(
-            f"--max-length: {what} has {tokens} tokens, the model takes {limit}; use --max-length {limit - new}"
+            f"--max-length: {what} has {tokens} tokens, the model takes {limit}{after}; use --max-length {limit - new}"
         )
 
 
@@ -80,6 +82,7 @@ def greedy(
     max_new_tokens: int,
     ended: Callable[[Sequence[int]], bool],
     pad: int,
+    prefix: Prefix | None = None,
 ) -> list[list[int]]:
     """The most likely token each time, for prompts of any lengths at once (padded on the left).
 
@@ -92,14 +95,17 @@ def greedy(
         max_new_tokens: most tokens of an answer.
         ended: whether an answer is over with its last token.
         pad: token id to pad with.
+        prefix: keys and values that come before every prompt's.
 
     Returns:
         Token ids of each answer, its last one included.
     """
-    device, width = body.device, max(map(len, prompts))
+    device, width, before = body.device, max(map(len, prompts)), prefix.tokens if prefix else 0
     ids = torch.tensor([[*[pad] * (width - len(prompt)), *prompt] for prompt in prompts], device=device)
     mask = torch.tensor([[*[0] * (width - len(prompt)), *[1] * len(prompt)] for prompt in prompts], device=device)
-    cache, answers, unfinished = DynamicCache(config=body.config), [[] for _ in prompts], set(range(len(prompts)))
+    mask = nn.functional.pad(mask, (before, 0), value=1)
+    cache = prefix.cache(len(prompts)) if prefix else DynamicCache(config=body.config)
+    answers, unfinished = [[] for _ in prompts], set(range(len(prompts)))
     for _ in range(max_new_tokens):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = body(

@@ -1,24 +1,31 @@
 """The in-process runtime: transformers computes the losses, the trunk cache saves what theta cannot change."""
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.runtimes.base import Example, StepUpdate, TokenCount
+from mezo.runtimes.full_model import save_model
 from mezo.runtimes.generation import Writing, greedy, refuse_too_long
-from mezo.runtimes.peft_model import head_logits, load_adapted, reference_log_probs
-from mezo.runtimes.rows import RowBatch, option_scores, rows_of
+from mezo.runtimes.peft_model import head_logits, load_parts, position_limit, reference_log_probs
+from mezo.runtimes.prefix import PROMPT, real_activations, vocabulary_tokens
+from mezo.runtimes.rows import RowBatch, by_length, option_scores, rows_of
 from mezo.runtimes.rule import UpdateRule
 from mezo.runtimes.sides import Sides
 from mezo.runtimes.theta import PerturbedTheta
 from mezo.runtimes.trunk import GROUP, Trunk, no_cache, scored
 from mezo_kernels import ParamLayout, available_backends, lora_init
 
+CALL = 48  # tokens whose time a forward pass of none takes on a CPU, where the weights are read for each call
+WATCHED = 1 << 24  # elements of a whole model that a watched step compares with the reference
 PROOF_EXAMPLES = 3  # besides the longest
+PROOF_NOISE = 1e-3  # standard deviation of what is added to a base that is trained itself
 PROOF_TOLERANCE = 1e-4  # on option log-probabilities in float32; shapes differ, so sums are ordered differently
 
 
@@ -26,7 +33,8 @@ class HFRuntime:
     """transformers + PEFT on one device; implements `mezo.runtimes.base.Runtime`.
 
     The float32 master and the two perturbed copies lie beside the model; a copy is put to use by pointing the
-    adapter's parameters at it, so nothing is copied and nothing is ever restored by arithmetic.
+    trained parameters at it, so nothing is copied and nothing is ever restored by arithmetic. Where the base itself
+    is trained nothing else is left of it: 12 bytes a parameter in float32, 8 in 16 bits.
     """
 
     pairs = 1
@@ -36,16 +44,19 @@ class HFRuntime:
         self.dtype = _dtype(config.dtype, self.device)
         self.backend = None if config.backend == "auto" else config.backend
         _check_backend(self.backend, self.device)
-        self.parts, self.spec = load_adapted(config, self.device, self.dtype)
+        self.parts, self.spec = load_parts(config, self.device, self.dtype)
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
         self.pad, self.config = pad, config
         self.params = list(self.parts.params.values())
+        self.whole = self.spec.peft is None
         empty = lambda dtype: [torch.zeros_like(p, dtype=dtype) for p in self.params]  # noqa: E731
-        self.master = ParamLayout(dict(zip(self.spec.shapes, empty(torch.float32), strict=True)))
+        start = [p.data.float() for p in self.params] if self.whole else empty(torch.float32)
+        self.master = ParamLayout(dict(zip(self.spec.shapes, start, strict=True)))
         self.plus, self.minus = self.master.like(empty(self.dtype)), self.master.like(empty(self.dtype))
         self.copies = {"plus0": self.plus, "minus0": self.minus}
         rule = UpdateRule.of(config, self.master.names)
-        self.perturbed = PerturbedTheta(self.master, [(self.plus, self.minus)], self.backend, rule)
+        watched = WATCHED if self.whole else None
+        self.perturbed = PerturbedTheta(self.master, [(self.plus, self.minus)], self.backend, rule, watched)
         self.sides = Sides(rule.one_sided)
         self.seconds = dict.fromkeys(("kernels", "forward"), 0.0)
         self.examples: dict[str, Sequence[Example]] = {}
@@ -77,8 +88,7 @@ class HFRuntime:
             self._prepare_trunk()
 
     def _check_lengths(self) -> None:
-        limit = getattr(self.parts.model.config, "max_position_embeddings", None)
-        refuse_too_long(self.config, self.examples, self._longest(), limit)
+        refuse_too_long(self.config, self.examples, self._longest(), position_limit(self.parts))
 
     def _longest(self) -> int:
         return max(len(row.ids) for nested in self.rows.values() for own in nested for row in own)
@@ -108,6 +118,11 @@ class HFRuntime:
             tensor.copy_(theta[name])
         self.perturbed.forget()
         self.sides.loaded()
+
+    def initial_theta(self, run_seed: int) -> dict[str, torch.Tensor]:
+        """See `Runtime.initial_theta`: the prefix of real tokens, drawn from the vocabulary by the seed of the run."""
+        body, n = self.parts.body, self.parts.prefix.tokens
+        return {PROMPT: real_activations(body, vocabulary_tokens(n, body.config.vocab_size, run_seed))}
 
     def theta(self) -> dict[str, torch.Tensor]:
         """See `Runtime.theta`."""
@@ -175,7 +190,7 @@ class HFRuntime:
         """Texts with the weights in use; a token of an answer is run to find the next, so the last one never is."""
         prompts = [self.examples[split][i].prompt for i in indices]
         ended = lambda ids: self.writing.ended(ids, stop)  # noqa: E731
-        answers = greedy(self.parts.body, self.parts.head, prompts, max_new_tokens, ended, self.pad)
+        answers = greedy(self.parts.body, self.parts.head, prompts, max_new_tokens, ended, self.pad, self.parts.prefix)
         tokens = sum(len(prompt) + len(answer) - 1 for prompt, answer in zip(prompts, answers, strict=True))
         count.scored, count.computed = count.scored + tokens, count.computed + tokens
         return [self.writing.text(answer, stop) for answer in answers]
@@ -195,6 +210,11 @@ class HFRuntime:
             self.parts.model.requires_grad_(False)
         return {name: g.float().cpu() for name, g in zip(self.master.names, grads, strict=True)}
 
+    def save_model(self, directory: Path) -> None:
+        """See `Runtime.save_model`."""
+        self._point([t.to(self.dtype) for t in self.master.tensors])
+        save_model(self.parts.model, self.config.model, directory)
+
     def describe(self) -> str:
         """See `Runtime.describe`."""
         n, layers = self.master.n_elements, len(self.parts.layers)
@@ -204,7 +224,12 @@ class HFRuntime:
             cache = f"trunk cache on {self.trunk.storage} ({self.trunk.nbytes / 2**20:.0f} MiB; runs {kind})"
             if self.trunk.full:
                 cache += "; it is full and computes rows again: raise --trunk-cache-bytes"
-        return f"{n:,} LoRA parameters, {self.dtype} base on {self.device}, {cache}"
+        what = "LoRA parameters"
+        if self.parts.prefix:
+            what = f"parameters of a prefix of {self.parts.prefix.tokens} tokens"
+        elif self.whole:
+            what = "parameters, all of the model's"
+        return f"{n:,} {what}, {self.dtype} base on {self.device}, {cache}"
 
     def close(self) -> None:
         """See `Runtime.close`."""
@@ -241,10 +266,20 @@ class HFRuntime:
 
     def _hidden(self, split, indices, batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:
         """A function that gives the hidden states at the scored positions, and the tokens whose trunk was run."""
-        if self.trunk is None:
-            return lambda: self._full_hidden(batch), 0
         starts = self.first_row[split]
         numbers = [n for i in indices for n in range(starts[i], starts[i] + len(self.rows[split][i]))]
+        if self.device.type != "cpu" or (self.trunk and self.trunk.keep_kv):
+            return self._run_of(split, numbers, batch)
+        parts = by_length(batch.lengths.tolist(), CALL)
+        runs, filled = zip(
+            *(self._run_of(split, [numbers[n] for n in own], batch.part(own)) for own in parts), strict=True
+        )
+        back = torch.tensor([n for own in parts for n in own]).argsort()
+        return lambda: torch.cat([run() for run in runs])[back], sum(filled)
+
+    def _run_of(self, split: str, numbers: Sequence[int], batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:
+        if self.trunk is None:
+            return lambda: self._full_hidden(batch), 0
         return self.trunk.hidden(split, numbers, batch)
 
     def _trunk_share(self, tokens: int) -> float:
@@ -252,8 +287,9 @@ class HFRuntime:
         return tokens * (self.parts.first + self.trunk.keep_kv) / len(self.parts.layers)
 
     def _full_hidden(self, batch: RowBatch) -> torch.Tensor:
-        mask = None if self.parts.causal else batch.mask
-        out = self.parts.body(input_ids=batch.ids, attention_mask=mask, **no_cache(self.parts.causal))
+        mask, prefix = None if self.parts.causal else batch.mask, self.parts.prefix
+        others = {"attention_mask": mask, **no_cache(self.parts.causal)}
+        out = self.parts.body(input_ids=batch.ids, **prefix.inputs(len(batch.ids), mask) if prefix else others)
         return scored(out.last_hidden_state, batch.positions)
 
     def _log_probs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -283,11 +319,11 @@ class HFRuntime:
 
     @torch.no_grad()
     def _prove(self, flag: str, remedy: str) -> None:
-        """Compare scores with the model's own forward pass on the longest rows, at an adapter that changes them."""
+        """Compare scores with the model's own forward pass on the longest rows, at a theta that changes them."""
         split, indices = self._hardest()
         rows = [row for i in indices for row in self.rows[split][i]]
         batch = RowBatch.of(rows, self.pad, self.device)
-        # kept under one adapter, used under another, as in training
+        # kept under one theta, used under another, as in training
         self._point_at_noise(seed=0)
         run = self._hidden(split, indices, batch)[0]
         self._point_at_noise(seed=1)
@@ -314,8 +350,14 @@ class HFRuntime:
         return split, sorted({longest[split], *range(min(PROOF_EXAMPLES, len(self.rows[split])))})
 
     def _point_at_noise(self, seed: int) -> None:
-        noise = (lora_init(seed, name, shape) for name, shape in self.spec.shapes.items())
-        self._point([tensor.to(self.device, self.dtype) for tensor in noise])
+        if self.whole:
+            self.perturbed.step([], [seed], PROOF_NOISE)
+            self._use(self.plus)
+            return
+        noise = {name: lora_init(seed, name, shape) for name, shape in self.spec.shapes.items()}
+        if self.parts.prefix:
+            noise = self.initial_theta(seed)
+        self._point([tensor.to(self.device, self.dtype) for tensor in noise.values()])
 
     def _batch_noise(self, rows, expected: torch.Tensor, size: int) -> float:
         """How far the full forward pass moves when the same rows are run `size` at a time."""
@@ -329,11 +371,7 @@ class HFRuntime:
 
 
 def _starts(rows: list[list]) -> list[int]:
-    starts, total = [], 0
-    for own in rows:
-        starts.append(total)
-        total += len(own)
-    return starts
+    return [0, *itertools.accumulate(map(len, rows))][:-1]
 
 
 def _device(name: str) -> torch.device:

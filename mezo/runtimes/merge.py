@@ -1,6 +1,5 @@
-"""An adapter merged into its base model."""
+"""A model to hand on: an adapter merged into its base model, or a trained model in another dtype."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -10,7 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from mezo.errors import UserError
-from mezo.runtimes.peft_model import is_masked, load_tokenizer
+from mezo.runtimes.full_model import save_model
+from mezo.runtimes.peft_model import is_masked, load_base
 
 
 def merge(model: str, adapter: Path, output_dir: Path, dtype: str = "auto") -> None:
@@ -29,11 +29,20 @@ def merge(model: str, adapter: Path, output_dir: Path, dtype: str = "auto") -> N
     except (OSError, ValueError) as error:
         raise UserError(f"--model {model}: it could not be loaded ({str(error).splitlines()[0]})") from error
     merged = _untied(PeftModel.from_pretrained(base, str(adapter))).merge_and_unload()
-    part = output_dir.with_name(output_dir.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    merged.to(wanted).save_pretrained(part)
-    load_tokenizer(model).save_pretrained(part)
-    part.rename(output_dir)
+    save_model(merged.to(wanted), model, output_dir)
+
+
+def cast(model: Path, base: str, output_dir: Path, dtype: str = "auto") -> None:
+    """Write a trained model in another dtype, cast once.
+
+    Args:
+        model: its directory.
+        base: path or hub id of the model it was trained from.
+        output_dir: directory to create.
+        dtype: of the result; auto is that of the base checkpoint.
+    """
+    wanted = load_base(base, "auto").dtype if dtype == "auto" else getattr(torch, dtype)
+    save_model(load_base(str(model), wanted), str(model), output_dir)
 
 
 def _untied(model: PeftModel) -> PeftModel:

@@ -1,4 +1,4 @@
-"""A base model from transformers with a PEFT LoRA adapter on it, checked against what the user asked for."""
+"""A base model from transformers with what is trained of it: a PEFT adapter, LoRA or prefix, or its own parameters."""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from transformers import (
 
 from mezo.config import Config
 from mezo.errors import UserError
-from mezo.runtimes.base import LINEAR_HEAD, AdapterSpec
+from mezo.runtimes.base import LINEAR_HEAD, TrainedSpec
+from mezo.runtimes.prefix import PROMPT, Prefix, attach_prefix
 from mezo.runtimes.reuse import KV_FREE
 from mezo.runtimes.rows import RowBatch
 from mezo.runtimes.trunk import ATTENTION, scored
@@ -29,19 +30,20 @@ REFERENCE_ROWS = 8  # of a full forward pass: the logits of every token of them 
 
 
 @dataclass
-class AdaptedModel:
+class ModelParts:
     """The parts of a model that scoring needs.
 
     Args:
-        model: the PEFT model, in eval mode, no parameter requiring grad.
+        model: the PEFT model, or the base where that is trained; in eval mode, no parameter requiring grad.
         body: the transformer without its head.
         layers: its layers.
         head: hidden states -> logits; it may be adapted as well.
         params: trained parameters by canonical name.
         causal: True for a decoder, False for an encoder.
-        first: index of the lowest layer that must be run: the lowest adapted one, or the last.
-        kv_free: no key or value depends on the adapter.
+        first: index of the lowest layer that must be run: the lowest trained one, or the last.
+        kv_free: no key or value depends on what is trained.
         window: how far back the last layer attends, or None.
+        prefix: what every layer's own keys and values follow, or None.
     """
 
     model: nn.Module
@@ -53,6 +55,7 @@ class AdaptedModel:
     first: int
     kv_free: bool
     window: int | None
+    prefix: Prefix | None = None
 
 
 def load_tokenizer(model: str):
@@ -72,50 +75,89 @@ def is_masked(model: str) -> bool:
     return (architectures or [""])[0].endswith("ForMaskedLM")
 
 
-def load_adapted(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[AdaptedModel, AdapterSpec]:
-    """Load the base model, attach a fresh LoRA adapter, and describe what is trained.
+def load_base(model: str, dtype: torch.dtype | str, bare: bool = False) -> nn.Module:
+    """A model with its head, or `bare`, on the CPU in eval mode. Raises UserError if it cannot be loaded."""
+    auto = AutoModel if bare else AutoModelForMaskedLM if is_masked(model) else AutoModelForCausalLM
+    try:
+        return auto.from_pretrained(model, dtype=dtype, attn_implementation=ATTENTION).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {model}: it could not be loaded ({_first_line(error)})") from error
+
+
+def load_parts(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[ModelParts, TrainedSpec]:
+    """Load the base model, attach a fresh adapter unless its own parameters are trained, and describe what is.
 
     Under `head` "linear" the base is the bare encoder with a linear layer of that name beside its layers.
 
     Raises:
-        UserError: the model cannot be loaded, or has no such layers or modules.
+        UserError: the model cannot be loaded, or has no such layers or modules, or cannot be trained so.
     """
     linear = config.head == "linear"
     causal = not linear and not is_masked(config.model)
-    try:
-        auto = AutoModel if linear else AutoModelForCausalLM if causal else AutoModelForMaskedLM
-        base = auto.from_pretrained(config.model, dtype=dtype, attn_implementation=ATTENTION).to(device).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {config.model}: it could not be loaded ({_first_line(error)})") from error
+    base = load_base(config.model, dtype, bare=linear).to(device)
     if linear:
         _check_encoder(base, config)
         base.pooler = None  # not read, and drawn anew at each load where the checkpoint has none
-    weights, body = _hash(base), base.base_model
+    weights, body = weights_hash(base), base.base_model
     if linear:
         _add_linear_head(base, len(config.label_words))
     heads = [getattr(base, LINEAR_HEAD)] if linear else [child for child in base.children() if child is not body]
     layers = _layers(body, base.config.num_hidden_layers)
     if len(heads) != 1 or layers is None:
         raise UserError(f"--model {config.model}: {type(base).__name__} is not one body of layers and one head")
-    lora = _lora_config(config, base, layers, heads[0])
-    model = get_peft_model(base, lora, autocast_adapter_dtype=False).eval()
+    attach = {"lora": _with_lora, "full": _with_own_parameters, "prefix": _with_prefix}[config.tuning]
+    model, params, peft = attach(config, base, layers, heads[0])
     model.requires_grad_(False)
+    if linear:
+        head = getattr(base, LINEAR_HEAD).modules_to_save["default"]
+    else:
+        head = next(child for child in base.children() if child is not body)  # an adapted one is another module
+    trained = set(map(id, params.values()))
+    touched = [i for i, layer in enumerate(layers) if not trained.isdisjoint(map(id, layer.parameters()))]
+    last = len(layers) - 1
+    prefix = Prefix(params[PROMPT], len(layers), peft["num_attention_heads"]) if PROMPT in params else None
+    every = peft is None or prefix is not None
+    kv_free = not every and set(touched) <= {last} and _adapted_leaves(layers[-1]) <= KV_FREE
+    first = 0 if prefix else min(touched, default=last)
+    shapes = {name: tuple(p.shape) for name, p in params.items()}
+    spec = TrainedSpec(peft, shapes, config.model, weights, str(dtype).split(".")[1])
+    window = _window(base.config)
+    return ModelParts(model, body, layers, head, params, causal, first, kv_free, window, prefix), spec
+
+
+Attached = tuple[nn.Module, dict[str, nn.Parameter], dict | None]
+"""The model to run, what is trained of it by canonical name, and the fields of adapter_config.json."""
+
+
+def _with_lora(config: Config, base: nn.Module, layers: nn.ModuleList, head: nn.Module) -> Attached:
+    lora = _lora_config(config, base, layers, head)
+    model = get_peft_model(base, lora, autocast_adapter_dtype=False).eval()
     params = {canonical_name(name): p for name, p in model.named_parameters() if ".lora_" in name}
     bad = [name for name in params if not name.endswith(("lora_A.weight", "lora_B.weight"))]
     if bad:
         raise UserError(f"--target-modules: only linear layers can be adapted, got {bad[0]}")
-    if linear:
+    if config.head == "linear":
         head = getattr(base, LINEAR_HEAD).modules_to_save["default"]
         params[f"base_model.model.{LINEAR_HEAD}.weight"] = head.weight  # as PEFT's state dict calls it
-    else:
-        head = next(child for child in base.children() if child is not body)
-    adapted = [i for i, layer in enumerate(layers) if any(".lora_" in name for name, _ in layer.named_parameters())]
-    last = len(layers) - 1
-    kv_free = set(adapted) <= {last} and _adapted_leaves(layers[-1]) <= KV_FREE
-    first = min(adapted, default=last)
-    shapes = {name: tuple(p.shape) for name, p in params.items()}
-    spec = AdapterSpec(_peft_fields(lora, config.model), shapes, config.model, weights, str(dtype).split(".")[1])
-    return AdaptedModel(model, body, layers, head, params, causal, first, kv_free, _window(base.config)), spec
+    return model, params, _peft_fields(lora, config.model)
+
+
+def _with_prefix(config: Config, base: nn.Module, layers: nn.ModuleList, head: nn.Module) -> Attached:
+    tokens, causal = config.num_prefix_tokens, not is_masked(config.model)
+    model, weight, fields = attach_prefix(base, base.base_model, len(layers), tokens, config.model, causal)
+    return model, {PROMPT: weight}, fields
+
+
+def _with_own_parameters(config: Config, base: nn.Module, layers: nn.ModuleList, head: nn.Module) -> Attached:
+    """Every parameter of the base under its own name; a tied one is one parameter, under the first of its names."""
+    params = dict(base.named_parameters())
+    for name, p in params.items():
+        if p.dtype != base.dtype or not p.is_floating_point():
+            raise UserError(
+                f"--tuning full: {config.model} holds {name} in {p.dtype}, the rest in {base.dtype}; use a model of"
+                " one plain dtype, or --dtype float32"
+            )
+    return base, params, None
 
 
 def _check_encoder(base: nn.Module, config: Config) -> None:
@@ -163,6 +205,16 @@ def reference_log_probs(model: nn.Module, batch: RowBatch) -> torch.Tensor:
             logits = getattr(model.get_base_model(), LINEAR_HEAD)(scored(out.last_hidden_state, positions))
         found.append(logits.double().log_softmax(-1).gather(-1, targets).cpu())
     return torch.cat(found)
+
+
+def position_limit(parts: ModelParts) -> int | None:
+    """Tokens that a row may have, None for any number: RoBERTa counts positions from its padding id on."""
+    limit = getattr(parts.body.config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    table = getattr(getattr(parts.body, "embeddings", None), "position_embeddings", None)
+    first = 0 if getattr(table, "padding_idx", None) is None else table.padding_idx + 1
+    return limit - first - (parts.prefix.tokens if parts.prefix else 0)
 
 
 def _window(config) -> int | None:
@@ -232,7 +284,7 @@ def _peft_fields(lora: LoraConfig, model: str) -> dict:
     }
 
 
-def _hash(base: nn.Module) -> str:
+def weights_hash(base: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of the base weights, tied ones once."""
     digest = hashlib.sha256()
     for name, p in base.named_parameters():

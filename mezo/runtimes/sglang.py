@@ -17,7 +17,7 @@ from mezo.config import Config
 from mezo.errors import RunError, UserError
 from mezo.runtimes.base import Example, StepUpdate, TokenCount
 from mezo.runtimes.generation import Writing, refuse_too_long
-from mezo.runtimes.peft_model import load_adapted
+from mezo.runtimes.peft_model import load_parts
 from mezo.runtimes.reuse import warm_ups, why_kv_depends
 from mezo.runtimes.rows import Row, padded, rows_of, scores_of
 from mezo.runtimes.rule import UpdateRule
@@ -65,7 +65,7 @@ class SGLangRuntime:
         self.pairs = pairs_of(config, self.options)
         self.backend = backend_of(config.backend)
         dtype = getattr(torch, config.dtype) if config.dtype != "auto" else default_dtype()
-        self._parts, self.spec = load_adapted(config, torch.device("cpu"), dtype)
+        self._parts, self.spec = load_parts(config, torch.device("cpu"), dtype)
         self.dtype = self.spec.dtype
         if self.options.get("quantization"):  # another base: a run is not resumed without it
             self.spec = dataclasses.replace(self.spec, dtype=f"{self.dtype}, quantised {self.options['quantization']}")

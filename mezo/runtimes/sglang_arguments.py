@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.options import engine_argument
-from mezo.runtimes.base import AdapterSpec
+from mezo.runtimes.base import TrainedSpec
 from mezo.runtimes.sglang_engine import PATIENCE, accelerated
 from mezo.runtimes.stacks import complete_fields, complete_stacks
 from mezo_kernels import available_backends
@@ -153,7 +153,7 @@ def engine_arguments(
     config: Config,
     options: dict,
     dtype: str,
-    spec: AdapterSpec,
+    spec: TrainedSpec,
     adapters: list[dict],
     tokens: int,
     held: int,
@@ -214,7 +214,7 @@ def engine_arguments(
     return arguments | options
 
 
-def write_placeholders(scratch: Path, options: dict, spec: AdapterSpec, pairs: int) -> list[dict]:
+def write_placeholders(scratch: Path, options: dict, spec: TrainedSpec, pairs: int) -> list[dict]:
     """Adapters of zeros that reserve the slots plus0, minus0, ...; return the engine's `lora_paths`.
 
     Members of a stack that are not trained stay zero for good.

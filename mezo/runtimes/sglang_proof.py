@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from mezo.errors import UserError
-from mezo.runtimes.base import AdapterSpec
-from mezo.runtimes.peft_model import AdaptedModel, reference_log_probs
+from mezo.runtimes.base import TrainedSpec
+from mezo.runtimes.peft_model import ModelParts, reference_log_probs
 from mezo.runtimes.rows import Row, RowBatch
 from mezo_kernels import lora_init
 
@@ -29,7 +29,7 @@ class StartProof:
 
     SEEDS = (0, 1)
 
-    def __init__(self, parts: AdaptedModel, spec: AdapterSpec, rows: Sequence[Row], pad: int):
+    def __init__(self, parts: ModelParts, spec: TrainedSpec, rows: Sequence[Row], pad: int):
         self.spec = spec
         self.rows = list(dict.fromkeys([max(rows, key=lambda row: len(row.ids)), *rows[:EXAMPLES]]))
         batch = RowBatch.of(self.rows, pad, "cpu")
@@ -41,7 +41,7 @@ class StartProof:
         return {name: lora_init(seed, name, shape) for name, shape in self.spec.shapes.items()}
 
     @torch.no_grad()
-    def _by_model(self, parts: AdaptedModel, batch: RowBatch, seed: int) -> torch.Tensor:
+    def _by_model(self, parts: ModelParts, batch: RowBatch, seed: int) -> torch.Tensor:
         for name, tensor in self.adapter(seed).items():
             parts.params[name].data.copy_(tensor)
         return reference_log_probs(parts.model, batch)

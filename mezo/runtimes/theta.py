@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,8 @@ class PerturbedTheta:
         pairs: (plus, minus) of each perturbation that is held at once; the same elements, any dtype and strides.
         backend: of the fused ops; None chooses by device.
         rule: what an update does; its state lives here, zeros at first.
+        watched: elements that a watched step compares, about; the reference is slow, and needs them several times. None
+            compares all.
     """
 
     def __init__(
@@ -32,12 +35,13 @@ class PerturbedTheta:
         pairs: Sequence[tuple[ParamLayout, ParamLayout]],
         backend: str | None = None,
         rule: UpdateRule | None = None,
+        watched: int | None = None,
     ):
         self.master, self.pairs, self.backend, self.rule = master, list(pairs), backend, rule or UpdateRule()
         self.state = [master.like([torch.zeros_like(t) for t in master.tensors]) for _ in range(self.rule.bytes // 4)]
         self.count = 0  # updates applied, as Adam counts them
         self._groups = self._grouped()
-        self._watched = None
+        self.watched, self._watched, self._watches = watched, None, 0
         self._perturbation: tuple[list[int], float | Sequence[float]] | None = None
 
     def _grouped(self) -> list[tuple[bool, ParamLayout, list[ParamLayout], Pairs]]:
@@ -68,8 +72,11 @@ class PerturbedTheta:
         `verify` needs. Pairs that differ in eps take a pass for each eps.
         """
         if watch:
-            before = [[t.clone() for t in layout.tensors] for layout in (self.master, *self.state)]
-            self._watched = before, self.count, list(updates), list(seeds), eps
+            windows = _windows(self.master, self.watched, self._watches)
+            before = [_within(layout, windows) for layout in (self.master, *self.state)]
+            before = [layout.like([t.clone() for t in layout.tensors]) for layout in before]
+            self._watched = windows, before, self.count, list(updates), list(seeds), eps
+            self._watches += 1
         self._perturbation = list(seeds), eps
         used = [update for update in updates if not update.skipped]
         for first, after, distance in _runs(eps, len(seeds)):
@@ -104,31 +111,63 @@ class PerturbedTheta:
     def verify(self, used: Sequence[Sequence[torch.Tensor]] | None = None) -> str | None:
         """Rebuild with the reference what the watched step wrote; name the first element that differs, or None.
 
+        Of a theta of more than `watched` elements some rows of each parameter are, others at each watched step.
+
         Args:
             used: tensors that the model reads, two lists for each pair; by default those that were written to.
         """
-        before, count, updates, seeds, eps = self._watched
-        pairs = self.pairs[: len(seeds)]
-        copies = [copy for pair in pairs for copy in pair]
-        fresh = [copy.like([torch.empty_like(t) for t in copy.tensors]) for copy in copies]
-        master = self.master.like([t.clone() for t in before[0]])
+        windows, (master, *state), count, updates, seeds, eps = self._watched
+        copies = [copy for pair in self.pairs[: len(seeds)] for copy in pair]
+        fresh = [_within(copy, windows) for copy in copies]
+        fresh = [copy.like([torch.empty_like(t) for t in copy.tensors]) for copy in fresh]
+        master = master.like([t.clone() for t in master.tensors])
         again = PerturbedTheta(master, list(zip(fresh[::2], fresh[1::2], strict=True)), "reference", self.rule)
         again.count = count
-        for layout, tensors in zip(again.state, before[1:], strict=True):
-            torch._foreach_copy_(layout.tensors, tensors)
+        for layout, own in zip(again.state, state, strict=True):
+            layout.copy_(own)
         again.step(updates, seeds, eps)
         seen = [layout.tensors for layout in (self.master, *self.state)]
         seen += used if used is not None else [copy.tensors for copy in copies]
+        seen = [[_rows(t, own) for t, own in zip(tensors, windows, strict=True)] for tensors in seen]
         kinds = ["theta", *("first moment", "second moment")[: len(self.state)]]
         kinds += [f"{sign}{_of(k, len(seeds))}" for k in range(len(seeds)) for sign in ("plus", "minus")]
         for kind, expected, got in zip(kinds, (master, *again.state, *fresh), seen, strict=True):
-            for name, a, b in zip(expected.names, expected.tensors, got, strict=True):
+            for name, a, b, own in zip(expected.names, expected.tensors, got, windows, strict=True):
                 bits = torch.int32 if a.dtype == torch.float32 else torch.int16
                 different = (a.contiguous().view(bits) != b.contiguous().view(bits)).flatten().nonzero()
                 if len(different):
                     i = int(different[0])
-                    return f"{kind} of {name} at index {i}: expected {a.flatten()[i]:.9g}, got {b.flatten()[i]:.9g}"
+                    at = i + own.start * (a[0].numel() if a.dim() else 1)
+                    return f"{kind} of {name} at index {at}: expected {a.flatten()[i]:.9g}, got {b.flatten()[i]:.9g}"
         return None
+
+
+def _windows(layout: ParamLayout, watched: int | None, turn: int) -> list[slice]:
+    """Rows of each parameter that a watched step compares: all, or a share that moves on from turn to turn."""
+    share, windows = min(1.0, watched / layout.n_elements) if watched else 1.0, []
+    for tensor in layout.tensors:
+        rows = len(tensor) if tensor.dim() else 1
+        size = rows if tensor.dim() > 2 else max(1, math.floor(share * rows))  # blocks have one or two dimensions
+        start = turn * size % rows
+        windows.append(slice(start, min(start + size, rows)))
+    return windows
+
+
+def _within(layout: ParamLayout, windows: Sequence[slice]) -> ParamLayout:
+    """The rows in the windows, in the same storage, with the z that they have in the whole."""
+    return ParamLayout(
+        dataclasses.replace(
+            slot,
+            tensor=_rows(slot.tensor, own),
+            full_shape=slot.full_shape or tuple(slot.tensor.shape),
+            row_start=slot.row_start + own.start,
+        )
+        for slot, own in zip(layout.slots, windows, strict=True)
+    )
+
+
+def _rows(tensor: torch.Tensor, window: slice) -> torch.Tensor:
+    return tensor[window] if tensor.dim() else tensor
 
 
 def _runs(eps: float | Sequence[float], n: int) -> list[tuple[int, int, float]]:
