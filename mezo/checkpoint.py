@@ -222,7 +222,7 @@ def read_peft_config(directory: str | Path) -> dict:
 def adapter_options(directory: str | Path) -> dict:
     """The options of `mezo train` that adapter_config.json fixes. Raises UserError if it is no adapter to train on."""
     if (Path(directory) / "trajectory.jsonl").is_file():
-        if (Path(directory) / "model").is_dir():
+        if read_trajectory(Path(directory) / "trajectory.jsonl")[0]["peft"] is None:
             raise UserError(f"--adapter {directory} trained a whole model: give --model {Path(directory) / 'model'}")
         raise UserError(f"--adapter {directory} is a run directory: give {Path(directory) / 'adapter'}")
     peft = read_peft_config(directory)

@@ -180,8 +180,10 @@ def _eval(argv: list[str]) -> int:
         return 0
     target, rest = Path(argv[0]), argv[1:]
 
-    if (target / "config.json").is_file():
+    if (target / "trajectory.jsonl").is_file():
         base, target = commands.run_to_score(target)
+    elif (target / "config.json").is_file():
+        raise UserError(f"mezo eval {target}: that is a model: use mezo eval --model {target}")
     else:
         base = {"output_dir": "unused", **adapter_options(target)}
     _show_splits(commands.evaluate(_parse(rest, "mezo eval", base), target))

@@ -57,7 +57,7 @@ def start(
     header = checkpoint.make_header(config, runtime.spec, splits, initial)
     runtime.load(checkpoint.initial_theta(header, initial))
     if initial is not None and ranks.size > 1:
-        ranks.check_equal(runtime.theta(), 0)
+        ranks.check_equal(runtime.theta(), 0, "make the adapter on one machine and start from it: --adapter")
     if ranks.leads:
         run = RunDirectory.create(config.output_dir, config, header, initial)
     else:

@@ -82,12 +82,14 @@ def truncate(run: str, step: int) -> Path:
     _, records = read_trajectory(directory.trajectory)
     if not 0 <= step <= len(records):
         raise UserError(f"--step must be from 0 to {len(records)}, got {step}")
-    aside = next(p for n in itertools.count(1) if not (p := directory.path / f"before-truncate-{n}").exists())
-    aside.mkdir()
     lines = directory.trajectory.read_bytes().splitlines(keepends=True)
     rows = directory.read_metrics()
     # a test score after the run belongs to the run's end
     rows = [row for row in rows if row["step"] <= step and (row["split"] == "dev" or row["step"] == 0)]
+    best = checkpoint.best_step(rows)
+    rebuilt = None if best is None else checkpoint.replay(directory.path, str(best))  # before anything is moved
+    aside = next(p for n in itertools.count(1) if not (p := directory.path / f"before-truncate-{n}").exists())
+    aside.mkdir()
     page = directory.path / "report.html"
     outcomes = directory.adapter, directory.model, directory.result, directory.plots, page
     for path in (directory.trajectory, directory.metrics, *outcomes):
@@ -95,8 +97,8 @@ def truncate(run: str, step: int) -> Path:
             path.rename(aside / path.name)
     checkpoint.replace_file(directory.trajectory, b"".join(lines[: step + 1]))
     directory.write_metrics(rows)
-    if checkpoint.best_step(rows) is not None:
-        theta, first, _ = checkpoint.replay(directory.path)
+    if rebuilt:
+        theta, first, _ = rebuilt
         kept.write(kept.place(directory, first["peft"]), first, theta)
     directory.release()
     return aside

@@ -47,8 +47,9 @@ class Measurement:
         self.objective = mixture(config.objectives)
         self.judges = {name: judge for name, judge in judges.items() if name in config.objectives}
         self.recent: deque[Scores] = deque(maxlen=RECENT)
+        backend = None if config.backend == "auto" else config.backend
         self._rms = functools.lru_cache(256)(
-            lambda seed: root_mean_square(runtime.spec.shapes, seed, device=runtime.device)
+            lambda seed: root_mean_square(runtime.spec.shapes, seed, device=runtime.device, backend=backend)
         )
 
     def step(self, updates: Sequence[StepUpdate], seeds: Sequence[int], watch: bool = False) -> None:
@@ -86,7 +87,7 @@ class Measurement:
             return replace(record, lr=lr), stopping
         if config.update_rule == "conservative":
             tried = self._try(seeds, abs(steps[0]), batch, watch, check)
-            tried = (tried[0], *tried[:0:-1]) if steps[0] < 0 else tried
+            tried = (tried[0], *tried[:0:-1]) if tried and steps[0] < 0 else tried
             return replace(record, coefficients=best_of_three(steps[0], tried)[0], tried=tried), stopping
         return record, stopping
 
@@ -114,7 +115,6 @@ class Measurement:
         rows = [[[0.0] * width] * 2] * len(seeds)
         for n, held in enumerate(self._held_together()):
             if n:
-                check()
                 self.step([], [seeds[k] for k in held], watch)
             for k, pair in zip(held, self._measure(batch, mine), strict=True):
                 rows[k] = pair

@@ -241,6 +241,9 @@ class MeZO(torch.optim.Optimizer):
     def __setstate__(self, state):
         super().__setstate__(state)
         self._groups, self._seen = [], None
+        for group in self.param_groups:  # a state of an older version lacks what has come since
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
 
     def state_dict(self) -> dict:
         """Everything a bitwise equal resumption needs: masters, momentum buffers, options, seed and step count."""

@@ -68,7 +68,7 @@ class Ranks:
             self.gather([0.0])
             dist.destroy_process_group()
 
-    def check_equal(self, theta: dict[str, torch.Tensor], step: int) -> None:
+    def check_equal(self, theta: dict[str, torch.Tensor], step: int, remedy: str = "resume the run") -> None:
         """Raise RunError naming the ranks whose theta differs from rank 0's in any bit."""
         digest = hashlib.sha256()
         for name, tensor in theta.items():
@@ -78,4 +78,4 @@ class Ranks:
         hashes = [values[0] for values in self.gather([float(int.from_bytes(digest.digest()[:6]))])]
         different = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
         if different:
-            raise RunError(f"step {step}: theta of rank {different[0]} differs from that of rank 0; resume the run")
+            raise RunError(f"step {step}: theta of rank {different[0]} differs from that of rank 0; {remedy}")

@@ -18,7 +18,7 @@ from mezo.checkpoint import RunDirectory, replace_file
 from mezo.config import Config
 from mezo.errors import RunError, UserError
 from mezo.evaluation import best_by
-from mezo.options import ONE_SIDED
+from mezo.options import ONE_SIDED, STATEFUL
 from mezo.parallel import Ranks
 from mezo.rewards import judges
 from mezo.runtimes.base import Example, Runtime
@@ -71,6 +71,8 @@ def tune(
         raise UserError(
             f"--update-rule {rule}: lr and eps are estimated for two-sided steps: give --grid-lr and --grid-eps"
         )
+    if not grid_lr and config.update_rule in STATEFUL:
+        raise UserError(f"--update-rule {config.update_rule}: lr is estimated for steps of plain SGD: give --grid-lr")
     if config.follows:
         raise UserError("--engine-arg node_rank: a sweep is run by the first machine; start the others with mezo train")
     for lr in grid_lr or (config.lr,):  # values that cannot be are refused before the model is loaded

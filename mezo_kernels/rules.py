@@ -64,7 +64,7 @@ class Rule:
         for name, inside, text in (
             ("beta1", 0 <= self.beta1 < 1, "in [0, 1)"),
             ("beta2", 0 <= self.beta2 < 1, "in [0, 1)"),
-            ("eps", 1.2e-38 <= self.eps < math.inf, "a finite float32 number > 0"),
+            ("eps", 2.0**-126 <= self.eps < math.inf, "a finite float32 number > 0"),
             ("l2", 0 <= self.l2 < math.inf, "a finite number >= 0"),
         ):
             if not inside:

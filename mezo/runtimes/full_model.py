@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from transformers.utils import logging
 
 from mezo.errors import UserError
 from mezo.runtimes.peft_model import load_base, load_tokenizer, weights_hash
+
+SCRATCH = ".mezo-model-"  # begins the names of folders that a model is written in before it takes its place
 
 
 def read_parameters(model: str, dtype: str, sha256: str = "") -> dict[str, torch.Tensor]:
@@ -26,7 +29,10 @@ def read_parameters(model: str, dtype: str, sha256: str = "") -> dict[str, torch
     """
     base = load_base(model, getattr(torch, dtype))
     if sha256 and weights_hash(base) != sha256:
-        raise UserError(f"--model {model}: other weights than the run started from (SHA-256 in {dtype}); restore them")
+        raise UserError(
+            f"--model {model}: other weights than the run started from (SHA-256 in {dtype}): restore them; if nothing"
+            " was changed, the checkpoint lacks some, which are drawn anew at each load: use a whole one"
+        )
     return {name: p.detach() for name, p in base.named_parameters()}
 
 
@@ -46,19 +52,43 @@ def save_model(model: nn.Module, source: str, directory: Path) -> None:
         source: path or hub id whose tokenizer is written beside it.
         directory: created; a model that is there already gives way once the new one is on the disk.
     """
-    part, old = (directory.with_name(directory.name + end) for end in (".part", ".old"))
-    for path in (part, old):
-        shutil.rmtree(path, ignore_errors=True)
-    with _without_bars():
-        model.save_pretrained(part)
-    load_tokenizer(source).save_pretrained(part)
-    for path in part.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    if directory.exists():
-        directory.rename(old)
-    part.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    if (directory.parent / "trajectory.jsonl").is_file():  # a run, this process's alone: left by a killed one
+        for left in directory.parent.glob(f"{SCRATCH}*"):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=directory.parent) as scratch:
+        part = Path(scratch) / "part"
+        with _without_bars(), _valid_generation_config(model):
+            model.save_pretrained(part)
+        load_tokenizer(source).save_pretrained(part)
+        for path in part.rglob("*"):
+            if path.is_file():
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+        if directory.exists():
+            directory.rename(Path(scratch) / "old")
+        part.rename(directory)
+
+
+@contextmanager
+def _valid_generation_config(model: nn.Module) -> Iterator[None]:
+    """transformers writes no settings of sampling for a model that does not sample, as some published ones have them.
+
+    They are not trained and not read here: what is written then samples, so that the settings mean what they say.
+    """
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        yield
+        return
+    sampling = own.do_sample
+    try:
+        own.validate(strict=True)
+    except ValueError:
+        own.do_sample = True
+    try:
+        yield
+    finally:
+        own.do_sample = sampling
 
 
 @contextmanager

@@ -69,9 +69,20 @@ def refuse_too_long(config: Config, splits: dict[str, Sequence[Example]], longes
     if limit is not None and tokens > limit:
         what = f"a prompt with --max-new-tokens {new}" if new else "a prompt"
         after = f" after a prefix of {config.num_prefix_tokens}" if config.tuning == "prefix" else ""
+        if limit <= new:
+            option = "--num-prefix-tokens" if after else "--max-new-tokens"
+            raise UserError(
+                f"--max-length: {what} has {tokens} tokens, there is room for {limit}{after}; lower {option}"
+            )
         raise UserError(
             f"--max-length: {what} has {tokens} tokens, the model takes {limit}{after}; use --max-length {limit - new}"
         )
+
+
+def _windowed(config) -> bool:
+    """Whether some layer attends to so many places back only."""
+    kinds = getattr(config, "layer_types", None)
+    return bool(getattr(config, "sliding_window", None)) and (not kinds or set(kinds) != {"full_attention"})
 
 
 @torch.no_grad()
@@ -100,6 +111,10 @@ def greedy(
     Returns:
         Token ids of each answer, its last one included.
     """
+    if prefix and _windowed(body.config) and len(set(map(len, prompts))) > 1:
+        # the padding would lie between prefix and prompt, and count as places of the window
+        alone = [greedy(body, head, [prompt], max_new_tokens, ended, pad, prefix) for prompt in prompts]
+        return [answer for (answer,) in alone]
     device, width, before = body.device, max(map(len, prompts)), prefix.tokens if prefix else 0
     ids = torch.tensor([[*[pad] * (width - len(prompt)), *prompt] for prompt in prompts], device=device)
     mask = torch.tensor([[*[0] * (width - len(prompt)), *[1] * len(prompt)] for prompt in prompts], device=device)

@@ -41,7 +41,10 @@ def cast(model: Path, base: str, output_dir: Path, dtype: str = "auto") -> None:
         output_dir: directory to create.
         dtype: of the result; auto is that of the base checkpoint.
     """
-    wanted = load_base(base, "auto").dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        wanted = load_base(base, "auto").dtype if dtype == "auto" else getattr(torch, dtype)
+    except UserError as error:
+        raise UserError(f"{error}; it is needed for its dtype alone: give --dtype instead") from error
     save_model(load_base(str(model), wanted), str(model), output_dir)
 
 

@@ -17,6 +17,7 @@ from mezo.config import Config
 from mezo.errors import UserError
 from mezo.protocols import PROTOCOLS
 from mezo.reproduce import configs
+from mezo.runtimes.full_model import save_model
 from mezo.runtimes.peft_model import load_tokenizer
 from mezo.tasks import load_splits
 from mezo.trajectory import read_trajectory
@@ -213,3 +214,41 @@ def test_published_runs_of_every_parameter():
     own = [config for grid in configs(PROTOCOLS["roberta-sst2-k16-full"], "unused", {}) for config in grid]
     assert {(config.lr, config.weight_decay) for config in own} == {(1e-7, 0.0), (1e-6, 0.0), (1e-5, 0.0)}
     assert dataclasses.asdict(PROTOCOLS["roberta-trec-k512-full"])["mean"] == 94.3
+
+
+def test_a_model_is_written_whatever_lies_beside_it(tmp_path):
+    """Neighbours with names like ours, a tokenizer with a folder of templates, sampling settings of no sampling."""
+    source = Path(save("llama", tmp_path / "source"))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool": "{{ tools }}"}
+    tokenizer.save_pretrained(source)
+    (source / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')
+    for end in ("old", "part"):
+        (tmp_path / f"m.{end}").mkdir()
+        (tmp_path / f"m.{end}" / "precious").touch()
+    model = AutoModelForCausalLM.from_pretrained(source)
+    for _ in range(2):
+        save_model(model, str(source), tmp_path / "m")
+    assert same_bits(weights(tmp_path / "m"), weights(source))
+    assert (tmp_path / "m" / "additional_chat_templates" / "tool.jinja").is_file()
+    assert model.generation_config.do_sample is False
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").generation_config.temperature == 0.6
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.old", "m.part", "source"]
+    assert (tmp_path / "m.old" / "precious").exists()
+    assert (tmp_path / "m.part" / "precious").exists()
+
+
+def test_truncate_moves_nothing_before_it_can_rebuild(tiny_options, tmp_path):
+    base = shutil.copytree(tiny_options["model"], tmp_path / "base")
+    config = Config(**tiny_options | FULL | {"model": str(base), "output_dir": str(tmp_path / "run"), "steps": 4})
+    commands.train(config)
+    base.rename(tmp_path / "moved")
+    before = sorted(p.name for p in (tmp_path / "run").iterdir())
+    with pytest.raises(UserError, match="could not be loaded"):
+        logbook.truncate(config.output_dir, 2)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
+
+
+def test_a_model_directory_is_no_run(finished, capsys):
+    assert main(["eval", str(finished[0] / "model")]) == 2
+    assert f"use mezo eval --model {finished[0] / 'model'}" in " ".join(capsys.readouterr().err.split())

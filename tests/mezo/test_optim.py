@@ -310,3 +310,17 @@ def test_bad_closures_are_refused(closure, message):
 def test_colliding_names_across_groups_are_refused():
     with pytest.raises(ValueError, match="same tensor_id"):
         MeZO([{"params": [("w", torch.ones(2))]}, {"params": [("w", torch.ones(3))]}], lr=0.1)
+
+
+def test_a_state_of_an_older_version_is_loaded():
+    theta, same = (torch.nn.Parameter(torch.ones(5)) for _ in "ab")
+    old, new = MeZO([("theta", theta)], lr=0.1), MeZO([("theta", same)], lr=0.1)
+    old.step(lambda: theta.square().sum())
+    state = old.state_dict()
+    for group in state["param_groups"]:
+        for name in ("rule", "betas", "adam_eps", "updates"):
+            del group[name]
+    new.load_state_dict(state)
+    for optimizer, p in ((old, theta), (new, same)):
+        optimizer.step(lambda p=p: p.square().sum())
+    assert torch.equal(theta, same)

@@ -162,6 +162,7 @@ MISTAKES = {
     "accuracy": ({"objective": "accuracy"}, {"grid_lr": (1.0,)}, "no slope to estimate: give --grid-lr and --grid-eps"),
     "no rungs": ({}, {"rungs": 0}, "--rungs must be at least 1, got 0"),
     "too short": ({}, {"rungs": 4, "trial_steps": 7}, "--trial-steps 7 is too short for 4 rungs: give at least 8"),
+    "rule": ({"update_rule": "adam"}, {"grid_eps": (1e-2,)}, "lr is estimated for steps of plain SGD: give --grid-lr"),
     "negative lr": ({}, {"grid_lr": (1e-3, -1.0)}, "--lr must be a finite number > 0, got -1.0"),
     "eps nan": ({}, {"grid_eps": (float("nan"),)}, "--eps must be a finite number > 0, got nan"),
 }

@@ -19,6 +19,7 @@ from transformers import (
 from mezo.checkpoint import save_adapter
 from mezo.errors import UserError
 from mezo.runtimes.base import Example
+from mezo.runtimes.generation import greedy
 from mezo.runtimes.prefix import PROMPT, Prefix, vocabulary_tokens
 from mezo_kernels import standard_normal
 from tests.runtimes.test_generation import DECODERS, NEW
@@ -151,6 +152,17 @@ def test_a_sliding_window_slides_over_the_prefix_as_in_peft(window, tmp_path):
     adapted = stock("mistral", str(tmp_path), built, tmp_path / "adapter")
     want = torch.stack([option_scores(adapted, example) for example in data]).log_softmax(-1)
     assert (built.score("train", range(8)).log_softmax(-1) - want).abs().max() < CLOSE
+
+
+def test_a_window_counts_no_padding_between_prefix_and_prompt(tmp_path):
+    sizes = SIZES | {"vocab_size": len(WORDS) + 3, "num_key_value_heads": 2, "sliding_window": 12}
+    MistralForCausalLM(MistralConfig(**sizes)).save_pretrained(tmp_path)
+    body = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    layers, heads, width = sizes["num_hidden_layers"], 2, sizes["hidden_size"] // sizes["num_attention_heads"]
+    weight = torch.nn.Parameter(torch.randn(5, layers * 2 * heads * width, generator=torch.Generator().manual_seed(0)))
+    prompts = [(3, 4, 5), tuple(range(3, 23))]
+    run = lambda own: greedy(body.model, body.lm_head, own, 8, lambda ids: False, 0, Prefix(weight, layers, heads))  # noqa: E731
+    assert run(prompts) == [run([prompt])[0] for prompt in prompts]
 
 
 @pytest.mark.parametrize("name", DECODERS)
