@@ -23,7 +23,7 @@ from mezo.runtimes.trunk import GROUP, Trunk, no_cache, scored
 from mezo_kernels import ParamLayout, available_backends, lora_init
 
 CALL = 48  # tokens whose time a forward pass of none takes on a CPU, where the weights are read for each call
-WATCHED = 1 << 24  # elements of a whole model that a watched step compares with the reference
+WATCHED = 1 << 20  # elements of a whole model that a watched step compares with the reference
 PROOF_EXAMPLES = 3  # besides the longest
 PROOF_NOISE = 1e-3  # standard deviation of what is added to a base that is trained itself
 PROOF_TOLERANCE = 1e-4  # on option log-probabilities in float32; shapes differ, so sums are ordered differently
