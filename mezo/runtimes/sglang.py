@@ -103,6 +103,7 @@ class SGLangRuntime:
             self._show("theta")
             proof.check(seed, self._read([[row] for row in proof.rows], proof.rows, ["plus0"], TokenCount()))
         self._flush()  # a prompt's first visit is the run's own, and is counted
+        self.load({name: torch.zeros(shape) for name, shape in self.spec.shapes.items()})
 
     def _check_lengths(self) -> None:
         limit = getattr(self._parts.model.config, "max_position_embeddings", None)
