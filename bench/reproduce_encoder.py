@@ -33,7 +33,7 @@ ENCODER = Package(
 """all-MiniLM-L6-v2 (Apache-2.0), float32: an encoder of sentences, 22.7M parameters, no head."""
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 STEPS = {16: 300, 512: 800}
-"""By examples a class: as many as twenty minutes allow for all."""
+"""By examples a class; meant to end within twenty minutes, all in all."""
 MEZO = {
     "batch_size": 16,
     "lr": 2e-3,
