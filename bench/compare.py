@@ -1,7 +1,8 @@
 """Compares two results of `make bench`: fails where an op's ratio to the copy of its own run fell by 10 %.
 
 Run: python bench/compare.py OLD.json NEW.json
-Times are never compared: they change with the machine and its load, a ratio to a copy timed in turn hardly does.
+Times are never compared: they change with the machine and its load, a ratio to a copy timed in turn does so less.
+The copy of a large row may still be 1.6 times as fast by where its pages lie: confirm a failure by a second run.
 """
 
 import argparse
