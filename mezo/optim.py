@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mezo.estimator import deviation, projected_grad
 from mezo_kernels import (
     ParamLayout,
     ParamSlot,
@@ -27,12 +28,16 @@ class MeZO(torch.optim.Optimizer):
     as in MeZO (Malladi et al. 2023, arXiv 2305.17333, algorithms 1 and 2). Momentum, Adam, AdamW and sign act once a
     step on the whole estimate 1/n sum_k projected_grad_k z_k, as `mezo_kernels.Rule` says, in one fused pass.
 
+    The rule fzoo (Dang et al. 2025, arXiv 2506.09034) takes n + 1 forward passes: projected_grad_k = (loss(theta + eps
+    z_k) - loss(theta)) / eps with z of +1 and -1, and lr over the sample standard deviation of the n perturbed losses.
+    Where they are all equal theta stays as it is.
+
     Theta lives in a float32 master copy, one for each parameter. A parameter is set to the single rounding of
     theta + eps z, theta - eps z or theta, and is never restored by arithmetic: a float32 parameter equals its master
     exactly after a step. `memory_bytes` is what that costs beside the parameters: 4 bytes an element, plus 4 with
     momentum or 8 with Adam, plus one copy in the parameters' own dtypes where a group has a 16-bit parameter.
 
-    Both closure calls of a perturbation start from the same CPU and CUDA generator states (the same dropout masks),
+    All closure calls of a step start from the same CPU and CUDA generator states (the same dropout masks),
     and after the step the generators are as after one call. A loss that is NaN or infinite skips the step: parameters
     are restored, `skipped_steps` counts it. A parameter changed in place between steps (`load_state_dict` of the
     model, clamping under `torch.no_grad`) is read again; writes by way of `.data` or `perturb_` are not seen and lost.
@@ -42,14 +47,14 @@ class MeZO(torch.optim.Optimizer):
             the name decides z. `nn.Parameter`s with `requires_grad=False` are left alone.
         lr: learning rate, >= 0; a float or a tensor. Per group, read at each step.
         eps: perturbation scale, > 0; the same in all groups.
-        num_perturbations: n >= 1, how many estimates a step averages (n-SPSA).
+        num_perturbations: n >= 1, how many estimates a step averages (n-SPSA); >= 2 for fzoo.
         weight_decay: >= 0; decoupled, but for adam, which adds weight_decay theta to the gradient. Per group.
         momentum: mu in [0, 1), of the rule sgd. Per group.
-        rule: "sgd", "adam", "adamw" or "sign". Per group.
+        rule: "sgd", "adam", "adamw" or "sign", per group; or "fzoo", of all groups.
         betas: of Adam's first and second moment, in [0, 1). Per group.
         adam_eps: added to the root of Adam's second moment, > 0. Per group.
         seed: seed of the run, 0 <= seed < 2**64; perturbation k of step t has `perturbation_seed(seed, t, k)`.
-        distribution: "normal" or "rademacher".
+        distribution: "normal" or "rademacher"; None is rademacher for fzoo and normal for the others.
         backend: of the fused ops; None chooses by device.
     Raises:
         ValueError: a value outside its range; parameters that no `ParamLayout` accepts.
@@ -70,6 +75,8 @@ class MeZO(torch.optim.Optimizer):
     True
     >>> accuracy_after_training(lr=0.05) > 0.95, accuracy_after_training(lr=0.005, momentum=0.9) > 0.95
     (True, True)
+    >>> accuracy_after_training(lr=1e-4, rule="fzoo", num_perturbations=4) > 0.95
+    True
     """
 
     def __init__(
@@ -81,7 +88,7 @@ class MeZO(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.0,
         seed: int = 0,
-        distribution: str = "normal",
+        distribution: str | None = None,
         backend: str | None = None,
         rule: str = "sgd",
         betas: tuple[float, float] = (0.9, 0.999),
@@ -89,9 +96,9 @@ class MeZO(torch.optim.Optimizer):
     ):
         if not isinstance(num_perturbations, int) or num_perturbations < 1:
             raise ValueError(f"num_perturbations must be an integer >= 1, got {num_perturbations!r}")
-        if distribution not in STREAMS:
+        if distribution is not None and distribution not in STREAMS:
             raise ValueError(f"distribution must be one of {', '.join(STREAMS)}; got {distribution!r}")
-        self.seed, self.num_perturbations, self.distribution = check_seed(seed), num_perturbations, distribution
+        self.seed, self.num_perturbations = check_seed(seed), num_perturbations
         self.backend = backend
         self.steps, self.skipped_steps = 0, 0
         self.projected_grads: list[float] = []
@@ -100,6 +107,7 @@ class MeZO(torch.optim.Optimizer):
         # updates: those applied to the group so far, which Adam counts
         super().__init__(params, defaults | {"rule": rule, "betas": betas, "adam_eps": adam_eps, "updates": 0})
         self._eps()
+        self.distribution = distribution or ("rademacher" if self._one_sided() else "normal")
         self._follow()
 
     def add_param_group(self, param_group: dict) -> None:
@@ -109,24 +117,26 @@ class MeZO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor | float] | None = None) -> torch.Tensor:
-        """One MeZO step; calls `closure` exactly twice for each perturbation, without autograd.
+        """One MeZO step; calls `closure` twice for each perturbation, n + 1 times for fzoo, without autograd.
 
         Args:
             closure: computes and returns the loss, a scalar tensor or a number, from the current parameters.
         Returns:
-            Mean of the losses at theta + eps z and theta - eps z (of all perturbations): float64, on the CPU.
+            Mean of the losses at theta + eps z and theta - eps z (theta, for fzoo) of all perturbations: float64, on
+            the CPU.
         """
         if closure is None:
             raise ValueError("MeZO measures the loss: call optimizer.step(closure), closure() returning a scalar loss")
         self._follow()
-        eps = self._eps()
+        eps, one_sided = self._eps(), self._one_sided()
         seeds = [perturbation_seed(self.seed, self.steps, k) for k in range(self.num_perturbations)]
         try:
-            losses = self._losses(closure, seeds, eps)
-            self.projected_grads = [(plus - minus) / (2 * eps) for plus, minus in losses]
+            losses = self._losses(closure, seeds, eps, one_sided)
+            self.projected_grads = [projected_grad(*pair, eps / 2 if one_sided else eps) for pair in losses]
             if all(map(math.isfinite, self.projected_grads)):
-                for group in self._groups:
-                    self._update(group, seeds)
+                spread = deviation([plus for plus, _ in losses]) if one_sided else 1.0
+                for group in self._groups if spread else ():
+                    self._update(group, seeds, spread)
             else:
                 self.skipped_steps += 1
             self.steps += 1
@@ -136,42 +146,46 @@ class MeZO(torch.optim.Optimizer):
             self._seen = self._storage()
         return torch.tensor(losses, dtype=torch.float64).mean()
 
-    def _losses(self, closure, seeds: list[int], eps: float) -> list[tuple[float, float]]:
-        """(loss_plus, loss_minus) of each perturbation, all from the same generator states."""
-        losses = []
-        for k, seed in enumerate(seeds):
-            for sign, _ in enumerate(self._perturbed(seed, eps)):
-                last = sign == 1 and k == len(seeds) - 1
-                devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-                with torch.random.fork_rng(devices, enabled=not last):
-                    losses.append(_scalar(closure()))
+    def _losses(self, closure, seeds: list[int], eps: float, one_sided: bool) -> list[tuple[float, float]]:
+        """(loss_plus, loss_minus or one-sided loss) of each perturbation, all from the same generator states."""
+        losses, calls = [], len(seeds) + 1 if one_sided else 2 * len(seeds)
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        for _ in self._copies(seeds, eps, one_sided):
+            with torch.random.fork_rng(devices, enabled=len(losses) < calls - 1):
+                losses.append(_scalar(closure()))
+        if one_sided:
+            return [(loss, losses[0]) for loss in losses[1:]]
         return list(zip(losses[::2], losses[1::2], strict=True))
 
-    def _perturbed(self, seed: int, eps: float) -> Iterator[None]:
-        """Set the parameters to theta + eps z, yield, set them to theta - eps z, yield."""
+    def _copies(self, seeds: list[int], eps: float, one_sided: bool) -> Iterator[None]:
+        """Set the parameters to both signs of each seed in turn, or one-sided to theta and to each theta + eps z."""
+        if one_sided:
+            yield
+        for seed in seeds:
+            for signed in (eps,) if one_sided else (eps, -eps):
+                self._perturb(seed, signed)
+                yield
+
+    def _perturb(self, seed: int, eps: float) -> None:
+        """Set the parameters to theta + eps z; with eps < 0 just after the same with -eps."""
         options = {"distribution": self.distribution, "backend": self.backend}
         for group in self._groups:
-            if group.minus:
+            if not group.minus:
+                perturb_(group.current.copy_(group.theta), eps, seed, **options)
+            elif eps > 0:
                 step_(group.theta, [], 1.0, seed, eps, group.current, group.minus, **options)
             else:
-                perturb_(group.current.copy_(group.theta), eps, seed, **options)
-        yield
-        for group in self._groups:
-            if group.minus:
                 group.current.copy_(group.minus)
-            else:
-                perturb_(group.current.copy_(group.theta), -eps, seed, **options)
-        yield
 
-    def _update(self, group: "_Group", seeds: list[int]) -> None:
-        """Apply the step to the master of one group: one fused pass."""
+    def _update(self, group: "_Group", seeds: list[int], spread: float) -> None:
+        """Apply the step to the master of one group, lr over `spread` where the rule has no state: one fused pass."""
         options = {"distribution": self.distribution, "backend": self.backend}
         lr, n = float(group.options["lr"]), self.num_perturbations
         decay = 1 - lr * group.options["weight_decay"]
         group.options["updates"] += 1
         rule = _rule(group.options)
         if rule is None:
-            updates = [(seed, lr * g / n) for seed, g in zip(seeds, self.projected_grads, strict=True)]
+            updates = [(seed, lr / spread * g / n) for seed, g in zip(seeds, self.projected_grads, strict=True)]
             step_(group.theta, updates, decay, **options)
             return
         weights = [g / n for g in self.projected_grads]
@@ -183,6 +197,18 @@ class MeZO(torch.optim.Optimizer):
         if len(values) > 1:
             raise ValueError(f"projected_grad has one eps: give all param groups the same, got {values}")
         return values[0]
+
+    def _one_sided(self) -> bool:
+        rules = {group["rule"] for group in self.param_groups}
+        if "fzoo" not in rules:
+            return False
+        if len(rules) > 1:
+            raise ValueError(f"fzoo divides lr by one number: give all param groups the same rule, got {sorted(rules)}")
+        if self.num_perturbations < 2:
+            raise ValueError(
+                f"fzoo takes the deviation of losses: num_perturbations must be >= 2, got {self.num_perturbations}"
+            )
+        return True
 
     def _trainable(self) -> Iterator[tuple[dict, str, torch.Tensor]]:
         """(group, name, parameter) of every parameter that is perturbed."""
@@ -266,6 +292,7 @@ class MeZO(torch.optim.Optimizer):
         self._follow()
 
 
+RULES = ("sgd", "adam", "adamw", "sign", "fzoo")
 # as torch.optim's SGD and Adam call them
 _STATE = {"momentum": ("momentum_buffer",), "sign": ()} | dict.fromkeys(("adam", "adamw"), ("exp_avg", "exp_avg_sq"))
 _SAVED = ("seed", "num_perturbations", "distribution", "steps", "skipped_steps", "projected_grads")
@@ -294,7 +321,7 @@ class _Group:
 def _rule(options: dict) -> Rule | None:
     """The fused rule of a group, or None for plain SGD."""
     name, (beta1, beta2) = options["rule"], options["betas"]
-    if name == "sgd":
+    if name in ("sgd", "fzoo"):
         return Rule("momentum", options["momentum"]) if options["momentum"] else None
     return Rule(name, beta1, beta2, options["adam_eps"], options["weight_decay"] if name == "adam" else 0.0)
 
@@ -308,8 +335,8 @@ def _check_options(group: dict) -> None:
     ):
         if not (math.isfinite(group[name]) and inside(group[name])):
             raise ValueError(f"{name} must be a finite number {text}, got {group[name]}")
-    if group["rule"] not in ("sgd", "adam", "adamw", "sign"):
-        raise ValueError(f"rule must be one of sgd, adam, adamw, sign; got {group['rule']!r}")
+    if group["rule"] not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}; got {group['rule']!r}")
     if group["momentum"] and group["rule"] != "sgd":
         raise ValueError(f"momentum is of the rule sgd; {group['rule']} has betas: leave it out")
     _rule(group)

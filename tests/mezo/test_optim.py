@@ -2,12 +2,13 @@
 
 import copy
 import math
+import statistics
 
 import pytest
 import torch
 
 from mezo import MeZO
-from mezo_kernels import ParamLayout, Rule, RuleUpdate, perturb_, perturbation_seed, rule_step_, step_
+from mezo_kernels import ParamLayout, Rule, RuleUpdate, perturb_, perturbation_seed, rademacher, rule_step_, step_
 
 # the truncation error of a central difference of a smooth loss at eps 1e-2, and float32 rounding over 2 eps
 DERIVATIVE_TOLERANCE = 2e-3
@@ -50,6 +51,7 @@ def same(left, right):
         {"rule": "adam", "lr": 0.1},
         {"rule": "adamw", "lr": 0.1, "num_perturbations": 2},
         {"rule": "sign", "lr": 0.05},
+        {"rule": "fzoo", "lr": 3e-5, "num_perturbations": 4},
     ],
 )
 def test_descends_a_quadratic(options):
@@ -115,6 +117,51 @@ def test_closure_sees_single_roundings_of_the_perturbed_master(dtype):
     eps = torch.tensor(1e-2)
     assert same(seen, [bits((master + eps * z).to(dtype)), bits((master - eps * z).to(dtype))])
     assert torch.equal(bits(theta), before)
+
+
+def test_fzoo_is_the_estimate_of_theory_over_the_deviation_of_its_losses():
+    """One-sided along z = +1 or -1, n + 1 calls of which the first sees theta, from one generator state."""
+    theta, seen, draws, n, lr, eps = torch.linspace(-1, 1, 50), [], [], 3, 1e-3, 1e-2
+    before, target = theta.clone(), torch.linspace(1, 2, 50)
+    loss = lambda at: (at - target).square().sum()  # noqa: E731
+
+    def closure():
+        seen.append(theta.clone())
+        draws.append(torch.rand(1).item())
+        return loss(theta)
+
+    optimizer = MeZO([("w", theta)], lr=lr, eps=eps, rule="fzoo", num_perturbations=n, weight_decay=0.5, seed=4)
+    mean = optimizer.step(closure)
+    assert optimizer.distribution == "rademacher"
+    assert len(set(draws)) == 1
+    assert len(seen) == n + 1
+    assert torch.equal(seen[0], before)
+    assert all(((copy - before).abs() - eps).abs().max() < 1e-7 for copy in seen[1:])
+    z = [rademacher(perturbation_seed(4, 0, k), "w", 0, 50) for k in range(n)]
+    assert all(torch.equal(copy, before + torch.tensor(eps) * each) for copy, each in zip(seen[1:], z, strict=True))
+    losses = [loss(copy).item() for copy in seen]
+    assert optimizer.projected_grads == [(l - losses[0]) / eps for l in losses[1:]]  # noqa: E741
+    steps = [lr / statistics.stdev(losses[1:]) * g / n for g in optimizer.projected_grads]
+    expected = before.double() * (1 - lr * 0.5) - sum(c * each.double() for c, each in zip(steps, z, strict=True))
+    assert (theta.double() - expected).abs().max() < 1e-6
+    assert mean.item() == pytest.approx((sum(losses[1:]) / n + losses[0]) / 2)
+
+
+def test_fzoo_leaves_theta_alone_where_losses_are_equal_and_skips_where_one_is_bad():
+    theta, answers = torch.ones(5), iter([1.0, 2.0, 2.0, 1.0, 2.0, math.nan, 1.0, 2.0, 3.0])
+    optimizer = MeZO([theta], lr=0.1, rule="fzoo", num_perturbations=2, weight_decay=0.5)
+    for skipped in (0, 1):
+        optimizer.step(lambda: next(answers))
+        assert torch.equal(theta, torch.ones(5))
+        assert optimizer.skipped_steps == skipped
+    optimizer.step(lambda: next(answers))
+    assert not torch.equal(theta, torch.ones(5))
+
+
+def test_fzoo_is_of_all_groups():
+    groups = [{"params": [("a", torch.ones(2))], "rule": "fzoo"}, {"params": [("b", torch.ones(2))]}]
+    with pytest.raises(ValueError, match=r"give all param groups the same rule, got \['fzoo', 'sgd'\]"):
+        MeZO(groups, lr=0.1, num_perturbations=2)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -188,7 +235,9 @@ def test_lr_schedulers_apply():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "rule", [{}, {"momentum": 0.9}, {"rule": "adam"}, {"rule": "adamw"}, {"rule": "sign"}], ids=str
+    "rule",
+    [{}, {"momentum": 0.9}, {"rule": "adam"}, {"rule": "adamw"}, {"rule": "sign"}, {"rule": "fzoo", "lr": 1e-5}],
+    ids=str,
 )
 def test_resume_is_bitwise_equal(dtype, rule, tmp_path):
     options = {"lr": 0.05, **rule, "weight_decay": 0.01, "num_perturbations": 2, "seed": 11}
@@ -198,7 +247,7 @@ def test_resume_is_bitwise_equal(dtype, rule, tmp_path):
     torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "run.pt")
     losses = train(model, optimizer, 3)
     resumed = make_model(dtype)
-    other = MeZO(resumed.named_parameters(), lr=1.0, **rule)
+    other = MeZO(resumed.named_parameters(), **{"lr": 1.0, "num_perturbations": 3, **rule})
     train(resumed, other, 1)
     weights, state = torch.load(tmp_path / "run.pt")
     other.load_state_dict(state)
@@ -282,7 +331,9 @@ def test_memory_is_counted_and_shown():
         ({"lr": math.nan}, "lr"),
         ({"lr": 0.1, "eps": 0.0}, "eps"),
         ({"lr": 0.1, "momentum": 1.0}, "momentum"),
-        ({"lr": 0.1, "rule": "lion"}, "rule must be one of sgd, adam, adamw, sign"),
+        ({"lr": 0.1, "rule": "lion"}, "rule must be one of sgd, adam, adamw, sign, fzoo; got 'lion'"),
+        ({"lr": 0.1, "rule": "fzoo"}, "num_perturbations must be >= 2, got 1"),
+        ({"lr": 0.1, "rule": "fzoo", "num_perturbations": 2, "momentum": 0.9}, "momentum is of the rule sgd"),
         ({"lr": 0.1, "rule": "adam", "momentum": 0.9}, "momentum is of the rule sgd"),
         ({"lr": 0.1, "rule": "adam", "betas": (0.9, 1.0)}, "beta2"),
         ({"lr": 0.1, "weight_decay": -0.1}, "weight_decay"),
