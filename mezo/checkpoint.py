@@ -323,18 +323,24 @@ def replay_records(step: Callable, records: Sequence[StepRecord]) -> None:
         step([update_of(record) for record in records[start : start + RECORDS_PER_PASS]], [], 1.0)
 
 
-def replay(path: str | Path, until: str = "best", backend: str | None = None) -> tuple[dict, dict, int]:
+def replay(
+    path: str | Path, until: str = "best", backend: str | None = None, model: str = ""
+) -> tuple[dict, dict, int]:
     """Rebuild theta of a run from its log.
 
     Args:
         path: run directory; only its logs are read, and the adapter or model that it started from, if there was one.
         until: "best" (what the run kept), "last", or a number of steps.
         backend: of the fused ops.
+        model: where the base of a run that trained all of it is now; empty is where the log says.
     Returns:
-        (theta, header, steps applied).
+        (theta, header, steps applied); the header with `model`, if given.
     """
     directory = Path(path)
     first_line, records = read_trajectory(directory / "trajectory.jsonl")
+    if model and first_line["peft"] is not None:
+        raise UserError(f"--model {model}: {path} trained an adapter, which the log rebuilds alone: leave it out")
+    first_line |= {"model": model} if model else {}
     run = RunDirectory(directory)
     if until == "best" and not run.metrics.is_file():
         raise UserError(f"{run.metrics} is missing, which says which step was best; give --until last or a number")

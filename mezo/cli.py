@@ -200,6 +200,8 @@ class _ReplayOptions:
     """Directory to create, of an adapter or a model."""
     until: str = "best"
     """best (what the run kept), last, or a number of steps."""
+    model: str = ""
+    """Where the base of a --tuning full run is now, if it was moved; it must be the same to the bit."""
     backend: Literal["auto", "reference", "numba", "triton"] = "auto"
     """Backend of the fused ops; auto goes by device."""
 
@@ -209,7 +211,7 @@ def _replay(argv: list[str]) -> int:
     from mezo import commands
 
     backend = None if options.backend == "auto" else options.backend
-    steps = commands.replay(options.run, options.output_dir, options.until, backend)
+    steps = commands.replay(options.run, options.output_dir, options.until, backend, options.model)
     print(f"replayed {steps} steps of {options.run} into {options.output_dir}")
     return 0
 

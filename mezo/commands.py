@@ -196,10 +196,10 @@ def run_to_score(path: Path) -> tuple[dict, Path | None]:
     return {**dataclasses.asdict(config), "model": str(run.model)}, None
 
 
-def replay(run: str, output_dir: str, until: str = "best", backend: str | None = None) -> int:
+def replay(run: str, output_dir: str, until: str = "best", backend: str | None = None, model: str = "") -> int:
     """Rebuild theta from a run's log and write it as the run keeps it; return the number of steps applied."""
     _refuse_output(output_dir)
-    theta, header, steps = checkpoint.replay(run, until, backend)
+    theta, header, steps = checkpoint.replay(run, until, backend, model)
     kept.write(Path(output_dir), header, theta)
     return steps
 

@@ -166,6 +166,33 @@ def test_another_base_is_refused(tiny_options, tmp_path):
         commands.resume(config.output_dir)
 
 
+def test_a_base_that_moved_is_named(tiny_options, tmp_path, capsys):
+    base, moved = tmp_path / "base", tmp_path / "moved"
+    shutil.copytree(tiny_options["model"], base)
+    config = Config(**{**tiny_options, **FULL, "model": str(base), "steps": 3})
+    commands.train(config)
+    base.rename(moved)
+    run = config.output_dir
+    assert main(["replay", run, "--output-dir", str(tmp_path / "again")]) == 2
+    assert main(["replay", run, "--output-dir", str(tmp_path / "again"), "--model", str(moved)]) == 0
+    assert same_bits(weights(tmp_path / "again"), weights(Path(run, "model")))
+    with torch.no_grad():
+        (other := build("llama")).get_input_embeddings().weight[0, 0] += 1
+    other.save_pretrained(moved)
+    capsys.readouterr()
+    assert main(["replay", run, "--output-dir", str(tmp_path / "other"), "--model", str(moved)]) == 2
+    assert "other weights than the run started from" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_adapter_is_rebuilt_from_its_log_alone(tiny_options, tmp_path):
+    config = Config(**{**tiny_options, "steps": 2})
+    commands.train(config)
+    with pytest.raises(UserError, match="trained an adapter, which the log rebuilds alone: leave it out"):
+        commands.replay(config.output_dir, str(tmp_path / "again"), model=config.model)
+    assert not (tmp_path / "again").exists()
+
+
 @pytest.mark.parametrize("rule", ["momentum", "adam", "conservative"])
 def test_rules_with_state_resume_to_the_bit(rule, tiny_options, tmp_path):
     config = Config(**{**tiny_options, **FULL, "update_rule": rule, "lr": 1e-4, "steps": 12, "verify_every": 1})
