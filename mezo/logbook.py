@@ -3,7 +3,10 @@
 import gzip
 import itertools
 import math
+import sys
 from pathlib import Path
+
+from rich.progress import track
 
 from mezo import checkpoint, kept
 from mezo.checkpoint import RunDirectory
@@ -45,7 +48,8 @@ def verify(run: str) -> int:
     directory = RunDirectory(Path(run))
     first, records = read_trajectory(directory.trajectory)
     config = directory.read_config()
-    for record in records:
+    quick = not config.normalise_z or not sys.stderr.isatty()  # else every z is drawn for its length
+    for record in track(records, "verify", transient=True, disable=quick):
         line = f"{directory.trajectory}: line {record.step + 2}"
         seeds = tuple(perturbation_seed(first["run_seed"], record.step, k) for k in range(len(record.seeds)))
         if record.seeds != seeds:
