@@ -338,7 +338,7 @@ def _check_options(group: dict) -> None:
     if group["rule"] not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}; got {group['rule']!r}")
     if group["momentum"] and group["rule"] != "sgd":
-        raise ValueError(f"momentum is of the rule sgd; {group['rule']} has betas: leave it out")
+        raise ValueError(f"momentum is of the rule sgd, not of {group['rule']}: leave it out")
     _rule(group)
 
 
