@@ -15,12 +15,14 @@ from machine import describe
 from reproduce_decoder import accuracy_study, few_shot
 from reproduce_encoder import encoder
 from reproduce_linear import linear
+from reproduce_tuning import tuning
 
 PARTS = {
     "linear": lambda scratch: linear(),
     "decoder": few_shot,
     "accuracy objective": accuracy_study,
     "encoder": encoder,
+    "tuning": tuning,
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 import reproduce_decoder
 import reproduce_encoder
 import reproduce_small
+import reproduce_tuning
 
 from mezo import demo
 from mezo.config import Config
@@ -41,6 +42,8 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(reproduce_encoder, "fetch_encoder", lambda: bert)
     study = reproduce_decoder.STUDY | {"steps": 20, "num_train": 16, "num_dev": 8, "num_test": 8, "eval_every": 10}
     monkeypatch.setattr(reproduce_decoder, "STUDY", study)
+    monkeypatch.setattr(reproduce_tuning, "SHOTS", {"k_shot": 6, "num_dev": 8, "num_test": 8})
+    monkeypatch.setattr(reproduce_tuning, "STEPS", 10)
     for module in (reproduce_decoder, reproduce_encoder):
         monkeypatch.setattr(module, "SEEDS", (13, 21))
         monkeypatch.setattr(module, "SHOTS", SHOTS)
@@ -82,6 +85,15 @@ def test_the_encoder_is_beside_its_peers(small):
     for shots in found["shots"].values():
         assert set(shots) == {"probe", "adamw", "mezo", "mezo from a probe"}
         assert all(len(row["accuracy"]["values"]) == 2 for row in shots.values())
+
+
+def test_an_adapter_a_prefix_and_all_weights_are_beside_each_other(small):
+    found = measured(small, "tuning")["tunings"]
+    assert found["prefix"]["parameters"] < found["lora"]["parameters"] < found["full"]["parameters"]
+    for row in found.values():
+        assert 0 <= row["best_step"] <= 10
+        assert row["peak_bytes"] >= 0
+        assert row["first_difference_of_replay"] is None
 
 
 def test_parts_are_kept_beside_each_other(small):
