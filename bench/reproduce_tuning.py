@@ -17,8 +17,8 @@ TUNINGS = {
     "prefix": {"lr": 1e-2, "eps": 1e-1},
     "full": {"lr": 1e-5, "eps": 1e-3},
 }
-"""What is trained, in every layer. The prefix's lr and eps and full's eps are the paper's, full's lr is the best of five
-by dev loss after 60 to 120 steps on sentences of another seed, the adapter's the demo's: with 4e-3 it diverged."""
+"""What is trained, in every layer. The prefix's lr and eps and full's eps are the paper's, full's lr is the best of
+five by dev loss after 60 to 120 steps on sentences of another seed, the adapter's the demo's: with 4e-3 it diverged."""
 MEASURED = ("seconds_training", "seconds_evaluation", "steps_per_second", "tokens_scored", "tokens_computed", "test")
 
 
