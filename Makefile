@@ -13,7 +13,7 @@ demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
 
 test: $(READY_SGLANG)  ## every test that needs no GPU, SGLang's engine on the CPU included
-	MEZO_REQUIRE_SGLANG=1 $(VENV)/bin/python -m pytest -m "not gpu" --numprocesses=2 --dist=loadgroup --benchmark-disable
+	MEZO_REQUIRE_SGLANG=1 $(VENV)/bin/python -m pytest -m "not gpu"
 
 lint: $(READY)  ## style, without changing anything
 	$(VENV)/bin/ruff check .
