@@ -144,7 +144,7 @@ def main() -> int:
     # measured on a CPU alone
     if (folder / "training_step.json").is_file():
         steps = read(folder / "training_step.json", "make bench-training")
-        for name, points in steps.get("series", {}).items():
+        for name, points in steps["series"].items():
             draw_step(name, points, steps["machine"], folder / f"step_{name.replace(' ', '_')}.svg")
     if (folder / "alternatives.json").is_file():
         methods = read(folder / "alternatives.json", "make bench-alternatives")

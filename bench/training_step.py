@@ -267,11 +267,10 @@ def main() -> int:
     if not options.growth_alone:
         found["results"] = measured(options.pairs)
         found["held"] = verdicts(found["results"])
-    found["machine"] = describe() | {"transformers": version("transformers"), "peft": version("peft")}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(found, indent=2) + "\n")  # the series take long: not lost if they are stopped
     with tempfile.TemporaryDirectory() as folder:
         found["series"] = growth(configs(), Path(folder) / "log.jsonl")
+    found["machine"] = describe() | {"transformers": version("transformers"), "peft": version("peft")}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(found, indent=2) + "\n")
     for name, value in found["held"].items():
         print(f"{'holds' if value else 'DOES NOT HOLD'}: {name}")

@@ -92,7 +92,7 @@ def test_an_adapter_a_prefix_and_all_weights_are_beside_each_other(small):
     assert found["prefix"]["parameters"] < found["lora"]["parameters"] < found["full"]["parameters"]
     for row in found.values():
         assert 0 <= row["best_step"] <= 10
-        assert row["peak_bytes"] >= 0
+        assert row["peak_bytes"] is None or row["peak_bytes"] >= 0  # None where the kernel keeps no account
         assert row["first_difference_of_replay"] is None
 
 
