@@ -76,9 +76,9 @@ def planned(
 
     A rule that acts on the whole estimate applies lr itself: its coefficients are projected_grad_k / n. Adam's weight
     decay is part of the rule. fzoo divides by the standard deviation of the losses (Dang et al. 2025, arXiv 2506.09034:
-    theta - lr g / sigma with g = sum_k (l_k - l_0) u_k / (n eps), sigma^2 = sum_k (l_k - mean l)^2 / (n - 1)); where
-    that is 0 nothing is changed. (The authors' code, DKmiyan/FZOO, leaves eps out and takes the population's sigma: its
-    lr is lr sqrt((n - 1) / n) / eps.)
+    theta - lr g / sigma with g = sum_k (l_k - l_0) u_k / (n eps), sigma^2 = sum_k (l_k - mean l)^2 / (n - 1), as the
+    authors' page of the paper has them, dkmiyan.github.io/FZOO_hp); where that is 0 nothing is changed. (Their code,
+    DKmiyan/FZOO, leaves eps out and takes the population's sigma: its lr is lr sqrt((n - 1) / n) / eps.)
 
     Args:
         config, step: of the run.
