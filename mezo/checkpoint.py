@@ -115,8 +115,9 @@ class RunDirectory:
 
 
 def launch_id() -> str:
-    """Names the torchrun launch this process belongs to, across its restarts; empty without torchrun."""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+    """Names the torchrun launch this process belongs to, across its restarts; empty where nothing does."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if name == "none" else name  # torchrun's --rdzv-id where it draws none
 
 
 def refuse_existing(path: str) -> None:

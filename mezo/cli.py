@@ -176,6 +176,7 @@ def _eval(argv: list[str]) -> int:
 
     if argv[0].startswith("-"):
         config = _parse(argv, "mezo eval", {"output_dir": "unused"})
+        commands.refuse_other_adapter(config, {}, "the model alone")
         _show_splits(commands.evaluate(config, None))
         return 0
     target, rest = Path(argv[0]), argv[1:]
@@ -186,7 +187,9 @@ def _eval(argv: list[str]) -> int:
         raise UserError(f"mezo eval {target}: that is a model: use mezo eval --model {target}")
     else:
         base = {"output_dir": "unused", **adapter_options(target)}
-    _show_splits(commands.evaluate(_parse(rest, "mezo eval", base), target))
+    config = _parse(rest, "mezo eval", base)
+    commands.refuse_other_adapter(config, base, argv[0])
+    _show_splits(commands.evaluate(config, target))
     return 0
 
 

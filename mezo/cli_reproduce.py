@@ -37,6 +37,8 @@ class ReproduceOptions:
     """Needed beside --train-file."""
     runtime: Literal["hf", "sglang"] = "hf"
     """What computes the losses."""
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    """Of the base model; by default as published."""
 
 
 def main(argv: list[str]) -> int:
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--steps must be at least 0, got {options.steps}")
     if bool(options.train_file) != bool(options.test_file):
         raise UserError("--train-file and --test-file go together: give both, or neither for the hub's splits")
-    named = ("steps", "model", "train_file", "dev_file", "test_file", "runtime")
+    named = ("steps", "model", "train_file", "dev_file", "test_file", "runtime", "dtype")
     given = {name: getattr(options, name) for name in named}
     changes = {name: value for name, value in given.items() if value and value != getattr(Config, name, None)}
     if options.steps:

@@ -11,6 +11,7 @@ from mezo.checkpoint import RunDirectory
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.evaluation import evaluate_split
+from mezo.options import LORA
 from mezo.parallel import Ranks
 from mezo.rewards import judges
 from mezo.runtimes.base import Runtime
@@ -94,14 +95,14 @@ def with_adapter_options(config: Config) -> Config:
 
 
 def _unordered(value):
-    return sorted(value) if isinstance(value, tuple) else value
+    return sorted(value) if isinstance(value, (tuple, list)) else value
 
 
 def _started_here(config: Config) -> bool:
     """True if this launch of torchrun made the run directory, before one of its ranks died."""
     run = RunDirectory(Path(config.output_dir))
-    same_launch = run.launch.is_file() and run.launch.read_text() == checkpoint.launch_id()
-    return same_launch and run.read_config() == config
+    known = run.launch.is_file() and run.launch.read_text() == checkpoint.launch_id() != ""
+    return known and run.read_config() == config
 
 
 def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None, until: int | None = None) -> dict | None:
@@ -122,12 +123,10 @@ def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None, u
     config = dataclasses.replace(run.read_config(), **(machine or {}))
     _, records = read_trajectory(run.trajectory)
     ended = len(records) >= config.steps or stalled(run.read_metrics(), config.early_stopping)
-    if run.result.is_file() and ended:
+    # the patience that ended a run may have been given when it was resumed; without an option nobody asks it to go on
+    if run.result.is_file() and (ended or (not machine and run.read_result().get("stopped_early"))):
         return _check_finished(run)
     _check_ranks(config, ranks)
-    if ranks.leads:
-        run.result.unlink(missing_ok=True)  # of a run that ended early and now goes on
-        run.write_metrics([row for row in run.read_metrics() if row["step"] <= len(records)])
     with loaded(config, need="train") as (runtime, splits, seconds):
         return carry_on(run, config, runtime, splits, seconds, ranks, until)
 
@@ -142,6 +141,9 @@ def carry_on(
     own = dataclasses.replace(config, adapter="")
     _same_run(first_line, checkpoint.make_header(own, runtime.spec, splits), str(run.path))
     runtime.load(checkpoint.initial_theta(first_line, run.path / checkpoint.INITIAL))
+    if ranks.leads:
+        run.result.unlink(missing_ok=True)  # of a run that ended early and now goes on
+        run.write_metrics([row for row in run.read_metrics() if row["step"] <= len(records)])
     checkpoint.replay_records(runtime.step, records)
     trainer = Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds)
     return _carry_through(trainer, ranks, until)
@@ -172,6 +174,8 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
     config = dataclasses.replace(with_objective(config), trunk_cache="off", eval_test=True, eval_train=True)
     if adapter is None and config.tuning == "prefix":
         raise UserError("--tuning prefix: without a run or an adapter there is no prefix to score; leave it out")
+    if adapter is None and config.head == "linear":
+        raise UserError("--head linear: without a run or an adapter the head is zero; leave it out, or give one")
     if config.follows:
         raise UserError("--engine-arg node_rank: only mezo train runs on several machines; use one, or --runtime hf")
     with loaded(config) as (runtime, splits, _):
@@ -179,6 +183,23 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
             runtime.load(checkpoint.load_adapter(adapter, runtime.spec.shapes))
         judged = judges(config)
         return {split: evaluate_split(config, runtime, split, own, judged) for split, own in splits.items()}
+
+
+def refuse_other_adapter(config: Config, base: dict, target: str) -> None:
+    """Raise UserError if the options of `mezo eval` say otherwise of what is scored than it does itself.
+
+    Args:
+        config: with the options.
+        base: of what is scored: a run's options or those that an adapter fixes, {} for a model alone.
+        target: what is scored, for the message.
+    """
+    if config.adapter != base.get("adapter", ""):
+        path = config.adapter
+        raise UserError(f"--adapter {path}: mezo eval takes an adapter in front of its options: mezo eval {path} ...")
+    for name in ("tuning", "head", "num_prefix_tokens", *LORA):
+        value, flag = getattr(config, name), "--" + name.replace("_", "-")
+        if name in base and _unordered(value) != _unordered(base[name]):
+            raise UserError(f"{flag} {value} contradicts {target}, which has {base[name]}: leave it out")
 
 
 def run_to_score(path: Path) -> tuple[dict, Path | None]:

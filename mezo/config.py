@@ -43,11 +43,14 @@ class Config:
     k_shot: int = 0
     """Training examples per class (as many for dev); 0 takes all."""
     num_train: int = 0
-    """Training examples in all, classes balanced; 0 takes all."""
+    """Training examples in all; 0 takes all."""
     num_dev: int = 0
-    """Dev examples in all, classes balanced; 0 takes all."""
+    """Dev examples in all; 0 takes all."""
     num_test: int = 0
-    """Test examples in all, classes balanced; 0 takes all."""
+    """Test examples in all; 0 takes all."""
+    balance: Literal["on", "off"] = "on"
+    """Whether num_train, num_dev and num_test take as many of each class as there are, and k_shot refuses a class that
+    has fewer; off: random samples, and all of such a class, as in the paper."""
     data_seed: int = 0
     """Chooses the examples that k_shot, num_train, num_dev and num_test keep, and the demonstrations."""
     num_demonstrations: int = 0
@@ -147,6 +150,9 @@ class Config:
     """Load the test set, and score it before and after the run."""
     eval_train: bool = False
     """Score the training set too, before and after the run."""
+    best_metric: Literal["auto", "loss"] = "auto"
+    """Which figure of dev chooses the best step: the loss, or what the run is for: the reward if one is trained, F1 of
+    generated text, the loss of lm_cross_entropy, else the accuracy."""
     noise: bool = True
     """At every evaluation score a batch four times at theta itself, and report what that puts on projected_grad; also
     how projected_grad spreads over batch and perturbations, and what rounding leaves of a perturbation."""

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mezo import assets, checkpoint, commands
 from mezo.config import Config
+from mezo.tasks import with_objective
 
 PROMPTS = {
     "it-was": ("{text} It was", (" terrible", " great")),
@@ -75,7 +76,7 @@ def _free_or_unfinished(wanted: Config) -> Config:
 def _is_free_or_unfinished(config: Config) -> bool:
     run = checkpoint.RunDirectory(Path(config.output_dir))
     unfinished = run.config.is_file() and not run.result.is_file()
-    return not run.path.exists() or (unfinished and run.read_config() == config.absolute())
+    return not run.path.exists() or (unfinished and run.read_config() == with_objective(config.absolute()))
 
 
 def _show(result: dict, run: Path, replayed: str) -> None:

@@ -9,6 +9,10 @@ class RunError(RuntimeError):
     """A run cannot go on; its log is whole."""
 
 
+class Diverged(RunError):
+    """A run cannot go on for what its losses are: another lr or eps may get further."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise UserError with the message unless the condition holds."""
     if not condition:

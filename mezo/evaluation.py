@@ -105,9 +105,11 @@ class Evaluations:
 def best_by(config: Config) -> tuple[int, str]:
     """Which figure of dev chooses the best step, and its sign: 1 where more is better.
 
-    The reward if one is trained, F1 where text is generated, the loss where the objective has no options to be right
-    about, else the accuracy.
+    Unless the run asks for the loss: the reward if one is trained, F1 where text is generated, the loss where the
+    objective has no options to be right about, else the accuracy.
     """
+    if config.best_metric == "loss":
+        return -1, "loss"
     if "reward" in config.objectives:
         return 1, "reward"
     if config.generates:

@@ -64,11 +64,11 @@ def verify(run: str) -> int:
         expected, decay, lr = planned(config, record.step, grads, record.loss_plus, norms)
         if config.update_rule == "conservative":
             expected, _ = best_of_three(expected[0], record.tried)
-        # another machine's cosine may differ in its last bit
+        # another machine's cosine may differ in its last bit, which counts for more the nearer lr comes to 0
+        near = 1e-12 + (1e-15 * config.lr / lr if lr else 0.0)
         pairs = [*zip(record.coefficients, expected, strict=True), (record.decay, decay)]
         pairs += [(record.lr or 0.0, lr)] if config.update_rule in STATEFUL else []
-        near = all(math.isclose(a, b, rel_tol=1e-12) for a, b in pairs)
-        if record.projected_grads != grads or not near:
+        if record.projected_grads != grads or not all(math.isclose(a, b, rel_tol=near) for a, b in pairs):
             raise UserError(
                 f"{line}: the estimates or coefficients do not follow from the losses and the configuration"
             )
@@ -88,8 +88,9 @@ def truncate(run: str, step: int) -> Path:
         raise UserError(f"--step must be from 0 to {len(records)}, got {step}")
     lines = directory.trajectory.read_bytes().splitlines(keepends=True)
     rows = directory.read_metrics()
-    # a test score after the run belongs to the run's end
-    rows = [row for row in rows if row["step"] <= step and (row["split"] == "dev" or row["step"] == 0)]
+    # a test score after the run, and that it stopped, belong to the run's end
+    ends = lambda row: row["step"] > 0 and row["split"] in ("test", "train", "stop")  # noqa: E731
+    rows = [row for row in rows if row["step"] <= step and not ends(row)]
     best = checkpoint.best_step(rows)
     rebuilt = None if best is None else checkpoint.replay(directory.path, str(best))  # before anything is moved
     aside = next(p for n in itertools.count(1) if not (p := directory.path / f"before-truncate-{n}").exists())

@@ -29,7 +29,9 @@ def cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def lm_cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """L = -1/B sum_b scores_b[labels_b]: the language model's own loss on the right option's tokens.
+    """L = -1/B sum_b scores_b[labels_b]: the language model's loss on the right option, examples weighed alike.
+
+    A mean over all tokens of a batch, as transformers' own loss is, would weigh an example by its answer's length.
 
     Args:
         scores: (batch, options).

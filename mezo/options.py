@@ -74,6 +74,8 @@ def check(config) -> None:
     for name in ENGINE:
         given = config.runtime == "sglang" or getattr(config, name) == getattr(type(config), name)
         require(given, f"--{name.replace('_', '-')} is of the engine: use --runtime sglang with it")
+    read = config.scores or config.best_metric == "auto"
+    require(read, f"--best-metric loss: --objective {config.objective} reads no loss of options; leave it out")
     ratio = config.max_loss_ratio
     require(ratio == 0 or 1 < ratio < math.inf, f"--max-loss-ratio must be 0 or a finite number > 1, got {ratio}")
     if config.true_gradient:
@@ -113,6 +115,10 @@ def _check_rule(config) -> None:
     if rule == "conservative":
         n = config.num_perturbations
         require(n == 1, f"--update-rule conservative tries one direction: --num-perturbations must be 1, got {n}")
+        require(
+            not config.weight_decay,
+            "--weight-decay: conservative keeps one of three thetas that it compared, none decayed; leave it out",
+        )
         require(
             not config.z_score_rewards,
             "--z-score-rewards: standardised rewards of two scorings do not compare; leave it out of conservative runs",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 from pathlib import Path
@@ -9,8 +10,7 @@ from pathlib import Path
 from mezo import commands
 from mezo.checkpoint import RunDirectory, replace_file
 from mezo.config import Config
-from mezo.errors import UserError
-from mezo.evaluation import best_by
+from mezo.errors import Diverged, RunError, UserError
 from mezo.protocols import PROTOCOLS, Protocol
 from mezo.tasks import find_task, with_objective
 
@@ -29,19 +29,20 @@ def configs(protocol: Protocol, output_dir: str, changes: dict, seeds: tuple[int
         protocol: what to run.
         output_dir: of all; each run has a directory in it.
         changes: options of a run that replace the protocol's, such as steps, model or files. A file of one's own is
-            taken whole: numbers of dev and test examples hold for the hub's splits.
+            taken whole, but for dev where it is cut from train: numbers of examples hold for the hub's splits.
         seeds: data seeds; () are the protocol's.
     """
     steps = changes.get("steps", protocol.steps)
     data = dict(protocol.data)
     for split in ("train", "dev", "test"):
-        if changes.get(f"{split}_file"):
+        if changes.get(f"{split}_file") or (split == "dev" and changes.get("train_file")):
             data.pop(f"num_{split}", None)
     common = {
         "model": protocol.model,
         "tuning": protocol.tuning,
         "task": protocol.task,
         **data,
+        **protocol.others,
         "eps": protocol.eps,
         "weight_decay": protocol.weight_decay,
         "batch_size": protocol.batch_size,
@@ -59,10 +60,13 @@ def configs(protocol: Protocol, output_dir: str, changes: dict, seeds: tuple[int
 def run(protocol: Protocol, output_dir: str, changes: dict, seeds: tuple[int, ...] = ()) -> dict | None:
     """Do what is left of a protocol's runs and choose among them; arguments as `configs`'.
 
+    A run that diverges is out of the choice: a grid goes up to learning rates that may.
+
     Returns:
         What result.json in `output_dir` holds; None if Ctrl-C stopped a run.
     Raises:
         UserError: before anything is written; or a run directory holds another run.
+        RunError: every learning rate of a seed diverged, or a run ended for another reason.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("mezo reproduce runs in one process: start it without torchrun, or its runs with mezo train")
@@ -73,7 +77,10 @@ def run(protocol: Protocol, output_dir: str, changes: dict, seeds: tuple[int, ..
     for own in grid:
         results = []
         for config in own:
-            result = _carry_through(config)
+            try:
+                result = _carry_through(config)
+            except Diverged as error:
+                result = {"diverged": str(error)}
             if result is None:
                 return None
             results.append(result)
@@ -105,34 +112,45 @@ def _carry_through(config: Config) -> dict | None:
 
 
 def _best(own: list[Config], results: list[dict]) -> dict:
-    """The run of a data seed that dev prefers, by the figure that chooses a run's best step; the first of equals."""
-    sign, chosen_by = best_by(with_objective(own[0]))
-    score = lambda result: max(sign * row[chosen_by] for row in result["dev"] if row[chosen_by] is not None)  # noqa: E731
-    at, metric = max(range(len(own)), key=lambda i: (score(results[i]), -i)), find_task(own[0]).metric
+    """The run of a data seed whose kept step dev prefers by the task's metric; the first of equals."""
+    metric = find_task(own[0]).metric
+    kept = {i: result for i, result in enumerate(results) if "diverged" not in result}
+    if not kept:
+        raise RunError(f"{own[0].output_dir} and the other learning rates of its seed: {results[0]['diverged']}")
+    dev = {i: next(row[metric] for row in r["dev"] if row["step"] == r["best_step"]) for i, r in kept.items()}
+    at = max(kept, key=lambda i: -math.inf if dev[i] is None else dev[i])
     return {
         "data_seed": own[at].data_seed,
         "lr": own[at].lr,
         "best_step": results[at]["best_step"],
-        "dev": sign * score(results[at]),
+        "dev": dev[at],
         "test_before": results[at]["test"]["before"][metric],
         "test": results[at]["test"]["after"][metric],
+        "diverged": [config.lr for i, config in enumerate(own) if i not in kept],
     }
 
 
 def departures(found: dict) -> list[str]:
     """What of a result is not as published, a line each.
 
-    >>> departures({"protocol": {"steps": 100, "data_seeds": (1, 2), "differs": "no head"},
-    ...             "changes": {"steps": 20}, "seeds": [{"data_seed": 1}]})
-    ['no head', 'steps 20 (published: 100)', 'data seeds 1 (published: 1, 2)']
+    >>> protocol = {"steps": 100, "data_seeds": (1, 2), "differs": "no head", "others": {"dtype": "float16"}}
+    >>> seeds = [{"data_seed": 1, "diverged": [0.1]}]
+    >>> for line in departures({"protocol": protocol, "changes": {"steps": 20, "dtype": "float32"}, "seeds": seeds}):
+    ...     print(line)
+    no head
+    steps 20 (published: 100)
+    dtype float32 (published: float16)
+    data seeds 1 (published: 1, 2)
+    data seed 1: lr 0.1 diverged
     """
     protocol, listed = found["protocol"], lambda seeds: ", ".join(map(str, seeds))
     lines = [protocol["differs"]] if protocol["differs"] else []
     for name, value in found["changes"].items():
-        published = protocol.get(name)
+        published = protocol.get(name, protocol["others"].get(name))
         if value != published:
             lines.append(f"{name} {value}" + (f" (published: {published})" if published is not None else ""))
     seeds = [row["data_seed"] for row in found["seeds"]]
     if seeds != list(protocol["data_seeds"]):
         lines.append(f"data seeds {listed(seeds)} (published: {listed(protocol['data_seeds'])})")
+    lines += [f"data seed {row['data_seed']}: lr {lr} diverged" for row in found["seeds"] for lr in row["diverged"]]
     return lines

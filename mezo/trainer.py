@@ -9,7 +9,7 @@ from mezo import kept, plots
 from mezo.checkpoint import RunDirectory, best_step, replace_file
 from mezo.clock import Clock
 from mezo.config import Config
-from mezo.errors import RunError
+from mezo.errors import Diverged, RunError
 from mezo.evaluation import TENTHS, Evaluations
 from mezo.measurement import Measurement
 from mezo.monitor import Monitor
@@ -73,6 +73,7 @@ class Trainer:
                     self.clock.restore(self.evaluations.metrics[-1]["clock"])
                 self._compile(start)
                 self._evaluate_if_due()
+                self._give_up_if_stuck()
                 self._give_up_if_diverged()
                 ends = self._ends_early()
                 for step in range(start, end):
@@ -132,7 +133,7 @@ class Trainer:
     def _give_up_if_stuck(self) -> None:
         last = self.records[-MAX_SKIPPED:]
         if len(last) == MAX_SKIPPED and all(record.skipped for record in last):
-            raise RunError(
+            raise Diverged(
                 f"the loss was not finite in {MAX_SKIPPED} steps in a row; lower --lr or --eps, or use --dtype float32"
             )
 
@@ -145,7 +146,7 @@ class Trainer:
         if limit:
             self._keep()
             place = kept.place(self.run, self.runtime.spec.peft).name
-            raise RunError(
+            raise Diverged(
                 f"step {len(self.records)}: {found}, above --max-loss-ratio {limit:g}: lower --lr. The log is whole and"
                 f" {place}/ is kept; go on all the same with: mezo train --resume {self.run.path} --max-loss-ratio 0"
             )
@@ -163,8 +164,8 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         if self.ranks.leads and self.evaluations.due(len(self.records)):
+            self.log.sync()  # before the adapter and the metrics that belong to it
             self.evaluations.make(self.records, self.monitor)
-            self.log.sync()
 
     def _finish(self) -> dict:
         """Evaluate the best theta on what was evaluated before the first step, and write the result."""

@@ -16,7 +16,7 @@ from rich.console import Console
 from mezo import checkpoint, commands
 from mezo.checkpoint import RunDirectory, replace_file
 from mezo.config import Config
-from mezo.errors import RunError, UserError
+from mezo.errors import Diverged, RunError, UserError
 from mezo.evaluation import best_by
 from mezo.options import ONE_SIDED, STATEFUL
 from mezo.parallel import Ranks
@@ -62,7 +62,7 @@ def tune(
     """
     _refuse_ranks()
     checkpoint.refuse_existing(config.output_dir)
-    config = with_objective(commands.with_adapter_options(config))
+    config = with_objective(commands.with_adapter_options(config).absolute())
     steps = rung_steps(rungs, trial_steps or max(2 ** (rungs - 1), config.steps // 4))
     if not (grid_lr and grid_eps) and not config.objectives.keys() <= SMOOTH:
         raise UserError(f"--objective {config.objective} has no slope to estimate: give --grid-lr and --grid-eps")
@@ -218,7 +218,7 @@ def _run(config: Config, steps: int, runtime: Runtime, splits: dict) -> dict | N
             commands.carry_on(RunDirectory.open(config.output_dir), config, runtime, splits, until=steps)
         else:
             commands.start(config, runtime, splits, until=steps)
-    except RunError as error:
+    except Diverged as error:
         return {**dict.fromkeys(sorted(f"dev_{key}" for key in figures)), "failed": str(error)}
     rows = [row for row in run.read_metrics() if row["split"] == "dev" and row["step"] == steps]
     return {**{f"dev_{key}": rows[0][key] for key in sorted(figures)}, "failed": None} if rows else None

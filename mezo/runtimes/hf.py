@@ -72,8 +72,9 @@ class HFRuntime:
         self.rows = {split: [rows_of(example) for example in examples] for split, examples in splits.items()}
         self.first_row = {split: _starts(rows) for split, rows in self.rows.items()}
         self._check_lengths()
-        several = any(len(option) > 1 for examples in splits.values() for e in examples for option in e.options)
-        self.vocabulary = self.vocabulary or several
+        options = [example.options for examples in splits.values() for example in examples]
+        # a constant a position tells nothing of options of one token each, but a loss of one option alone is that
+        self.vocabulary |= any(len(own) == 1 or any(len(option) > 1 for option in own) for own in options)
         needless = self.parts.first == 0 or not self.config.scores
         if self.config.trunk_cache in ("cpu", "device") and needless:
             why = "layer 0 is adapted, nothing lies below it; use --layers-to-transform or auto"

@@ -30,5 +30,4 @@ RECORD = Task(
     prompt=Prompt("{passage}\n-", text_field="passage"),
     row=completed,
     objective="lm_cross_entropy",
-    metric="f1",
 )

@@ -95,15 +95,18 @@ def take_balanced(pool: Pool, number: int) -> list[int]:
 
 
 def _pool(records: Sequence[Record], config: Config, split: str) -> Pool:
-    if config.k_shot and split != "test" and not share_options(records):
+    by_class = config.k_shot and split != "test"
+    if by_class and not share_options(records):
         raise UserError(f"--k-shot needs the same options in every record of {split}: use --num-{split}")
+    if not by_class and config.balance == "off":
+        return shuffled_classes([0] * len(records), 1, config.data_seed, split)
     return class_pool(records, config.data_seed, split)
 
 
 def _select(pool: Pool, config: Config, split: str) -> list[int]:
     number = getattr(config, f"num_{split}")
     if config.k_shot and split != "test" and not number:
-        return _per_class(pool, config.k_shot, 1, split)
+        return _per_class(pool, config, 1, split)
     return _balanced(pool, number or sum(map(len, pool.values())), split)
 
 
@@ -111,9 +114,14 @@ def _cut_dev(pool: Pool, train: list[int], config: Config, dev_size: int) -> dic
     """Dev from the far end of the train pool, and train without it."""
     far_end = {label: indices[::-1] for label, indices in pool.items()}
     if config.k_shot and not config.num_dev:
-        dev = _per_class(far_end, config.k_shot, 2, "train")
+        dev = _per_class(far_end, config, 2, "train")
     else:
-        dev = _balanced(far_end, config.num_dev or min(dev_size, sum(map(len, pool.values())) // 10), "dev")
+        size = sum(map(len, pool.values()))
+        number = config.num_dev or min(dev_size, size // 10)
+        # half of a class at most, or its share where dev is more than half of all: train keeps every class
+        share = max(2 * number, size)
+        far_end = {label: own[: -(-len(own) * share // (2 * size))] for label, own in far_end.items()}
+        dev = _balanced(far_end if number <= size else pool, number, "dev")
     if config.k_shot or config.num_train:
         if shared := set(train) & set(dev):
             raise UserError(
@@ -127,15 +135,19 @@ def _cut_dev(pool: Pool, train: list[int], config: Config, dev_size: int) -> dic
     return {"train": train, "dev": dev} if dev else {"train": train}
 
 
-def _per_class(pool: Pool, k_shot: int, splits: int, split: str) -> list[int]:
+def _per_class(pool: Pool, config: Config, splits: int, split: str) -> list[int]:
+    """k_shot of each class; with --balance off as many as there are, those of the last split what the first leaves."""
+    k = config.k_shot
+    if config.balance == "off":
+        return [i for indices in pool.values() for i in indices[: min(k, max(0, len(indices) - k * (splits - 1)))]]
     for label, indices in pool.items():
-        if len(indices) < k_shot * splits:
-            asked = f"{k_shot}" if splits == 1 else f"{k_shot} for train and as many for dev"
+        if len(indices) < k * splits:
+            asked = f"{k}" if splits == 1 else f"{k} for train and as many for dev"
             raise UserError(
                 f"{split}: class {label} has {len(indices)} examples, k_shot asks for {asked}:"
-                " lower --k-shot or add examples of that class"
+                " lower --k-shot, add examples of that class, or take what there is with --balance off"
             )
-    return [i for indices in pool.values() for i in indices[:k_shot]]
+    return [i for indices in pool.values() for i in indices[:k]]
 
 
 def _balanced(pool: Pool, number: int, split: str) -> list[int]:

@@ -111,6 +111,34 @@ def test_train_eval_replay_resume(tiny_options, as_flags, tmp_path, capfd):
     assert "--steps 11 contradicts the run, which has 10" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"adapter": "elsewhere"}, "--adapter elsewhere: mezo eval takes an adapter in front of its options"),
+        ({"lora_alpha": 64}, "--lora-alpha 64 contradicts {target}, which has 16: leave it out"),
+        ({"target_modules": ("q_proj",)}, "--target-modules ('q_proj',) contradicts {target}"),
+    ],
+    ids=["adapter", "scale", "modules"],
+)
+def test_eval_refuses_what_its_adapter_is_not(tiny_options, as_flags, given, message, capfd):
+    run = tiny_options["output_dir"]
+    assert main(["train", *as_flags({**tiny_options, "steps": 2})]) == 0
+    data = {k: tiny_options[k] for k in ("model", "train_file", "prompt", "label_words")}
+    for target, options in ((f"{run}/adapter", data), (run, {})):
+        assert main(["eval", target, *as_flags({**options, **given})]) == 2
+        assert message.format(target=target) in capfd.readouterr().err
+    modules = {"target_modules": tiny_options["target_modules"][::-1]}
+    assert main(["eval", f"{run}/adapter", *as_flags({**data, **modules})]) == 0, "the same in another order"
+
+
+def test_eval_of_a_model_alone_takes_no_adapter_and_no_head(tiny_options, as_flags, capfd):
+    data = {k: tiny_options[k] for k in ("model", "train_file", "label_words")}
+    assert main(["eval", *as_flags({**data, "adapter": "x"})]) == 2
+    assert "--adapter x: mezo eval takes an adapter in front of its options: mezo eval x" in capfd.readouterr().err
+    assert main(["eval", *as_flags({**data, "head": "linear"})]) == 2
+    assert "--head linear: without a run or an adapter the head is zero" in capfd.readouterr().err
+
+
 def test_eval_without_an_adapter_and_with_demonstrations(tiny_options, as_flags, capfd):
     data = {k: tiny_options[k] for k in ("model", "train_file", "test_file", "prompt", "label_words")}
     assert main(["eval", *as_flags(data)]) == 0

@@ -77,6 +77,10 @@ def test_truncated_runs_resume_to_the_same_end(finished, tmp_path, step):
     assert (kept / "trajectory.jsonl").read_bytes() == (finished / "trajectory.jsonl").read_bytes()
     assert (kept / "adapter" / checkpoint.WEIGHTS).is_file()
     assert logbook.verify(str(copy)) == step
+    whole, rows = (checkpoint.RunDirectory(run).read_metrics() for run in (finished, copy))
+    during = [row for row in whole if row["split"] != "test" or row["step"] == 0]
+    assert rows == [row for row in during if row["step"] <= step]
+    assert step == 0 or "noise" in {row["split"] for row in rows}
     commands.resume(str(copy))
     assert (copy / "trajectory.jsonl").read_bytes() == (finished / "trajectory.jsonl").read_bytes()
     for name in ("adapter/" + checkpoint.WEIGHTS,):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mezo import commands
+from mezo import checkpoint, commands
 from mezo.checkpoint import WEIGHTS
 from mezo.trajectory import read_trajectory
 
@@ -129,3 +129,12 @@ def test_a_restart_never_continues_a_run_of_another_launch(tiny_config, as_flags
     assert done.returncode != 0
     assert done.stderr.count("exists and is never overwritten") >= 2
     assert (Path(tiny_config.output_dir) / "trajectory.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "known"), [("a1b2", True), ("none", False), ("", False)])
+def test_a_launch_without_a_name_of_its_own_is_nobodys(tiny_config, monkeypatch, name, known):
+    """torchrun calls every launch "none" that meets at a given address."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+    commands.train(dataclasses.replace(tiny_config, steps=2), until=1)
+    config = checkpoint.RunDirectory(Path(tiny_config.output_dir)).read_config()
+    assert commands._started_here(config) is known

@@ -1,5 +1,6 @@
 """`mezo reproduce`, end to end on a tiny model and local files, shortened; the protocols as the paper has them."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -12,6 +13,8 @@ from mezo.reproduce import configs
 from mezo.tasks import TASKS
 from tests.mezo.conftest import BAD, GOOD
 from tests.tiny_models import save
+
+PUBLISHED = PROTOCOLS["roberta-sst2-k16"]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,39 @@ def test_it_goes_on_where_it_was_stopped(roberta, files, tmp_path, capsys):
     capsys.readouterr()
     assert shortened(roberta, files, folder, "--runtime", "sglang") == 2
     assert "holds a run with other options" in capsys.readouterr().err
+
+
+def test_a_learning_rate_that_diverges_is_out_of_the_choice(roberta, files, tmp_path, monkeypatch, capsys):
+    for name, lrs in (("some", (1e30, 1e-4)), ("all", (1e30, 1e31))):
+        monkeypatch.setitem(
+            PROTOCOLS, "roberta-sst2-k16", dataclasses.replace(PUBLISHED, lrs=lrs, weight_decay=0.0, eps=1e-2)
+        )
+        for _ in range(2):  # again: what diverged is asked once more, and still does not end the rest
+            assert shortened(roberta, files, tmp_path / name) == (0 if name == "some" else 1)
+        printed = capsys.readouterr()
+        if name == "some":
+            assert "not as published: data seed 13: lr 1e+30 diverged" in printed.out
+            rows = json.loads((tmp_path / name / "result.json").read_text())["seeds"]
+            assert [(row["lr"], row["diverged"]) for row in rows] == [(1e-4, [1e30])] * 2
+        else:
+            assert "the other learning rates of its seed: the loss was not finite in 10 steps in a row" in printed.err
+
+
+def test_an_opt_protocol_keeps_the_step_of_least_loss_and_the_lr_of_best_accuracy(files, tmp_path, capsys):
+    folder, model = tmp_path / "opt", save("opt", tmp_path / "model")
+    flags = ["--model", model, *files, "--output-dir", str(folder), "--steps", "20", "--dtype", "float32"]
+    assert main(["reproduce", "opt13b-sst2", *flags]) == 0
+    assert "not as published: dtype float32 (published: float16)" in capsys.readouterr().out
+    results = {lr: json.loads((folder / f"seed-0-lr-{lr}" / "result.json").read_text()) for lr in (1e-4, 5e-5)}
+    dev = {}
+    for lr, result in results.items():
+        best = min(result["dev"], key=lambda row: row["loss"])
+        assert result["best_step"] == best["step"]
+        dev[lr] = best["accuracy"]
+    (row,) = json.loads((folder / "result.json").read_text())["seeds"]
+    assert (row["lr"], row["dev"]) == max(dev.items(), key=lambda item: item[1])
+    config = json.loads((folder / "seed-0-lr-5e-05" / "config.json").read_text())
+    assert (config["max_length"], config["balance"], config["best_metric"]) == (2048, "off", "loss")
 
 
 @pytest.mark.parametrize(

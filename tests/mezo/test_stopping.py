@@ -72,6 +72,32 @@ def test_a_run_that_ended_early_goes_on_when_asked_to(stalling, tmp_path):
     assert (result["steps"], result["stopped_early"]) == (40, False)
 
 
+def test_patience_given_at_resume_ends_the_run_for_good(stalling, tmp_path):
+    """It is not in config.json: a later call without options checks a finished run, as ever."""
+    config = dataclasses.replace(stalling, early_stopping=0)
+    commands.train(config, until=4)
+    ended = commands.resume(config.output_dir, machine={"early_stopping": 3})
+    assert (ended["steps"], ended["stopped_early"]) == (12, True)
+    assert commands.resume(config.output_dir)["checked_steps"] == 0
+    assert commands.resume(config.output_dir, machine={"early_stopping": 0})["steps"] == 40
+
+
+def test_a_run_that_cannot_go_on_keeps_its_result(stalling, tmp_path):
+    train = tmp_path / "train.jsonl"
+    train.write_bytes(Path(stalling.train_file).read_bytes())
+    config = dataclasses.replace(stalling, train_file=str(train))
+    commands.train(config)
+    files = [Path(config.output_dir, name) for name in ("result.json", "metrics.jsonl")]
+    before = [path.read_bytes() for path in files]
+    train.write_text(train.read_text().replace("film", "plot"))
+    with pytest.raises(UserError, match="data_hash of the log"):
+        commands.resume(config.output_dir, machine={"early_stopping": 0})
+    train.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        commands.resume(config.output_dir, machine={"early_stopping": 0})
+    assert [path.read_bytes() for path in files] == before
+
+
 def test_ranks_end_together(stalling, tmp_path, as_flags):
     one = dataclasses.replace(stalling, num_perturbations=2, parallel="perturbations")
     several = dataclasses.replace(one, output_dir=str(tmp_path / "several"))

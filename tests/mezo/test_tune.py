@@ -15,7 +15,7 @@ import torch
 from mezo import commands, logbook, tune
 from mezo.cli import main
 from mezo.config import Config
-from mezo.errors import UserError
+from mezo.errors import RunError, UserError
 from mezo.estimator import projected_grad
 from mezo.instruments import rms
 from mezo.monitor import Monitor
@@ -111,6 +111,34 @@ def test_a_sweep_resumes_to_the_same_result(sweep, tmp_path, rows):
     again = tune.resume(str(tmp_path / "copy"))
     assert again == result
     assert tune.resume(str(tmp_path / "copy")) == result
+
+
+def test_a_sweep_resumes_from_any_directory(sweep, tmp_path, monkeypatch):
+    _, config, result = sweep
+    paths = {name: os.path.relpath(getattr(config, name)) for name in ("model", "train_file", "dev_file", "test_file")}
+    here, config = Path.cwd(), dataclasses.replace(config, output_dir=str(tmp_path / "sweep"), **paths)
+    tune.tune(config, **GRID)
+    lost = as_stopped(tmp_path / "sweep", tmp_path / "copy", 1)
+    for row in lost:
+        shutil.rmtree(tmp_path / "copy" / row["trial"], ignore_errors=True)
+    monkeypatch.chdir(tmp_path)
+    assert Path.cwd() != here
+    assert tune.resume("copy")["rungs"] == result["rungs"]
+
+
+def test_an_engine_that_dies_is_no_failed_trial(sweep, tmp_path, monkeypatch):
+    """Its trials are not to be dropped for good: the sweep ends, and resumes."""
+    _, config, result = sweep
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "sweep"))
+
+    def die(*args):
+        raise RunError("the engine died")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HFRuntime, "score_pairs", die)
+        with pytest.raises(RunError, match="the engine died"):
+            tune.tune(config, **GRID)
+    assert tune.resume(config.output_dir)["rungs"] == result["rungs"]
 
 
 def test_ctrl_c_ends_the_sweep_and_it_resumes(sweep, tmp_path, monkeypatch, capsys):

@@ -164,6 +164,10 @@ def test_losses_tried_are_those_of_the_steps(tiny_config):
         ({"update_rule": "adam", "adam_eps": 0.0}, "--adam-eps must be a finite float32 number > 0"),
         ({"no_decay": ("*",)}, "--no-decay needs --weight-decay"),
         ({"update_rule": "conservative", "num_perturbations": 2}, "--num-perturbations must be 1, got 2"),
+        (
+            {"update_rule": "conservative", "weight_decay": 0.1},
+            "--weight-decay: conservative keeps one of three thetas",
+        ),
         ({"update_rule": "fzoo"}, "--update-rule fzoo .* --num-perturbations must be >= 2, got 1"),
         ({"update_rule": "fzoo", "num_perturbations": 2, "normalise_z": True}, "--normalise-z: z of the rule fzoo"),
     ],

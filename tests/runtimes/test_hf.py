@@ -217,6 +217,20 @@ def test_tokens_are_counted(llama):
     assert built.tokens.computed == pytest.approx(total + 2 * 10 / 3), "one position through one of three layers"
 
 
+@pytest.mark.parametrize("options", [{}, {"layers_to_transform": (2,)}])
+def test_one_option_of_one_token_has_its_log_probability(llama, options):
+    """There is no other option to be compared with: what is reported of it is a loss of the language model."""
+    data = [Example(example.prompt, example.options[:1], 0) for example in examples(6)]
+    built = runtime(llama, data, **options)
+    built.load({name: torch.zeros(shape) for name, shape in built.spec.shapes.items()})
+    scores = built.score("train", range(6))
+    plain = AutoModelForCausalLM.from_pretrained(llama)
+    for example, score in zip(data, scores, strict=True):
+        logits = plain(torch.tensor([example.prompt])).logits[0, -1].double()
+        expected = logits.log_softmax(-1)[example.options[0][0]].item()
+        assert score.item() == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize("adapted", ["last layer", "last layer and head"])
 def test_adapter_loads_in_peft_with_equal_logits(family, adapted, tmp_path):
     name, model = family

@@ -15,7 +15,7 @@ HUB = {
     "mnli": ("nyu-mll/glue", "mnli"),
     "rte": ("aps/super_glue", "rte"),
     "cb": ("aps/super_glue", "cb"),
-    "boolq": ("aps/super_glue", "boolq"),
+    "boolq": ("google/boolq",),
     "wsc": ("aps/super_glue", "wsc.fixed"),
     "wic": ("aps/super_glue", "wic"),
     "multirc": ("aps/super_glue", "multirc"),
@@ -46,7 +46,7 @@ ROWS = {
     "mnli": {"premise": "Is it far?", "hypothesis": "It may be far.", "label": 1, "idx": 5},
     "rte": {"premise": "Oslo is cold.", "hypothesis": "Oslo is warm.", "idx": 0, "label": 1},
     "cb": {"premise": "B: Do you think it rained?", "hypothesis": "it rained", "idx": 0, "label": 2},
-    "boolq": {"question": "is ice cold", "passage": "Ice -- Ice is cold.", "idx": 0, "label": 1},
+    "boolq": {"question": "is ice cold", "answer": True, "passage": "Ice is cold."},
     "wsc": {
         "text": "Mark told Pete lies. He was wrong.",
         "span1_index": 0,

@@ -154,6 +154,19 @@ def test_numbers_are_balanced_and_depend_on_data_seed_alone(bpe, make):
     assert larger["dev"] == first["dev"]
 
 
+def test_without_balance_a_number_is_a_random_sample(bpe, make):
+    """Its classes are as many as chance has it: of 40 from 900 and 100, four or so are of the rare one."""
+    rows = [{"text": f"film {i}", "label": int(i % 10 == 0)} for i in range(1000)]
+    config = make(rows, test=rows, label_words=WORDS, num_train=40, num_test=400, balance="off")
+    splits = load_splits(config, bpe)
+    assert (len(splits["train"]), len(splits["test"])) == (40, 400)
+    assert 20 < sum(example.label for example in splits["test"]) < 60
+    balanced = load_splits(dataclasses.replace(config, balance="on"), bpe)
+    assert sum(example.label for example in balanced["test"]) == 100, "all there are"
+    larger = load_splits(dataclasses.replace(config, num_train=50), bpe)
+    assert set(texts(splits["train"], bpe)) < set(texts(larger["train"], bpe))
+
+
 def test_sampling_never_changes():
     # sha256("7/train/0"), ...: recorded once; a change would silently give every run other data.
     expected = {0: [4, 8, 0, 6, 2], 1: [1, 3, 7, 5, 9]}

@@ -1,5 +1,7 @@
 """Every built-in task asks what the paper asks, from a row as the hub stores it to the tokens of prompt and options."""
 
+import dataclasses
+
 import datasets
 import pytest
 
@@ -38,7 +40,7 @@ CAUSAL = {
         ("Yes", "No", "Maybe"),
         2,
     ),
-    "boolq": ("Ice -- Ice is cold. Is ice cold?\n", YES_NO, 1),
+    "boolq": ("Ice is cold. Is ice cold?\n", YES_NO, 1),
     "wsc": (
         "Mark told Pete lies. He was wrong.\n"
         'In the previous sentence, does the pronoun "he" refer to Mark? Yes or No?\n',
@@ -265,9 +267,28 @@ def many(name, number):
     return [{**ROWS[name], "idx": i, "label": i % 2} for i in range(number)]
 
 
-def test_cb_with_the_papers_100_dev_examples(make, bpe):
-    splits = load_splits(make(many("cb", 250), task="cb", num_dev=100), bpe)
+@pytest.mark.parametrize(("balance", "dev"), [("on", [46, 46, 8]), ("off", None)])
+def test_cb_with_the_papers_100_dev_examples(make, bpe, balance, dev):
+    """Its classes are as uneven as they come: dev must not take all of the rarest."""
+    labels = [0] * 115 + [1] * 119 + [2] * 16
+    rows = [{**ROWS["cb"], "idx": i, "label": label} for i, label in enumerate(labels)]
+    splits = load_splits(make(rows, task="cb", num_dev=100, balance=balance), bpe)
     assert {split: len(examples) for split, examples in splits.items()} == {"train": 150, "dev": 100}
+    counts = {split: [[e.label for e in own].count(label) for label in range(3)] for split, own in splits.items()}
+    assert min(counts["train"]) > 0
+    assert counts["dev"] == dev or (balance == "off" and abs(counts["dev"][2] - 6.4) < 6)
+
+
+def test_trec_with_512_of_each_class_where_there_are_as_many(make, roberta):
+    """As the paper has it: 86 abbreviations in train, all of them, and none for dev."""
+    sizes = {"DESC": 1162, "ENTY": 1250, "ABBR": 86, "HUM": 1223, "LOC": 835, "NUM": 896}
+    rows = [{**ROWS["trec"], "label_coarse_original": code} for code, size in sizes.items() for _ in range(size)]
+    config = make(rows, task="trec", k_shot=512, balance="off")
+    splits = load_splits(config, roberta)
+    counts = {split: [[e.label for e in own].count(label) for label in range(6)] for split, own in splits.items()}
+    assert counts == {"train": [512, 512, 86, 512, 512, 512], "dev": [512, 512, 0, 512, 323, 384]}
+    with pytest.raises(UserError, match=r"class 2 has 86 examples, k_shot asks for 512.* with --balance off"):
+        load_splits(dataclasses.replace(config, balance="on"), roberta)
 
 
 def test_copa_with_the_papers_100_dev_examples(make, bpe):
@@ -275,10 +296,15 @@ def test_copa_with_the_papers_100_dev_examples(make, bpe):
     assert {split: len(examples) for split, examples in splits.items()} == {"train": 300, "dev": 100}
 
 
-def test_1000_500_1000(make, bpe):
-    rows = many("boolq", 2000)
-    splits = load_splits(make(rows, test=rows, task="boolq", num_train=1000, num_dev=500, num_test=1000), bpe)
+@pytest.mark.parametrize("balance", ["on", "off"])
+def test_1000_500_1000(make, bpe, balance):
+    """Five of eight answers are yes, of the balanced test set a half."""
+    rows = [{**ROWS["boolq"], "answer": i % 8 > 2} for i in range(2000)]
+    sizes = {"num_train": 1000, "num_dev": 500, "num_test": 1000}
+    splits = load_splits(make(rows, test=rows, task="boolq", balance=balance, **sizes), bpe)
     assert {split: len(examples) for split, examples in splits.items()} == {"train": 1000, "dev": 500, "test": 1000}
+    yes = sum(example.label for example in splits["test"])
+    assert yes == 500 if balance == "on" else 575 < yes < 675
 
 
 @pytest.mark.parametrize("name", [name for name in MASKED if name != "sst2"])
