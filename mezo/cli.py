@@ -88,6 +88,9 @@ def _train(argv: list[str]) -> int:
         config = _parse(argv, "mezo train")
         from mezo import commands
 
+        if config.adapter:  # what is given and happens to be a default is given all the same
+            fixed = commands.fixed_by_adapter(config)
+            commands.refuse_other_adapter(_parse(argv, "mezo train", fixed), fixed, f"--adapter {config.adapter}")
         result = commands.train(config)
     else:
         machine = _machine_options(path, rest)

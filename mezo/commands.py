@@ -84,7 +84,7 @@ def with_adapter_options(config: Config) -> Config:
     """The configuration with what its --adapter fixes: rank, scale, modules and layers are the adapter's own."""
     if not config.adapter:
         return config
-    fixed = {k: v for k, v in checkpoint.adapter_options(config.adapter).items() if k != "model"}
+    fixed = fixed_by_adapter(config)
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     for name, value in fixed.items():
         given = getattr(config, name)
@@ -92,6 +92,12 @@ def with_adapter_options(config: Config) -> Config:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {given} contradicts --adapter {config.adapter}, which has {value}: leave it out")
     return dataclasses.replace(config, **fixed)
+
+
+def fixed_by_adapter(config: Config) -> dict:
+    """Options that --adapter leaves no choice of, itself among them."""
+    options = checkpoint.adapter_options(config.adapter)
+    return {"adapter": config.adapter} | {name: value for name, value in options.items() if name != "model"}
 
 
 def _unordered(value):
@@ -186,12 +192,12 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
 
 
 def refuse_other_adapter(config: Config, base: dict, target: str) -> None:
-    """Raise UserError if the options of `mezo eval` say otherwise of what is scored than it does itself.
+    """Raise UserError if options say otherwise of an adapter than it does itself.
 
     Args:
         config: with the options.
-        base: of what is scored: a run's options or those that an adapter fixes, {} for a model alone.
-        target: what is scored, for the message.
+        base: what is so: a run's options or those that an adapter fixes, {} for a model alone.
+        target: the adapter, run or model, for the message.
     """
     if config.adapter != base.get("adapter", ""):
         path = config.adapter

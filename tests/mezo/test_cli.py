@@ -131,6 +131,21 @@ def test_eval_refuses_what_its_adapter_is_not(tiny_options, as_flags, given, mes
     assert main(["eval", f"{run}/adapter", *as_flags({**data, **modules})]) == 0, "the same in another order"
 
 
+@pytest.mark.parametrize("alpha", ["16", "64"], ids=["the default", "another"])
+def test_a_scale_given_beside_an_adapter_is_never_ignored(tiny_options, as_flags, tmp_path, alpha, capfd):
+    flags = {**tiny_options, "steps": 2}
+    assert main(["train", *as_flags({**flags, "lora_alpha": 32})]) == 0
+    modules = ("target_modules", "layers_to_transform", "output_dir")
+    rest = as_flags({k: v for k, v in flags.items() if k not in modules})
+    again = ["train", *rest, "--adapter", f"{tiny_options['output_dir']}/adapter", "--output-dir", str(tmp_path / "on")]
+    assert main([*again, "--lora-alpha", alpha]) == 2
+    assert f"--lora-alpha {alpha} contradicts --adapter" in capfd.readouterr().err
+    (tmp_path / "options.yaml").write_text(f"lora_alpha: {alpha}\n")
+    assert main([*again, "--config", str(tmp_path / "options.yaml")]) == 2
+    assert not (tmp_path / "on").exists()
+    assert main([*again, "--lora-alpha", "32"]) == 0
+
+
 def test_eval_of_a_model_alone_takes_no_adapter_and_no_head(tiny_options, as_flags, capfd):
     data = {k: tiny_options[k] for k in ("model", "train_file", "label_words")}
     assert main(["eval", *as_flags({**data, "adapter": "x"})]) == 2
