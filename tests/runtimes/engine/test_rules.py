@@ -20,13 +20,13 @@ def options(tmp_path, model, monkeypatch):
     words = {"prompt": "{text} It was", "label_words": (" terrible", " great")}
     shape = {"target_modules": ("q_proj", "o_proj", "up_proj"), "layers_to_transform": (2,)}
     return {"model": model("llama"), **files, **words, **shape, "steps": STEPS, "batch_size": 8, "eps": 1e-2,
-            "weight_decay": 0.1, "verify_every": 1, "noise": False}  # fmt: skip
+            "verify_every": 1, "noise": False}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "rule",
     [
-        {"update_rule": "adamw", "num_perturbations": 2, "lr": 1e-4, "no_decay": ("*lora_B*",)},
+        {"update_rule": "adamw", "num_perturbations": 2, "lr": 1e-4, "weight_decay": 0.1, "no_decay": ("*lora_B*",)},
         {"update_rule": "conservative", "lr": 1e-3},
     ],
     ids=["adamw", "conservative"],
@@ -36,7 +36,7 @@ def test_a_rule_in_the_engine(rule, options, tmp_path):
     runs = {}
     for runtime in ("hf", "sglang"):
         config = Config(**options, **rule, runtime=runtime, output_dir=str(tmp_path / runtime))
-        if runtime == "sglang":
+        if runtime == "sglang" and rule["update_rule"] == "adamw":  # moments are rebuilt in new workers
             assert commands.train(config, until=5) is None
             commands.resume(config.output_dir)
         else:

@@ -141,7 +141,7 @@ def test_a_killed_worker_ends_the_run_and_loses_nothing(common, tmp_path):
     logbook.truncate(str(run), done)
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "steps": done + 10}))
-    result = commands.resume(str(run))
+    result = commands.resume(str(run), machine={"runtime": "hf"})
     assert result["steps"] == done + 10
     theta, _, _ = checkpoint.replay(run)
     assert checkpoint.same_bits(theta, checkpoint.read_adapter(run / "adapter")) is None, "fed the same projected_grads"
