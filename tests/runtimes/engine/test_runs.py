@@ -163,10 +163,10 @@ def test_ctrl_c_ends_after_the_step_and_the_engine_with_it(common, tmp_path):
 def test_two_trainers_share_a_batch_with_an_engine_each(runs, common, tmp_path):
     """torchrun's own addresses must not reach the engines; the ranks' losses add up to those of one process."""
     run = tmp_path / "run"
-    process = start(common, run, STEPS, ("-m", "torch.distributed.run", "--nproc-per-node", "2"))
+    process = start(common, run, 10, ("-m", "torch.distributed.run", "--nproc-per-node", "2"))
     error = process.communicate(timeout=180)[1]
     assert process.returncode == 0, error[-2000:]
-    assert losses(run) == pytest.approx(losses(runs["sglang"][0]), abs=NOISE)
+    assert losses(run) == pytest.approx(losses(runs["sglang"][0])[: 10 * 4], abs=NOISE)
     assert json.loads((run / "result.json").read_text())["ranks"] == 2
 
 
