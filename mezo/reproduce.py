@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import statistics
 from pathlib import Path
@@ -114,11 +113,11 @@ def _carry_through(config: Config) -> dict | None:
 def _best(own: list[Config], results: list[dict]) -> dict:
     """The run of a data seed whose kept step dev prefers by the task's metric; the first of equals."""
     metric = find_task(own[0]).metric
-    kept = {i: result for i, result in enumerate(results) if "diverged" not in result}
-    if not kept:
-        raise RunError(f"{own[0].output_dir} and the other learning rates of its seed: {results[0]['diverged']}")
-    dev = {i: next(row[metric] for row in r["dev"] if row["step"] == r["best_step"]) for i, r in kept.items()}
-    at = max(kept, key=lambda i: -math.inf if dev[i] is None else dev[i])
+    dev = {i: score for i, result in enumerate(results) if (score := _kept_score(result, metric)) is not None}
+    if not dev:
+        why = results[0].get("diverged", f"no finite {metric} on dev")
+        raise RunError(f"{own[0].output_dir} and the other learning rates of its seed: {why}")
+    at = max(dev, key=dev.__getitem__)
     return {
         "data_seed": own[at].data_seed,
         "lr": own[at].lr,
@@ -126,8 +125,13 @@ def _best(own: list[Config], results: list[dict]) -> dict:
         "dev": dev[at],
         "test_before": results[at]["test"]["before"][metric],
         "test": results[at]["test"]["after"][metric],
-        "diverged": [config.lr for i, config in enumerate(own) if i not in kept],
+        "diverged": [config.lr for i, config in enumerate(own) if i not in dev],
     }
+
+
+def _kept_score(result: dict, metric: str) -> float | None:
+    """What dev said of the step that a run kept; None if it diverged."""
+    return next((row[metric] for row in result.get("dev", ()) if row["step"] == result["best_step"]), None)
 
 
 def departures(found: dict) -> list[str]:
