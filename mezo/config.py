@@ -49,8 +49,8 @@ class Config:
     num_test: int = 0
     """Test examples in all; 0 takes all."""
     balance: Literal["on", "off"] = "on"
-    """Whether num_train, num_dev and num_test take as many of each class as there are, and k_shot refuses a class that
-    has fewer; off: random samples, and all of such a class, as in the paper."""
+    """on: num_train, num_dev and num_test keep equally many of each class, as far as there are, and k_shot refuses a
+    class with fewer; off: random samples, and all of such a class, as in the paper."""
     data_seed: int = 0
     """Chooses the examples that k_shot, num_train, num_dev and num_test keep, and the demonstrations."""
     num_demonstrations: int = 0

@@ -97,7 +97,7 @@ def _roberta(task: str, k: int, mean: float, std: float, tuning: Tuning) -> Prot
         mean=mean,
         std=std,
         table=f"figure 2, {_COLUMNS[tuning]}",
-        differs=differs,
+        differs="; ".join(filter(None, (differs, _SAMPLE))),
     )
 
 
@@ -159,4 +159,4 @@ PROTOCOLS: dict[str, Protocol] = {
         *(_opt(task, means[i], tuning, **data) for task, (data, means) in _OPT.items()),
     )
 }
-"""By name: all of the paper's LoRA, full and prefix results on these two models."""
+"""By name: the paper's LoRA, full and prefix results of figure 2 and table 1."""

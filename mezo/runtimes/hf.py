@@ -73,7 +73,7 @@ class HFRuntime:
         self.first_row = {split: _starts(rows) for split, rows in self.rows.items()}
         self._check_lengths()
         options = [example.options for examples in splits.values() for example in examples]
-        # a constant a position tells nothing of options of one token each, but a loss of one option alone is that
+        # scores up to a constant compare options of one token each; longer ones, or one alone, need log-probabilities
         self.vocabulary |= any(len(own) == 1 or any(len(option) > 1 for option in own) for own in options)
         needless = self.parts.first == 0 or not self.config.scores
         if self.config.trunk_cache in ("cpu", "device") and needless:

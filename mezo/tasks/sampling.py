@@ -118,7 +118,7 @@ def _cut_dev(pool: Pool, train: list[int], config: Config, dev_size: int) -> dic
     else:
         size = sum(map(len, pool.values()))
         number = config.num_dev or min(dev_size, size // 10)
-        # half of a class at most, or its share where dev is more than half of all: train keeps every class
+        # half of a class at most, or its share where dev is more than half of all: train keeps some of each
         share = max(2 * number, size)
         far_end = {label: own[: -(-len(own) * share // (2 * size))] for label, own in far_end.items()}
         dev = _balanced(far_end if number <= size else pool, number, "dev")
