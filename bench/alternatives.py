@@ -22,12 +22,11 @@ from machine import describe
 from training_step import ALL, OurStep, configs
 
 from mezo.config import Config
-from mezo.objectives import cross_entropy
-from mezo.runtimes.base import Example
-from mezo.runtimes.hf import HFRuntime
-from mezo.runtimes.peft_model import load_tokenizer
-from mezo.runtimes.rows import RowBatch, rows_of
-from mezo.runtimes.trunk import scored
+from mezo.data.example import Example
+from mezo.method.objectives import cross_entropy
+from mezo.models.load import load_tokenizer
+from mezo.runtimes.hf.runtime import HFRuntime
+from mezo.runtimes.rows import RowBatch, rows_of, scored
 from mezo.tasks import load_splits
 
 BATCHES, STEPS = (1, 4, 16, 64), 3
@@ -88,7 +87,7 @@ def step_of(method: str, data: list[Example], log: Path):
     """(a step of a method, what to close)."""
     config = dataclasses.replace(configs()["all layers"], target_modules=ALL, batch_size=len(data))
     if method == "MeZO, sglang":
-        from mezo.runtimes.sglang import SGLangRuntime
+        from mezo.runtimes.sglang.runtime import SGLangRuntime
 
         runtime = SGLangRuntime(dataclasses.replace(config, runtime="sglang"))
         return OurStep(runtime, config, data, log), runtime

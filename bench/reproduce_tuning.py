@@ -6,8 +6,11 @@ from pathlib import Path
 from memory import peak
 from reproduce_decoder import NUM_TEST, write_pools
 
-from mezo import checkpoint, commands, demo, kept
-from mezo.checkpoint import RunDirectory
+from mezo.api import train
+from mezo.run import outcome
+from mezo.run.directory import RunDirectory
+from mezo.run.replay import rebuild
+from mezo.studies import demo
 
 SEED = 13
 SHOTS = {"k_shot": 512, "num_dev": 128, "num_test": NUM_TEST}
@@ -40,15 +43,15 @@ def tuning(scratch: Path) -> dict:
     for name, options in TUNINGS.items():
         config = dataclasses.replace(base, tuning=name, output_dir=str(scratch / name), **options)
         result = {}
-        peak_bytes = peak(lambda config=config, result=result: result.update(commands.train(config)), "cpu")
+        peak_bytes = peak(lambda config=config, result=result: result.update(train(config)), "cpu")
         run = RunDirectory(Path(config.output_dir))
-        theta, header, replayed = checkpoint.replay(run.path)
+        theta, header, replayed = rebuild(run.path)
         found[name] = options | {
             "parameters": sum(tensor.numel() for tensor in theta.values()),
             "peak_bytes": peak_bytes,
             **{key: result[key] for key in MEASURED},
             "best_step": replayed,
             "log_bytes": run.trajectory.stat().st_size,
-            "first_difference_of_replay": kept.difference(run, header, theta),
+            "first_difference_of_replay": outcome.difference(run, header, theta),
         }
     return {"steps": STEPS, "batch_size": BATCH, "seed": SEED, **SHOTS, "tunings": found}

@@ -19,18 +19,18 @@ import torch
 from machine import describe
 from providers import original_pass
 
-from mezo import demo
 from mezo.config import Config
-from mezo.measurement import Measurement
-from mezo.objectives import cross_entropy
-from mezo.parallel import Ranks
-from mezo.runtimes.base import Example, StepUpdate
-from mezo.runtimes.hf import HFRuntime
-from mezo.runtimes.peft_model import load_tokenizer
-from mezo.runtimes.rows import RowBatch, option_scores, rows_of
-from mezo.runtimes.trunk import scored
+from mezo.data.example import Example
+from mezo.method.objectives import cross_entropy
+from mezo.method.step import StepUpdate
+from mezo.models.load import load_tokenizer
+from mezo.run.trajectory import TrajectoryWriter
+from mezo.runtimes.hf.runtime import HFRuntime
+from mezo.runtimes.rows import RowBatch, option_scores, rows_of, scored
+from mezo.studies import demo
 from mezo.tasks import load_splits
-from mezo.trajectory import TrajectoryWriter
+from mezo.training.measurement import Measurement
+from mezo.training.ranks import Ranks
 from mezo_kernels import lora_init
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -178,7 +178,7 @@ def hf(config: Config, data: list[Example], log: Path, rounds: int) -> dict:
 
 def sglang(config: Config, data: list[Example], log: Path, steps: int) -> dict:
     """A step through the engine, by part; the first one fills its cache and is not counted."""
-    from mezo.runtimes.sglang import SGLangRuntime
+    from mezo.runtimes.sglang.runtime import SGLangRuntime
 
     runtime = SGLangRuntime(dataclasses.replace(config, runtime="sglang"))
     try:

@@ -18,14 +18,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from bench.machine import describe
-from mezo import checkpoint, commands, demo
-from mezo.assets import demo_splits, fetch_sentences
+from mezo.api import train
 from mezo.config import Config
-from mezo.objectives import cross_entropy
-from mezo.runtimes.base import Example, StepUpdate, TokenCount
-from mezo.runtimes.hf import HFRuntime
-from mezo.runtimes.peft_model import load_tokenizer
-from mezo.runtimes.sglang import SGLangRuntime
+from mezo.data.example import Example
+from mezo.method.objectives import cross_entropy
+from mezo.method.step import StepUpdate
+from mezo.models.load import load_tokenizer
+from mezo.run.adapter import read_adapter, same_bits
+from mezo.run.replay import rebuild
+from mezo.runtimes.base import TokenCount
+from mezo.runtimes.hf.runtime import HFRuntime
+from mezo.runtimes.sglang.runtime import SGLangRuntime
+from mezo.studies import demo
+from mezo.studies.assets import demo_splits, fetch_sentences
 from mezo.tasks import load_splits
 from mezo_kernels import lora_init
 from tests.tiny_models import save
@@ -167,16 +172,16 @@ def tensor_parallel(config: Config, data: list[Example]) -> dict:
     return {
         **TRAJECTORY,
         "largest_difference_of_losses": worst,
-        "adapters_equal_bit_for_bit": checkpoint.same_bits(made[1]["theta"], made[2]["theta"]) is None,
+        "adapters_equal_bit_for_bit": same_bits(made[1]["theta"], made[2]["theta"]) is None,
     }
 
 
 def demo_run(directory: Path, steps: int) -> dict:
     """The demo's task through the engine."""
     config = dataclasses.replace(demo.demo_config("it-was", steps, directory / "demo"), runtime="sglang")
-    result = commands.train(config)
-    theta, _, _ = checkpoint.replay(directory / "demo")
-    same = checkpoint.same_bits(theta, checkpoint.read_adapter(directory / "demo" / "adapter")) is None
+    result = train(config)
+    theta, _, _ = rebuild(directory / "demo")
+    same = same_bits(theta, read_adapter(directory / "demo" / "adapter")) is None
     share = result["tokens_reused"] / result["tokens_scored"]
     return {**result, "reused_share_of_run": share, "log_replays_to_adapter": same}
 

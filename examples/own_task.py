@@ -7,7 +7,7 @@ python examples/own_task.py train --resume runs/weather
 
 import sys
 
-from mezo.cli import main
+from mezo.cli.main import main
 from mezo.tasks import Prompt, Task, register
 
 REPORTS = {"Sun all day": 1, "Rain and wind": 0, "Clear and warm": 1, "Storms at sea": 0, "Blue skies": 1, "Fog": 0}

@@ -6,7 +6,7 @@ python examples/reward.py train --model PATH_OR_HUB_ID --task replies --objectiv
 
 import sys
 
-from mezo.cli import main
+from mezo.cli.main import main
 from mezo.tasks import Prompt, Task, register
 
 CHEERFUL = {"good", "fine", "great", "nice"}

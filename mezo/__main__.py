@@ -2,7 +2,7 @@
 
 import sys
 
-from mezo.cli import main
+from mezo.cli.main import main
 
 if __name__ == "__main__":  # processes that an engine spawns import this module again
     sys.exit(main())

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mezo.estimator import deviation, projected_grad
+from mezo.method.estimator import deviation, projected_grad
 from mezo_kernels import (
     ParamLayout,
     ParamSlot,

@@ -1,11 +1,58 @@
-"""Without a GPU, Triton kernels run in its interpreter, which must be chosen before a kernel module is imported."""
+"""What tests share: threads, Triton's interpreter where there is no GPU, a tiny model and data, and a run of them."""
 
 import os
 
+import pytest
 import torch
 
+from mezo.config import Config
+from tests.tiny_data import flags_of, write_jsonl
+
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # chosen before a kernel module is imported
 
 # tiny work on two threads is slower than on one, and many times slower when the other core is busy
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    from tests.tiny_models import save  # transformers takes seconds to import: tests of the kernels do without
+
+    return save("llama", tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data")
+    sizes = {"train": 48, "dev": 20, "test": 20}
+    return {f"{s}_file": write_jsonl(directory / f"{s}.jsonl", n, i) for i, (s, n) in enumerate(sizes.items())}
+
+
+@pytest.fixture
+def tiny_options(tiny_model, tiny_data, tmp_path):
+    """Options of a 40-step run: last-layer LoRA, evaluated every 10 steps."""
+    return {
+        "model": tiny_model,
+        **tiny_data,
+        "output_dir": str(tmp_path / "run"),
+        "prompt": "{text} It was",
+        "label_words": (" terrible", " great"),
+        "target_modules": ("q_proj", "o_proj", "up_proj"),
+        "layers_to_transform": (2,),
+        "steps": 40,
+        "batch_size": 8,
+        "lr": 1e-2,
+        "eps": 1e-2,
+        "eval_every": 10,
+    }
+
+
+@pytest.fixture
+def tiny_config(tiny_options):
+    return Config(**tiny_options)
+
+
+@pytest.fixture
+def as_flags():
+    return flags_of

@@ -1,4 +1,4 @@
-"""The import rules of the design, read from the syntax tree of every module."""
+"""Who may import whom, read from the syntax tree of every module: one list, and what is not allowed fails."""
 
 import ast
 import subprocess
@@ -10,87 +10,150 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("mezo_kernels", "mezo")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-MODEL_LIBRARIES = {"transformers", "peft", "sglang"}
-KERNEL_LIBRARIES = {"torch", "triton", "numba", "llvmlite", "numpy", "mezo_kernels"}
-ALLOWED_MODEL_LIBRARIES = ("mezo/runtimes/", "mezo/tasks/", "mezo/checkpoint.py")
+
+LAYERS = (
+    ("mezo.__main__",),
+    ("mezo.cli",),
+    ("mezo.studies",),
+    ("mezo.api", "mezo"),
+    ("mezo.training",),
+    ("mezo.report",),
+    ("mezo.run",),
+    ("mezo.runtimes", "mezo.tasks"),
+    ("mezo.data", "mezo.models", "mezo.method", "mezo.optim"),
+    ("mezo.config",),
+    ("mezo_kernels", "mezo.errors"),
+)
+"""Packages from top to bottom: a module imports its own package, and packages below its own. Neighbours on one line
+do not know each other, but for `NEIGHBOURS`."""
+NEIGHBOURS = {("mezo.optim", "mezo.method"), ("mezo", "mezo.api")}
+BACKENDS = ("mezo_kernels.reference", "mezo_kernels.numba", "mezo_kernels.triton")
+"""Backends of the ops: they agree by test, not by sharing code."""
+LIBRARIES = {
+    "mezo_kernels": {"torch", "triton", "numba", "llvmlite", "numpy"},
+    "transformers": ("mezo.models", "mezo.runtimes", "mezo.data", "mezo.tasks"),
+    "peft": ("mezo.models",),
+    "sglang": ("mezo.runtimes.sglang",),
+}
+"""What `mezo_kernels` may import besides the standard library; and the packages that may import a model library."""
 
 
-def relative(path):
-    return path.relative_to(ROOT).as_posix()
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(where, source):
-    """Dotted names that the module at `where` imports, anywhere in it; `from a import b` counts as a and as a.b."""
+def imports(name, source, is_package=False):
+    """Dotted names that a module imports, anywhere in it; `from a import b` counts as a.b."""
     found = set()
-    package = where.split("/")[:-1]
+    package = name.split(".") if is_package else name.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             parents = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*parents, node.module] if node.module else parents)
-            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+            found |= {f"{base}.{alias.name}" for alias in node.names}
     return found
 
 
-def imports_of(path):
-    return imports(relative(path), path.read_text(encoding="utf-8"))
+IMPORTS = {name_of(path): imports(name_of(path), path.read_text(), path.name == "__init__.py") for path in MODULES}
 
 
-def touches(path, *targets):
-    """Those imports of a module that are one of `targets` or inside one."""
-    return {name for name in imports_of(path) for target in targets if f"{name}.".startswith(f"{target}.")}
+def inside(name, package):
+    return f"{name}.".startswith(f"{package}.")
 
 
-def under(*places):
-    return [path for path in MODULES if relative(path).startswith(places)]
+def layer_of(name):
+    """(number from the top, package) of a module or of what is imported from one; None of other libraries."""
+    places = [(i, package) for i, layer in enumerate(LAYERS) for package in layer if inside(name, package)]
+    return max(places, key=lambda place: len(place[1]), default=None)
 
 
-def offenders(paths, *targets):
-    return {relative(path): touches(path, *targets) for path in paths if touches(path, *targets)}
+def allowed(importer, imported):
+    (above, mine), (below, other) = layer_of(importer), layer_of(imported)
+    return mine == other or above < below or (mine, other) in NEIGHBOURS
+
+
+def offenders(names_to_imports):
+    found = []
+    for name, imported in sorted(names_to_imports.items()):
+        known = {other for other in imported if layer_of(other)}
+        found += [f"{name} imports {other}" for other in sorted(known) if not allowed(name, other)]
+    return found
+
+
+def test_every_module_has_a_place():
+    assert not [name for name in IMPORTS if layer_of(name) is None]
+    packages = {name_of(path) for path in (ROOT / "mezo").iterdir() if (path / "__init__.py").is_file()}
+    assert packages <= {package for layer in LAYERS for package in layer}, "a new package needs a line in LAYERS"
+
+
+def test_nothing_imports_upwards_or_its_neighbour():
+    assert not offenders(IMPORTS)
+
+
+def test_no_cycle_of_modules():
+    target = lambda other: other if other in IMPORTS else other.rpartition(".")[0]  # noqa: E731
+    modules = {name: {target(other) for other in found} & set(IMPORTS) for name, found in IMPORTS.items()}
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name in done:
+            return
+        path.append(name)
+        for other in sorted(modules[name]):
+            visit(other)
+        done.add(path.pop())
+
+    for name in modules:
+        visit(name)
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported"),
+    [
+        ("mezo.method.step", "mezo.training.trainer.Trainer"),
+        ("mezo.data.task", "mezo.models.load"),
+        ("mezo.runtimes.rows", "mezo.tasks.TASKS"),
+        ("mezo.config.checks", "mezo.method.step"),
+        ("mezo_kernels.ops", "mezo.errors.UserError"),
+    ],
+)
+def test_the_list_forbids(importer, imported):
+    assert offenders({importer: {imported}})
 
 
 def test_kernels_know_no_model():
-    """Rule 1: torch, triton, numba, numpy and the standard library."""
-    tops = {name.split(".")[0] for path in under("mezo_kernels/") for name in imports_of(path)}
-    assert tops - set(sys.stdlib_module_names) <= KERNEL_LIBRARIES
+    tops = {other.split(".")[0] for name, found in IMPORTS.items() if inside(name, "mezo_kernels") for other in found}
+    assert tops - set(sys.stdlib_module_names) - {"mezo_kernels"} <= LIBRARIES["mezo_kernels"]
 
 
 def test_backends_agree_by_test_and_not_by_sharing_code():
-    """Rule 2."""
-    compiled = under("mezo_kernels/triton/", "mezo_kernels/cpu")
-    assert compiled
-    assert not offenders(compiled, "mezo_kernels.reference")
-    assert not offenders(under("mezo_kernels/reference.py"), "mezo_kernels.cpu", "mezo_kernels.triton")
-    assert not offenders(under("mezo_kernels/cpu"), "mezo_kernels.triton")
-    assert not offenders(under("mezo_kernels/triton/"), "mezo_kernels.cpu")
+    for mine in BACKENDS:
+        others = tuple(backend for backend in BACKENDS if backend != mine)
+        found = {other for name, own in IMPORTS.items() if inside(name, mine) for other in own}
+        assert not [other for other in found if any(inside(other, backend) for backend in others)]
 
 
-def test_model_libraries_stay_in_their_places():
-    """Rule 3."""
-    elsewhere = [path for path in MODULES if not relative(path).startswith(ALLOWED_MODEL_LIBRARIES)]
-    assert not offenders(elsewhere, *MODEL_LIBRARIES)
+@pytest.mark.parametrize("library", ["transformers", "peft", "sglang"])
+def test_model_libraries_stay_in_their_places(library):
+    users = {name for name, found in IMPORTS.items() if any(inside(other, library) for other in found)}
+    assert users
+    assert not [name for name in users if not any(inside(name, place) for place in LIBRARIES[library])]
 
 
-def test_a_runtime_knows_no_task_optimizer_or_trainer():
-    """Rule 4, one half."""
-    above = "mezo.tasks", "mezo.optim", "mezo.MeZO", "mezo.estimator", "mezo.objectives", "mezo.measurement"
-    above += "mezo.rewards", "mezo.trainer", "mezo.cli"
-    assert not offenders(under("mezo/runtimes/"), *above)
-
-
-def test_the_trainer_knows_the_protocol_of_a_runtime_only():
-    """Rule 4, the other half."""
-    loop = "trainer", "measurement", "evaluation", "clock", "result"
-    used = {name for part in loop for path in under(f"mezo/{part}.py") for name in touches(path, "mezo.runtimes")}
+def test_training_knows_the_protocol_of_a_runtime_only():
+    used = {other for name, found in IMPORTS.items() if inside(name, "mezo.training") for other in found}
+    used = {other for other in used if inside(other, "mezo.runtimes")}
     assert used
-    assert all(f"{name}.".startswith("mezo.runtimes.base.") for name in used)
+    assert all(inside(other, "mezo.runtimes.base") for other in used)
 
 
 def test_no_grab_bags():
-    """Rule 5."""
     tracked = [*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
-    assert not [relative(path) for path in tracked if path.name in ("utils.py", "common.py", "helpers.py")]
+    assert not [path for path in tracked if path.name in ("utils.py", "common.py", "helpers.py", "misc.py")]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -105,5 +168,5 @@ def test_import_is_light(package):
 
 def test_the_reader_of_imports_sees_every_form():
     source = "import a.b\nfrom c import d\nfrom .base import e\nfrom ..optim import f\ndef g():\n    import peft\n"
-    found = imports("mezo/runtimes/imagined.py", source)
-    assert {"a.b", "c", "c.d", "mezo.runtimes.base.e", "mezo.optim", "mezo.optim.f", "peft"} <= found
+    found = imports("mezo.runtimes.imagined", source)
+    assert {"a.b", "c.d", "mezo.runtimes.base.e", "mezo.optim.f", "peft"} <= found

@@ -1,41 +1,15 @@
 """What a runtime is: it holds the model and theta, scores batches, and steps theta. The trainer knows no more."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-LINEAR_HEAD = "score"
-"""Name of the linear head, which PEFT saves whole beside the adapter (modules_to_save)."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One tokenised example.
-
-    Args:
-        prompt: token ids, special tokens included.
-        options: token ids of each answer option; the answer follows the prompt, or fills its mask.
-        label: index of the right option.
-        mask: position of the mask token in `prompt` (masked language models; one-token options only), else None.
-        pooled: options are outputs of a linear head, ((0,), (1,), ...), over the mean of all positions of `prompt`.
-        references: every right answer as text, where text is judged.
-        names: what each option says as an answer, where it is judged as text; else ().
-        fields: the task's own, where a reward reads them.
-        where: file and line, for error messages.
-    """
-
-    prompt: tuple[int, ...]
-    options: tuple[tuple[int, ...], ...]
-    label: int
-    mask: int | None = None
-    pooled: bool = False
-    references: tuple[str, ...] = ()
-    names: tuple[str, ...] = ()
-    fields: Mapping[str, object] = field(default_factory=dict, compare=False)
-    where: str = field(default="", compare=False)
+from mezo.data.example import Example
+from mezo.method.step import StepUpdate
+from mezo.models.spec import TrainedSpec
 
 
 @dataclass
@@ -54,61 +28,6 @@ class TokenCount:
     def reused(self) -> float:
         """Tokens whose work was taken from a cache."""
         return self.scored - self.computed
-
-
-@dataclass(frozen=True)
-class TrainedSpec:
-    """What is trained, fixed for a run: enough to rebuild theta, of an adapter with no model at hand.
-
-    Args:
-        peft: fields of PEFT's adapter_config.json; None where the base model's own parameters are trained.
-        shapes: full shape of each trained parameter by canonical name, in order.
-        model: id or path of the base model.
-        model_hash: SHA-256 of the base weights in `dtype`.
-        dtype: of the base model, e.g. "float32".
-    """
-
-    peft: dict | None
-    shapes: dict[str, tuple[int, ...]]
-    model: str
-    model_hash: str
-    dtype: str
-
-
-@dataclass(frozen=True)
-class StepUpdate:
-    """theta <- theta * decay - sum_k coefficients[k] z(seeds[k]), or what a rule with state makes of it.
-
-    Args:
-        seeds, coefficients, decay: see above. With `lr` the sum is the estimate of the gradient, unscaled.
-        lr: learning rate, where the rule applies it; else None, and the coefficients hold it.
-        skipped: nothing is changed, a rule's state neither.
-    """
-
-    seeds: Sequence[int] = ()
-    coefficients: Sequence[float] = ()
-    decay: float = 1.0
-    lr: float | None = None
-    skipped: bool = False
-
-
-def update_of(record) -> StepUpdate:
-    """What a record of the log does to theta."""
-    return StepUpdate(record.seeds, record.coefficients, record.decay, record.lr, record.skipped)
-
-
-def passes(updates: Sequence) -> list[tuple]:
-    """Step updates as updates of `mezo_kernels.step_`: each decays theta, then adds its directions.
-
-    >>> passes([StepUpdate([7], [0.5], decay=0.9), StepUpdate([8], [0.25])])
-    [(0, 0.0, 0.9), (7, 0.5), (8, 0.25)]
-    """
-    made = []
-    for update in updates:
-        if update.decay != 1:
-            made.append((0, 0.0, update.decay))
-        made += zip(update.seeds, update.coefficients, strict=True)
-    return made
 
 
 class Runtime(Protocol):

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoConfig, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
 from mezo.config import Config
+from mezo.data.example import Example
 from mezo.errors import UserError
-from mezo.runtimes.base import Example
-from mezo.runtimes.peft_model import load_tokenizer
-from mezo.runtimes.prefix import Prefix
+from mezo.models.load import load_tokenizer
+from mezo.models.prefix import Prefix
 
 
 @dataclass(frozen=True)

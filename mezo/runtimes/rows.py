@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from mezo.runtimes.base import Example
+from mezo.data.example import Example
 
 
 @dataclass(frozen=True)
@@ -183,3 +183,8 @@ def scores_of(
         for p, target in enumerate(row.targets):
             log_probs[i, p, : len(target)] = torch.tensor([table[p][t] for t in target], dtype=torch.float64)
     return option_scores(examples, log_probs, valid)
+
+
+def scored(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Hidden states (rows, length, hidden_size) at positions (rows, scored)."""
+    return hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from mezo.runtimes.base import StepUpdate, passes
-from mezo.runtimes.rule import UpdateRule
+from mezo.method.rules.base import UpdateRule
+from mezo.method.step import StepUpdate, passes
 from mezo_kernels import ParamLayout, RuleUpdate, rule_step_, step_
 
 Pairs = list[tuple[ParamLayout, ParamLayout]]

@@ -5,34 +5,32 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from mezo.config import Config
+from mezo.data.example import Example
+from mezo.data.jsonl import jsonl_task, with_files
+from mezo.data.load import examples_of
+from mezo.data.task import Prompt, Task
 from mezo.errors import UserError
-from mezo.runtimes.base import Example
-from mezo.tasks.base import Prompt, Record, Task
 from mezo.tasks.boolq import BOOLQ
 from mezo.tasks.cb import CB
 from mezo.tasks.copa import COPA
 from mezo.tasks.cr import CR
-from mezo.tasks.demonstrations import draw_demonstrations, put_before
 from mezo.tasks.drop import DROP
-from mezo.tasks.jsonl import jsonl_task, with_files
 from mezo.tasks.mnli import MNLI
 from mezo.tasks.mpqa import MPQA
 from mezo.tasks.mr import MR
 from mezo.tasks.multirc import MULTIRC
 from mezo.tasks.record import RECORD
-from mezo.tasks.records import records_of
 from mezo.tasks.rte import RTE
-from mezo.tasks.sampling import sample
 from mezo.tasks.snli import SNLI
 from mezo.tasks.squad import SQUAD
 from mezo.tasks.sst2 import SST2
 from mezo.tasks.sst5 import SST5
 from mezo.tasks.subj import SUBJ
-from mezo.tasks.template import Template
-from mezo.tasks.tokenization import encode
 from mezo.tasks.trec import TREC
 from mezo.tasks.wic import WIC
 from mezo.tasks.wsc import WSC
+
+__all__ = ["TASKS", "Prompt", "Task", "find_task", "load_splits", "register", "with_objective"]
 
 SENTENCES = (SST2, SST5, MR, CR, MPQA, SUBJ, TREC, SNLI, MNLI, RTE)
 QUESTIONS = (CB, BOOLQ, WSC, WIC, MULTIRC, COPA, RECORD, SQUAD, DROP)
@@ -50,53 +48,6 @@ def register(task: Task) -> Task:
         raise ValueError(f"a task named {task.name!r} exists: choose another name")
     TASKS[task.name] = task
     return task
-
-
-def load_splits(
-    config: Config, tokenizer: PreTrainedTokenizerBase, masked: bool | None = None
-) -> dict[str, list[Example]]:
-    """The tokenised examples of a run: a pure function of the configuration, the data and the tokenizer.
-
-    Args:
-        config: names the task or files, the prompt, the options, how many examples and the token budget.
-        tokenizer: the model's.
-        masked: whether the model fills masks; None: it does if its tokenizer has a mask token.
-
-    Returns:
-        Examples by split: "train", and "dev" and "test" where there are any. Under lm_cross_entropy a training example
-        has its right option alone, which is all that the loss reads, unless the run also scores train (eval_train).
-        With num_demonstrations train is what these are drawn from, and is left out.
-
-    Raises:
-        UserError: bad data or a configuration that does not fit it; nothing has been written.
-    """
-    if masked is None:
-        masked = tokenizer.mask_token is not None
-    pooled = config.head == "linear"
-    masked = masked and not pooled
-    config, task = with_objective(config), find_task(config)
-    prompt = _prompt(task, config, masked)
-    template = Template.parse(prompt.template, prompt.text_field)
-    right_alone = not any(name in config.objectives for name in ("cross_entropy", "accuracy"))
-    # a reward alone asks for no right answer
-    min_options = 0 if not config.scores and not _needs_references(config) else 1 if right_alone else 2
-    records = {
-        split: records_of(task, split, rows, template.fields, prompt.label_words, min_options)
-        for split, rows in task.load().items()
-    }
-    kept = sample(records, config, task.dev_size)
-    if config.num_demonstrations:
-        if "train" not in kept or len(kept) == 1:
-            missing = "test" if "train" in kept else "train"
-            raise UserError(f"--num-demonstrations needs train and what is tested: give --{missing}-file")
-        drawn = draw_demonstrations(kept.pop("train"), config)
-        kept = {
-            split: put_before(own, drawn, template, tokenizer, config.max_length, masked) for split, own in kept.items()
-        }
-    if "train" in kept and not (right_alone and config.eval_train):
-        kept["train"] = [_right_alone(r) if right_alone else _one_right(r) for r in kept["train"]]
-    judged, length = {split: _as_judged(own, config) for split, own in kept.items()}, config.max_length
-    return {split: encode(own, template, tokenizer, length, masked, pooled) for split, own in judged.items()}
 
 
 def find_task(config: Config) -> Task:
@@ -122,43 +73,17 @@ def with_objective(config: Config) -> Config:
     return replace(config, objective=objective, generate=generate)
 
 
-def _prompt(task: Task, config: Config, masked: bool) -> Prompt:
-    """The task's prompt for the kind of model at hand, as far as the configuration does not replace it."""
-    own, other = (task.masked, task.prompt) if masked else (task.prompt, task.masked)
-    if own is None and not config.prompt:
-        what = "fills a mask" if masked else "continues text"
-        raise UserError(f"task {task.name} has no prompt for a model that {what}: give --prompt")
-    given = own or other or Prompt(config.prompt)
-    words = config.label_words or given.label_words
-    if given.label_words and len(words) != len(given.label_words):
-        count = len(given.label_words)
-        raise UserError(f"--label-words has {len(words)} words, task {task.name} has {count} classes")
-    return Prompt(config.prompt or given.template, words, given.text_field)
+def load_splits(
+    config: Config, tokenizer: PreTrainedTokenizerBase, masked: bool | None = None
+) -> dict[str, list[Example]]:
+    """The tokenised examples of a run by split, as `mezo.data.load.examples_of` makes them of its task.
 
+    Args:
+        config: names the task or files, the prompt, the options, how many examples and the token budget.
+        tokenizer: the model's.
+        masked: whether the model fills masks; None: it does if its tokenizer has a mask token.
 
-def _right_alone(record: Record) -> Record:
-    """Without the wrong options; one without options has nothing to lose."""
-    options, names = record.options[record.label :][:1], record.names[record.label :][:1]
-    return replace(record, options=options, names=names, label=0)
-
-
-def _one_right(record: Record) -> Record:
-    """Of several right options, the labelled one alone: a loss over the options has one right."""
-    twins = {i for i, name in enumerate(record.names) if name in record.references and i != record.label}
-    if not twins:
-        return record
-    kept = [i for i in range(len(record.options)) if i not in twins]
-    options, names = (tuple(values[i] for i in kept) for values in (record.options, record.names))
-    return replace(record, options=options, names=names, label=kept.index(record.label))
-
-
-def _needs_references(config: Config) -> bool:
-    return config.generate == "on" or "f1" in config.objectives
-
-
-def _as_judged(records: list[Record], config: Config) -> list[Record]:
-    """Without what nobody reads: an example, and the hash of the data, hold what the run depends on."""
-    made = records
-    if not _needs_references(config):
-        made = [replace(record, references=record.references if record.names else ()) for record in made]
-    return made if "reward" in config.objectives else [replace(record, row={}) for record in made]
+    Raises:
+        UserError: bad data or a configuration that does not fit it; nothing has been written.
+    """
+    return examples_of(find_task(config), with_objective(config), tokenizer, masked)

@@ -3,8 +3,8 @@
 As first released, which is what the paper ran on: SuperGLUE puts the article's title in front of each passage.
 """
 
-from mezo.tasks.base import Prompt, Row, Task
-from mezo.tasks.hub import from_hub
+from mezo.data.hub import from_hub
+from mezo.data.task import Prompt, Row, Task
 from mezo.tasks.sentences import upper_first
 
 

@@ -1,7 +1,7 @@
 """CB: is an embedded clause meant to be true (de Marneffe et al. 2019; SuperGLUE)?"""
 
-from mezo.tasks.base import Prompt, Task
-from mezo.tasks.hub import from_hub, labelled
+from mezo.data.hub import from_hub, labelled
+from mezo.data.task import Prompt, Task
 
 # the hub's labels: entailment, contradiction, neutral
 CB = Task(

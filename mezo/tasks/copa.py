@@ -1,7 +1,7 @@
 """COPA: which of two sentences is the cause, or the effect, of a premise (Roemmele et al. 2011; SuperGLUE)?"""
 
-from mezo.tasks.base import Prompt, Row, Task
-from mezo.tasks.hub import from_hub, labelled
+from mezo.data.hub import from_hub, labelled
+from mezo.data.task import Prompt, Row, Task
 from mezo.tasks.sentences import lower_first, without_stop
 
 

@@ -1,7 +1,7 @@
 """CR: customer reviews of products, negative or positive (Hu and Liu 2004)."""
 
-from mezo.tasks.base import Prompt, Task
-from mezo.tasks.hub import from_hub, labelled
+from mezo.data.hub import from_hub, labelled
+from mezo.data.task import Prompt, Task
 
 WORDS = (" terrible", " great")
 

@@ -1,7 +1,7 @@
 """DROP: questions that take counting or arithmetic over a passage (Dua et al. 2019); the first answer is trained on."""
 
-from mezo.tasks.base import Prompt, Row, Task
-from mezo.tasks.hub import from_hub
+from mezo.data.hub import from_hub
+from mezo.data.task import Prompt, Row, Task
 
 
 def answered(row: Row) -> Row | None:

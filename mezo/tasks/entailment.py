@@ -1,6 +1,6 @@
 """The prompt that SNLI, MNLI and RTE share for models that fill a mask: "premise? Yes, hypothesis"."""
 
-from mezo.tasks.base import Prompt, Row
+from mezo.data.task import Prompt, Row
 from mezo.tasks.sentences import lower_first, without_stop
 
 

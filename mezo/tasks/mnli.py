@@ -1,8 +1,8 @@
 """MNLI: does a sentence entail another, in ten genres (Williams et al. 2018; GLUE)? Tested on the matched genres."""
 
-from mezo.tasks.base import Task
+from mezo.data.hub import from_hub, labelled
+from mezo.data.task import Task
 from mezo.tasks.entailment import joined, masked_prompt
-from mezo.tasks.hub import from_hub, labelled
 
 # the hub's labels: entailment, neutral, contradiction
 MNLI = Task(

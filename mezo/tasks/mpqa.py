@@ -1,7 +1,7 @@
 """MPQA: phrases from the news, negative or positive (Wiebe et al. 2005)."""
 
-from mezo.tasks.base import Prompt, Task
-from mezo.tasks.hub import from_hub, labelled
+from mezo.data.hub import from_hub, labelled
+from mezo.data.task import Prompt, Task
 
 WORDS = (" terrible", " great")
 

@@ -1,7 +1,7 @@
 """MR: movie review sentences, negative or positive (Pang and Lee 2005)."""
 
-from mezo.tasks.base import Prompt, Task
-from mezo.tasks.hub import from_hub, labelled
+from mezo.data.hub import from_hub, labelled
+from mezo.data.task import Prompt, Task
 
 WORDS = (" terrible", " great")
 

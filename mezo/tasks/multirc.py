@@ -1,7 +1,7 @@
 """MultiRC: is an answer to a question about a paragraph right (Khashabi et al. 2018; SuperGLUE)?"""
 
-from mezo.tasks.base import Prompt, Task
-from mezo.tasks.hub import from_hub, labelled
+from mezo.data.hub import from_hub, labelled
+from mezo.data.task import Prompt, Task
 
 MULTIRC = Task(
     "multirc",

@@ -1,7 +1,7 @@
 """ReCoRD: which entity of a news passage fills the blank of a statement about it (Zhang et al. 2018; SuperGLUE)?"""
 
-from mezo.tasks.base import Prompt, Row, Task
-from mezo.tasks.hub import from_hub
+from mezo.data.hub import from_hub
+from mezo.data.task import Prompt, Row, Task
 
 
 def completed(row: Row) -> Row | None:

@@ -1,8 +1,8 @@
 """RTE: does a passage entail a sentence (Dagan et al. 2005; SuperGLUE)?"""
 
-from mezo.tasks.base import Prompt, Task
+from mezo.data.hub import from_hub, labelled
+from mezo.data.task import Prompt, Task
 from mezo.tasks.entailment import joined, masked_prompt
-from mezo.tasks.hub import from_hub, labelled
 
 # the hub's labels: entailment, not_entailment
 RTE = Task(

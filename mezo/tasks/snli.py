@@ -1,8 +1,8 @@
 """SNLI: does a picture's caption entail a sentence (Bowman et al. 2015)? Pairs without a gold label are left out."""
 
-from mezo.tasks.base import Task
+from mezo.data.hub import from_hub, labelled
+from mezo.data.task import Task
 from mezo.tasks.entailment import joined, masked_prompt
-from mezo.tasks.hub import from_hub, labelled
 
 # the hub's labels: entailment, neutral, contradiction
 SNLI = Task(

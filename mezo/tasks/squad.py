@@ -1,7 +1,7 @@
 """SQuAD: questions whose answer is a span of a passage (Rajpurkar et al. 2016); the first is trained on."""
 
-from mezo.tasks.base import Prompt, Row, Task
-from mezo.tasks.hub import from_hub
+from mezo.data.hub import from_hub
+from mezo.data.task import Prompt, Row, Task
 
 
 def answered(row: Row) -> Row | None:

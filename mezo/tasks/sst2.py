@@ -1,7 +1,7 @@
 """SST-2: movie review sentences, negative or positive (Socher et al. 2013; GLUE)."""
 
-from mezo.tasks.base import Prompt, Row, Task
-from mezo.tasks.hub import from_hub, labelled
+from mezo.data.hub import from_hub, labelled
+from mezo.data.task import Prompt, Row, Task
 
 WORDS = (" terrible", " great")
 

@@ -1,7 +1,7 @@
 """SST-5: movie review sentences, very negative to very positive (Socher et al. 2013)."""
 
-from mezo.tasks.base import Prompt, Task
-from mezo.tasks.hub import from_hub, labelled
+from mezo.data.hub import from_hub, labelled
+from mezo.data.task import Prompt, Task
 
 WORDS = (" terrible", " bad", " okay", " good", " great")
 

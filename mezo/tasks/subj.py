@@ -1,7 +1,7 @@
 """SUBJ: sentences about movies, objective (label 0) or subjective (Pang and Lee 2004)."""
 
-from mezo.tasks.base import Prompt, Task
-from mezo.tasks.hub import from_hub, labelled
+from mezo.data.hub import from_hub, labelled
+from mezo.data.task import Prompt, Task
 
 WORDS = (" objective", " subjective")
 

@@ -1,7 +1,7 @@
 """TREC: what a question asks for, six coarse classes (Voorhees and Tice 2000)."""
 
-from mezo.tasks.base import Prompt, Row, Task
-from mezo.tasks.hub import from_hub
+from mezo.data.hub import from_hub
+from mezo.data.task import Prompt, Row, Task
 
 CLASSES = {
     "DESC": " Description",

@@ -1,7 +1,7 @@
 """WiC: does a word mean the same in two sentences (Pilehvar and Camacho-Collados 2019; SuperGLUE)?"""
 
-from mezo.tasks.base import Prompt, Task
-from mezo.tasks.hub import from_hub, labelled
+from mezo.data.hub import from_hub, labelled
+from mezo.data.task import Prompt, Task
 
 WIC = Task(
     "wic",

@@ -1,7 +1,7 @@
 """WSC: does a pronoun refer to a given phrase (Levesque et al. 2012; SuperGLUE)?"""
 
-from mezo.tasks.base import Prompt, Row, Task
-from mezo.tasks.hub import from_hub, labelled
+from mezo.data.hub import from_hub, labelled
+from mezo.data.task import Prompt, Row, Task
 
 
 def pronoun_in_lower_case(row: Row) -> Row:

@@ -9,9 +9,9 @@ import reproduce_encoder
 import reproduce_small
 import reproduce_tuning
 
-from mezo import demo
 from mezo.config import Config
-from tests.mezo.conftest import BAD, GOOD
+from mezo.studies import demo
+from tests.tiny_data import BAD, GOOD
 from tests.tiny_models import save, tokenizer
 
 POOLS = {"train": 24, "dev": 16, "test": 12}

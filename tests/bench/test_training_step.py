@@ -10,9 +10,9 @@ from alternatives import Gradients, forget_peaks, peak_bytes, tree
 from training_step import OriginalStep, OurStep, hf
 
 from mezo.config import Config
-from mezo.objectives import cross_entropy
-from mezo.runtimes.base import Example
-from mezo.runtimes.hf import HFRuntime
+from mezo.data.example import Example
+from mezo.method.objectives import cross_entropy
+from mezo.runtimes.hf.runtime import HFRuntime
 from mezo_kernels import lora_init
 from tests.tiny_models import save
 

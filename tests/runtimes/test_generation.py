@@ -5,12 +5,13 @@ import torch
 from transformers import GenerationConfig
 
 from mezo.config import Config
+from mezo.data.example import Example
 from mezo.errors import UserError
-from mezo.runtimes.base import Example, StepUpdate
+from mezo.method.step import StepUpdate
 from mezo.runtimes.generation import Writing
-from mezo.runtimes.hf import HFRuntime
+from mezo.runtimes.hf.runtime import HFRuntime
 from mezo_kernels import lora_init
-from tests.runtimes.test_hf import examples
+from tests.runtimes.hf.test_runtime import examples
 from tests.tiny_models import LAST_LAYER, WORDS, save, tokenizer
 
 DECODERS = [family for family in LAST_LAYER if family not in ("bert", "roberta")]

@@ -11,16 +11,16 @@ def activate():
     wanted = os.environ.get("MEZO_TEST_HOOKS", "")
     if not wanted:
         return
-    from mezo.runtimes.sglang_plugin import started_by_trainer
+    from mezo.runtimes.sglang.inside.handshake import started_by_trainer
 
     if not started_by_trainer():
         return
-    from mezo.runtimes import sglang_worker
+    from mezo.runtimes.sglang.inside import worker
 
     for function in (test_fail, test_flip, test_evict, test_draw):
-        setattr(sglang_worker.Worker, function.__name__, function)
+        setattr(worker.Worker, function.__name__, function)
     if "unguard" in wanted:
-        sglang_worker.why_kv_depends = lambda *arguments: None
+        worker.why_kv_depends = lambda *arguments: None
 
 
 def test_fail(worker, rank):

@@ -1,0 +1,31 @@
+"""`mezo demo`: a small model, film reviews, from download to result."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class _DemoOptions:
+    """Fetch a small model and labelled film reviews, fine-tune the last layer, and check the result.
+
+    The first time about 100 MB are downloaded; after that it works offline.
+    """
+
+    prompt: Literal["it-was", "sentiment"] = "it-was"
+    """'{text} It was' with terrible / great, or 'Review: {text} Sentiment:' with negative / positive."""
+    runtime: Literal["hf", "sglang"] = "hf"
+    """What computes the losses."""
+    steps: int = 0
+    """Optimisation steps; 0 is 4000, or 1000 with sglang, whose engine is made for GPUs."""
+    output_dir: str = "runs/demo"
+    """Run directory; an unfinished one is resumed, a finished one is kept and a numbered one made beside it."""
+
+
+def main(argv: list[str]) -> int:
+    options = tyro.cli(_DemoOptions, args=argv, prog="mezo demo")
+    from mezo.studies import demo
+
+    return demo.run(options.prompt, options.steps, Path(options.output_dir), options.runtime)

@@ -1,0 +1,48 @@
+"""`mezo report`: its options, and what it prints."""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from mezo.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReportOptions:
+    """Print what finished runs did (results, noise, tokens, seconds by part), and write it with curves as a web page.
+
+    The page is one file that opens offline: RUN/report.html, or --html. Several runs share a page if --html names one.
+    """
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run directories."""
+    html: str = ""
+    """The page; by default report.html in the run directory, of one run."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; return its exit code."""
+    options = tyro.cli(_ReportOptions, args=argv, prog="mezo report")
+    if not options.runs:
+        raise UserError("mezo report: give at least one run directory")
+    from mezo.report import page, tables
+
+    console = Console(highlight=False)
+    for run in options.runs:
+        if len(options.runs) > 1:
+            console.rule(run)
+        for title, rows in tables.tables(run).items():
+            table = Table(title=title, title_justify="left", show_header=False)
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+        for text in tables.warnings(run):
+            console.print(f"warning: {text}", markup=False)
+    if options.html or len(options.runs) == 1:
+        path = Path(options.html) if options.html else Path(options.runs[0]) / "report.html"
+        page.write(options.runs, path)
+        console.print(f"page: {path}", soft_wrap=True, markup=False)
+    return 0

@@ -1,0 +1,67 @@
+"""`mezo tune`: its options, and what it prints."""
+
+import dataclasses
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from mezo.cli.parsing import UncheckedConfig, option_values, take_option
+from mezo.config import Config
+from mezo.errors import UserError
+
+OWN = "grid_lr", "grid_eps", "rungs", "trial_steps"
+
+
+@dataclasses.dataclass(frozen=True)
+class _TuneOptions(UncheckedConfig):
+    """Choose lr and eps for a run: all its options as for `mezo train`, and --output-dir for the sweep.
+
+    lr and eps are estimated from the noise and the curvature of the loss, then short runs around them are compared by
+    dev loss; at every rung half of them go on. --resume DIR, alone, continues a sweep.
+    """
+
+    grid_lr: tuple[float, ...] = ()
+    """Learning rates to try; by default 0.1, 0.3, 1 and 3 times the estimated one."""
+    grid_eps: tuple[float, ...] = ()
+    """Perturbation scales to try; by default the estimated one."""
+    rungs: int = 3
+    """Comparisons; each has twice the steps of the one before, and half of the trials."""
+    trial_steps: int = 0
+    """Steps of the last rung; 0 is a quarter of --steps."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; return its exit code."""
+    path, rest = take_option(argv, "--resume")
+    if path is not None and rest:
+        raise UserError(f"mezo tune --resume {path} takes no other option, got {rest[0]}: the plan is fixed")
+    if path is None:
+        values = option_values(argv, "mezo tune", kind=_TuneOptions)
+        own = {name: values.pop(name) for name in OWN}
+        config = Config(**values)
+    from mezo.studies import tune
+
+    result = tune.tune(config, **own) if path is None else tune.resume(path)
+    if result is None:
+        return 130
+    _show(result)
+    return 0
+
+
+def _show(result: dict) -> None:
+    console, estimate = Console(highlight=False), result["estimate"]
+    if estimate:
+        lr = "none, the loss curves down" if estimate["lr"] is None else f"{estimate['lr']:g}"
+        console.print(
+            f"estimated at the start: eps {estimate['eps']:g}, lr {lr} (loss {estimate['loss']:.4f} with noise"
+            f" {estimate['loss_noise']:.2g}, slope {estimate['slope']:.3g}, curvature {estimate['curvature']:.3g})"
+        )
+    figures = [key for key in result["best"] if key.startswith("dev_")]
+    table = Table("rung", "lr", "eps", "steps", *(key.replace("_", " ") for key in figures))
+    for row in result["rungs"]:
+        shown = (str(row["rung"] + 1), f"{row['lr']:g}", f"{row['eps']:g}", str(row["steps"]))
+        values = ["-" if row[key] is None else f"{row[key]:.4f}" for key in figures]
+        table.add_row(*shown, *(values if row["failed"] is None else ["failed"]))
+    console.print(table)
+    print(result["command"], file=sys.stdout)

@@ -1,0 +1,144 @@
+"""Rows as they are stored to records of one form: fields, options, label; each mistake named with its line."""
+
+from collections.abc import Iterable, Sequence
+
+from mezo.data.task import Record, Row, Task
+from mezo.errors import UserError
+
+
+def records_of(
+    task: Task,
+    split: str,
+    rows: Iterable[Row],
+    template_fields: Sequence[str],
+    label_words: Sequence[str] = (),
+    min_options: int = 2,
+) -> list[Record]:
+    """Checked records of one split; rows without an answer are left out.
+
+    Args:
+        task: whose rows they are.
+        split: its name; row i is line i + 1 of the split's source.
+        rows: as they are stored.
+        template_fields: fields that each row must have.
+        label_words: the options of every row; without them each row has `options` and `answer`.
+        min_options: the fewest options a row may bring; 0: it may have none and no answer either.
+
+    Raises:
+        UserError: no rows, a missing field, a label or answer that is none of the options.
+
+    >>> task = Task("mine", dict)
+    >>> records_of(task, "train", [{"text": "Fun.", "label": 1}], ["text"], [" bad", " good"])[0].label
+    1
+    """
+    source = task.sources.get(split, f"{task.name} {split}")
+    records, empty = [], True
+    for line, stored in enumerate(rows, 1):
+        empty, where = False, f"{source} line {line}"
+        row = _answered(task, stored, where)
+        if row is not None:
+            records.append(_record(row, where, template_fields, label_words, min_options))
+    if not records:
+        what = "is empty" if empty else "has no row with a known answer"
+        raise UserError(f"{source} {what}: give at least one example")
+    return records
+
+
+def _answered(task: Task, stored: Row, where: str) -> Row | None:
+    try:
+        return task.row(stored)
+    except KeyError as error:
+        missing = error.args[0]
+        raise UserError(
+            f"{where} has no field {missing!r}, which task {task.name} takes; it has {_names(stored)}: add it"
+        ) from error
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise UserError(f"{where} is not as task {task.name} stores its rows ({error}): correct it") from error
+
+
+def _record(
+    row: Row, where: str, template_fields: Sequence[str], label_words: Sequence[str], min_options: int
+) -> Record:
+    fields = {name: _field(row, name, where) for name in template_fields}
+    if label_words:
+        options, label = tuple(label_words), _label(row, len(label_words), where)
+        return Record(fields, options, label, where, references=(options[label].strip(),), row=row)
+    if not min_options and "options" not in row:
+        return Record(fields, (), 0, where, row=row)
+    options = _options(row, min_options, where)
+    label = _answer(row, options, where)
+    references = _texts(row, "references", where) or (options[label].strip(),)
+    names = _texts(row, "option_names", where)
+    if names and (len(names) != len(options) or names[label] not in references):
+        wanted = "option_names must be one an option, the right one's among references"
+        raise UserError(f"{where}: {wanted}, got {names!r:.60}: correct them")
+    return Record(fields, options, label, where, references=references, names=names, row=row)
+
+
+def _texts(row: Row, name: str, where: str) -> tuple[str, ...]:
+    """A field that lists texts, or () where the row has none."""
+    texts = row.get(name) or ()
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
+        raise UserError(f"{where}: {name} must be a list of non-empty strings, got {texts!r:.60}: correct it")
+    return tuple(_encodable(text, name, where) for text in texts)
+
+
+def _field(row: Row, name: str, where: str) -> str:
+    if name not in row:
+        raise UserError(f"{where} has no field {name!r}, which the prompt takes; it has {_names(row)}: change --prompt")
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(f"{where}: field {name!r} must be a string or a number, got {value!r:.60}")
+    return _encodable(str(value), name, where)
+
+
+def _encodable(text: str, name: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: {name!r} holds half a surrogate pair at character {error.start}: repair it"
+        ) from None
+    return text
+
+
+def _label(row: Row, classes: int, where: str) -> int:
+    if "label" not in row:
+        raise UserError(f"{where} has no field 'label'; it has {_names(row)}: add the index of the right label word")
+    label = row["label"]
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < classes:
+        raise UserError(
+            f"{where}: label must be an index into the {classes} label words (0 to {classes - 1}), got {label!r:.60}"
+        )
+    return label
+
+
+def _options(row: Row, min_options: int, where: str) -> tuple[str, ...]:
+    if "options" not in row:
+        remedy = "give --label-words" if "label" in row else "add the possible answers"
+        raise UserError(f"{where} has no field 'options'; it has {_names(row)}: {remedy}")
+    options = row["options"]
+    if not isinstance(options, list | tuple) or not all(isinstance(option, str) and option for option in options):
+        raise UserError(f"{where}: options must be a list of non-empty strings, got {options!r:.60}")
+    if len(options) < min_options:
+        raise UserError(f"{where}: options must be at least {min_options}, got {len(options)}: add the wrong answers")
+    if len(set(options)) < len(options):
+        raise UserError(f"{where}: two options are equal: {list(options)!r:.60}: drop one")
+    return tuple(_encodable(option, "options", where) for option in options)
+
+
+def _answer(row: Row, options: Sequence[str], where: str) -> int:
+    if "answer" not in row:
+        raise UserError(f"{where} has no field 'answer'; it has {_names(row)}: add the right option or its index")
+    answer = row["answer"]
+    if isinstance(answer, str) and answer in options:
+        return options.index(answer)
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
+        return answer
+    raise UserError(
+        f"{where}: answer must be one of the {len(options)} options or its index from 0, got {answer!r:.60}"
+    )
+
+
+def _names(row: Row) -> str:
+    return ", ".join(map(repr, row)) or "no fields"

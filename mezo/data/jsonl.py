@@ -1,0 +1,70 @@
+"""Local files: JSON lines with a task's own fields, with text and label, or with prompt, options and answer."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from mezo.config import Config
+from mezo.data.task import Prompt, Task
+from mezo.errors import UserError
+
+
+def jsonl_task(config: Config) -> Task:
+    """The task behind --train-file, --dev-file and --test-file.
+
+    With --label-words a line is `{"text": ..., "label": index}`; without, it is
+    `{"prompt": ..., "options": [...], "answer": index or text}`. The template may take any other field.
+
+    Args:
+        config: names the files.
+
+    Returns:
+        A task that reads them when it is loaded; it has no dev split unless a file is given.
+    """
+    # A prompt of the user's own ends with the question: cutting its end would cut what is asked.
+    prompt = Prompt("{text}") if config.label_words else Prompt("{prompt}", text_field=None)
+    return with_files(Task("jsonl", dict, prompt, dev_size=0), config)
+
+
+def with_files(task: Task, config: Config) -> Task:
+    """The task with its rows taken from the files that the configuration names, and from nowhere else.
+
+    Returns:
+        A task that reads them when it is loaded; `task` itself where no file is named.
+    """
+    files = {"train": config.train_file, "dev": config.dev_file, "test": config.test_file}
+    files = {split: path for split, path in files.items() if path}
+    if not files:
+        return task
+    return replace(task, load=lambda: {split: read_jsonl(path) for split, path in files.items()}, sources=files)
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """The objects of a JSON lines file, one a line.
+
+    Raises:
+        UserError: the file cannot be read, is not UTF-8, is empty, or has a line that is not a JSON object.
+    """
+    try:
+        # utf-8-sig: some editors put a byte order mark first.
+        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if lines == [""]:
+        raise UserError(f"{path} is empty: give at least one example, one JSON object a line")
+    return [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _parse(line: str, where: str) -> dict:
+    if not line.strip():
+        raise UserError(f"{where} is blank: remove it, one JSON object a line")
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "nested too deeply")
+        raise UserError(f"{where} is not JSON ({reason}): {line!r:.60}: one JSON object a line") from None
+    if not isinstance(row, dict):
+        raise UserError(f'{where} must be a JSON object such as {{"text": ..., "label": 0}}, got {line!r:.60}')
+    return row

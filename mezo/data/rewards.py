@@ -1,0 +1,109 @@
+"""What generated text is worth: F1 over the right answers, or a Python function of the user's own."""
+
+import hashlib
+import importlib
+import importlib.util
+import math
+import numbers
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from mezo.config import Config
+from mezo.data.answers import METRICS, best
+from mezo.data.example import Example
+from mezo.errors import UserError
+
+Judge = Callable[[Example, str], float]
+"""How good a text is as the answer to an example; more is better."""
+
+
+def judges(config: Config) -> dict[str, Judge]:
+    """What judges the texts of a run, by the name that it is reported under.
+
+    Args:
+        config: f1 and exact_match are there if it generates for its task or trains f1, reward if it trains that.
+
+    Raises:
+        UserError: the reward cannot be loaded.
+    """
+    found: dict[str, Judge] = {}
+    if config.generate == "on" or "f1" in config.objectives:
+        found |= {name: _against_references(metric) for name, metric in METRICS.items()}
+    if "reward" in config.objectives:
+        found["reward"] = Reward(config.reward)
+    return found
+
+
+def _against_references(metric: Callable[[str, str], float]) -> Judge:
+    return lambda example, output: best(metric, output, example.references)
+
+
+class Reward:
+    """A reward `fn(example, output) -> float` of the user's own, as a judge.
+
+    Args:
+        source: file.py:function, or module:function.
+
+    Its arguments are a dict of the task's own fields and a text.
+
+    Raises:
+        UserError: there is no such file, module or function, or importing it fails.
+    """
+
+    def __init__(self, source: str):
+        self.source = source
+        place, _, name = source.rpartition(":")
+        if not place or not name:
+            raise UserError(f"--reward must be file.py:function or module:function, got {source!r}")
+        self.function = getattr(_import(source, place), name, None)
+        if not callable(self.function):
+            raise UserError(f"--reward {source}: {place} has no function {name}: define it as {name}(example, output)")
+
+    def __call__(self, example: Example, output: str) -> float:
+        """The reward of an output. Raises UserError, naming the example, unless it is a finite number."""
+        try:
+            value = self.function(dict(example.fields), output)
+        except Exception as error:
+            raise UserError(
+                f"--reward {self.source} raised {_named(error)} on {example.where} with the text"
+                f" {output!r:.60}: a reward must take any text; correct it and start anew"
+            ) from error
+        number = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
+        if not number or not math.isfinite(value):
+            raise UserError(
+                f"--reward {self.source} gave {value!r:.60} for {example.where} with the text {output!r:.60}:"
+                " it must be a finite number; correct it and start anew"
+            )
+        return float(value)
+
+
+def reward_hash(source: str) -> str:
+    """SHA-256 of the file that a reward is defined in; what that file imports is not covered."""
+    place = source.rpartition(":")[0]
+    try:
+        file = place if place.endswith(".py") else importlib.util.find_spec(place).origin
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"--reward {source}: {place} cannot be read ({error}): restore it") from error
+
+
+def _import(source: str, place: str) -> ModuleType:
+    """The module that a file or a dotted name stands for."""
+    if place.endswith(".py") and not Path(place).is_file():
+        raise UserError(f"--reward {source}: no such file: {place}")
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        spec = importlib.util.spec_from_file_location(f"mezo_reward_{Path(place).stem}", place)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses and pickle look a class's module up
+        spec.loader.exec_module(module)
+    except Exception as error:  # it is the user's code: anything may go wrong in it
+        raise UserError(f"--reward {source}: it cannot be imported ({_named(error)})") from error
+    return module
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

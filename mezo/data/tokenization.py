@@ -1,0 +1,235 @@
+"""Records to token ids: each option is tokenised together with its prompt, and only the text is cut to the budget."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+
+from mezo.data.example import Example
+from mezo.data.task import Record
+from mezo.data.template import MASK, Template
+from mezo.errors import UserError
+
+Ids = tuple[int, ...]
+
+
+def encode(
+    records: Sequence[Record],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    masked: bool = False,
+    pooled: bool = False,
+) -> list[Example]:
+    """Tokenise records: option ids = tokens(prompt + option) without their prefix tokens(prompt).
+
+    Args:
+        records: what to tokenise.
+        template: the prompt around each record's fields.
+        tokenizer: adds its special tokens; those it would append after the prompt are left out before an option.
+        max_length: most tokens of a prompt with its longest option; the end of the field `template.cut` gives way.
+        masked: the model fills a mask: options are single tokens in its place.
+        pooled: a linear head reads the whole text: options are numbers of its outputs.
+
+    Returns:
+        One example per record, in order.
+
+    Raises:
+        UserError: the template alone exceeds the budget, a token would span prompt and option, two options have the
+            same tokens, or the mask is missing or has no single-token option.
+    """
+    split = _PooledSplitter(template, tokenizer) if pooled else _splitter(template, tokenizer, masked)
+    alone = masked or pooled  # no option follows the prompt
+    records = list(records)
+    examples = split(records)
+    while over := [i for i, example in enumerate(examples) if _length(example, alone) > max_length]:
+        shorter = _cut(
+            [records[i] for i in over],
+            [_length(examples[i], alone) for i in over],
+            max_length,
+            split.template,
+            tokenizer,
+        )
+        # Joined anew, the shortened text may take a token more than counted: cut until it fits.
+        for i, record, example in zip(over, shorter, split(shorter), strict=True):
+            records[i], examples[i] = record, example
+    for record, example in zip(records, examples, strict=True):
+        _check(record, example, tokenizer, _length(example, alone))
+    return examples
+
+
+def prompt_lengths(
+    records: Sequence[Record], template: Template, tokenizer: PreTrainedTokenizerBase, masked: bool
+) -> list[int]:
+    """Tokens that each record's whole prompt takes with its longest option; arguments as `encode`'s."""
+    return [_length(example, masked) for example in _splitter(template, tokenizer, masked)(list(records))]
+
+
+def _splitter(template: Template, tokenizer: PreTrainedTokenizerBase, masked: bool):
+    return _MaskedSplitter(template, tokenizer) if masked else _CausalSplitter(template, tokenizer)
+
+
+class _CausalSplitter:
+    """Prompt and options as a decoder sees them: the option follows the prompt."""
+
+    def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase):
+        if template.has_mask:
+            raise UserError(f"--prompt {template.text!r} has {MASK}, but the model fills no masks: drop it")
+        self.template, self.tokenizer = template, tokenizer
+        self.suffix = _suffix_length(tokenizer)
+
+    def __call__(self, records: Sequence[Record]) -> list[Example]:
+        prompts = [record.before + self.template.render(record.fields) for record in records]
+        answered = [prompt + option for prompt, r in zip(prompts, records, strict=True) for option in r.options]
+        joint = iter(self._ids(answered))
+        examples = []
+        for record, text, prompt in zip(records, prompts, self._ids(prompts), strict=True):
+            if not prompt:
+                raise UserError(f"{record.where}: the prompt is empty: add words to --prompt")
+            options = tuple(_rest(prompt, next(joint), text, option, record.where) for option in record.options)
+            examples.append(Example(prompt, options, record.label, **_judged(record)))
+        return examples
+
+    def _ids(self, texts: list[str]) -> list[Ids]:
+        batch = _token_ids(self.tokenizer, texts) if texts else []
+        return [tuple(ids[: len(ids) - self.suffix]) for ids in batch]
+
+
+class _MaskedSplitter:
+    """Prompt and options as an encoder sees them: the option stands in the mask's place."""
+
+    def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase):
+        if tokenizer.mask_token is None:
+            raise UserError("the tokenizer has no mask token: use a masked language model or drop <mask>")
+        self.mask_id = tokenizer.mask_token_id
+        self.template, self.tokenizer = template.with_mask(tokenizer.mask_token), tokenizer
+        if tokenizer.mask_token not in self.template.render(dict.fromkeys(template.fields, "")):
+            raise UserError(
+                f"--prompt {template.text!r} has no {MASK}, and the model fills masks:"
+                f" add it, as in '{{text}} It was{MASK}.'"
+            )
+        self.words: dict[str, int] = {}
+
+    def __call__(self, records: Sequence[Record]) -> list[Example]:
+        prompts = [record.before + self.template.render(record.fields) for record in records]
+        examples = []
+        for record, ids in zip(records, _token_ids(self.tokenizer, prompts), strict=True):
+            masks = ids.count(self.mask_id)
+            if masks != 1:
+                raise UserError(f"{record.where}: the prompt must have one mask, got {masks}: remove it from the text")
+            options = tuple((self._word(option),) for option in record.options)
+            mask = ids.index(self.mask_id)
+            examples.append(Example(tuple(ids), options, record.label, mask, **_judged(record)))
+        return examples
+
+    def _word(self, option: str) -> int:
+        if option not in self.words:
+            ids = self.tokenizer(option, add_special_tokens=False)["input_ids"]
+            if len(ids) != 1:
+                raise UserError(
+                    f"label word {option!r} must be one token to fill a mask, got {len(ids)}:"
+                    " give it a leading space or choose a more common word"
+                )
+            self.words[option] = ids[0]
+        return self.words[option]
+
+
+class _PooledSplitter:
+    """Text as an encoder sees it, with its special tokens; the options are the numbers of a linear head's outputs."""
+
+    def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase):
+        if template.has_mask:
+            raise UserError(f"--prompt {template.text!r} has {MASK}, but a linear head reads no mask: drop it")
+        self.template, self.tokenizer = template, tokenizer
+
+    def __call__(self, records: Sequence[Record]) -> list[Example]:
+        ids = _token_ids(self.tokenizer, [self.template.render(record.fields) for record in records])
+        empty = next((record.where for record, own in zip(records, ids, strict=True) if not own), None)
+        if empty:
+            raise UserError(f"{empty}: the text has no token: add words to --prompt or remove the line")
+        examples = []
+        for record, own in zip(records, ids, strict=True):
+            outputs = tuple((i,) for i in range(len(record.options)))
+            examples.append(Example(tuple(own), outputs, record.label, pooled=True, **_judged(record)))
+        return examples
+
+
+def _judged(record: Record) -> dict:
+    """Fields of an example that judge answers as text."""
+    return {"references": record.references, "names": record.names, "fields": record.row, "where": record.where}
+
+
+def _length(example: Example, alone: bool) -> int:
+    return len(example.prompt) + (0 if alone else max(map(len, example.options), default=0))
+
+
+def _rest(prompt: Ids, joint: Ids, text: str, option: str, where: str) -> Ids:
+    if joint[: len(prompt)] != prompt:
+        raise UserError(
+            f"{where}: a token spans the prompt's end {text[-12:]!r} and the option {option[:12]!r}:"
+            " start the option with a space and end the prompt without one"
+        )
+    return joint[len(prompt) :]
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    # Without the attention mask, which nobody reads, the call takes a third of the time.
+    return tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _suffix_length(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Special tokens the tokenizer appends: between a prompt and its option they would end the text."""
+    bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    return len(full) - start - len(bare)
+
+
+def _cut(
+    records: Sequence[Record],
+    lengths: Sequence[int],
+    max_length: int,
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Record]:
+    """The records with their text cut after the last token that leaves room for template and options."""
+    too_long = f"{records[0].where} takes {lengths[0]} tokens, --max-length is {max_length}"
+    if template.cut is None:
+        raise UserError(f"{too_long}, and only {{text}} is cut: raise --max-length or shorten the prompt")
+    if not tokenizer.is_fast:
+        raise UserError(f"{too_long}, and a slow tokenizer cannot cut: raise --max-length or shorten the prompt")
+    prompts = [template.render(record.fields) for record in records]
+    offsets = tokenizer(prompts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+    cut = []
+    for record, length, spans in zip(records, lengths, offsets["offset_mapping"], strict=True):
+        start, end = template.cut_span(record.fields)
+        # Special tokens have the empty span (0, 0).
+        inside = [first for first, last in spans if first < end and last > start and last > first]
+        keep = len(inside) - (length - max_length)
+        if keep <= 0:
+            raise UserError(
+                f"{record.where}: without its text the prompt takes {length - len(inside)} tokens,"
+                f" --max-length is {max_length}: raise it or shorten the prompt"
+            )
+        text = record.fields[template.cut][: max(inside[keep] - start, 0)].rstrip()
+        cut.append(replace(record, fields={**record.fields, template.cut: text}))
+    return cut
+
+
+def _check(record: Record, example: Example, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    words = [] if example.pooled else zip(record.options, example.options, strict=True)
+    for option, ids in words:
+        if not ids or tokenizer.unk_token_id in ids:
+            what = "an unknown token" if ids else "no token"
+            raise UserError(f"{record.where}: option {option!r} has {what}: choose a word the tokenizer knows")
+    if len(set(example.options)) < len(example.options):
+        first = next(i for i, ids in enumerate(example.options) if ids in example.options[:i])
+        twin = example.options.index(example.options[first])
+        raise UserError(
+            f"{record.where}: options {record.options[twin]!r} and {record.options[first]!r} are the same tokens"
+            f" {list(example.options[first])}: change one"
+        )
+    if length > tokenizer.model_max_length:
+        raise UserError(
+            f"{record.where} takes {length} tokens, the model {tokenizer.model_max_length}:"
+            f" set --max-length {tokenizer.model_max_length}"
+        )

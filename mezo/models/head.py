@@ -1,0 +1,45 @@
+"""A linear head beside an encoder, and logits of some tokens alone."""
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
+
+from mezo.config import Config
+from mezo.errors import UserError
+
+LINEAR_HEAD = "score"
+"""Name of the linear head, which PEFT saves whole beside the adapter (modules_to_save)."""
+
+
+def check_encoder(base: nn.Module, config: Config) -> None:
+    if type(base.config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(base.config, "is_decoder", False):
+        raise UserError(
+            f"--head linear: {config.model} is a {type(base).__name__}, not an encoder; use one, or --head model"
+        )
+
+
+def add_linear_head(base: nn.Module, classes: int) -> None:
+    """A linear layer without bias, for the mean of an encoder's last hidden states."""
+    head = nn.Linear(base.config.hidden_size, classes, bias=False, dtype=base.dtype)
+    setattr(base, LINEAR_HEAD, head.to(base.device))
+
+
+def head_logits(head: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
+    """Logits of some tokens alone, float32 (..., tokens), of a linear head, adapted or not; None of another head.
+
+    In float32 whatever the model's dtype: 16-bit logits near 20 come in steps of an eighth.
+    """
+    adapted = isinstance(head, LoraLayer)
+    base = head.get_base_layer() if adapted else head
+    if type(base) is not nn.Linear:
+        return None
+    hidden, bias = hidden.float(), None if base.bias is None else base.bias[tokens].float()
+    logits = nn.functional.linear(hidden, base.weight[tokens].float(), bias)
+    if adapted:
+        a, b = (weights["default"].weight for weights in (head.lora_A, head.lora_B))
+        low = nn.functional.linear(hidden, a.float())
+        logits += head.scaling["default"] * nn.functional.linear(low, b[tokens].float())
+    return logits

@@ -1,0 +1,60 @@
+"""A model to hand on: an adapter merged into its base model, or a trained model in another dtype."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from mezo.errors import UserError
+from mezo.models.full import save_model
+from mezo.models.load import is_masked, load_base
+
+
+def merge(model: str, adapter: Path, output_dir: Path, dtype: str = "auto") -> None:
+    """Write base + (lora_alpha / r) B A as a transformers model: added in float32 and cast once.
+
+    Args:
+        model: base model, path or hub id.
+        adapter: PEFT adapter directory.
+        output_dir: directory to create.
+        dtype: of the result; auto is that of the base checkpoint.
+    """
+    auto = AutoModelForMaskedLM if is_masked(model) else AutoModelForCausalLM
+    try:
+        base = auto.from_pretrained(model, dtype=torch.float32)
+        wanted = auto.from_pretrained(model, dtype="auto").dtype if dtype == "auto" else getattr(torch, dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {model}: it could not be loaded ({str(error).splitlines()[0]})") from error
+    merged = _untied(PeftModel.from_pretrained(base, str(adapter))).merge_and_unload()
+    save_model(merged.to(wanted), model, output_dir)
+
+
+def cast(model: Path, base: str, output_dir: Path, dtype: str = "auto") -> None:
+    """Write a trained model in another dtype, cast once.
+
+    Args:
+        model: its directory.
+        base: path or hub id of the model it was trained from.
+        output_dir: directory to create.
+        dtype: of the result; auto is that of the base checkpoint.
+    """
+    try:
+        wanted = load_base(base, "auto").dtype if dtype == "auto" else getattr(torch, dtype)
+    except UserError as error:
+        raise UserError(f"{error}; it is needed for its dtype alone: give --dtype instead") from error
+    save_model(load_base(str(model), wanted), str(model), output_dir)
+
+
+def _untied(model: PeftModel) -> PeftModel:
+    """The model with a head of its own if the head is adapted: what is added to it is not the embeddings'."""
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    if isinstance(head, LoraLayer) and base.config.tie_word_embeddings:
+        layer = head.get_base_layer()
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False
+        base.all_tied_weights_keys = {}
+    return model

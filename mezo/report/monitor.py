@@ -1,0 +1,118 @@
+"""What a person watches while a run goes on: a progress bar and TensorBoard curves."""
+
+import logging
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mezo.run.trajectory import StepRecord
+
+NOISY = 0.1  # of projected_grad, from where its noise is warned of
+ROUNDED = 0.5  # of a perturbation, from where what rounding does to it is warned of
+CURVES = {
+    "noise": "projected_grad_noise",
+    "over_perturbations": "projected_grad_spread",
+    "over_batch": "projected_grad_batch_error",
+    "perturbation_error": "perturbation_error",
+    "perturbation_cosine": "perturbation_cosine",
+    "cosine": "gradient_cosine",
+    "gradient_norm": "gradient_norm",
+    "projected_grad_error": "projected_grad_error",
+}
+"""TensorBoard's name of a number of the instruments."""
+LOG_EVERY = 10  # steps between TensorBoard points; one costs about a tenth of a millisecond
+
+
+class Monitor:
+    """Shows steps and evaluations. Use as a context manager.
+
+    Args:
+        directory: TensorBoard event files go there.
+        steps: length of the run.
+        start: step the run (re)starts at.
+        quiet: show and write nothing.
+    """
+
+    def __init__(self, directory: Path, steps: int, start: int, quiet: bool = False):
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)
+        from torch.utils.tensorboard import SummaryWriter  # slow to import; not needed by eval and replay
+
+        self.writer = None if quiet else SummaryWriter(str(directory), purge_step=start)
+        self.console = Console(stderr=True, quiet=quiet)
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  |g| {task.fields[grad]:.3g}  {task.fields[rate]:.1f} steps/s"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=quiet,
+        )
+        self.task = self.progress.add_task("", total=steps, completed=start, loss=float("nan"), grad=0.0, rate=0.0)
+
+    def __enter__(self):
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exc):
+        self.progress.stop()
+        if self.writer:
+            self.writer.close()
+
+    def step(self, record: StepRecord, rate: float) -> None:
+        """Show one step; `rate` in steps a second."""
+        n = len(record.seeds)
+        loss = sum(record.loss_plus + record.loss_minus) / (2 * n)
+        grad = sum(map(abs, record.projected_grads)) / n
+        self.progress.update(self.task, completed=record.step + 1, loss=loss, grad=grad, rate=rate)
+        if self.writer and record.step % LOG_EVERY == 0:
+            points = {"train/loss": loss, "train/abs_projected_grad": grad, "train/steps_per_second": rate}
+            for name, value in points.items():
+                self.writer.add_scalar(name, value, record.step)
+
+    def evaluation(self, row: dict) -> None:
+        """Show one line of metrics.jsonl."""
+        metrics = {
+            k: row[k] for k in ("accuracy", "loss", "f1", "exact_match", "reward", "auc") if row.get(k) is not None
+        }
+        for name, value in metrics.items():
+            self.writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.say(f"step {row['step']:>6}  {row['split']:<5} {shown}{'  *' if row.get('is_best') else ''}")
+
+    def instrument(self, row: dict) -> None:
+        """Show a row of the instruments; warn of noise above a tenth of projected_grad, and of lost perturbations."""
+        for name, value in row.items():
+            if name in CURVES and self.writer:
+                self.writer.add_scalar(f"train/{CURVES[name]}", value, row["step"])
+        found = warning(row)
+        if row["split"] == "gradient" and "cosine" in row:
+            cosine, expected, norm = (row[name] for name in ("cosine", "expected_cosine", "gradient_norm"))
+            found = f"cosine {cosine:.4f} (of size {expected:.4f} expected), norm {norm:.3g}"
+        if found:
+            self.say(f"step {row['step']:>6}  {row['split']}  {found}")
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        self.console.print(text, highlight=False, markup=False)
+
+
+def warning(row: dict) -> str | None:
+    """What a person should know of a row of the instruments, or None.
+
+    >>> warning({"split": "noise", "noise": 0.2, "projected_grad_rms": 4.0})
+    """
+    if row["split"] == "noise" and row["noise"] > NOISY * row["projected_grad_rms"]:
+        return (
+            f"{row['noise']:.3g} on projected_grad of {row['projected_grad_rms']:.3g}: more than a tenth."
+            " Raise --eps or --batch-size, or use --dtype float32 or --deterministic"
+        )
+    if row.get("perturbation_error", 0.0) > ROUNDED:
+        share, cosine = 100 * row["perturbation_error"], row["perturbation_cosine"]
+        return (
+            f"rounding to the base's dtype changes a perturbation by {share:.0f} % (cosine {cosine:.3f})."
+            " Raise --eps, or use --dtype float32"
+        )
+    return None

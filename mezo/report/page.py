@@ -1,0 +1,109 @@
+"""A report as one HTML page that opens anywhere: figures inline, nothing fetched, no script."""
+
+import dataclasses
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from mezo.config import Config
+from mezo.errors import UserError
+from mezo.report import tables
+from mezo.report.figures import Curves, figures
+from mezo.run.directory import RunDirectory
+from mezo.run.files import replace_file
+from mezo.run.trajectory import read_trajectory
+
+MARK = '<meta name="generator" content="mezo report">'
+HEAD = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+{MARK}
+<meta name="viewport" content="width=device-width, initial-scale=1">
+"""
+CSS = """<style>
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: .3rem 0 1.2rem; }
+caption { text-align: left; font-weight: 600; padding: .2rem 0; }
+td, th { border-bottom: 1px solid #ddd; padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top; }
+td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; } figcaption { font-weight: 600; }
+.warnings { background: #fff4d6; padding: .6rem 2rem; border-left: 4px solid #d99a00; }
+.given { font-weight: 600; }
+</style>
+"""
+
+
+def write(runs: Sequence[str], path: Path) -> None:
+    """Write the page of one run, or of several beside each other.
+
+    Args:
+        runs: directories of finished runs.
+        path: of the page; an older page there is replaced, any other file is not.
+    Raises:
+        UserError: a run is none or is not finished, or the page cannot be written.
+    """
+    text = html(runs)
+    try:
+        if path.exists() and MARK not in path.read_text(errors="replace")[:500]:
+            raise UserError(f"--html {path} exists and is no report: choose another file")
+        replace_file(path, text.encode())
+    except OSError as error:
+        raise UserError(f"--html {path} cannot be written ({error.strerror}): choose another file") from error
+
+
+def html(runs: Sequence[str]) -> str:
+    """The page's text: the same files give the same bytes."""
+    names = _names(runs)
+    tables = {name: tables.tables(run) for name, run in zip(names, runs, strict=True)}
+    directories = [RunDirectory(Path(run)) for run in runs]
+    configs = [directory.read_config() for directory in directories]
+    curves = [
+        Curves(name, read_trajectory(d.trajectory)[1], d.read_metrics(), d.read_result())
+        for name, d in zip(names, directories, strict=True)
+    ]
+    parts = [HEAD, f"<title>{escape(', '.join(names))}: mezo report</title>\n", CSS, "</head>\n<body>\n"]
+    for name, run in zip(names, runs, strict=True):
+        parts.append(f"<h1>{escape(name)}</h1>\n")
+        warnings = "".join(f"<li>{escape(text)}</li>\n" for text in tables.warnings(run))
+        parts += [f'<ul class="warnings">\n{warnings}</ul>\n'] if warnings else []
+        parts += [_table(title, rows) for title, rows in tables[name].items()]
+    parts.append("<h1>curves</h1>\n" if len(runs) > 1 else "")
+    for caption, drawn in figures(curves).items():
+        text = escape(caption)
+        parts.append(f'<figure role="img" aria-label="{text}">\n<figcaption>{text}</figcaption>\n{drawn}</figure>\n')
+    return "".join([*parts, _options(names, configs), "</body>\n</html>\n"])
+
+
+def _names(runs: Sequence[str]) -> list[str]:
+    """Last parts of the paths, as many as tell the runs apart."""
+    parts = [Path(run).resolve().parts for run in runs]
+    if len(set(parts)) != len(parts):
+        raise UserError(f"mezo report: a run is given twice among {', '.join(runs)}: drop one")
+    depths = range(1, max(map(len, parts)) + 1)
+    enough = next(n for n in depths if len({own[-n:] for own in parts}) == len(parts))
+    return ["/".join(own[-enough:]) for own in parts]
+
+
+def _table(title: str, rows: Sequence[Sequence[str]]) -> str:
+    lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f"<table>\n<caption>{escape(title)}</caption>\n{lines}</table>\n"
+
+
+def _options(names: Sequence[str], configs: Sequence[Config]) -> str:
+    """Every option, a column for each run; those that differ from the default in bold."""
+    lines = []
+    for field in dataclasses.fields(Config):
+        values = [getattr(config, field.name) for config in configs]
+        cells = (
+            f'<td class="given">{escape(_shown(v))}</td>' if v != field.default else f"<td>{escape(_shown(v))}</td>"
+            for v in values
+        )
+        lines.append(f"<tr><td>{field.name}</td>{''.join(cells)}</tr>\n")
+    head = "".join(f"<th>{escape(name)}</th>" for name in names) if len(names) > 1 else ""
+    head = f"<tr><th></th>{head}</tr>\n" if head else ""
+    return f"<details>\n<summary>configuration</summary>\n<table>\n{head}{''.join(lines)}</table>\n</details>\n"
+
+
+def _shown(value) -> str:
+    return " ".join(map(repr, value)) if isinstance(value, tuple) else str(value)

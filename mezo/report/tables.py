@@ -1,0 +1,127 @@
+"""What a run did, where its time went and what to look out for, from its files alone: what `mezo report` prints."""
+
+from pathlib import Path
+
+from mezo.errors import UserError
+from mezo.report.monitor import warning
+from mezo.run.directory import RunDirectory
+from mezo.run.outcome import place
+from mezo.run.stopping import WARNED, WINDOW, loss_ratio
+from mezo.run.trajectory import read_trajectory
+
+PARTS = {
+    "kernels": "fused update and perturbation of theta",
+    "forward": "transformers",
+    "rpc": "calls to the engine's workers, less the kernels",
+    "engine": "SGLang: scheduling and forward passes",
+    "bookkeeping": "log, objective, progress",
+}
+MANY_ZEROS, MANY_CLIPPED = 0.1, 0.5  # shares of projected_grads from where they are warned of
+
+
+def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
+    """Rows by the title of their table.
+
+    Args:
+        run: directory of a finished run.
+    Raises:
+        UserError: it is none.
+    """
+    directory = _finished(run)
+    result, config = directory.read_result(), directory.read_config()
+    first, records = read_trajectory(directory.trajectory)
+    early = ", ended early" if result.get("stopped_early") else ""
+    facts = [
+        ("model", first["model"]),
+        ("runtime", result["runtime"]),
+        ("steps", f"{len(records)}{early}, best {result['best_step']}, {result['skipped_steps']} skipped"),
+        ("speed", f"{result['steps_per_second']:.2f} steps/s at batch {config.batch_size}"),
+        ("zero projected_grads", f"{100 * result['zero_gradient_share']:.1f} %"),
+        *_instruments(result),
+    ]
+    return {
+        "result": facts,
+        "before, after": _changes(result),
+        "tokens": [_tokens(result, prefix, what) for prefix, what in (("", "training"), ("eval_", "evaluation"))],
+        "seconds of training": _seconds(result),
+    }
+
+
+def warnings(run: str) -> list[str]:
+    """What a person should know before trusting a finished run, a sentence each."""
+    directory = _finished(run)
+    result, (first, records) = directory.read_result(), read_trajectory(directory.trajectory)
+    found = []
+    if "projected_grad_noise" in result:
+        noise, signal = result["projected_grad_noise"], result["projected_grad_rms"]
+        text = warning({"split": "noise", "noise": noise, "projected_grad_rms": signal})
+        found.append(text and f"noise of {text}")
+    if "perturbation_error" in result:
+        found.append(warning({"split": "spread", **result}))
+    if result["zero_gradient_share"] > MANY_ZEROS:
+        found.append(f"{100 * result['zero_gradient_share']:.0f} % of projected_grads are zero: raise --eps")
+    if result["clipped_share"] > MANY_CLIPPED:
+        found.append(
+            f"{100 * result['clipped_share']:.0f} % of projected_grads are clipped: raise --clip or lower --lr"
+        )
+    if result["skipped_steps"]:
+        found.append(f"{result['skipped_steps']} steps were skipped, their loss was not finite: lower --lr or --eps")
+    ratio = loss_ratio(records)
+    if ratio is not None and ratio > WARNED:
+        found.append(f"the mean loss of the last {WINDOW} steps is {ratio:.3g} times that of the first: lower --lr")
+    if result["dev"] and result["best_step"] == 0:
+        kept = place(directory, first["peft"]).name
+        found.append(f"no evaluation of dev was better than the first: {kept}/ is what the run started from")
+    return [text for text in found if text]
+
+
+def _finished(run: str) -> RunDirectory:
+    directory = RunDirectory(Path(run))
+    if not directory.result.is_file():
+        raise UserError(f"{run}: no result.json there; give a finished run, or use `mezo trajectory show {run}`")
+    return directory
+
+
+def _instruments(result: dict) -> list[tuple[str, str]]:
+    """Rows on what projected_grad is worth, as far as it was measured."""
+    number = lambda name: f"{result[name]:.3g}"  # noqa: E731
+    shown = {
+        "projected_grad_noise": (
+            "noise of projected_grad",
+            lambda n: f"{number(n)}, beside a root mean square of {number('projected_grad_rms')}",
+        ),
+        "projected_grad_batch_error": ("its standard error over the batch", number),
+        "projected_grad_spread": ("its spread over perturbations", number),
+        "perturbation_error": (
+            "rounding of a perturbation",
+            lambda n: f"{100 * result[n]:.2g} % (cosine {result['perturbation_cosine']:.5f})",
+        ),
+        "gradient_cosine": (
+            "cosine to the true gradient",
+            lambda n: f"{result[n]:.4f} on average, of size {result['gradient_expected_cosine']:.4f} expected",
+        ),
+        "projected_grad_error": ("projected_grad off z . grad by", lambda n: f"{100 * result[n]:.2g} %"),
+    }
+    return [(label, text(name)) for name, (label, text) in shown.items() if name in result]
+
+
+def _changes(result: dict) -> list[tuple[str, ...]]:
+    scored = [name for name in ("test", "train") if name in result]
+    keys = ("accuracy", "auc", "f1", "exact_match", "reward", "loss")
+    pairs = [(f"{n} {key}", result[n], key) for n in scored for key in keys if key in result[n]["before"]]
+    return [(label, _number(row["before"][key]), _number(row["after"][key])) for label, row, key in pairs]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _tokens(result: dict, prefix: str, what: str) -> tuple[str, ...]:
+    scored, computed, reused = (result[f"{prefix}tokens_{kind}"] for kind in ("scored", "computed", "reused"))
+    share = 100 * reused / max(scored, 1)
+    return what, f"{scored:,} scored", f"{computed:,} computed", f"{reused:,} reused ({share:.1f} %)"
+
+
+def _seconds(result: dict) -> list[tuple[str, ...]]:
+    parts, total = result.get("seconds_of_training", {}), max(result["seconds_training"], 1e-9)
+    return [(n, f"{s:.2f} s", f"{100 * s / total:.1f} %", PARTS.get(n, "")) for n, s in parts.items()]

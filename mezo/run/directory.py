@@ -1,0 +1,116 @@
+"""Run directories: their paths, and the lock that lets one process in at a time."""
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+from mezo.config import Config
+from mezo.errors import UserError
+from mezo.run.files import drop_torn_line, read_lines, replace_file
+from mezo.run.header import INITIAL, content_of
+
+
+class RunDirectory:
+    """Paths of a run, and the OS lock that keeps a second process out; the lock dies with its process.
+
+    Use `create` for a new run and `open` for one to resume.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config, self.trajectory = path / "config.json", path / "trajectory.jsonl"
+        self.metrics, self.result = path / "metrics.jsonl", path / "result.json"
+        self.adapter, self.model = path / "adapter", path / "model"
+        self.plots, self.tensorboard = path / "plots", path / "tensorboard"
+        self.launch = path / ".launch"
+        self._lock = None
+
+    @classmethod
+    def create(cls, path: str, config: Config, first_line: dict, initial: Path | bytes | None = None) -> "RunDirectory":
+        """Make the directory with its config, log header and `starting_file`, whole or not at all, and lock it.
+
+        Raises:
+            UserError: it exists, or cannot be made.
+        """
+        refuse_existing(path)
+        part = cls(Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part"))
+        try:
+            part.path.mkdir(parents=True)
+            part._acquire()
+            if initial is not None:
+                replace_file(part.path / INITIAL, content_of(initial))
+            replace_file(part.launch, launch_id().encode())
+            replace_file(part.config, config.to_json().encode())
+            replace_file(part.trajectory, (json.dumps(first_line) + "\n").encode())
+            part.metrics.touch()
+            part.path.rename(path)
+        except OSError as error:
+            shutil.rmtree(part.path, ignore_errors=True)
+            raise UserError(f"--output-dir {path} cannot be created: {error.strerror}; choose another") from error
+        run = cls(Path(path))
+        run._lock = part._lock
+        return run
+
+    @classmethod
+    def open(cls, path: str) -> "RunDirectory":
+        """Lock an existing run. Raises UserError if it is none, or in use."""
+        run = cls(Path(path))
+        if not run.config.is_file() or not run.trajectory.is_file():
+            raise UserError(f"--resume {path}: not a run directory (no config.json or no trajectory.jsonl there)")
+        run._acquire()
+        run.metrics.touch()
+        drop_torn_line(run.trajectory)
+        drop_torn_line(run.metrics)
+        return run
+
+    def read_config(self) -> Config:
+        """The configuration the run was started with."""
+        try:
+            return Config.from_dict(json.loads(self.config.read_text()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}: not a run directory with a readable config.json ({error})") from error
+
+    def read_metrics(self) -> list[dict]:
+        """Evaluations so far, oldest first."""
+        return [row for _, row in read_lines(self.metrics)] if self.metrics.is_file() else []
+
+    def write_metrics(self, rows: list[dict]) -> None:
+        """Replace the evaluations."""
+        replace_file(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def read_result(self) -> dict:
+        """result.json of a finished run."""
+        return json.loads(self.result.read_text())
+
+    def _acquire(self) -> None:
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  held until the process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: another process is training in this run directory; wait or stop it"
+            ) from error
+
+    def release(self) -> None:
+        """Let another process in."""
+        self._lock.close()
+
+
+def launch_id() -> str:
+    """Names the torchrun launch this process belongs to, across its restarts; empty where nothing does."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if name == "none" else name  # torchrun's --rdzv-id where it draws none
+
+
+def refuse_existing(path: str) -> None:
+    """Raise UserError if a run directory (or anything else) is there already."""
+    if Path(path).exists():
+        raise UserError(f"--output-dir {path} exists and is never overwritten: choose another, or use --resume {path}")
+
+
+def best_step(metrics: list[dict]) -> int | None:
+    """Updates applied at the best dev evaluation (the earliest of equals), or None without a dev set."""
+    best = [row["step"] for row in metrics if row.get("is_best")]
+    return best[-1] if best else None

@@ -1,0 +1,66 @@
+"""What a run kept, written for others to use."""
+
+from pathlib import Path
+
+from mezo.errors import UserError
+from mezo.models.families import complete_fields, complete_stacks
+from mezo.models.merge import cast, merge
+from mezo.run.adapter import check_trainable, is_prefix, read_adapter, read_peft_config, save_adapter
+from mezo.run.directory import RunDirectory
+
+
+def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -> None:
+    """Write what a run kept for others to use.
+
+    Args:
+        run: run directory, or any adapter directory.
+        output_dir: directory to create.
+        form: "peft", an adapter; "sglang", the same with zeros for the projections that SGLang's loader wants beside
+            trained ones; "merged", the base model with the adapter added in float32 and cast once, or the model that
+            was trained as a whole.
+        dtype: of the merged model; auto is that of the base checkpoint.
+    """
+    refuse_output(output_dir)
+    if (model := RunDirectory(Path(run)).model).is_dir():
+        if form != "merged":
+            raise UserError(f"--format {form}: {run} trained the whole model, there is no adapter; use merged")
+        cast(model, RunDirectory(Path(run)).read_config().model, Path(output_dir), dtype)
+        return
+    adapter = Path(run) / "adapter" if (Path(run) / "adapter").is_dir() else Path(run)
+    peft = read_peft_config(adapter)
+    if is_prefix(peft) and form != "peft":
+        raise UserError(f"--format {form}: the adapter is a prefix, which is no change of weights; use peft")
+    if peft.get("modules_to_save") and form != "peft":
+        raise UserError(f"--format {form}: the adapter has a linear head, which this form cannot hold; use peft")
+    if form == "merged":
+        merge(peft["base_model_name_or_path"], adapter, Path(output_dir), dtype)
+        return
+    tensors = read_adapter(adapter)
+    if form == "sglang":
+        tensors = complete_stacks(peft["base_model_name_or_path"], tensors)
+        peft = complete_fields(peft, tensors)
+    save_adapter(Path(output_dir), peft, tensors)
+
+
+def import_adapter(adapter: str, output_dir: str) -> None:
+    """Turn an adapter made elsewhere into one that `--adapter` starts from: float32, canonical names, checked."""
+    refuse_output(output_dir)
+    peft = read_peft_config(adapter)
+    check_trainable(peft, adapter)
+    theta = read_adapter(Path(adapter))
+    if is_prefix(peft):
+        save_adapter(Path(output_dir), {**peft, "prefix_projection": False, "inference_mode": True}, theta)
+        return
+    kept = {key: peft[key] for key in ("base_model_name_or_path", "r", "lora_alpha", "target_modules")}
+    layers, task = peft.get("layers_to_transform"), peft.get("task_type")
+    if peft.get("modules_to_save"):
+        kept["modules_to_save"] = peft["modules_to_save"]
+    plain = {"peft_type": "LORA", "lora_dropout": 0.0, "bias": "none", "inference_mode": True}
+    kept |= {"layers_to_transform": layers, "task_type": task, **plain}
+    save_adapter(Path(output_dir), kept, theta)
+
+
+def refuse_output(path: str) -> None:
+    """Raise UserError if something is where a new directory is to be made."""
+    if Path(path).exists():
+        raise UserError(f"--output-dir {path} exists and is never overwritten: choose another")

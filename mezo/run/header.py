@@ -1,0 +1,103 @@
+"""The first line of a run's log: what theta_0 is, and what the run must find again to resume."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+
+from mezo.config import Config
+from mezo.data.example import Example
+from mezo.data.rewards import reward_hash
+from mezo.errors import UserError
+from mezo.method.rules.base import UpdateRule
+from mezo.models.spec import TrainedSpec
+from mezo.run.adapter import WEIGHTS, load_adapter
+from mezo.run.trajectory import FORMAT, VERSIONS
+from mezo.runtimes.base import Runtime
+from mezo_kernels import Z_STREAM_VERSION, lora_init
+
+INITIAL = "initial_adapter.safetensors"
+
+
+def data_hash(splits: dict[str, Sequence[Example]]) -> str:
+    """SHA-256 of the tokenised examples of all splits, and of the answers and fields that text is judged by."""
+    digest = hashlib.sha256()
+    for split, examples in splits.items():
+        digest.update(split.encode())
+        for e in examples:
+            pooled = ["pooled"] if e.pooled else []  # logs from before there was such a head keep their hashes
+            digest.update(json.dumps([e.prompt, e.options, e.label, e.mask, *pooled]).encode())
+            judged = [e.references, e.names, e.fields]
+            if any(judged):
+                digest.update(json.dumps(judged, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def starting_file(config: Config, runtime: Runtime) -> Path | bytes | None:
+    """The file of the adapter that a new run starts from, or what is to be in it; None if there is none.
+
+    It is that of --adapter, or holds a prefix of real tokens.
+    """
+    if config.adapter:
+        return Path(config.adapter) / WEIGHTS
+    return save(runtime.initial_theta(config.seed)) if config.tuning == "prefix" else None
+
+
+def content_of(initial: Path | bytes) -> bytes:
+    return initial if isinstance(initial, bytes) else initial.read_bytes()
+
+
+def make_header(
+    config: Config, spec: TrainedSpec, splits: dict[str, Sequence[Example]], initial: Path | bytes | None = None
+) -> dict:
+    """Header of a new run's log; `initial` is its `starting_file`."""
+    init = {"kind": "stream" if spec.peft else "base"}
+    if initial is not None:
+        init = {"kind": "file", "file": INITIAL, "sha256": hashlib.sha256(content_of(initial)).hexdigest()}
+    extra = {"reward_hash": reward_hash(config.reward)} if config.reward else {}
+    rule = UpdateRule.of(config, spec.shapes).header()
+    extra |= {"rule": rule} if rule else {}
+    return header(config.seed, data_hash(splits), init, {**extra, **asdict(spec)})
+
+
+def initial_theta(first_line: dict, initial: Path | bytes | None = None) -> dict[str, torch.Tensor]:
+    """theta_0 of a run, on the CPU.
+
+    lora_A from the z stream and lora_B zero; or the adapter of `initial`, a file or its content; or, where the base
+    itself is trained, its own parameters in its dtype, loaded from where the run found them. The first two are float32.
+    """
+    shapes, kind = {name: tuple(shape) for name, shape in first_line["shapes"].items()}, first_line["init"]["kind"]
+    if kind == "base":
+        from mezo.models.full import read_parameters
+
+        return read_parameters(first_line["model"], first_line["dtype"], first_line["model_hash"])
+    if kind == "file":
+        if isinstance(initial, bytes):
+            return load(initial)
+        if not initial.is_file() or hashlib.sha256(initial.read_bytes()).hexdigest() != first_line["init"]["sha256"]:
+            raise UserError(f"{initial}: the adapter this run started from is missing or differs (SHA-256); restore it")
+        return load_adapter(initial, shapes)
+    if kind != "stream":
+        raise UserError(f"the log starts from {kind!r}, which this program does not know; use the one that wrote it")
+    seed = first_line["run_seed"]
+    return {n: lora_init(seed, n, s) if n.endswith("lora_A.weight") else torch.zeros(s) for n, s in shapes.items()}
+
+
+def header(run_seed: int, data_hash: str, init: dict, spec: dict) -> dict:
+    """First line of a log: with the records it is all that replay needs.
+
+    Args:
+        run_seed: seed of the run.
+        data_hash: SHA-256 of the tokenised examples, so that a run is not resumed on others.
+        init: {"kind": "stream"}: lora_A from the z stream, lora_B zero; {"kind": "file", "file", "sha256"};
+            or {"kind": "base"}: the parameters of `model`, whose hash is `model_hash`.
+        spec: fields of `TrainedSpec`; before them `reward_hash`, SHA-256 of the file of --reward, if there is one, and
+            `rule`, the update rule and what z is, if it is not plain SGD along normal z.
+    """
+    version = VERSIONS["rule" in spec or init["kind"] == "base"]
+    fixed = {"format": FORMAT, "version": version, "z_stream": Z_STREAM_VERSION}
+    return {**fixed, "run_seed": run_seed, "data_hash": data_hash, "init": init, **spec}

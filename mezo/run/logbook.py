@@ -1,0 +1,111 @@
+"""Looking at a run's log and cutting it: what `mezo trajectory` does."""
+
+import gzip
+import itertools
+import math
+import sys
+from pathlib import Path
+
+from rich.progress import track
+
+from mezo.config.checks import STATEFUL
+from mezo.errors import UserError
+from mezo.method.estimator import best_of_three, planned, projected_grad
+from mezo.run import outcome
+from mezo.run.directory import RunDirectory, best_step
+from mezo.run.files import drop_torn_line, replace_file
+from mezo.run.replay import rebuild
+from mezo.run.trajectory import read_trajectory
+from mezo_kernels import perturbation_seed, root_mean_square
+
+
+def summary(run: str) -> dict:
+    """What a log holds, as label -> text."""
+    path = Path(run) / "trajectory.jsonl"
+    first, records = read_trajectory(path)
+    data, elements = path.read_bytes(), sum(map(math.prod, first["shapes"].values()))
+    start = {"stream": "from the z stream", "base": "from the base model", "file": f"from {first['init'].get('file')}"}
+    what = "model in float32" if first["peft"] is None else "adapter"
+    torn = len(data) - data.rfind(b"\n") - 1
+    grads = [abs(g) for record in records if not record.skipped for g in record.projected_grads]
+    return {
+        "format": f"{first['format']} version {first['version']}, z stream {first['z_stream']}",
+        "model": f"{first['model']} (weights {first['model_hash'][:12]})",
+        "parameters": f"{elements:,} in {len(first['shapes'])} tensors",
+        "start": start[first["init"]["kind"]],
+        "run seed": str(first["run_seed"]),
+        "steps": f"{len(records)} ({sum(record.skipped for record in records)} skipped)",
+        "|projected_grad|": f"mean {sum(grads) / max(len(grads), 1):.4g}, {grads.count(0)} of {len(grads)} zero",
+        "size": f"{len(data):,} bytes, {len(gzip.compress(data)):,} compressed; the {what} is {4 * elements:,}",
+        "torn last line": f"{torn} bytes, to be dropped" if torn else "no",
+    }
+
+
+def verify(run: str) -> int:
+    """Check that a log is whole and agrees with itself and with config.json; return its number of steps.
+
+    Raises:
+        UserError: the first line that is damaged, or whose seeds, estimates or coefficients do not follow.
+    """
+    directory = RunDirectory(Path(run))
+    first, records = read_trajectory(directory.trajectory)
+    config = directory.read_config()
+    quick = not config.normalise_z or not sys.stderr.isatty()  # else every z is drawn for its length
+    for record in track(records, "verify", transient=True, disable=quick):
+        line = f"{directory.trajectory}: line {record.step + 2}"
+        seeds = tuple(perturbation_seed(first["run_seed"], record.step, k) for k in range(len(record.seeds)))
+        if record.seeds != seeds:
+            raise UserError(f"{line}: seeds {record.seeds} are not those of step {record.step}, {seeds}")
+        if record.skipped:
+            if any(record.coefficients) or record.decay != 1:
+                raise UserError(f"{line}: a skipped step must change nothing")
+            continue
+        pairs = zip(record.loss_plus, record.loss_minus, strict=True)
+        grads = tuple(projected_grad(plus, minus, config.half_distance) for plus, minus in pairs)
+        norms = [root_mean_square(first["shapes"], seed) for seed in seeds] if config.normalise_z else []
+        expected, decay, lr = planned(config, record.step, grads, record.loss_plus, norms)
+        if config.update_rule == "conservative":
+            expected, _ = best_of_three(expected[0], record.tried)
+        # another machine's cosine may differ in its last bit, which counts for more the nearer lr comes to 0
+        near = 1e-12 + (1e-15 * config.lr / lr if lr else 0.0)
+        pairs = [*zip(record.coefficients, expected, strict=True), (record.decay, decay)]
+        pairs += [(record.lr or 0.0, lr)] if config.update_rule in STATEFUL else []
+        if record.projected_grads != grads or not all(math.isclose(a, b, rel_tol=near) for a, b in pairs):
+            raise UserError(
+                f"{line}: the estimates or coefficients do not follow from the losses and the configuration"
+            )
+    return len(records)
+
+
+def truncate(run: str, step: int) -> Path:
+    """Cut a run back to `step` steps, so that it resumes from there; what is cut off is kept in a folder beside.
+
+    Returns:
+        The folder in the run directory that holds the files as they were.
+    """
+    directory = RunDirectory.open(run)
+    drop_torn_line(directory.trajectory)
+    _, records = read_trajectory(directory.trajectory)
+    if not 0 <= step <= len(records):
+        raise UserError(f"--step must be from 0 to {len(records)}, got {step}")
+    lines = directory.trajectory.read_bytes().splitlines(keepends=True)
+    rows = directory.read_metrics()
+    # a test score after the run, and that it stopped, belong to the run's end
+    ends = lambda row: row["step"] > 0 and row["split"] in ("test", "train", "stop")  # noqa: E731
+    rows = [row for row in rows if row["step"] <= step and not ends(row)]
+    best = best_step(rows)
+    rebuilt = None if best is None else rebuild(directory.path, str(best))  # before anything is moved
+    aside = next(p for n in itertools.count(1) if not (p := directory.path / f"before-truncate-{n}").exists())
+    aside.mkdir()
+    page = directory.path / "report.html"
+    outcomes = directory.adapter, directory.model, directory.result, directory.plots, page
+    for path in (directory.trajectory, directory.metrics, *outcomes):
+        if path.exists():
+            path.rename(aside / path.name)
+    replace_file(directory.trajectory, b"".join(lines[: step + 1]))
+    directory.write_metrics(rows)
+    if rebuilt:
+        theta, first, _ = rebuilt
+        outcome.write(outcome.place(directory, first["peft"]), first, theta)
+    directory.release()
+    return aside

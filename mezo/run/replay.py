@@ -1,0 +1,61 @@
+"""Theta rebuilt from a run's log alone."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.progress import track
+
+from mezo.errors import UserError
+from mezo.method.rules.base import UpdateRule
+from mezo.method.step import update_of
+from mezo.run.directory import RunDirectory, best_step
+from mezo.run.header import INITIAL, initial_theta
+from mezo.run.trajectory import StepRecord, read_trajectory
+from mezo.runtimes.theta import PerturbedTheta
+from mezo_kernels import ParamLayout
+
+RECORDS_PER_PASS = 256
+
+
+def replay_records(step: Callable, records: Sequence[StepRecord]) -> None:
+    """Apply records to the initial theta, many to a pass; the same bits as step after step, and the rule's state.
+
+    Args:
+        step: `Runtime.step` or `PerturbedTheta.step`, of a new run's theta.
+    """
+    starts = range(0, len(records), RECORDS_PER_PASS)
+    for start in track(starts, "replay", transient=True, disable=len(starts) < 4 or not sys.stderr.isatty()):
+        step([update_of(record) for record in records[start : start + RECORDS_PER_PASS]], [], 1.0)
+
+
+def rebuild(
+    path: str | Path, until: str = "best", backend: str | None = None, model: str = ""
+) -> tuple[dict, dict, int]:
+    """Rebuild theta of a run from its log.
+
+    Args:
+        path: run directory; only its logs are read, and the adapter or model that it started from, if there was one.
+        until: "best" (what the run kept), "last", or a number of steps.
+        backend: of the fused ops.
+        model: where the base of a run that trained all of it is now; empty is where the log says.
+    Returns:
+        (theta, header, steps applied); the header with `model`, if given.
+    """
+    directory = Path(path)
+    first_line, records = read_trajectory(directory / "trajectory.jsonl")
+    if model and first_line["peft"] is not None:
+        raise UserError(f"--model {model}: {path} trained an adapter, which the log rebuilds alone: leave it out")
+    first_line |= {"model": model} if model else {}
+    run = RunDirectory(directory)
+    if until == "best" and not run.metrics.is_file():
+        raise UserError(f"{run.metrics} is missing, which says which step was best; give --until last or a number")
+    best = best_step(run.read_metrics()) if until == "best" else None
+    if until not in ("best", "last") and not (until.isdecimal() and int(until) <= len(records)):
+        raise UserError(f"--until must be best, last or a number of steps from 0 to {len(records)}, got {until}")
+    steps = len(records) if until == "last" else best if until == "best" else int(until)
+    steps = len(records) if steps is None else steps
+    theta = {name: tensor.float() for name, tensor in initial_theta(first_line, directory / INITIAL).items()}
+    rebuilt = PerturbedTheta(ParamLayout(theta), [], backend, UpdateRule.of_header(first_line))
+    replay_records(rebuilt.step, records[:steps])
+    return theta, first_line, steps

@@ -1,0 +1,202 @@
+"""The trunk of a model: the layers that no adapted weight can influence, run once per row and kept.
+
+Layers below the lowest adapted one give each row the same output at theta, theta + eps z and theta - eps z. Where no
+key or value depends on theta either (the last layer alone is adapted, its k and v are not), the keys and values of
+that layer are kept too and only the scored positions are run.
+"""
+
+import itertools
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.progress import track
+from torch.nn.utils.rnn import pad_sequence
+
+from mezo.runtimes.rows import Row, RowBatch, scored
+
+GROUP = 16  # rows whose trunk is computed together, fixed from the start: an entry's bits never depend on the batch
+
+
+class _Captured(Exception):
+    """Ends a forward pass once everything wanted of it is known."""
+
+
+@dataclass
+class Entry:
+    """What is kept of one row.
+
+    Args:
+        hidden: (length, hidden_size) input of the first adapted layer, or (scored, hidden_size) with keys and values.
+        key, value: (length, heads, head_dim) of the last layer, or None.
+    """
+
+    hidden: torch.Tensor
+    key: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.nbytes for t in (self.hidden, self.key, self.value) if t is not None)
+
+
+class Trunk:
+    """Splits a transformer at its first adapted layer and keeps the lower part's output.
+
+    Args:
+        body: the transformer without its head; called with input_ids, attention_mask, position_ids.
+        layers: its layers, in order.
+        first: index of the first adapted layer.
+        keep_kv: keep keys and values of the last layer and run the scored positions only (first is the last layer).
+        causal: True for a decoder.
+        pad: token id to pad with.
+        device, storage: where the model runs, and where entries are kept.
+        limit: bytes of entries to keep; the least recently used groups go first.
+    """
+
+    def __init__(self, body, layers, first, *, keep_kv, causal, pad, device, storage, limit):
+        self.body, self.layers, self.first = body, layers, first
+        self.keep_kv, self.causal, self.pad = keep_kv, causal, pad
+        self.device, self.storage, self.limit = device, storage, limit
+        self.rows: dict[str, list[list[Row]]] = {}
+        self.place: dict[str, list[tuple[int, int]]] = {}
+        self.groups: OrderedDict[tuple[str, int], list[Entry]] = OrderedDict()
+        self.nbytes, self.seconds, self.full = 0, 0.0, False
+        attentions = [m for m in layers[first].modules() if hasattr(m, "is_causal") and hasattr(m, "layer_idx")]
+        self.attention = attentions[0] if attentions else None
+
+    def register(self, split: str, rows: Sequence[Row], group: int = GROUP) -> None:
+        """Divide a split's rows into groups of like length, which wastes little on padding."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        self.rows[split] = [[rows[i] for i in order[g : g + group]] for g in range(0, len(rows), group)]
+        self.place[split] = [divmod(at, group) for at in sorted(range(len(rows)), key=order.__getitem__)]
+
+    @torch.no_grad()
+    def fill(self, split: str) -> int:
+        """Compute a split's entries ahead of use, until all are there or the limit is reached; return the tokens."""
+        filled, quiet = 0, not sys.stderr.isatty()
+        for group in track(range(len(self.rows[split])), f"trunk cache: {split}", transient=True, disable=quiet):
+            before = len(self.groups)
+            filled += self._fill((split, group))
+            if len(self.groups) <= before:
+                break
+        return filled
+
+    def clear(self) -> None:
+        """Forget every entry."""
+        self.groups.clear()
+        self.nbytes = 0
+
+    def hidden(self, split: str, indices: Sequence[int], batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:
+        """Gather the rows' entries; return (a function that runs the rest of the body, tokens whose trunk was run).
+
+        The function gives the final hidden states at the scored positions, (rows, scored, hidden_size), and may be
+        called again after the adapted weights have changed.
+        """
+        filled = 0
+        entries = []
+        for index in indices:
+            group, at = self.place[split][index]
+            if (split, group) not in self.groups:
+                filled += self._fill((split, group))
+            self.groups.move_to_end((split, group))
+            entries.append(self.groups[split, group][at])
+        hidden = pad_sequence([entry.hidden for entry in entries], batch_first=True).to(self.device)
+        if not self.keep_kv:
+            return lambda: scored(
+                self._run(batch.ids, hidden, attention_mask=self._mask(batch)), batch.positions
+            ), filled
+        keys, values = (pad_sequence([getattr(e, n) for e in entries], batch_first=True) for n in ("key", "value"))
+        kept = (keys.transpose(1, 2).to(self.device), values.transpose(1, 2).to(self.device), self._kept_mask(batch))
+        ids = batch.ids.gather(1, batch.positions)
+        return lambda: self._run(ids, hidden, position_ids=batch.positions, kept=kept), filled
+
+    def _mask(self, batch: RowBatch) -> torch.Tensor | None:
+        # padding on the right is invisible to a causal layer
+        return None if self.causal else batch.mask
+
+    def _kept_mask(self, batch: RowBatch) -> torch.Tensor:
+        at = torch.arange(int(batch.lengths.max()), device=self.device)
+        last = batch.positions if self.causal else (batch.lengths - 1)[:, None].expand_as(batch.positions)
+        return (at <= last[:, :, None])[:, None]
+
+    def _run(self, ids, hidden, kept=None, **inputs) -> torch.Tensor:
+        """Run the body from the first adapted layer on, over kept hidden states."""
+        first = self.layers[self.first]
+        replace = first.register_forward_pre_hook(lambda module, args: (hidden, *args[1:]))
+        self._skip(True)
+        if kept is not None:
+            self.attention.mezo_kept = kept
+        try:
+            return self.body(input_ids=ids, **inputs, **no_cache(self.causal)).last_hidden_state
+        finally:
+            self._skip(False)
+            self.attention.__dict__.pop("mezo_kept", None) if kept is not None else None
+            replace.remove()
+
+    def _skip(self, on: bool) -> None:
+        for layer in itertools.islice(self.layers, self.first):
+            if on:
+                layer.forward = _identity
+            else:
+                del layer.forward
+
+    def _fill(self, key: tuple[str, int]) -> int:
+        """Compute the entries of a group; return its number of tokens."""
+        started = time.perf_counter()
+        split, group = key
+        rows = self.rows[split][group]
+        entries = self._capture(RowBatch.of(rows, self.pad, self.device))
+        self.groups[key] = entries
+        self.nbytes += sum(entry.nbytes for entry in entries)
+        while self.nbytes > self.limit and len(self.groups) > 1:
+            self.full = True
+            _, gone = self.groups.popitem(last=False)
+            self.nbytes -= sum(entry.nbytes for entry in gone)
+        self.seconds += time.perf_counter() - started
+        return sum(len(row.ids) for row in rows)
+
+    def _capture(self, batch: RowBatch) -> list[Entry]:
+        seen = {}
+
+        def stop_at_layer(module, args):
+            seen["hidden"] = args[0]
+            if not self.keep_kv:
+                raise _Captured
+
+        def stop_at_attention(key, value):
+            seen["key"], seen["value"] = key.transpose(1, 2), value.transpose(1, 2)
+            raise _Captured
+
+        hook = self.layers[self.first].register_forward_pre_hook(stop_at_layer)
+        if self.keep_kv:
+            self.attention.mezo_kept = stop_at_attention
+        try:
+            self.body(input_ids=batch.ids, attention_mask=self._mask(batch), **no_cache(self.causal))
+        except _Captured:
+            pass
+        finally:
+            hook.remove()
+            self.attention.__dict__.pop("mezo_kept", None) if self.keep_kv else None
+        return [self._entry(seen, batch, i, n) for i, n in enumerate(batch.lengths.tolist())]
+
+    def _entry(self, seen: dict, batch: RowBatch, i: int, length: int) -> Entry:
+        own = lambda t: t.to(self.storage, copy=True).contiguous()  # noqa: E731  a view would keep the padding alive
+        if not self.keep_kv:
+            return Entry(own(seen["hidden"][i, :length]))
+        scored_positions = batch.positions[i][batch.valid[i]]
+        hidden = seen["hidden"][i].index_select(0, scored_positions)
+        return Entry(own(hidden), own(seen["key"][i, :length]), own(seen["value"][i, :length]))
+
+
+def _identity(hidden_states, *args, **kwargs):
+    return hidden_states
+
+
+def no_cache(causal: bool) -> dict:
+    """Arguments that stop a decoder from building a generation cache, which costs a millisecond and is thrown away."""
+    return {"use_cache": False} if causal else {}

@@ -1,0 +1,253 @@
+"""From a run's configuration to the arguments of `sglang.Engine`, and what is refused before anything starts."""
+
+import difflib
+import hashlib
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+from packaging.version import Version
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from mezo.config import Config
+from mezo.config.checks import engine_argument
+from mezo.errors import UserError
+from mezo.models.families import complete_fields, complete_stacks
+from mezo.models.spec import TrainedSpec
+from mezo.runtimes.sglang.engine import PATIENCE, accelerated
+from mezo_kernels import available_backends
+
+OLDEST = "0.5.23"
+MAX_CALL_TOKENS = 16384  # of a forward pass on a GPU
+MAX_PAIRS = 8  # perturbations held at once, unless max_loras_per_batch says otherwise
+OWN = {  # arguments that an option of ours decides
+    "model_path": "--model", "model": "--model", "tp_size": "--tp", "tp": "--tp", "dtype": "--dtype",
+    "disable_radix_cache": "--radix off", "enable_deterministic_inference": "--deterministic",
+    "lora_paths": "--r, --target-modules", "max_lora_rank": "--r", "lora_target_modules": "--target-modules",
+    "enable_lora": "--r", "device": "the machine", "random_seed": "--seed",
+}  # fmt: skip
+ONE = {  # what is proven: one replica, whose ranks hold all layers
+    "dp_size": "every replica of the model would have to be updated",
+    "attn_dp_size": "every replica of the model would have to be updated",
+    "pp_size": "a stage holds some of the layers only",
+}
+
+
+def check_version() -> None:
+    """Raise UserError if the SGLang at hand is older than what this runtime has been tested on."""
+    found = version("sglang")
+    if Version(found) < Version(OLDEST):
+        raise UserError(f"--runtime sglang: SGLang {found} is installed, {OLDEST} or later is needed; upgrade it")
+
+
+def engine_options(config: Config) -> dict:
+    """--engine-arg key=value ..., parsed and checked.
+
+    Raises:
+        UserError: no such argument, one that belongs to an option of ours, or more than one replica.
+    """
+    options = {}
+    for text in config.engine_arg:
+        key, value = engine_argument(text)
+        if "=" not in text or not key:
+            raise UserError(f"--engine-arg must be key=value, got {text!r}")
+        if key in OWN:
+            raise UserError(f"--engine-arg {key} is decided by {OWN[key]}: use that")
+        options[key] = yaml.safe_load(value)
+        if key in ONE and options[key] != 1:
+            raise UserError(f"--engine-arg {key}={value}: {ONE[key]}; use --tp, or torchrun with an engine a process")
+    known = _known_arguments()
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise UserError(f"--engine-arg {key}: SGLang's engine has no such argument{hint}")
+    _check_nodes(config, options)
+    return options
+
+
+def _check_nodes(config: Config, options: dict) -> None:
+    """Raise UserError if several machines are asked for in a way that they could not find each other."""
+    nodes, node = options.get("nnodes", 1), options.get("node_rank", 0)
+    if not (isinstance(nodes, int) and nodes >= 1 and isinstance(node, int) and 0 <= node < nodes):
+        raise UserError(f"--engine-arg node_rank must be from 0 to nnodes - 1, got node_rank={node} nnodes={nodes}")
+    if config.tp % nodes:
+        raise UserError(f"--tp {config.tp} cannot be divided among nnodes={nodes}: use a multiple of it")
+    if nodes > 1 and not options.get("dist_init_addr"):
+        raise UserError(
+            "--engine-arg nnodes: give dist_init_addr=HOST:PORT, an address of the first machine that all reach"
+        )
+
+
+def _known_arguments() -> list[str]:
+    from sglang.srt.server_args import ServerArgs
+
+    return [name for name in ServerArgs.__struct_fields__ if not name.startswith("_")]
+
+
+def check_heads(config: Config) -> None:
+    """Raise UserError if a model's heads or MLP cannot be divided by --tp."""
+    if config.tp == 1:
+        return
+    model = AutoConfig.from_pretrained(config.model)
+    heads = model.num_attention_heads
+    kv = getattr(model, "num_key_value_heads", None) or heads
+    for what, n in (("attention heads", heads), ("MLP columns", getattr(model, "intermediate_size", config.tp))):
+        if n % config.tp:
+            raise UserError(f"--tp {config.tp}: {config.model} has {n} {what}, which {config.tp} ranks cannot share")
+    if kv % config.tp and config.tp % kv:
+        raise UserError(f"--tp {config.tp}: {config.model} has {kv} key-value heads, which do not divide or hold it")
+
+
+def pairs_of(config: Config, options: dict) -> int:
+    """Perturbations whose two signs are resident at once: all of a step's, as far as the engine's slots go."""
+    if "max_loras_per_batch" in options:
+        slots = int(options["max_loras_per_batch"])
+        if slots < 3:
+            raise UserError(
+                f"--engine-arg max_loras_per_batch must be at least 3 (both signs and the base), got {slots}"
+            )
+        return min(config.num_perturbations, (slots - 1) // 2)
+    return min(config.num_perturbations, MAX_PAIRS)
+
+
+def check_device(device: str) -> None:
+    """Raise UserError if --device asks for another device than the one SGLang takes."""
+    taken = "cuda" if accelerated() else "cpu"
+    if device not in ("auto", taken):
+        raise UserError(f"--device {device}: SGLang runs on {taken} here; use --device auto, or CUDA_VISIBLE_DEVICES")
+
+
+def call_tokens(tokens: int) -> int:
+    """Tokens that one forward pass of the engine may have, for a largest call of `tokens`.
+
+    On a GPU the engine sets memory aside by this number: larger calls are divided by examples, both signs together.
+    """
+    rounded = -(-max(8192, tokens) // 128) * 128  # a multiple of every page size
+    return min(rounded, MAX_CALL_TOKENS) if accelerated() else rounded
+
+
+def largest_call(config: Config, rows: dict[str, list[list]], pairs: int) -> tuple[int, int]:
+    """Requests, and tokens, of the largest batch that training or evaluation may ask for.
+
+    Args:
+        config: the run's.
+        rows: of each split's examples, each a list.
+        pairs: perturbations held at once.
+    """
+    sizes = {"train": 2 * pairs * (config.micro_batch_size or config.batch_size)}
+    evaluated = config.eval_batch_size or config.batch_size
+    requests, tokens, new = 1, 1, config.max_new_tokens if config.generates else 0
+    for split, nested in rows.items():
+        copies, own = max(sizes.get(split, 1), evaluated), max(len(mine) for mine in nested)
+        requests = max(requests, copies * own)
+        tokens = max(tokens, copies * (new + max(sum(len(row.ids) for row in mine) for mine in nested)))
+    return requests, tokens
+
+
+def engine_arguments(
+    config: Config,
+    options: dict,
+    dtype: str,
+    spec: TrainedSpec,
+    adapters: list[dict],
+    tokens: int,
+    held: int,
+    rows: int,
+) -> dict:
+    """Arguments of `sglang.Engine`.
+
+    Args:
+        config: the run's.
+        options: the user's own, which win.
+        dtype: of the base model.
+        spec: what is trained.
+        adapters: the engine's `lora_paths`.
+        tokens: that one call may compute.
+        held: tokens that the KV cache should keep beside.
+        rows: requests of the largest call.
+    """
+    arguments = {
+        "model_path": config.model,
+        "dtype": dtype,
+        "tp_size": config.tp,
+        "lora_paths": adapters,
+        "max_loras_per_batch": len(adapters) + 1,
+        "max_lora_rank": spec.peft["r"],
+        "random_seed": config.seed % 2**31,
+        "schedule_policy": "fcfs",
+        "disable_radix_cache": config.radix == "off",
+        "disable_overlap_schedule": True,  # nothing is decoded, and slots change between forward passes
+        "disable_cuda_graph": True,  # of decoding
+        "skip_server_warmup": True,
+        "watchdog_timeout": PATIENCE,  # a call is one forward pass, which on a CPU may take minutes
+        "log_level": "error",
+    }
+    if dtype != "float32":
+        arguments["enable_fp32_lm_head"] = True  # 16-bit logits near 20 come in steps of an eighth
+    if config.deterministic:
+        arguments["enable_deterministic_inference"] = True
+    if accelerated():
+        # under torchrun every rank drives an engine of its own; a call is one forward pass, both signs of it alike
+        arguments |= {
+            "base_gpu_id": int(os.environ.get("LOCAL_RANK", "0")) * config.tp,
+            "chunked_prefill_size": tokens,
+            "max_prefill_tokens": tokens,
+        }
+    else:
+        arguments |= {
+            "device": "cpu",
+            "attention_backend": "torch_native",
+            "sampling_backend": "pytorch",
+            "grammar_backend": "none",
+            "lora_backend": "torch_native",
+            "mem_fraction_static": 0.8,  # SGLang has a guess for GPUs alone; max_total_tokens is the limit here
+            "chunked_prefill_size": -1,
+            "max_prefill_tokens": tokens,
+            "max_total_tokens": tokens + held,
+            "max_running_requests": max(64, rows),
+        }
+    return arguments | options
+
+
+def write_placeholders(scratch: Path, options: dict, spec: TrainedSpec, pairs: int) -> list[dict]:
+    """Adapters of zeros that reserve the slots plus0, minus0, ...; return the engine's `lora_paths`.
+
+    Members of a stack that are not trained stay zero for good.
+
+    Args:
+        scratch: a directory of this process; of an engine over several machines the path of the adapters must be the
+            same on all, which know them by it, and another directory beside it is used.
+        options: --engine-arg.
+        spec: what is trained.
+        pairs: perturbations held at once.
+    """
+    directory = scratch / "placeholder"
+    if options.get("nnodes", 1) > 1:
+        facts = json.dumps([options["dist_init_addr"], spec.peft, spec.shapes], sort_keys=True)
+        directory = scratch.parent / f"mezo-placeholder-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+    directory.mkdir(exist_ok=True)
+    tensors = complete_stacks(spec.model, {name: torch.zeros(shape) for name, shape in spec.shapes.items()})
+    save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+    (scratch / "adapter_config.json").write_text(json.dumps(complete_fields(spec.peft, tensors)))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (scratch / name).replace(directory / name)  # two processes of one machine may do so at once
+    names = [f"{sign}{k}" for k in range(pairs) for sign in ("plus", "minus")]
+    return [{"lora_name": name, "lora_path": str(directory), "pinned": True} for name in names]
+
+
+def default_dtype() -> torch.dtype:
+    """Of the base model under --dtype auto."""
+    return torch.bfloat16 if accelerated() else torch.float32
+
+
+def backend_of(name: str) -> str | None:
+    """The fused ops' backend that --backend names, None for auto. Raises UserError if it does not run here."""
+    available = available_backends("cuda" if accelerated() else "cpu")
+    if name != "auto" and name not in available:
+        raise UserError(f"--backend {name} does not run here; available: {', '.join(available)}")
+    return None if name == "auto" else name

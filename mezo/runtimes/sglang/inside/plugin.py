@@ -1,0 +1,63 @@
+"""The SGLang plugin (entry-point group sglang.srt.plugins): puts MeZO's state into the engine's scheduler processes.
+
+It does nothing unless the trainer started the engine: the trainer leaves a token in the environment and, for as long as
+the engine starts, the same token in a file that its user alone can read.
+"""
+
+import functools
+import importlib
+import signal
+
+from mezo.runtimes.sglang.inside.handshake import started_by_trainer
+
+
+def activate() -> None:
+    """Called by SGLang at the start of each of its processes."""
+    if not started_by_trainer():
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from mezo.runtimes.sglang.inside import head, worker
+
+    managers, pool = "sglang.srt.managers", "sglang.srt.lora.mem_pool.LoRAMemoryPool"
+    HookRegistry.register(f"{managers}.scheduler.Scheduler.handle_rpc_request", worker.answer, HookType.AROUND)
+    HookRegistry.register(f"{managers}.schedule_batch.Req.__init__", worker.see_request, HookType.AFTER)
+    HookRegistry.register(f"{pool}.load_lora_weight_to_buffer", worker.see_load, HookType.AFTER)
+    backend = "sglang.srt.lora.backend.torch_backend.TorchNativeLoRABackend"
+    HookRegistry.register(f"{backend}.prepare_lora_batch", head.prune, HookType.AFTER)
+    for factor in "ab":
+        HookRegistry.register(f"{backend}.run_lora_{factor}_sgemm", head.use_pruned, HookType.AROUND)
+    _allow_unpinned_memory()
+    # Ctrl-C in a terminal reaches every process of the group: the trainer alone decides when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _allow_unpinned_memory() -> None:
+    """Without an accelerator memory cannot be pinned, and SGLang's LoRA modules ask for it unconditionally."""
+    import torch
+
+    if torch.accelerator.is_available():
+        return
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+    for module in ("layers", "backend.torch_backend", "backend.triton_backend"):
+        importlib.import_module(f"sglang.srt.lora.{module}").torch = _UnpinnedTorch(torch)
+
+
+class _UnpinnedTorch:
+    """`torch` as those modules see it: factory functions that ignore pin_memory. Nobody else's torch is changed."""
+
+    def __init__(self, torch):
+        self._torch = torch
+        for name in ("tensor", "zeros", "empty", "arange", "full", "ones"):
+            setattr(self, name, _without_pin_memory(getattr(torch, name)))
+
+    def __getattr__(self, name):
+        return getattr(self._torch, name)
+
+
+def _without_pin_memory(function):
+    @functools.wraps(function)
+    def call(*args, pin_memory=False, **kwargs):
+        return function(*args, **kwargs)
+
+    return call

@@ -1,0 +1,237 @@
+"""MeZO inside an SGLang scheduler process: one tensor-parallel rank's shard of theta, and the adapter slots it writes.
+
+The trainer reaches it by the engine's own collective RPC, with scalars alone. Theta is never sent: each rank applies
+the same seeds and coefficients to its shard, and writes both signs straight into the engine's adapter pool.
+"""
+
+import json
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from sglang.srt.managers.io_struct import RpcReqOutput
+
+from mezo.method.rules.base import UpdateRule
+from mezo.method.step import StepUpdate
+from mezo.models.families import why_kv_depends
+from mezo.runtimes.sglang.inside.handshake import ENDED, directory
+from mezo.runtimes.sglang.inside.shards import Shard, shard_of
+from mezo.runtimes.theta import PerturbedTheta
+from mezo_kernels import ParamLayout, ParamSlot
+
+PREFIX = "mezo_"
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Seen:
+    """What the hooks saw in this process: requests and loads of adapter slots by LoRA id, and ids that share KV."""
+
+    requests: Counter = field(default_factory=Counter)
+    loads: Counter = field(default_factory=Counter)
+    shared: set[str] = field(default_factory=set)
+
+
+seen = Seen()
+
+
+def see_request(result, req, *args, **kwargs) -> None:
+    """After `Req.__init__`: count the request, and let adapters that change no key or value share one namespace."""
+    seen.requests[req.lora_id] += 1
+    if req.lora_id in seen.shared:
+        req.extra_key = req.extra_key[: -len(req.lora_id)] or None
+
+
+def see_load(result, pool, uid, *args, **kwargs) -> None:
+    """After `LoRAMemoryPool.load_lora_weight_to_buffer`: a slot of ours must be loaded once and never again."""
+    seen.loads[uid] += 1
+
+
+def answer(original, scheduler, request) -> RpcReqOutput:
+    """Around `Scheduler.handle_rpc_request`: run one of our methods on every rank and tell how each of them fared."""
+    if not request.method.startswith(PREFIX):
+        return original(scheduler, request)
+    worker = scheduler.__dict__.get("mezo") or scheduler.__dict__.setdefault("mezo", Worker(scheduler))
+    try:
+        mine = {"value": getattr(worker, request.method.removeprefix(PREFIX))(**(request.parameters or {}))}
+    except Exception as error:
+        logger.exception("%s failed", request.method)
+        mine = {"error": f"{type(error).__name__}: {error}"}
+    answers = worker.gather(mine)
+    failed = [f"rank {rank}: {a['error']}" for rank, a in enumerate(answers) if "error" in a]
+    text = "; ".join(failed) if failed else json.dumps([a["value"] for a in answers])
+    return RpcReqOutput(success=not failed, message=text)
+
+
+class Worker:
+    """One rank's part. Public methods are called by RPC, with scalars, on all ranks, between forward passes."""
+
+    def __init__(self, scheduler):
+        self.scheduler, self.group = scheduler, scheduler.tp_group
+        self.rank, self.size = self.group.rank_in_group, self.group.world_size
+        self.manager = scheduler.tp_worker.model_runner.lora_manager
+        self.ids: dict[str, str] = {}
+
+    def gather(self, value) -> list:
+        """The value of every rank, in order."""
+        return [value] if self.size == 1 else self.group.all_gather_object(value)
+
+    def setup(self, shapes: str, pairs: int, share: bool, backend: str | None, rule: str) -> dict:
+        """Take the slots plus0, minus0, plus1, ... and lay the canonical parameters over them.
+
+        Args:
+            shapes: JSON, full shape of each trained parameter by canonical name.
+            pairs: perturbations held at once.
+            share: all slots use one cache namespace; refused if a trained parameter changes a key or value.
+            backend: of the fused ops; None by device.
+            rule: JSON, the `UpdateRule` as a log's header holds it.
+        Returns:
+            Elements of this rank's shard, dtype of the slots, and the reason why keys and values depend on theta.
+        """
+        shapes = {name: tuple(shape) for name, shape in json.loads(shapes).items()}
+        reason = why_kv_depends(shapes, self.manager.base_hf_config.num_hidden_layers)
+        if share and reason:
+            raise ValueError(f"the adapters may not share a cache: {reason}")
+        known = {ref.lora_name: lora_id for lora_id, ref in self.manager.lora_refs.items()}
+        self.ids = {f"{sign}{k}": known[f"{sign}{k}"] for k in range(pairs) for sign in ("plus", "minus")}
+        self.manager.fetch_new_loras(set(self.ids.values()))
+        pool = self.manager.memory_pool
+        self.slots = {name: pool.uid_to_buffer_id[lora_id] for name, lora_id in self.ids.items()}
+        seen.shared = set(self.ids.values()) if share else set()
+        seen.loads.clear()
+        seen.requests.clear()
+        self.shards = {name: shard_of(self.manager, name, shape) for name, shape in shapes.items()}
+        self.theta = self._layouts(pairs, backend, UpdateRule.of_header({"rule": json.loads(rule)}))
+        self._skip_unadapted()
+        return {"elements": self.theta.master.n_elements, "dtype": str(pool.dtype), "kv_depends": reason}
+
+    def _layouts(self, pairs: int, backend: str | None, rule: UpdateRule) -> PerturbedTheta:
+        views = {name: self._views(slot) for name, slot in self.slots.items()}
+        zeros = [
+            torch.zeros_like(t, dtype=torch.float32, memory_format=torch.contiguous_format) for t in views["plus0"]
+        ]
+        items = zip(self.shards.items(), zeros, strict=True)
+        master = ParamLayout(ParamSlot(n, t, s.full_shape, s.row_start, s.col_start) for (n, s), t in items)
+        copies = [(master.like(views[f"plus{k}"]), master.like(views[f"minus{k}"])) for k in range(pairs)]
+        return PerturbedTheta(master, copies, backend, rule)
+
+    def _views(self, slot: int) -> list[torch.Tensor]:
+        return [shard.view(self.manager.memory_pool, slot) for shard in self.shards.values()]
+
+    def _skip_unadapted(self) -> None:
+        """Modules that no trained parameter adapts take the base path: their slots hold zeros."""
+        used = {shard.module for shard in self.shards.values()}
+        for modules in self.manager.lora_modules:
+            for name, module in modules.items():
+                module.set_lora = module.set_lora and name in used
+
+    def load(self, path: str) -> dict:
+        """Set this rank's shard of theta from a safetensors file of full float32 tensors that rank 0 can read."""
+        full = self.group.broadcast_object(_read(path) if self.rank == 0 else None)
+        if isinstance(full, str):
+            raise ValueError(full)
+        for name, tensor in zip(self.theta.master.names, self.theta.master.tensors, strict=True):
+            tensor.copy_(self.shards[name].block(full[name]))
+        self.theta.forget()
+        return {}
+
+    def save(self, path: str) -> dict:
+        """Rank 0 writes theta, whole, to a safetensors file; a factor that several ranks hold must be equal on all."""
+        names = self.theta.master.names
+        own = {n: (self.shards[n], t.cpu()) for n, t in zip(names, self.theta.master.tensors, strict=True)}
+        parts = self.gather(own)
+        if self.rank == 0:
+            full = {name: _join(name, [part[name] for part in parts]) for name in names}
+            part = Path(path + ".part")
+            save_file(full, part)
+            part.rename(path)
+        return {}
+
+    def step(self, updates: str, seeds: str, eps: float | list[float], watch: bool) -> dict:
+        """See `PerturbedTheta.step`; `updates` and `seeds` are JSON. Returns seconds in the fused op, and `report`."""
+        self._check()
+        device = self.theta.master.device
+        _wait(device)
+        began = time.perf_counter()
+        steps = [StepUpdate(*update) for update in json.loads(updates)]
+        self.theta.step(steps, json.loads(seeds), eps, watch=watch)
+        _wait(device)
+        return {"seconds": time.perf_counter() - began, **self.report()}
+
+    def show(self, what: str) -> dict:
+        """Write "theta" to plus0, "equal" theta to all slots, or the "perturbed" copies of the last step."""
+        self._check()
+        copies = [copy for pair in self.theta.pairs for copy in pair]
+        if what == "perturbed":
+            self.theta.restore()
+        else:
+            self.theta.show(copies[:1] if what == "theta" else copies)
+        return self.report()
+
+    def flush(self) -> dict:
+        """Forget all cached keys and values; the engine does so only once it has tidied up after its last batch."""
+        self._check()
+        return {"flushed": bool(self.scheduler.flush_cache(empty_cache=False))}
+
+    def verify(self) -> dict:
+        """What the watched step wrote, compared with the reference: the first difference on this rank, or None."""
+        self._check()
+        return {"difference": self.theta.verify()}
+
+    def end(self) -> dict:
+        """Tell the machines that only wait for it that the trainer has done with the engine."""
+        (directory() / ENDED).touch()
+        return {}
+
+    def report(self) -> dict:
+        """Requests since the last report, by slot; those of no slot of ours are under "other"."""
+        names = {lora_id: name for name, lora_id in self.ids.items()}
+        counts = Counter()
+        for lora_id, n in seen.requests.items():
+            counts[names.get(lora_id, "other")] += n
+        seen.requests.clear()
+        self._check()
+        return {"requests": counts}
+
+    def _check(self) -> None:
+        """The slots are where they were, hold what we wrote, and nothing is reading them."""
+        busy, last = self.scheduler, self.scheduler.last_batch
+        # a batch that has just been answered is still the last one until the engine's loop comes round again
+        held = [*busy.waiting_queue, *busy.running_batch.reqs, *(last.reqs if last is not None else ())]
+        if busy.chunked_req is not None or not all(req.finished() for req in held):
+            raise RuntimeError("the engine still has requests in flight")
+        pool = self.manager.memory_pool
+        for name, lora_id in self.ids.items():
+            if seen.loads[lora_id] or pool.uid_to_buffer_id.get(lora_id) != self.slots[name]:
+                raise RuntimeError(f"adapter slot {name} was evicted by the engine: what was trained in it is gone")
+
+
+def _read(path: str) -> dict[str, torch.Tensor] | str:
+    """The tensors of a file, or why there are none: the ranks that wait for them must hear it."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        return f"{path}: {error}"
+
+
+def _join(name: str, parts: list[tuple[Shard, torch.Tensor]]) -> torch.Tensor:
+    """The full tensor from the ranks' blocks."""
+    full = torch.full(parts[0][0].full_shape, torch.nan)
+    for rank, (shard, tensor) in enumerate(parts):
+        block = shard.block(full)
+        if not (block.isnan().all() or torch.equal(block, tensor)):
+            raise RuntimeError(f"{name} of rank {rank} differs from that of another rank that holds the same elements")
+        block.copy_(tensor)
+    if full.isnan().any() and not any(tensor.isnan().any() for _, tensor in parts):
+        raise RuntimeError(f"no rank holds some of the elements of {name}")
+    return full
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,372 @@
+"""The SGLang runtime: the inference engine computes the losses of both signs in one batch, and keeps what is exact."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mezo.config import Config
+from mezo.data.example import Example
+from mezo.errors import RunError, UserError
+from mezo.method.rules.base import UpdateRule
+from mezo.method.step import StepUpdate
+from mezo.models.families import why_kv_depends
+from mezo.models.parts import load_parts
+from mezo.runtimes.base import TokenCount
+from mezo.runtimes.generation import Writing, refuse_too_long
+from mezo.runtimes.rows import Row, padded, rows_of, scores_of
+from mezo.runtimes.sglang.answers import SCORE_ONLY, count_tokens, greedy, start_of, table_of
+from mezo.runtimes.sglang.arguments import (
+    backend_of,
+    call_tokens,
+    check_device,
+    check_heads,
+    check_version,
+    default_dtype,
+    engine_arguments,
+    engine_options,
+    largest_call,
+    pairs_of,
+    write_placeholders,
+)
+from mezo.runtimes.sglang.engine import EngineHandle
+from mezo.runtimes.sglang.proof import StartProof
+from mezo.runtimes.sglang.reuse import warm_ups
+from mezo.runtimes.sides import Sides
+
+FLUSH_SECONDS = 10.0
+
+
+class SGLangRuntime:
+    """An SGLang engine with MeZO's state in each tensor-parallel worker; implements `mezo.runtimes.base.Runtime`.
+
+    A step is two messages: one call that updates theta and writes both signs into the engine's adapter slots, with
+    scalars alone, and one batch of requests that scores them.
+
+    KV is reused within one version of theta, whose cache namespace is its own. Where no key or value depends on theta
+    all versions and both signs share one namespace, and a prompt seen before costs one token.
+    """
+
+    def __init__(self, config: Config, pad: int = 0):
+        if config.trunk_cache in ("cpu", "device"):
+            raise UserError(
+                f"--trunk-cache {config.trunk_cache} is of the hf runtime: with sglang use --radix auto or off"
+            )
+        check_version()
+        check_device(config.device)
+        self.config, self.pad = config, pad
+        self.options = engine_options(config)
+        check_heads(config)
+        self.pairs = pairs_of(config, self.options)
+        self.backend = backend_of(config.backend)
+        dtype = getattr(torch, config.dtype) if config.dtype != "auto" else default_dtype()
+        self._parts, self.spec = load_parts(config, torch.device("cpu"), dtype)
+        self.dtype = self.spec.dtype
+        if self.options.get("quantization"):  # another base: a run is not resumed without it
+            self.spec = dataclasses.replace(self.spec, dtype=f"{self.dtype}, quantised {self.options['quantization']}")
+        if not self._parts.causal:
+            raise UserError(f"--model {config.model} fills masks, which SGLang does not score: use --runtime hf")
+        self.kv_depends = why_kv_depends(self.spec.shapes, len(self._parts.layers))
+        rule = UpdateRule.of(config, self.spec.shapes)
+        self.rule, self.sides, self.device = json.dumps(rule.header() or {}), Sides(rule.one_sided), torch.device("cpu")
+        self.shared = self.kv_depends is None and config.radix == "auto"
+        self.tokens, self.eval_tokens = TokenCount(), TokenCount()
+        self.seconds = dict.fromkeys(("kernels", "rpc", "engine"), 0.0)
+        self.seconds_filling = 0.0
+        self.engine: EngineHandle | None = None
+        self._keep_log = False
+        self._scratch = Path(tempfile.mkdtemp(prefix="mezo-engine-"))
+        self._sent, self._showing = Counter(), "perturbed"
+        self._versions, self._salt = itertools.count(), ""
+        self._visited: set[tuple[int, ...]] = set()
+        self._held = 1
+        self.writing = Writing.of(config.model) if config.generates else None
+
+    def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
+        """See `Runtime.prepare`. Starts the engine and proves that it scores as the model itself does."""
+        self.examples = splits
+        self.rows = {split: [rows_of(example) for example in examples] for split, examples in splits.items()}
+        self._check_lengths()
+        if self.config.follows:  # the first machine proves and scores
+            self._launch()
+            return
+        proof = StartProof(self._parts, self.spec, self._all_rows(), self.pad)
+        self._parts = None
+        self._launch()
+        for seed in StartProof.SEEDS:
+            self.load(proof.adapter(seed))
+            self._show("theta")
+            proof.check(seed, self._read([[row] for row in proof.rows], proof.rows, ["plus0"], TokenCount()))
+        self._flush()  # a prompt's first visit is the run's own, and is counted
+        self.load({name: torch.zeros(shape) for name, shape in self.spec.shapes.items()})
+
+    def _check_lengths(self) -> None:
+        limit = getattr(self._parts.model.config, "max_position_embeddings", None)
+        # the engine keeps a place for a token after the prompt
+        refuse_too_long(self.config, self.examples, self._longest(), None if limit is None else limit - 1)
+
+    def _all_rows(self) -> list[Row]:
+        return [row for nested in self.rows.values() for own in nested for row in own]
+
+    def _longest(self) -> int:
+        return max(len(row.ids) for row in self._all_rows())
+
+    def _launch(self) -> None:
+        held = sum(len(row.ids) for row in self._all_rows()) if self.shared else 0
+        adapters = write_placeholders(self._scratch, self.options, self.spec, self.pairs)
+        self._placeholder = adapters[0]["lora_path"]
+        requests, tokens = largest_call(self.config, self.rows, self.pairs)
+        self.call_tokens = call_tokens(tokens)
+        arguments = engine_arguments(
+            self.config, self.options, self.dtype, self.spec, adapters, self.call_tokens, held, requests
+        )
+        try:
+            self.engine = EngineHandle(arguments, self._scratch)
+        except UserError:
+            self._keep_log = True
+            raise
+        if self.config.follows:
+            return
+        shapes = json.dumps({name: list(shape) for name, shape in self.spec.shapes.items()})
+        options = {"pairs": self.pairs, "share": self.shared, "backend": self.backend, "rule": self.rule}
+        self.ranks = self._call("setup", shapes=shapes, **options)
+
+    def follow(self) -> None:
+        """On the second and later machines of an engine: serve until the trainer, on the first, ends it."""
+        self.engine.follow()
+
+    def load(self, theta: dict[str, torch.Tensor]) -> None:
+        """See `Runtime.load`. Theta goes through a file: at the start of a run and at its end, never in a step."""
+        path = self._scratch / "theta.safetensors"
+        save_file({name: theta[name].float().contiguous() for name in self.spec.shapes}, path)
+        self._call("load", path=str(path))
+        path.unlink()
+        self.sides.loaded()
+        self._changed("stale")
+
+    def theta(self) -> dict[str, torch.Tensor]:
+        """See `Runtime.theta`."""
+        path = self._scratch / "theta.safetensors"
+        self._call("save", path=str(path))
+        full = load_file(path)
+        path.unlink()
+        return {name: full[name] for name in self.spec.shapes}
+
+    def step(
+        self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float | Sequence[float], *, watch: bool = False
+    ) -> None:
+        """See `Runtime.step`: one call with scalars, one fused pass in every worker."""
+        lists = json.dumps([[list(u.seeds), list(u.coefficients), u.decay, u.lr, u.skipped] for u in updates])
+        answers = self._call("step", updates=lists, seeds=json.dumps(list(seeds)), eps=eps, watch=watch)
+        slowest = max(answer["seconds"] for answer in answers)
+        self.seconds["kernels"] += slowest
+        self.seconds["rpc"] -= slowest
+        self._held = len(seeds)
+        self.sides.stepped(updates)
+        self._changed("perturbed")
+
+    def equalise(self) -> None:
+        """See `Runtime.equalise`. One pair tells as much as all."""
+        self._show("equal")
+        self.sides.equalised()
+        self._held = 1
+
+    def verify(self) -> str | None:
+        """See `Runtime.verify`: every rank compares its shard and its slots of the engine's pool."""
+        if self._showing != "perturbed":
+            self._show("perturbed")
+        found = [(rank, answer["difference"]) for rank, answer in enumerate(self._call("verify"))]
+        return next((f"rank {rank}: {difference}" for rank, difference in found if difference), None)
+
+    def score_pairs(self, split: str, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """See `Runtime.score_pairs`. One batch of requests holds both signs of every perturbation."""
+        count = self._pairs_shown()
+        read = lambda names: self._score(split, indices, names, count)  # noqa: E731
+        return self.sides.pairs(self._held, ("scores", split, *indices), read)
+
+    def score(self, split: str, indices: Sequence[int]) -> torch.Tensor:
+        """See `Runtime.score`. Theta, rounded once, is written to one slot; the next pair finds its slots restored."""
+        if self._showing != "theta":
+            self._show("theta")
+        return self._score(split, indices, ["plus0"], self.eval_tokens)[0]
+
+    def generate_pairs(
+        self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]
+    ) -> list[tuple[list[str], list[str]]]:
+        """See `Runtime.generate_pairs`. One batch of requests holds both signs of every perturbation."""
+        count = self._pairs_shown()
+        read = lambda names: self._write(split, indices, names, count, max_new_tokens, stop)  # noqa: E731
+        return self.sides.pairs(self._held, ("texts", split, *indices), read)
+
+    def generate(self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
+        """See `Runtime.generate`."""
+        if self._showing != "theta":
+            self._show("theta")
+        return self._write(split, indices, ["plus0"], self.eval_tokens, max_new_tokens, stop)[0]
+
+    def _pairs_shown(self) -> TokenCount:
+        """Have the slots show the pairs they hold; returns where their tokens count."""
+        assert self._showing != "stale", "load() leaves the copies behind: step() first"
+        if self._showing == "theta":
+            self._show("perturbed")
+        if self._showing == "equal":
+            self._changed("equal")  # each measurement of noise finds the cache as a step does
+        return self.tokens if self._showing == "perturbed" else self.eval_tokens
+
+    def describe(self) -> str:
+        """See `Runtime.describe`."""
+        n = sum(rows * cols for rows, cols in self.spec.shapes.values())
+        if self.config.radix == "off":
+            cache = "radix cache off"
+        elif self.shared:
+            cache = "one radix namespace for all: no key or value depends on theta"
+        else:
+            cache = f"a radix namespace for each version of theta ({self.kv_depends})"
+        ranks = f"tensor parallel {self.config.tp}" if self.config.tp > 1 else "one rank"
+        return f"{n:,} LoRA parameters, {self.spec.dtype} base in SGLang, {ranks}, {cache}"
+
+    def close(self) -> None:
+        """See `Runtime.close`."""
+        failed = self._keep_log or (self.engine is not None and self.engine.failed)
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+            shutil.rmtree(self._placeholder, ignore_errors=True)
+        if not failed:  # else the engine's log is wanted
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _call(self, method: str, **parameters) -> list[dict]:
+        began = time.perf_counter()
+        answers = self.engine.call(method, **parameters)
+        self.seconds["rpc"] += time.perf_counter() - began
+        if "requests" in answers[0]:
+            self._check_requests(answers)
+        return answers
+
+    def _check_requests(self, answers: list[dict]) -> None:
+        """Every request named a slot of ours, on every rank: one that named none was scored by the base model."""
+        for rank, answer in enumerate(answers):
+            if answer["requests"] != dict(self._sent):
+                raise RunError(
+                    f"rank {rank} of the engine saw the requests {answer['requests']}, sent were {dict(self._sent)}:"
+                    " some were not scored by the adapter they belong to"
+                )
+        self._sent.clear()
+
+    def _flush(self) -> None:
+        """Forget all keys and values; the engine is given a moment to end its last batch."""
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while not all(answer["flushed"] for answer in self._call("flush")):
+            if time.monotonic() > deadline:
+                raise RunError(f"the SGLang engine did not flush its cache within {FLUSH_SECONDS} s")
+            time.sleep(0.01)
+        self._visited.clear()
+
+    def _changed(self, showing: str) -> None:
+        """What the slots hold has changed: from now on requests live in another namespace, unless all share one."""
+        self._showing = showing
+        if not self.shared:
+            self._salt = f"mezo-{next(self._versions)}"
+            self._visited.clear()
+
+    def _show(self, what: str) -> None:
+        self._call("show", what=what)
+        self._changed(what)
+
+    def _score(self, split: str, indices: Sequence[int], names: Sequence[str], count: TokenCount) -> list[torch.Tensor]:
+        """Option scores of the examples under each named slot."""
+        groups = [self.rows[split][i] for i in indices]
+        examples = [self.examples[split][i] for i in indices]
+        scores = [[] for _ in names]
+        for part in self._parts_of(groups, len(names)):
+            rows = [row for group in groups[part] for row in group]
+            tables = self._read(groups[part], rows, names, count)
+            for i, own in enumerate(scores):
+                own.append(scores_of(examples[part], rows, tables[i * len(rows) : (i + 1) * len(rows)]))
+        self._call("report")  # no score leaves before every rank has said whose requests it saw
+        return [padded(own) for own in scores]
+
+    def _write(
+        self, split: str, indices: Sequence[int], names: Sequence[str], count: TokenCount, new: int, stop: Sequence[str]
+    ) -> list[list[str]]:
+        """Texts of at most `new` tokens after the examples' prompts, under each named slot."""
+        prompts = [self.examples[split][i].prompt for i in indices]
+        groups = [[Row(prompt, (len(prompt) - 1,), ())] for prompt in prompts]
+        texts = [[] for _ in names]
+        for part in self._parts_of(groups, len(names), new):
+            self._warm(groups[part], names, count)
+            requests = [(name, prompt) for name in names for prompt in prompts[part]]
+            answers = self._generate(requests, count, greedy(new, stop, self.writing.ends))
+            for own, answer in zip((own for own in texts for _ in prompts[part]), answers, strict=True):
+                own.append(self.writing.text(answer["output_ids"], stop))
+        self._call("report")
+        return texts
+
+    def _parts_of(self, groups: Sequence[Sequence[Row]], copies: int, new: int = 0) -> list[slice]:
+        """Examples whose requests, for all slots, are one forward pass of the engine: both signs always together."""
+        parts, start, tokens = [], 0, 0
+        for i, group in enumerate(groups):
+            own = copies * sum(len(row.ids) + new for row in group)
+            if tokens and tokens + own > self.call_tokens:
+                parts.append(slice(start, i))
+                start, tokens = i, 0
+            tokens += own
+        return [*parts, slice(start, len(groups))]
+
+    def _read(self, groups, rows: Sequence[Row], names: Sequence[str], count: TokenCount) -> list[list[dict]]:
+        """For every slot and row the log-probabilities of the row's candidates at each scored position."""
+        self._warm(groups, names, count)
+        wanted = list(rows) * len(names)
+        answers = self._generate(
+            [(name, row.ids) for name in names for row in rows],
+            count,
+            return_logprob=True,
+            logprob_start_len=[start_of(row) for row in wanted],
+            token_ids_logprob=[sorted({t for target in row.targets for t in target}) for row in wanted],
+        )
+        return [table_of(row, answer) for row, answer in zip(wanted, answers, strict=True)]
+
+    def _warm(self, groups: Sequence[Sequence[Row]], names: Sequence[str], count: TokenCount) -> None:
+        """Send what the requests to come share ahead of them."""
+        for wave in self._waves(groups) if self.config.radix == "auto" else []:
+            # in a shared namespace one slot warms the cache of all
+            owners = names[:1] if self.shared else names
+            self._generate([(name, ids) for name in owners for ids in wave], count)
+
+    def _waves(self, groups: Sequence[Sequence[Row]]) -> list[list[tuple[int, ...]]]:
+        """Prefixes to send ahead. In a shared namespace every prompt's first visit goes ahead of both signs."""
+        usable = [[(row.ids, row.positions[0]) for row in group] for group in groups]
+        if not self.shared:
+            waves = [[ids for ids in wave if ids not in self._visited] for wave in warm_ups(usable)]
+            self._visited.update(*waves)
+            return [wave for wave in waves if wave]
+        fresh = [(ids, n) for group in usable for ids, n in group if n and ids[:n] not in self._visited]
+        prompts = list(dict.fromkeys(ids[:n] for ids, n in fresh))
+        self._visited |= set(prompts)
+        return [*warm_ups([[(ids, len(ids))] for ids in prompts])[:1], prompts] if prompts else []
+
+    def _generate(
+        self, requests: list[tuple[str, Sequence[int]]], count: TokenCount, sampling: dict = SCORE_ONLY, **wanted
+    ) -> list[dict]:
+        """Send (slot, token ids) as one batch of requests; count the tokens as the engine counts them."""
+        began = time.perf_counter()
+        answers = self.engine.generate(
+            input_ids=[list(ids) for _, ids in requests],
+            lora_path=[name for name, _ in requests],
+            sampling_params=sampling,
+            cache_salt=self._salt or None,
+            **wanted,
+        )
+        self.seconds["engine"] += time.perf_counter() - began
+        self._sent.update(name for name, _ in requests)
+        for (_, ids), answer in zip(requests, answers, strict=True):
+            count_tokens(ids, answer, count)
+        return answers

@@ -1,0 +1,172 @@
+"""What is looked at between steps: dev, test and train scores, the instruments, which step was best."""
+
+import json
+import os
+from collections.abc import Sequence
+
+import torch
+
+from mezo.config import Config
+from mezo.data.answers import METRICS, best
+from mezo.data.example import Example
+from mezo.data.rewards import Judge
+from mezo.method.objectives import evaluate, predictions
+from mezo.report.monitor import Monitor
+from mezo.run.directory import RunDirectory
+from mezo.run.files import write_line
+from mezo.run.outcome import keep
+from mezo.run.trajectory import StepRecord
+from mezo.runtimes.base import Runtime
+from mezo.training.clock import Clock
+from mezo.training.instruments import Instruments
+from mezo.training.measurement import Measurement
+
+TENTHS = 10
+
+
+class Evaluations:
+    """Rows of metrics.jsonl, made when they are due; the best theta is kept.
+
+    Args:
+        config: the run's.
+        runtime: at theta of the step that is evaluated.
+        splits: examples.
+        judges: of generated text, by the name that a row has.
+        run: its directory.
+        done: steps done already.
+        clock: its totals go into every row.
+        measurement: of a step's losses, for the instruments.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        splits: dict[str, Sequence[Example]],
+        judges: dict[str, Judge],
+        run: RunDirectory,
+        done: int,
+        clock: Clock,
+        measurement: Measurement,
+    ):
+        self.config, self.runtime, self.splits, self.judges, self.run = config, runtime, splits, judges, run
+        self.clock, self.instruments = clock, Instruments(config, runtime, measurement, clock)
+        self.metrics = [row for row in run.read_metrics() if row["step"] <= done]
+        self.every = config.eval_every or max(1, config.steps // TENTHS)
+
+    def due(self, step: int) -> bool:
+        """Whether anything is to be looked at after so many steps."""
+        return step % self.every == 0 or step == self.config.steps
+
+    def make(self, records: Sequence[StepRecord], monitor: Monitor) -> None:
+        """Evaluate dev, and test and train before the first step; keep theta if it is the best."""
+        step = len(records)
+        if step == 0:
+            for split in self._before_and_after():
+                self.evaluate(split, step, monitor)
+        known = {row["split"] for row in self.metrics if row["step"] == step}
+        if "dev" in self.splits and "dev" not in known:
+            self.evaluate("dev", step, monitor)
+        for row in self.instruments.rows(records, self.metrics):
+            self.log(row)
+            monitor.instrument(row)
+
+    def evaluate(self, split: str, step: int, monitor: Monitor) -> dict:
+        """Score a split at theta; return its row, which is on the disk."""
+        with self.clock.measuring("evaluation"):
+            found = evaluate_split(self.config, self.runtime, split, self.splits[split], self.judges)
+            row = {"step": step, "split": split, **found}
+            if split == "dev":
+                row["is_best"] = self._beats(row)
+                if row["is_best"]:
+                    keep(self.run, self.runtime)
+        self.log(row)
+        monitor.evaluation(row)
+        return row
+
+    def _before_and_after(self) -> list[str]:
+        splits = ["test", "train"] if self.config.eval_train else ["test"]
+        known = {row["split"] for row in self.metrics}
+        return [split for split in splits if split in self.splits and split not in known]
+
+    def log(self, row: dict) -> None:
+        """Add a row, on the disk before any later step is."""
+        row["clock"] = self.clock.row()
+        self.metrics.append(row)
+        with open(self.run.metrics, "ab") as file:
+            write_line(file.fileno(), json.dumps(row, allow_nan=False) + "\n")
+            os.fsync(file.fileno())
+
+    def _beats(self, row: dict) -> bool:
+        """Better by what the run is for (`best_by`); never a NaN."""
+        sign, key = best_by(self.config)
+        others = [r[key] for r in self.metrics if r["split"] == "dev" and r["step"] < row["step"]]
+        return row[key] is not None and all(sign * row[key] > sign * other for other in others if other is not None)
+
+
+def best_by(config: Config) -> tuple[int, str]:
+    """Which figure of dev chooses the best step, and its sign: 1 where more is better.
+
+    Unless the run asks for the loss: the reward if one is trained, F1 where text is generated, the loss where the
+    objective has no options to be right about, else the accuracy.
+    """
+    if config.best_metric == "loss":
+        return -1, "loss"
+    if "reward" in config.objectives:
+        return 1, "reward"
+    if config.generates:
+        return 1, "f1"
+    return (-1, "loss") if "lm_cross_entropy" in config.objectives else (1, "accuracy")
+
+
+def evaluate_split(
+    config: Config, runtime: Runtime, split: str, examples: Sequence[Example], judges: dict[str, Judge]
+) -> dict[str, float | None]:
+    """Everything that is reported of a split at theta.
+
+    Args:
+        config: of the run.
+        runtime: with the examples prepared.
+        split: name of the split.
+        examples: all of it.
+        judges: of generated text, by the name of the figure.
+
+    Returns:
+        As `evaluate`; where the options are answers with names f1 and exact_match are those of the chosen one, and
+        accuracy takes every right one; where text is generated, the mean of what each judge says of it.
+    """
+    size, n = config.eval_batch_size or config.batch_size, len(examples)
+    found = dict.fromkeys(("accuracy", "loss", "f1", "auc"))
+    if all(example.options for example in examples):
+        scores = score_split(runtime, split, n, size)
+        alone = "lm_cross_entropy" in config.objectives or scores.shape[1] == 1
+        labels = torch.tensor([example.label for example in examples])
+        found = evaluate(scores, labels, "lm_cross_entropy" if alone else "cross_entropy")
+        if all(example.names for example in examples) and found["accuracy"] is not None:
+            found |= _of_named_options(scores, examples)
+    if judges:
+        parts = [range(i, min(n, i + size)) for i in range(0, n, size)]
+        outputs = [
+            text for part in parts for text in runtime.generate(split, part, config.max_new_tokens, config.stops)
+        ]
+        for name, judge in judges.items():
+            found[name] = sum(map(judge, examples, outputs)) / n
+    return found
+
+
+def _of_named_options(scores: torch.Tensor, examples: Sequence[Example]) -> dict[str, float]:
+    """As ReCoRD is judged: the chosen option's name against every right one (Zhang et al. 2018, arXiv 1810.12885)."""
+    chosen = [example.names[i] for example, i in zip(examples, predictions(scores).tolist(), strict=True)]
+    pairs, n = list(zip(chosen, examples, strict=True)), len(examples)
+    means = {
+        k: sum(best(metric, name, example.references) for name, example in pairs) / n for k, metric in METRICS.items()
+    }
+    return {"accuracy": sum(name in example.references for name, example in pairs) / n, **means}
+
+
+def score_split(runtime: Runtime, split: str, n: int, size: int) -> torch.Tensor:
+    """Option scores of all n examples of a split at theta, `size` at a time, padded with -inf to one width."""
+    parts = [runtime.score(split, range(i, min(n, i + size))) for i in range(0, n, size)]
+    width = max(part.shape[1] for part in parts)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in parts])

@@ -1,0 +1,207 @@
+"""The training loop: measure two losses, log the step, apply it (MeZO, arXiv 2305.17333, algorithm 1)."""
+
+import json
+import signal
+import threading
+from collections.abc import Sequence
+
+from mezo.config import Config
+from mezo.data.example import Example
+from mezo.data.rewards import judges
+from mezo.errors import Diverged, RunError
+from mezo.method.step import StepUpdate, update_of
+from mezo.report import plots
+from mezo.report.monitor import Monitor
+from mezo.run import outcome
+from mezo.run.directory import RunDirectory, best_step
+from mezo.run.files import replace_file
+from mezo.run.stopping import WARNED, WINDOW, loss_ratio, stalled
+from mezo.run.trajectory import StepRecord, TrajectoryWriter
+from mezo.runtimes.base import Runtime
+from mezo.training.clock import Clock
+from mezo.training.evaluation import TENTHS, Evaluations
+from mezo.training.measurement import Measurement
+from mezo.training.ranks import Ranks
+from mezo.training.result import result
+
+MAX_SKIPPED = 10  # losses that are not finite, in a row, before a run is given up
+
+
+class Trainer:
+    """One run, from wherever its log ends to its last step.
+
+    Args:
+        config: the run's.
+        runtime: prepared, with theta as the records leave it.
+        splits: tokenised examples by split; "train" is needed.
+        run: its locked directory.
+        records: steps done already.
+        ranks: the processes that share the work; rank 0 alone writes and evaluates.
+        seconds_loading: what loading took, for the result.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        splits: dict[str, Sequence[Example]],
+        run: RunDirectory,
+        records: Sequence[StepRecord] = (),
+        ranks: Ranks | None = None,
+        seconds_loading: float = 0.0,
+    ):
+        self.config, self.runtime, self.run, self.ranks = config, runtime, run, ranks or Ranks()
+        self.records = list(records)
+        self.clock, judged = Clock(runtime, seconds_loading), judges(config)
+        self.measurement = Measurement(config, runtime, splits["train"], judged, self.ranks)
+        measured = (self.clock, self.measurement)
+        self.evaluations = Evaluations(config, runtime, splits, judged, run, len(records), *measured)
+        self.verify_every = config.verify_every or max(1, config.steps // TENTHS)
+        self.due, self.interrupted, self.stopping, self.warned = False, False, False, False
+
+    def train(self, until: int | None = None) -> dict | None:
+        """Run to the last step, or until dev has not improved for long.
+
+        Args:
+            until: number of steps after which to pause, as Ctrl-C would.
+        Returns:
+            What result.json holds, {} on ranks above 0, None if stopped by Ctrl-C or paused.
+        """
+        start, end = len(self.records), min(until or self.config.steps, self.config.steps)
+        handler = signal.signal(signal.SIGINT, self._interrupt) if _main_thread() else None
+        self.log = TrajectoryWriter(self.run.trajectory) if self.ranks.leads else None
+        try:
+            with Monitor(self.run.tensorboard, self.config.steps, start, quiet=not self.ranks.leads) as self.monitor:
+                self.monitor.say(self.runtime.describe())
+                if self.records and self.evaluations.metrics:
+                    self.clock.restore(self.evaluations.metrics[-1]["clock"])
+                self._compile(start)
+                self._evaluate_if_due()
+                self._give_up_if_stuck()
+                self._give_up_if_diverged()
+                ends = self._ends_early()
+                for step in range(start, end):
+                    if ends:
+                        break
+                    self._step(step)
+                    if self.stopping or (self.interrupted and self.ranks.size == 1):
+                        return self._stop()
+                    ends = self._ends_early()
+                if len(self.records) < self.config.steps and not ends:
+                    return self._stop()
+                return self._finish() if self.ranks.leads else {}
+        finally:
+            if self.log:
+                self.log.close()
+            if handler is not None:
+                signal.signal(signal.SIGINT, handler)
+
+    def _compile(self, start: int) -> None:
+        """Write the first step's perturbations; the first call of a fused op is compiled or read from a cache."""
+        with self.clock.measuring("compilation"):
+            self.due = self.verify_every > 0
+            self._write_next(start, [])
+
+    def _step(self, step: int) -> None:
+        with self.clock.measuring_step():
+            record, self.stopping = self.measurement.record(step, self.due, self._verify, self.interrupted)
+            if self.log:
+                self.log.append(record)
+            self._apply(record)
+        self.monitor.step(record, self.clock.rate)
+        self._give_up_if_stuck()
+        self._evaluate_if_due()
+        if len(self.records) % WINDOW == 0:
+            self._give_up_if_diverged()
+
+    def _apply(self, record: StepRecord) -> None:
+        """Update theta and write both signs of the next step, in one pass."""
+        self.records.append(record)
+        self.due = self.verify_every > 0 and len(self.records) % self.verify_every == 0
+        self._write_next(record.step + 1, [update_of(record)])
+        if len(self.records) == self.config.steps:
+            self._verify()
+        if self.due and self.ranks.size > 1:
+            self.ranks.check_equal(self.runtime.theta(), len(self.records))
+
+    def _write_next(self, step: int, updates: list[StepUpdate]) -> None:
+        self.measurement.step(updates, self.measurement.first_seeds(step), self.due)
+
+    def _verify(self) -> None:
+        """In a step that is due, compare what the model used with the reference."""
+        difference = self.runtime.verify() if self.due else None
+        if difference:
+            step = len(self.records)
+            raise RunError(f"step {step}: the kernels disagree with the reference: {difference}; run `mezo verify`")
+
+    def _give_up_if_stuck(self) -> None:
+        last = self.records[-MAX_SKIPPED:]
+        if len(last) == MAX_SKIPPED and all(record.skipped for record in last):
+            raise Diverged(
+                f"the loss was not finite in {MAX_SKIPPED} steps in a row; lower --lr or --eps, or use --dtype float32"
+            )
+
+    def _give_up_if_diverged(self) -> None:
+        """End a run whose loss is far above where it began, as --max-loss-ratio says; else warn of it, once."""
+        ratio, limit = loss_ratio(self.records), self.config.max_loss_ratio
+        if ratio is None or ratio <= (limit or WARNED):
+            return
+        found = f"the mean loss of {WINDOW} steps is {ratio:.3g} times that of the first {WINDOW}"
+        if limit:
+            self._keep()
+            place = outcome.place(self.run, self.runtime.spec.peft).name
+            raise Diverged(
+                f"step {len(self.records)}: {found}, above --max-loss-ratio {limit:g}: lower --lr. The log is whole and"
+                f" {place}/ is kept; go on all the same with: mezo train --resume {self.run.path} --max-loss-ratio 0"
+            )
+        if not self.warned:
+            self.warned = True
+            self.monitor.say(f"step {len(self.records):>6}  {found}: lower --lr; --max-loss-ratio ends such a run")
+
+    def _ends_early(self) -> bool:
+        """Whether dev has not improved for --early-stopping evaluations: rank 0 knows, and all ranks end together."""
+        patience = self.config.early_stopping
+        if not patience or not self.evaluations.due(len(self.records)):
+            return False
+        own = self.ranks.leads and stalled(self.evaluations.metrics, patience)
+        return any(values[0] for values in self.ranks.gather([float(own)]))
+
+    def _evaluate_if_due(self) -> None:
+        if self.ranks.leads and self.evaluations.due(len(self.records)):
+            self.log.sync()  # before the adapter and the metrics that belong to it
+            self.evaluations.make(self.records, self.monitor)
+
+    def _finish(self) -> dict:
+        """Evaluate the best theta on what was evaluated before the first step, and write the result."""
+        metrics = self.evaluations.metrics
+        best = best_step(metrics)
+        if best is None:
+            outcome.keep(self.run, self.runtime)
+        self.runtime.load(outcome.read(self.run, self.runtime.spec))
+        step = len(self.records) if best is None else best
+        scored = {row["split"] for row in metrics if row["split"] in ("test", "train")}
+        after = {split: self.evaluations.evaluate(split, step, self.monitor) for split in sorted(scored)}
+        found = result(self.config, step, after, self.records, metrics, self.clock, self.ranks)
+        replace_file(self.run.result, json.dumps(found, indent=2).encode())
+        plots.draw(self.run.plots, self.records, metrics)
+        return found
+
+    def _interrupt(self, number, frame) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def _stop(self) -> None:
+        self._keep()
+        self.monitor.say(f"stopped after step {len(self.records)}; continue with: mezo train --resume {self.run.path}")
+
+    def _keep(self) -> None:
+        """Leave theta behind, and the clock."""
+        if self.ranks.leads:
+            if best_step(self.evaluations.metrics) is None:
+                outcome.keep(self.run, self.runtime)
+            self.evaluations.log({"step": len(self.records), "split": "stop"})
+
+
+def _main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

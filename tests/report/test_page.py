@@ -1,0 +1,187 @@
+"""The report as a web page: whole, self-contained, and shown by a real browser that is offline."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from mezo.api import train
+from mezo.cli.main import main
+from mezo.config import Config
+from mezo.errors import UserError
+from mezo.report import figures, page, tables
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_model, tiny_data):
+    """Two finished runs: one with every instrument and a prompt that is HTML, one plain."""
+    directory = tmp_path_factory.mktemp("runs")
+    config = Config(
+        model=tiny_model, **tiny_data, output_dir=str(directory / "full"), prompt="<b>{text}</b> & It was",
+        label_words=(" terrible", " great"), target_modules=("q_proj", "o_proj"), layers_to_transform=(2,), steps=40,
+        batch_size=8, lr=1e-2, eval_every=10, num_perturbations=2, true_gradient=True, eval_train=True,
+    )  # fmt: skip
+    plain = {"output_dir": str(directory / "plain"), "num_perturbations": 1, "true_gradient": False, "noise": False}
+    for each in (config, dataclasses.replace(config, dev_file="", **plain)):
+        train(each)
+    return directory / "full", directory / "plain"
+
+
+class Reader(HTMLParser):
+    """Elements, attributes and text; refuses elements that are not closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.seen, self.attributes, self.text = [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_page_refers_to_nothing_outside_itself(runs):
+    text = page.html([str(run) for run in runs])
+    reader = Reader(text)
+    assert reader.seen.count("svg") == 5
+    assert not {"script", "link", "img", "iframe", "object", "image"} & set(reader.seen)
+    references = [
+        v for name, v in reader.attributes if name.split(":")[-1] in ("href", "src", "srcset", "data", "poster")
+    ]
+    assert references
+    assert all(reference.startswith("#") for reference in references)
+    ids = [value for name, value in reader.attributes if name == "id"]
+    assert {reference[1:] for reference in references} <= set(ids)
+    assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(ids)
+    assert "url(http" not in text
+    assert "@import" not in text
+    assert "://" not in text
+
+
+def test_ids_are_unique(runs):
+    """Figures share a page: a clip path of one must not cut another."""
+    ids = [value for name, value in Reader(page.html([str(runs[0])])).attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+
+
+def test_a_page_says_what_the_tables_say(runs):
+    full, plain = map(str, runs)
+    text = " ".join(Reader(page.html([full])).text.split())
+    for rows in tables.tables(full).values():
+        assert all(cell in text for row in rows for cell in row)
+    assert "<b>{text}</b> & It was" in text
+    assert all(
+        label in text for label in ("standard error over the batch", "spread over perturbations", "true gradient")
+    )
+    other = " ".join(Reader(page.html([plain])).text.split())
+    assert not any(label in other for label in ("dev accuracy", "standard error", "true gradient"))
+
+
+def test_the_same_run_gives_the_same_page(runs):
+    assert page.html([str(runs[0])]) == page.html([str(runs[0])])
+
+
+def test_command(runs, tmp_path, capsys):
+    full, plain = map(str, runs)
+    assert main(["report", full]) == 0
+    assert "page:" in capsys.readouterr().out
+    assert (runs[0] / "report.html").read_text() == page.html([full])
+    assert main(["report", full]) == 0
+    assert main(["report", full, plain]) == 0
+    assert not (runs[1] / "report.html").exists()
+    both = tmp_path / "both.html"
+    assert main(["report", full, plain, "--html", str(both)]) == 0
+    assert "full, dev" in Reader(both.read_text()).text
+    assert "no result.json there" in refused(["report", str(tmp_path)], capsys)
+    assert "give at least one run directory" in refused(["report"], capsys)
+    assert "a run is given twice" in refused(["report", full, full, "--html", str(both)], capsys)
+    (tmp_path / "mine.html").write_text("precious")
+    assert "exists and is no report" in refused(["report", full, "--html", str(tmp_path / "mine.html")], capsys)
+    assert (tmp_path / "mine.html").read_text() == "precious"
+    nowhere = str(tmp_path / "gone" / "page.html")
+    assert "cannot be written (No such file or directory)" in refused(["report", full, "--html", nowhere], capsys)
+
+
+def refused(argv, capsys):
+    assert main(argv) == 2
+    return capsys.readouterr().err
+
+
+def test_names_tell_runs_apart(tmp_path):
+    paths = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    assert page._names([str(path) for path in paths]) == ["a/run", "b/run"]
+    assert page._names(["x/run"]) == ["run"]
+    with pytest.raises(UserError, match="a run is given twice"):
+        page._names(["x", "./x"])
+
+
+def test_a_long_run_is_drawn_with_as_many_points_as_a_page_can_bear(runs):
+    at, mean, least, greatest = figures.binned(np.arange(100_000), np.ones(100_000))
+    assert len(at) == len(mean) == len(least) == len(greatest) == figures.POINTS
+
+
+def test_warnings(runs, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(runs[0], copy)
+    result = json.loads((copy / "result.json").read_text()) | {"best_step": 10}
+    (copy / "result.json").write_text(json.dumps(result))
+    assert tables.warnings(str(copy)) == []
+    result |= {
+        "projected_grad_noise": 1.0, "projected_grad_rms": 2.0, "perturbation_error": 0.7, "perturbation_cosine": 0.7,
+        "zero_gradient_share": 0.5, "clipped_share": 0.9, "skipped_steps": 3, "best_step": 0,
+    }  # fmt: skip
+    (copy / "result.json").write_text(json.dumps(result))
+    found = tables.warnings(str(copy))
+    starts = ("noise of 1 on", "rounding to the base's dtype", "50 % of projected_grads are zero", "90 % of", "3 steps",
+              "no evaluation of dev was better")  # fmt: skip
+    assert [text.startswith(start) for text, start in zip(found, starts, strict=True)] == [True] * 6
+    assert all(text in Reader(page.html([str(copy)])).text for text in found)
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, BROWSERS)), reason="no Chromium here: the page is not opened in a browser"
+)
+def test_a_browser_shows_the_page_and_asks_for_nothing(runs, tmp_path):
+    """Offline, every figure is drawn; what the browser asks for on its own account is told apart by its initiator."""
+    path, control = tmp_path / "page.html", tmp_path / "control.html"
+    page.write([str(run) for run in runs], path)
+    control.write_text(path.read_text().replace("</body>", '<img src="http://example.invalid/x.png"></body>'))
+    assert opened(control, tmp_path) == {"http://example.invalid/x.png"}
+    assert opened(path, tmp_path) == set()
+    assert (tmp_path / "page.png").stat().st_size > 50_000
+
+
+def opened(path, directory):
+    """Addresses outside the page that it asks for when a browser shows it; a picture of it is kept."""
+    browser, log = next(filter(None, map(shutil.which, BROWSERS))), directory / "net.json"
+    offline = ["--host-resolver-rules=MAP * ~NOTFOUND", "--disable-background-networking", "--disable-component-update"]
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={directory / 'profile'}"]
+    wanted = [f"--log-net-log={log}", f"--screenshot={path.with_suffix('.png')}", "--window-size=900,2400"]
+    command = [browser, *quiet, *offline, *wanted, path.as_uri()]
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    requests = [
+        event["params"] for event in json.loads(log.read_text())["events"] if "initiator" in event.get("params", {})
+    ]
+    return {request["url"] for request in requests if request["initiator"] != "not an origin"}

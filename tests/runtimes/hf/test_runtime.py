@@ -1,0 +1,310 @@
+"""The hf runtime: exact trunk cache on every family, kernels in use, PEFT equivalence."""
+
+import random
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, MistralConfig, MistralForCausalLM
+
+from mezo.config import Config
+from mezo.data.example import Example
+from mezo.errors import UserError
+from mezo.method.step import StepUpdate
+from mezo.models.families import layer_of
+from mezo.models.merge import merge
+from mezo.run.adapter import save_adapter
+from mezo.runtimes.hf.runtime import HFRuntime
+from mezo_kernels import lora_init
+from tests.tiny_models import ENCODERS, LAST_LAYER, SIZES, build, save
+
+ROUNDING = 2e-5  # float32 scores of order 10; batches are shaped differently, so sums are ordered differently
+
+
+@pytest.fixture(scope="module", params=list(LAST_LAYER))
+def family(request, tmp_path_factory):
+    return request.param, save(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save("llama", tmp_path_factory.mktemp("llama"))
+
+
+def examples(n, masked=False, several=False):
+    """Random prompts of 5 to 20 tokens with two options."""
+    rng = random.Random(0)
+    options = ((5, 7), (9, 11, 13)) if several else ((5,), (9,))
+    made = []
+    for _ in range(n):
+        prompt = tuple(rng.randrange(3, SIZES["vocab_size"]) for _ in range(rng.randint(5, 20)))
+        made.append(Example(prompt, options, rng.randint(0, 1), rng.randrange(len(prompt)) if masked else None))
+    return made
+
+
+def runtime(model, data, **options):
+    """A prepared runtime whose adapter has an effect."""
+    config = Config(**{"model": model, "output_dir": "unused", "task": "sst2", **options})
+    built = HFRuntime(config)
+    built.prepare({"train": data})
+    built.load({name: lora_init(3, name, shape) for name, shape in built.spec.shapes.items()})
+    return built
+
+
+ADAPTED = {
+    "all layers": lambda family: {},
+    "two layers": lambda family: {"layers_to_transform": (1, 2)},
+    "last layer": lambda family: {"layers_to_transform": (2,), "target_modules": LAST_LAYER[family]},
+    "last layer and head": lambda family: {
+        "layers_to_transform": (2,),
+        "target_modules": (*LAST_LAYER[family], "lm_head"),
+    },
+    "head": lambda family: {"target_modules": ("lm_head",)},
+}
+
+
+def adapters(adapted, family):
+    """Options of a kind of adapter; an encoder's head is not a linear layer."""
+    if "head" in adapted and family in ENCODERS:
+        pytest.skip("the head of an encoder is not adapted")
+    return ADAPTED[adapted](family)
+
+
+@pytest.mark.parametrize("adapted", list(ADAPTED))
+@pytest.mark.parametrize("several", [False, True], ids=["one token", "several tokens"])
+def test_trunk_cache_is_exact(family, adapted, several):
+    name, model = family
+    masked = name in ENCODERS
+    if several and masked:
+        pytest.skip("a mask holds one token")
+    data, options = examples(40, masked, several), adapters(adapted, name)
+    cached = runtime(model, data, **options)
+    plain = runtime(model, data, trunk_cache="off", **options)
+    for one in (cached, plain):
+        one.step([], seeds=[7], eps=1e-2)
+    batch = [0, 33, 5, 17]
+    for a, b in zip(cached.score_pairs("train", batch)[0], plain.score_pairs("train", batch)[0], strict=True):
+        assert torch.allclose(a, b, atol=ROUNDING, rtol=0)
+    assert torch.allclose(cached.score("train", range(9)), plain.score("train", range(9)), atol=ROUNDING, rtol=0)
+    plus, minus = cached.score_pairs("train", batch)[0]
+    assert (plus - minus).abs().max() > 10 * ROUNDING
+
+
+@pytest.mark.parametrize("adapted", list(ADAPTED))
+def test_trunk_plan_follows_the_adapted_modules(family, adapted):
+    name, model = family
+    built = runtime(model, examples(4, name in ENCODERS), **adapters(adapted, name))
+    kind = None if built.trunk is None else "scored" if built.trunk.keep_kv else "layers"
+    assert kind == {"all layers": None, "two layers": "layers"}.get(adapted, "scored")
+    layers = {layer_of(name) for name in built.spec.shapes}
+    assert (
+        layers
+        == {
+            "all layers": {0, 1, 2},
+            "two layers": {1, 2},
+            "last layer": {2},
+            "last layer and head": {2, None},
+            "head": {None},
+        }[adapted]
+    )
+
+
+def test_key_adapters_keep_whole_rows(llama):
+    built = runtime(llama, examples(4), layers_to_transform=(2,), target_modules=("q_proj", "k_proj"))
+    assert not built.trunk.keep_kv
+
+
+def test_trunk_cache_wrongly_planned_is_refused(llama, monkeypatch):
+    """Keys of the last layer do depend on a k_proj adapter: forcing their reuse must be caught at start-up."""
+    monkeypatch.setattr("mezo.runtimes.peft_model.KV_FREE", {"q_proj", "k_proj"})
+    with pytest.raises(UserError, match=r"not exact.*differ by.*--trunk-cache off"):
+        runtime(llama, examples(8), layers_to_transform=(2,), target_modules=("q_proj", "k_proj"))
+
+
+def save_model(model, directory):
+    model.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("layers", [(), (1, 2)], ids=["no trunk", "trunk"])
+def test_models_that_change_their_logits_after_the_head_are_refused(tmp_path, layers):
+    """Granite divides its logits: scores from the bare head would be wrong by that factor."""
+    torch.manual_seed(0)
+    model = GraniteForCausalLM(GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=8.0))
+    path, adapted = save_model(model, tmp_path), {"layers_to_transform": layers, "target_modules": ("q_proj", "v_proj")}
+    with pytest.raises(UserError, match=r"not exact on this model, they differ by .* from its full forward pass"):
+        runtime(path, examples(4), **adapted)
+
+
+def test_a_sliding_window_shorter_than_a_row_keeps_whole_rows(tmp_path):
+    """The short rows come first: the window matters for the last one alone."""
+    torch.manual_seed(0)
+    model = save_model(MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=8)), tmp_path)
+    options = {"layers_to_transform": (2,), "target_modules": ("q_proj", "o_proj")}
+    short = [Example(example.prompt[:5], example.options, example.label) for example in examples(9)]
+    data = [*short, Example(tuple(range(3, 33)), ((5,), (9,)), 0)]
+    assert runtime(model, short, **options).trunk.keep_kv
+    cached, plain = runtime(model, data, **options), runtime(model, data, trunk_cache="off", **options)
+    assert not cached.trunk.keep_kv
+    assert torch.allclose(cached.score("train", range(10)), plain.score("train", range(10)), atol=ROUNDING, rtol=0)
+
+
+def test_a_trunk_cache_asked_for_in_vain_is_refused(llama):
+    with pytest.raises(UserError, match="--trunk-cache: layer 0 is adapted"):
+        runtime(llama, examples(2), trunk_cache="cpu")
+
+
+def test_prompts_longer_than_the_model_are_refused(llama):
+    with pytest.raises(UserError, match="--max-length: a prompt has 200 tokens, the model takes 128"):
+        runtime(llama, [Example((5,) * 200, ((5,), (9,)), 0)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda"}, "--device cuda: torch sees no GPU here"),
+        ({"device": "gpu"}, "--device must be cpu, cuda or cuda:N, got gpu"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_devices_that_are_not_there_are_refused(llama, options, message):
+    with pytest.raises(UserError, match=message):
+        runtime(llama, examples(2), **options)
+
+
+def test_backends_that_do_not_run_are_refused(llama, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match="--backend triton does not run on cpu; available there: reference, numba"):
+        runtime(llama, examples(2), backend="triton", device="cpu")
+
+
+@pytest.mark.parametrize("adapted", ["two layers", "last layer"])
+def test_eviction_changes_no_bit(llama, adapted):
+    data, options = examples(100), ADAPTED[adapted]("llama")
+    whole = runtime(llama, data, **options)
+    limit = whole.trunk.nbytes // 10
+    small = runtime(llama, data, trunk_cache_bytes=limit, **options)
+    assert "it is full" in small.describe()
+    for step in range(6):
+        batch = random.Random(step).sample(range(100), 16)
+        for one in (whole, small):
+            one.step([], seeds=[step], eps=1e-2)
+        for a, b in zip(whole.score_pairs("train", batch)[0], small.score_pairs("train", batch)[0], strict=True):
+            assert torch.equal(a, b)
+        assert small.trunk.nbytes <= limit or len(small.trunk.groups) == 1
+
+
+def test_large_training_sets_are_cached_as_they_are_drawn(llama):
+    """A run too short to see every example computes the trunk of those it draws, one row at a time."""
+    data, options = examples(40), {"steps": 2, "batch_size": 4, **ADAPTED["last layer"]("llama")}
+    built = runtime(llama, data, **options)
+    assert built.tokens.computed == 0
+    built.step([], seeds=[1], eps=1e-2)
+    drawn = [3, 9, 27, 3]
+    plus, _ = built.score_pairs("train", drawn)[0]
+    assert len(built.trunk.groups) == 3
+    assert torch.equal(plus[0], plus[3])
+
+
+def test_tokens_are_counted(llama):
+    data = examples(40)
+    built = runtime(llama, data, **ADAPTED["last layer"]("llama"))
+    total = sum(len(example.prompt) for example in data)
+    assert built.tokens.computed == pytest.approx(total), "filling the cache runs every layer once"
+    built.step([], seeds=[1], eps=1e-2)
+    built.score_pairs("train", range(10))
+    scored = 2 * sum(len(example.prompt) for example in data[:10])
+    assert built.tokens.scored == scored
+    assert built.tokens.computed == pytest.approx(total + 2 * 10 / 3), "one position through one of three layers"
+
+
+@pytest.mark.parametrize("options", [{}, {"layers_to_transform": (2,)}])
+def test_one_option_of_one_token_has_its_log_probability(llama, options):
+    """There is no other option to be compared with: what is reported of it is a loss of the language model."""
+    data = [Example(example.prompt, example.options[:1], 0) for example in examples(6)]
+    built = runtime(llama, data, **options)
+    built.load({name: torch.zeros(shape) for name, shape in built.spec.shapes.items()})
+    scores = built.score("train", range(6))
+    plain = AutoModelForCausalLM.from_pretrained(llama)
+    for example, score in zip(data, scores, strict=True):
+        logits = plain(torch.tensor([example.prompt])).logits[0, -1].double()
+        expected = logits.log_softmax(-1)[example.options[0][0]].item()
+        assert score.item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("adapted", ["last layer", "last layer and head"])
+def test_adapter_loads_in_peft_with_equal_logits(family, adapted, tmp_path):
+    name, model = family
+    data = examples(6, name in ENCODERS)
+    built = runtime(model, data, **adapters(adapted, name))
+    save_adapter(tmp_path / "adapter", built.spec.peft, built.theta())
+    peft = PeftModel.from_pretrained(build(name), str(tmp_path / "adapter")).eval()
+    for i, example in enumerate(data):
+        with torch.no_grad():
+            logits = peft(input_ids=torch.tensor([example.prompt])).logits[0]
+        at = logits[-1 if example.mask is None else example.mask, [5, 9]].double()
+        got = built.score("train", [i])[0]
+        assert torch.allclose(got - got[0], at - at[0], atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapted_head_is_merged_and_the_embeddings_are_left_alone(tmp_path, tied):
+    model = save("llama", tmp_path / "llama", tie_word_embeddings=tied)
+    built = runtime(model, examples(6), **ADAPTED["last layer and head"]("llama"))
+    save_adapter(tmp_path / "adapter", built.spec.peft, built.theta())
+    merge(model, tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    embeddings = build("llama", tie_word_embeddings=tied).get_input_embeddings().weight
+    assert torch.equal(merged.get_input_embeddings().weight, embeddings)
+    for i, example in enumerate(examples(6)):
+        with torch.no_grad():
+            at = merged(input_ids=torch.tensor([example.prompt])).logits[0, -1, [5, 9]].double()
+        got = built.score("train", [i])[0]
+        assert torch.allclose(got - got[0], at - at[0], atol=ROUNDING, rtol=0)
+
+
+def test_verify_names_a_flipped_bit(llama):
+    built = runtime(llama, examples(4), **ADAPTED["last layer"]("llama"))
+    built.step([StepUpdate([5], [1e-3], 0.999)], seeds=[6], eps=1e-2, watch=True)
+    assert built.verify() is None
+    name = built.plus.names[3]
+    built.plus.tensors[3].view(torch.int32)[1, 2] ^= 1
+    assert built.verify().startswith(f"plus of {name} at index {built.plus.tensors[3].shape[1] + 2}")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bit_base_uses_single_roundings(llama, dtype):
+    built = runtime(llama, examples(8), dtype=dtype, **ADAPTED["last layer"]("llama"))
+    built.step([StepUpdate([5], [1e-3])], seeds=[6], eps=1e-2, watch=True)
+    assert {t.dtype for t in built.plus.tensors} == {getattr(torch, dtype)}
+    assert {t.dtype for t in built.master.tensors} == {torch.float32}
+    plus, minus = built.score_pairs("train", range(4))[0]
+    assert torch.isfinite(plus).all()
+    assert not torch.equal(plus, minus)
+    assert built.verify() is None
+
+
+def test_evaluation_leaves_the_perturbed_copies(llama):
+    built = runtime(llama, examples(8), **ADAPTED["last layer"]("llama"))
+    built.step([], seeds=[6], eps=1e-2)
+    before = built.score_pairs("train", range(4))[0]
+    built.score("train", range(8))
+    for a, b in zip(before, built.score_pairs("train", range(4))[0], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ("q_proj", "nonsense")}, "--target-modules: no linear layer named nonsense; .*q_proj"),
+        ({"layers_to_transform": (3,)}, "--layers-to-transform: layer 3 does not exist; the model has layers 0 to 2"),
+    ],
+)
+def test_unknown_modules_and_layers_are_refused(llama, options, message):
+    with pytest.raises(UserError, match=message):
+        runtime(llama, examples(2), **options)
+
+
+def test_missing_model_is_refused():
+    with pytest.raises(UserError, match=r"--model ./nowhere: it could not be loaded"):
+        runtime("./nowhere", examples(2))

@@ -1,0 +1,132 @@
+"""Greedy generation by the engine is the hf runtime's: both signs, all perturbations, stops; and whole runs."""
+
+import json
+
+import pytest
+
+from mezo.api import train
+from mezo.config import Config
+from mezo.data.example import Example
+from mezo.errors import RunError
+from mezo.method.step import StepUpdate
+from mezo.run.trajectory import read_trajectory
+from mezo.runtimes.base import TokenCount
+from tests.runtimes.sglang.conftest import ALL, LAST, engine, examples, noisy, reference
+from tests.tiny_models import WORDS, save
+
+NEW = 8
+TEXT = {"task": "squad", "generate": "on", "max_new_tokens": NEW}
+ADAPTED = {
+    "a namespace a version": {"target_modules": ALL},
+    "one namespace, head": {"layers_to_transform": (2,), "target_modules": (*LAST, "lm_head")},
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """Every token of it is a word, so that no difference between texts is lost."""
+    return save("llama", tmp_path_factory.mktemp("words"), vocab_size=len(WORDS) + 3)
+
+
+@pytest.fixture(scope="module")
+def data():
+    words = [tuple(token % len(WORDS) + 3 for token in example.prompt) for example in examples(12)]
+    return [Example(prompt, ((5,), (9,)), 0, references=("good",)) for prompt in words]
+
+
+@pytest.fixture(scope="module", params=list(ADAPTED))
+def both(request, llama, data):
+    """The engine and transformers at the same theta, which changes the texts."""
+    adapted = {**ADAPTED[request.param], **TEXT}
+    plain = reference(llama, data, **adapted)
+    with engine(llama, data, num_perturbations=2, **adapted) as running:
+        for one in (running, plain):
+            one.load(noisy(one))
+        yield running, plain
+
+
+def test_texts_are_those_of_transformers(both):
+    running, plain = both
+    assert running.generate("train", range(12), NEW, ()) == plain.generate("train", range(12), NEW, ())
+
+
+def test_both_signs_of_all_perturbations_are_one_batch(both, monkeypatch):
+    running, plain = both
+    calls = []
+    generate = running.engine.generate
+    monkeypatch.setattr(running.engine, "generate", lambda **request: calls.append(request) or generate(**request))
+    running.step([], [7, 8], 0.3)
+    pairs = running.generate_pairs("train", range(6), NEW, ())
+    written = [request for request in calls if request["sampling_params"]["max_new_tokens"]]
+    assert len(written) == 1
+    assert {n: written[0]["lora_path"].count(n) for n in ("plus0", "minus0", "plus1", "minus1")} == dict.fromkeys(
+        ("plus0", "minus0", "plus1", "minus1"), 6
+    )
+    for seed, pair in zip((7, 8), pairs, strict=True):
+        plain.step([], [seed], 0.3)
+        assert [pair] == plain.generate_pairs("train", range(6), NEW, ())
+        assert pair[0] != pair[1]
+
+
+def test_an_update_changes_the_texts_and_evaluation_leaves_the_slots(both):
+    running, plain = both
+    for one in (running, plain):
+        one.step([StepUpdate([5], [0.5])], [7], 0.3)
+    pair = running.generate_pairs("train", range(6), NEW, ())
+    assert pair == plain.generate_pairs("train", range(6), NEW, ())
+    running.generate("train", range(6), NEW, ())
+    running.score("train", range(6))
+    assert running.generate_pairs("train", range(6), NEW, ()) == pair
+
+
+def test_stops_are_the_hf_runtimes(both):
+    running, plain = both
+    whole = plain.generate("train", range(12), NEW, ())
+    word = next(w for w in WORDS for text in whole if len(w) > 3 and text.find(w) > 0)
+    stopped = running.generate("train", range(12), NEW, (word,))
+    assert stopped == plain.generate("train", range(12), NEW, (word,))
+    assert stopped != whole
+
+
+def test_tokens_are_the_engines_count(both):
+    running, plain = both
+    running.eval_tokens, plain.eval_tokens = TokenCount(), TokenCount()
+    for one in (running, plain):
+        one.generate("train", range(8, 12), NEW, ())
+    ahead = running.eval_tokens.scored - plain.eval_tokens.scored
+    assert 0 <= ahead <= sum(len(e.prompt) for e in running.examples["train"][8:12]), "first visits"
+    assert running.eval_tokens.computed <= running.eval_tokens.scored
+
+
+def test_texts_of_the_base_model_are_caught(both, monkeypatch):
+    running, _ = both
+    generate = running.engine.generate
+
+    def forget(**request):
+        request["lora_path"] = [None] * len(request["lora_path"])
+        return generate(**request)
+
+    monkeypatch.setattr(running.engine, "generate", forget)
+    with pytest.raises(RunError, match="some were not scored by the adapter they belong to"):
+        running.generate("train", range(3), NEW, ())
+    running._sent.clear()
+
+
+def test_a_run_on_a_reward_is_the_hf_runtimes(llama, tmp_path):
+    """Losses of texts are exact numbers: the logs of both runtimes are the same, byte for byte."""
+    rows = [{"prompt": f"the {noun} was {word}"} for noun in ("film", "plot", "story") for word in ("good", "poor")]
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.py").write_text("def share(example, output):\n    return output.split().count('film') / 8\n")
+    logs = {}
+    for runtime in ("hf", "sglang"):
+        config = Config(
+            model=llama, output_dir=str(tmp_path / runtime), runtime=runtime, objective="reward",
+            train_file=str(tmp_path / "train.jsonl"), dev_file=str(tmp_path / "dev.jsonl"), batch_size=3, steps=3,
+            reward=f"{tmp_path / 'mine.py'}:share", max_new_tokens=NEW, lr=0.1, eps=0.3, target_modules=ALL,
+        )  # fmt: skip
+        result = train(config)
+        logs[runtime] = (tmp_path / runtime / "trajectory.jsonl").read_bytes(), result["dev"]
+    assert logs["hf"] == logs["sglang"]
+    losses = {r.loss_plus for r in read_trajectory(tmp_path / "hf" / "trajectory.jsonl")[1]}
+    assert len(losses) > 1

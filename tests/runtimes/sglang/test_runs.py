@@ -1,0 +1,208 @@
+"""Whole runs through the engine: equal to the hf runtime's, resumed on either, killed, stopped, and reported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from mezo.api import evaluate, resume, train
+from mezo.cli.main import main
+from mezo.config import Config
+from mezo.report import tables
+from mezo.run import logbook
+from mezo.run.adapter import read_adapter, same_bits
+from mezo.run.replay import rebuild
+from mezo.run.trajectory import read_trajectory
+from mezo.studies import tune
+from tests.tiny_data import write_jsonl
+
+STEPS = 30
+NOISE = 1e-5  # on losses near 1, after a few steps of two implementations
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory, model):
+    directory = tmp_path_factory.mktemp("data")
+    sizes = {"train": 48, "dev": 20, "test": 20}
+    files = {f"{s}_file": write_jsonl(directory / f"{s}.jsonl", n, i) for i, (s, n) in enumerate(sizes.items())}
+    words = {"prompt": "{text} It was", "label_words": (" terrible", " great")}
+    shape = {"target_modules": ("q_proj", "o_proj", "up_proj"), "layers_to_transform": (2,)}
+    return {"model": model("llama"), **files, **words, **shape, "steps": STEPS, "batch_size": 8, "lr": 1e-3,
+            "eps": 1e-2, "eval_every": 10, "num_perturbations": 2, "weight_decay": 0.1}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, common):
+    """The same run by both runtimes: {runtime: (directory, result)}."""
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "0")
+        for runtime in ("hf", "sglang"):
+            path = tmp_path_factory.mktemp(runtime) / "run"
+            config = Config(**common, runtime=runtime, output_dir=str(path), verify_every=1)
+            made[runtime] = path, train(config)
+    return made
+
+
+def losses(path):
+    records = read_trajectory(path / "trajectory.jsonl")[1]
+    return [loss for record in records for loss in record.loss_plus + record.loss_minus]
+
+
+def test_a_run_is_the_hf_runtimes(runs):
+    (hf, hf_result), (ours, result) = runs["hf"], runs["sglang"]
+    assert read_trajectory(hf / "trajectory.jsonl")[0] == read_trajectory(ours / "trajectory.jsonl")[0], "header"
+    assert losses(ours) == pytest.approx(losses(hf), abs=NOISE)
+    assert result["best_step"] == hf_result["best_step"]
+    assert result["test"]["after"] == pytest.approx(hf_result["test"]["after"], abs=NOISE)
+    assert logbook.verify(str(ours)) == STEPS
+
+
+def test_tokens_are_the_engines_count(runs):
+    """Every prompt of the training set is visited for the first time once; after that a request is one token."""
+    _, result = runs["sglang"]
+    requests = STEPS * 8 * 2 * 2
+    assert result["tokens_computed"] + result["tokens_reused"] == result["tokens_scored"]
+    assert requests < result["tokens_computed"] < requests + 48 * 7
+    assert result["eval_tokens_computed"] < result["eval_tokens_scored"] / 2
+
+
+def test_time_and_noise_are_reported(runs):
+    path, result = runs["sglang"]
+    parts = result["seconds_of_training"]
+    assert set(parts) == {"kernels", "rpc", "engine", "bookkeeping"}
+    assert all(seconds > 0 for seconds in parts.values())
+    assert sum(parts.values()) == pytest.approx(result["seconds_training"])
+    assert 0 <= result["projected_grad_noise"] < 1e-3 * result["projected_grad_rms"]
+    found = tables.tables(str(path))
+    assert [row[0] for row in found["seconds of training"]] == list(parts)
+    assert ("runtime", "sglang") in found["result"]
+    assert ("runtime", "hf") in tables.tables(str(runs["hf"][0]))["result"]
+
+
+@pytest.mark.parametrize(("first", "second"), [("hf", "sglang"), ("sglang", "hf")])
+def test_a_run_of_one_runtime_resumes_on_the_other(runs, common, tmp_path, first, second):
+    """Cut back to 10 steps and carried on elsewhere: old steps are kept, new ones are the same but for noise."""
+    path, result = runs[first]
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", path, copy], check=True)
+    logbook.truncate(str(copy), 10)
+    again = resume(str(copy), machine={"runtime": second})
+    old, new = ((p / "trajectory.jsonl").read_bytes().splitlines() for p in (path, copy))
+    assert old[:11] == new[:11]
+    assert losses(copy) == pytest.approx(losses(path), abs=NOISE)
+    assert again["best_step"] == result["best_step"]
+    theta, _, _ = rebuild(copy)
+    assert same_bits(theta, read_adapter(copy / "adapter")) is None
+
+
+def start(common, output_dir, steps, launcher=()):
+    """`python -m mezo train --runtime sglang` as a user starts it."""
+    argv = [sys.executable, *launcher, "-m", "mezo", "train", "--runtime", "sglang", "--output-dir", str(output_dir)]
+    for name, value in {**common, "steps": steps}.items():
+        argv += ["--" + name.replace("_", "-")]
+        argv += [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.Popen(
+        argv, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )  # fmt: skip
+
+
+def wait_for_steps(process, log, n):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.is_file() and log.read_bytes().count(b"\n") > n:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"no {n} steps: {process.communicate()[1][-2000:]}")
+
+
+def test_a_killed_worker_ends_the_run_and_loses_nothing(common, tmp_path):
+    run = tmp_path / "run"
+    process = start(common, run, 400)
+    wait_for_steps(process, run / "trajectory.jsonl", 5)
+    children = psutil.Process(process.pid).children(recursive=True)
+    worker = next(child for child in children if "scheduler" in "".join(child.cmdline()))
+    worker.kill()
+    killed = time.monotonic()
+    error = process.communicate(timeout=60)[1]
+    assert time.monotonic() - killed < 30
+    assert process.returncode == 1
+    assert "mezo: error: the SGLang engine died" in error
+    assert "nothing that was trained is lost, resume the run" in error
+    assert not [child for child in children if child.is_running() and child.status() != "zombie"]
+    done = len(read_trajectory(run / "trajectory.jsonl")[1])
+    assert 5 <= done < 400
+    logbook.truncate(str(run), done)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "steps": done + 10}))
+    result = resume(str(run), machine={"runtime": "hf"})
+    assert result["steps"] == done + 10
+    theta, _, _ = rebuild(run)
+    assert same_bits(theta, read_adapter(run / "adapter")) is None, "fed the same projected_grads"
+
+
+def test_ctrl_c_ends_after_the_step_and_the_engine_with_it(common, tmp_path):
+    run = tmp_path / "run"
+    process = start(common, run, 4000)
+    wait_for_steps(process, run / "trajectory.jsonl", 5)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the engine's processes as well
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert "stopped after step" in error
+    assert not [child for child in children if child.is_running() and child.status() != "zombie"]
+    assert logbook.verify(str(run)) >= 5
+
+
+def test_two_trainers_share_a_batch_with_an_engine_each(runs, common, tmp_path):
+    """torchrun's own addresses must not reach the engines; the ranks' losses add up to those of one process."""
+    run = tmp_path / "run"
+    process = start(common, run, 10, ("-m", "torch.distributed.run", "--nproc-per-node", "2"))
+    error = process.communicate(timeout=180)[1]
+    assert process.returncode == 0, error[-2000:]
+    assert losses(run) == pytest.approx(losses(runs["sglang"][0])[: 10 * 4], abs=NOISE)
+    assert json.loads((run / "result.json").read_text())["ranks"] == 2
+
+
+def test_eval_through_the_engine(runs, common, capsys):
+    """A run's adapter, and a model without one: the noise of the start-up proof must be gone."""
+    path, result = runs["hf"]
+    assert main(["eval", str(path), "--runtime", "sglang"]) == 0
+    assert f"{result['test']['after']['accuracy']:.4f}" in capsys.readouterr().out
+    data = {k: v for k, v in common.items() if k.endswith("_file") or k in ("prompt", "label_words", "model")}
+    base = {r: evaluate(Config(**data, runtime=r, output_dir="unused"), None) for r in ("hf", "sglang")}
+    assert base["sglang"]["test"] == pytest.approx(base["hf"]["test"], abs=NOISE)
+
+
+def test_a_run_with_engine_options_resumes_in_process(runs, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", runs["sglang"][0], copy], check=True)
+    config = json.loads((copy / "config.json").read_text())
+    given = {"tp": 2, "engine_arg": ["attention_backend=torch_native"], "radix": "off"}
+    (copy / "config.json").write_text(json.dumps({**config, **given}))
+    logbook.truncate(str(copy), 10)
+    assert main(["train", "--resume", str(copy), "--runtime", "hf"]) == 0, capsys.readouterr().err
+    assert losses(copy) == pytest.approx(losses(runs["sglang"][0]), abs=NOISE)
+
+
+def test_a_sweep_through_the_engine_is_the_hf_runtimes(common, tmp_path):
+    """Trials share one engine, are paused and resumed in it, and its noise decides nothing."""
+    found = {}
+    for runtime in ("hf", "sglang"):
+        config = Config(**common, runtime=runtime, output_dir=str(tmp_path / runtime))
+        found[runtime] = tune.tune(config, grid_lr=(1e-3, 3e-3), rungs=2, trial_steps=12)
+    rows = [found[runtime]["rungs"] for runtime in found]
+    assert [row["trial"] for row in rows[0]] == [row["trial"] for row in rows[1]]
+    assert [row["dev_loss"] for row in rows[0]] == pytest.approx([row["dev_loss"] for row in rows[1]], abs=1e-4)
+    assert found["sglang"]["command"].startswith("mezo train --model")

@@ -1,0 +1,151 @@
+"""Adapters that change no key or value: both signs and all steps share one namespace. One engine for the module."""
+
+import pytest
+
+from mezo.errors import RunError, UserError
+from mezo.method.step import StepUpdate
+from mezo.runtimes.base import TokenCount
+from tests.runtimes.sglang.conftest import LAST, engine, examples, noisy, reference, worst
+from tests.tiny_models import save
+
+ROUNDING = 5e-5
+ADAPTED = {"layers_to_transform": (2,), "target_modules": LAST}
+WITH_KEYS = {"layers_to_transform": (2,), "target_modules": ("q_proj", "k_proj", "v_proj")}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return examples(24)
+
+
+@pytest.fixture(scope="module")
+def llama(model):
+    return model("llama")
+
+
+@pytest.fixture(scope="module")
+def running(llama, data):
+    with engine(llama, data, **ADAPTED) as runtime:
+        runtime.load(noisy(runtime))
+        yield runtime
+
+
+def test_every_request_after_a_prompts_first_visit_computes_one_token(running, llama, data):
+    plain = reference(llama, data, **ADAPTED)
+    plain.load(noisy(plain))
+    batch, tokens = [0, 3, 7, 11], []
+    for step in range(5):
+        update = [StepUpdate([step], [0.02])]
+        for runtime in (running, plain):
+            runtime.step(update, [100 + step], 1e-2)
+        running.tokens = TokenCount()
+        got, want = running.score_pairs("train", batch)[0], plain.score_pairs("train", batch)[0]
+        assert max(worst(a, b) for a, b in zip(got, want, strict=True)) < ROUNDING
+        tokens.append((running.tokens.scored, running.tokens.computed))
+    prompts = sum(len(data[i].prompt) for i in batch)
+    first_visit = prompts - len(batch)
+    assert tokens[0] == (2 * prompts + first_visit, first_visit + 2 * len(batch))
+    assert tokens[1:] == [(2 * prompts, 2 * len(batch))] * 4
+
+
+def test_flushing_changes_nothing(running):
+    running.step([StepUpdate([77], [0.1])], [78], 1e-2)
+    warm = running.score_pairs("train", range(8))[0]
+    running._flush()
+    cold = running.score_pairs("train", range(8))[0]
+    assert max(float((a - b).abs().max()) for a, b in zip(warm, cold, strict=True)) < 1e-5
+
+
+def test_evaluation_shares_the_namespace(running):
+    running.score_pairs("train", range(8))
+    running.eval_tokens = TokenCount()
+    running.score("train", range(8))
+    assert running.eval_tokens.computed == 8
+
+
+def test_forgetting_the_adapter_is_caught_here_too(running, monkeypatch):
+    generate = running.engine.generate
+
+    def base(**request):
+        request["lora_path"] = [None] * len(request["lora_path"])
+        return generate(**request)
+
+    monkeypatch.setattr(running.engine, "generate", base)
+    with pytest.raises(RunError, match="some were not scored by the adapter they belong to"):
+        running.score_pairs("train", range(3))
+    running._sent.clear()
+
+
+def test_the_plan_says_what_it_is(running):
+    assert "one radix namespace for all" in running.describe()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapted_head_shares_the_namespace_too(tmp_path, data, tied):
+    """Several requests a call, of unlike lengths and both signs: each row of the head gets its own adapter."""
+    model = save("llama", tmp_path / "llama", tie_word_embeddings=tied)
+    adapted = {"layers_to_transform": (2,), "target_modules": (*LAST, "lm_head")}
+    plain = reference(model, data, **adapted)
+    with engine(model, data, **adapted) as runtime:
+        assert "one radix namespace for all" in runtime.describe()
+        for one in (runtime, plain):
+            one.load(noisy(one))
+        for step in range(3):
+            for one in (runtime, plain):
+                one.step([StepUpdate([step], [0.02])], [100 + step], 1e-1)
+            runtime.tokens = TokenCount()
+            got, want = runtime.score_pairs("train", range(9))[0], plain.score_pairs("train", range(9))[0]
+            assert max(worst(a, b) for a, b in zip(got, want, strict=True)) < ROUNDING
+            assert (got[0] - got[1]).abs().max() > 100 * ROUNDING
+        assert runtime.tokens.computed == 2 * 9
+
+
+def test_sharing_with_key_adapters_is_refused_by_the_workers(llama, data, monkeypatch):
+    """The trainer's plan is overruled: the workers look at what is trained themselves."""
+    monkeypatch.setattr("mezo.runtimes.sglang.runtime.why_kv_depends", lambda names, n_layers: None)
+    with (
+        pytest.raises(RunError, match=r"may not share a cache: .*k_proj.* may change keys or values"),
+        engine(llama, data, **WITH_KEYS),
+    ):
+        pass
+
+
+def test_sharing_with_key_adapters_is_wrong(llama, data, monkeypatch):
+    """Forced past both guards: the start-up proof refuses it, and without the proof the losses are wrong."""
+    monkeypatch.setattr("mezo.runtimes.sglang.runtime.why_kv_depends", lambda names, n_layers: None)
+    with (
+        pytest.raises(UserError, match=r"log-probabilities differ by .* from transformers with PEFT"),
+        engine(llama, data, hooks="unguard", **WITH_KEYS),
+    ):
+        pass
+
+
+def test_forced_sharing_gives_wrong_losses(llama, data, monkeypatch):
+    monkeypatch.setattr("mezo.runtimes.sglang.runtime.why_kv_depends", lambda names, n_layers: None)
+    monkeypatch.setattr("mezo.runtimes.sglang.proof.StartProof.check", lambda *arguments: None)
+    with engine(llama, data, hooks="unguard", **WITH_KEYS) as runtime:
+        plain = reference(llama, data, **WITH_KEYS)
+        for one in (runtime, plain):
+            one.load(noisy(one))
+            one.step([], [7], 1e-1)
+        runtime.score_pairs("train", range(8))
+        for one in (runtime, plain):
+            one.step([StepUpdate([8], [1.0])], [9], 1e-1)
+        got, want = runtime.score_pairs("train", range(8))[0], plain.score_pairs("train", range(8))[0]
+        assert max(worst(a, b) for a, b in zip(got, want, strict=True)) > 100 * ROUNDING
+
+
+def test_radix_off_reuses_nothing_and_scores_the_same(llama, data):
+    plain = reference(llama, data, **ADAPTED)
+    plain.load(noisy(plain))
+    plain.step([], [7], 1e-2)
+    with engine(llama, data, radix="off", **ADAPTED) as runtime:
+        runtime.load(noisy(runtime))
+        runtime.step([], [7], 1e-2)
+        for _ in range(2):
+            runtime.tokens = TokenCount()
+            got = runtime.score_pairs("train", range(8))[0]
+            assert runtime.tokens.reused == 0
+        want = plain.score_pairs("train", range(8))[0]
+        assert max(worst(a, b) for a, b in zip(got, want, strict=True)) < ROUNDING
+        assert "radix cache off" in runtime.describe()

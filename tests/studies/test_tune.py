@@ -1,0 +1,292 @@
+"""The sweep: what it estimates, that trials are ordinary runs, that it halves, resumes and refuses."""
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from mezo.api import train
+from mezo.cli.main import main
+from mezo.config import Config
+from mezo.errors import RunError, UserError
+from mezo.method.estimator import projected_grad
+from mezo.method.objectives import cross_entropy
+from mezo.models.load import load_tokenizer
+from mezo.report.monitor import Monitor
+from mezo.run import logbook
+from mezo.runtimes.hf.runtime import HFRuntime
+from mezo.studies import tune
+from mezo.studies.step_sizes import derivatives, estimate, fourth_differences
+from mezo.tasks import load_splits
+from mezo.training.instruments import rms
+from mezo_kernels import lora_init, standard_normal
+from tests.tiny_models import LAST_LAYER, build
+
+GRID = {"grid_lr": (1e-3, 1e-2, 3e-2), "grid_eps": (1e-2,), "rungs": 2, "trial_steps": 16}
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory, tiny_model, tiny_data):
+    """(directory, config, result) of a finished sweep; tests must copy it before they change it."""
+    directory = tmp_path_factory.mktemp("sweeps") / "sweep"
+    config = Config(
+        model=tiny_model, **tiny_data, output_dir=str(directory), prompt="{text} It was",
+        label_words=(" terrible", " great"), target_modules=LAST_LAYER["llama"], layers_to_transform=(2,), steps=64,
+        batch_size=8,
+    )  # fmt: skip
+    return directory, config, tune.tune(config, **GRID)
+
+
+def test_the_worse_half_is_dropped_at_every_rung(sweep):
+    directory, _, result = sweep
+    rungs = [[row for row in result["rungs"] if row["rung"] == number] for number in (0, 1)]
+    assert [len(rows) for rows in rungs] == [3, 2]
+    assert [{row["steps"] for row in rows} for rows in rungs] == [{8}, {16}]
+    kept = sorted(rungs[0], key=lambda row: row["dev_loss"])[:2]
+    assert [row["trial"] for row in rungs[1]] == [row["trial"] for row in kept]
+    assert result["best"] == min(rungs[1], key=lambda row: row["dev_loss"])
+    assert json.loads((directory / "result.json").read_text()) == result
+    assert [json.loads(line) for line in (directory / "rungs.jsonl").read_text().splitlines()] == result["rungs"]
+
+
+def test_a_trial_is_the_run_that_mezo_train_makes(sweep, tmp_path):
+    """Paused at a rung and resumed, beside other trials in one process: the same log as alone and in one piece."""
+    directory, _, result = sweep
+    trial = directory / result["best"]["trial"]
+    saved = Config.from_dict(json.loads((trial / "config.json").read_text()))
+    assert (saved.lr, saved.steps, saved.eval_every, saved.eval_test) == (result["best"]["lr"], 16, 8, False)
+    train(dataclasses.replace(saved, output_dir=str(tmp_path / "alone")))
+    assert (trial / "trajectory.jsonl").read_bytes() == (tmp_path / "alone" / "trajectory.jsonl").read_bytes()
+    assert logbook.verify(str(trial)) == 16
+    alone, own = (json.loads((run / "result.json").read_text()) for run in (tmp_path / "alone", trial))
+    assert [own[key] for key in ("dev", "tokens_scored", "best_step")] == [
+        alone[key] for key in ("dev", "tokens_scored", "best_step")
+    ]
+    assert main(["train", "--resume", str(trial)]) == 0
+    dropped = next(
+        name
+        for name in json.loads((directory / "plan.json").read_text())["trials"]
+        if not (directory / name / "result.json").exists()
+    )
+    shutil.copytree(directory / dropped, tmp_path / "dropped")
+    assert main(["train", "--resume", str(tmp_path / "dropped")]) == 0
+    assert logbook.verify(str(tmp_path / "dropped")) == 16
+
+
+def test_the_command_is_the_run_that_was_tuned_for(sweep, tmp_path):
+    _, config, result = sweep
+    words = shlex.split(result["command"].replace("--output-dir RUN", f"--output-dir {tmp_path / 'run'}"))
+    assert words[:2] == ["mezo", "train"]
+    assert main([*words[1:], "--steps", "2"]) == 0
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    best = {"lr": result["best"]["lr"], "eps": result["best"]["eps"]}
+    wanted = dataclasses.replace(
+        config, **best, steps=2, objective="cross_entropy", generate="off", output_dir=saved["output_dir"]
+    )
+    assert Config.from_dict(saved) == wanted.absolute()
+
+
+def as_stopped(directory, target, rows):
+    """A copy of a finished sweep as a crash after so many rows would have left it, in the middle of writing one."""
+    shutil.copytree(directory, target)
+    (target / "result.json").unlink()
+    lines = (target / "rungs.jsonl").read_text().splitlines(keepends=True)
+    (target / "rungs.jsonl").write_text("".join(lines[:rows]) + lines[rows][:20])
+    return [json.loads(line) for line in lines[rows:]]
+
+
+@pytest.mark.parametrize("rows", [0, 2, 4])
+def test_a_sweep_resumes_to_the_same_result(sweep, tmp_path, rows):
+    """Rows that were lost are made again: their runs are there, at the rung's end or past it, or not yet."""
+    directory, _, result = sweep
+    lost = as_stopped(directory, tmp_path / "copy", rows)
+    for row in lost:
+        if row["rung"] == 0:
+            shutil.rmtree(tmp_path / "copy" / row["trial"], ignore_errors=True)
+    again = tune.resume(str(tmp_path / "copy"))
+    assert again == result
+    assert tune.resume(str(tmp_path / "copy")) == result
+
+
+def test_a_sweep_resumes_from_any_directory(sweep, tmp_path, monkeypatch):
+    _, config, result = sweep
+    paths = {name: os.path.relpath(getattr(config, name)) for name in ("model", "train_file", "dev_file", "test_file")}
+    here, config = Path.cwd(), dataclasses.replace(config, output_dir=str(tmp_path / "sweep"), **paths)
+    tune.tune(config, **GRID)
+    lost = as_stopped(tmp_path / "sweep", tmp_path / "copy", 1)
+    for row in lost:
+        shutil.rmtree(tmp_path / "copy" / row["trial"], ignore_errors=True)
+    monkeypatch.chdir(tmp_path)
+    assert Path.cwd() != here
+    assert tune.resume("copy")["rungs"] == result["rungs"]
+
+
+def test_an_engine_that_dies_is_no_failed_trial(sweep, tmp_path, monkeypatch):
+    """Its trials are not to be dropped for good: the sweep ends, and resumes."""
+    _, config, result = sweep
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "sweep"))
+
+    def die(*args):
+        raise RunError("the engine died")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HFRuntime, "score_pairs", die)
+        with pytest.raises(RunError, match="the engine died"):
+            tune.tune(config, **GRID)
+    assert tune.resume(config.output_dir)["rungs"] == result["rungs"]
+
+
+def test_ctrl_c_ends_the_sweep_and_it_resumes(sweep, tmp_path, monkeypatch, capsys):
+    _, config, result = sweep
+    shown, presses = Monitor.step, iter([False] * 10 + [True] + [False] * 1000)
+
+    def press(self, record, rate):
+        shown(self, record, rate)
+        if next(presses):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Monitor, "step", press)
+    stopped = dataclasses.replace(config, output_dir=str(tmp_path / "stopped"))
+    assert tune.tune(stopped, **GRID) is None
+    assert "continue with: mezo tune --resume" in capsys.readouterr().err
+    assert len((tmp_path / "stopped" / "rungs.jsonl").read_text().splitlines()) == 1
+    assert main(["tune", "--resume", str(tmp_path / "stopped")]) == 0
+    again = json.loads((tmp_path / "stopped" / "result.json").read_text())
+    assert again["rungs"] == result["rungs"]
+    assert again["command"] == result["command"]
+
+
+def test_a_trial_that_fails_is_dropped(sweep, tmp_path):
+    _, config, _ = sweep
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "sweep"))
+    result = tune.tune(config, grid_lr=(1e37, 1e-2), grid_eps=(1e-2,), rungs=1, trial_steps=16)
+    failed, done = result["rungs"]
+    assert "not finite in 10 steps in a row" in failed["failed"]
+    assert failed["dev_loss"] is None
+    assert result["best"] == done
+
+
+def test_order():
+    rows = [
+        {"dev_loss": loss, "dev_accuracy": accuracy, "failed": failed}
+        for loss, accuracy, failed in ((None, None, "it broke"), (None, 0.4, None), (0.5, 0.6, None), (0.5, 0.7, None))
+    ]
+    assert tune.order(rows) == rows[::-1]
+    text = [{"dev_f1": f1, "dev_accuracy": None, "failed": None} for f1 in (None, 0.1, 0.3)]
+    assert (
+        tune.order(text, *tune.compared_by(Config(model="m", output_dir="o", task="squad", generate="on")))
+        == text[::-1]
+    )
+    assert tune.compared_by(Config(model="m", output_dir="o", task="sst2")) == (-1, "loss")
+
+
+MISTAKES = {
+    "no dev set": ({"dev_file": ""}, {}, "compares trials by dev loss: give --dev-file"),
+    "accuracy": ({"objective": "accuracy"}, {"grid_lr": (1.0,)}, "no slope to estimate: give --grid-lr and --grid-eps"),
+    "no rungs": ({}, {"rungs": 0}, "--rungs must be at least 1, got 0"),
+    "too short": ({}, {"rungs": 4, "trial_steps": 7}, "--trial-steps 7 is too short for 4 rungs: give at least 8"),
+    "rule": ({"update_rule": "adam"}, {"grid_eps": (1e-2,)}, "lr is estimated for steps of plain SGD: give --grid-lr"),
+    "negative lr": ({}, {"grid_lr": (1e-3, -1.0)}, "--lr must be a finite number > 0, got -1.0"),
+    "eps nan": ({}, {"grid_eps": (float("nan"),)}, "--eps must be a finite number > 0, got nan"),
+}
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_mistakes(tiny_config, mistake):
+    options, own, message = MISTAKES[mistake]
+    with pytest.raises(UserError, match=message):
+        tune.tune(dataclasses.replace(tiny_config, **options), **own)
+    assert not Path(tiny_config.output_dir).exists()
+
+
+def test_command_line(tiny_options, as_flags, tmp_path, capsys):
+    options = {k: v for k, v in tiny_options.items() if k not in ("lr", "eps")} | {"rungs": 1, "trial_steps": 4}
+    assert main(["tune", *as_flags(options)]) == 0
+    out = capsys.readouterr().out
+    assert "estimated at the start: eps" in out
+    assert out.splitlines()[-1].startswith("mezo train --model")
+    result = json.loads((Path(options["output_dir"]) / "result.json").read_text())
+    assert len(result["rungs"]) == 4
+    assert len({row["lr"] for row in result["rungs"]}) == 4
+    assert main(["tune", *as_flags(options)]) == 2
+    assert "exists and is never overwritten" in capsys.readouterr().err
+    assert main(["tune", "--resume", str(tmp_path), "--rungs", "2"]) == 2
+    assert "takes no other option, got --rungs" in capsys.readouterr().err
+    assert main(["tune", "--resume", str(tmp_path)]) == 2
+    assert "not a sweep of mezo tune" in capsys.readouterr().err
+
+
+def test_noise_is_found_in_fourth_differences():
+    """Of a smooth line with normal noise: sigma, whatever the line."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for k in range(500):
+        line = 3 + k * torch.linspace(-1, 1, 7).double() * 1e-3
+        found += fourth_differences((line + 1e-5 * torch.randn(7, generator=generator, dtype=torch.float64)).tolist())
+    assert rms(found) / math.sqrt(70) == pytest.approx(1e-5, rel=0.1)
+
+
+def test_derivatives_along_z_are_those_of_autograd():
+    model = build("gpt_neox").double()
+    model.set_attn_implementation("eager")  # the fused one has no second derivative
+    ids = torch.randint(3, 24, (4, 9), generator=torch.Generator().manual_seed(1))
+    params = list(model.parameters())
+    z = [standard_normal(7, name, 0, p.numel()).double().view_as(p) for name, p in model.named_parameters()]
+    loss = lambda: cross_entropy(model(input_ids=ids).logits[:, -1, 5:7].log_softmax(-1), torch.tensor([0, 1, 1, 0]))  # noqa: E731
+    expected, value = [], loss()
+    for _ in range(3):
+        parts = torch.autograd.grad(value, params, create_graph=True, allow_unused=True)
+        value = sum((g * direction).sum() for g, direction in zip(parts, z, strict=True) if g is not None)
+        expected.append(value.item())
+    theta, line = [p.detach().clone() for p in params], []
+    for i in (-2, -1, 0, 1, 2):
+        for p, start, direction in zip(params, theta, z, strict=True):
+            p.data.copy_(start + i * 3e-4 * direction)
+        line.append(loss().item())
+    assert derivatives(line, 3e-4)[1:] == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.fixture
+def at_start(tiny_config):
+    """(config, runtime, examples, labels) of a run whose adapter has a B, so that every derivative is there."""
+    config = dataclasses.replace(tiny_config, batch_size=48, objective="cross_entropy")
+    runtime, splits = HFRuntime(config), load_splits(config, load_tokenizer(config.model))
+    runtime.prepare(splits)
+    runtime.load({name: 0.3 * lora_init(3, name, shape) for name, shape in runtime.spec.shapes.items()})
+    return config, runtime, splits["train"], torch.tensor([example.label for example in splits["train"]])
+
+
+def test_the_slope_is_the_norm_of_the_gradient(at_start):
+    config, runtime, examples, labels = at_start
+    found = estimate(config, runtime, examples)
+    gradient = runtime.gradient("train", range(48), lambda scores: cross_entropy(scores, labels))
+    norm = math.sqrt(sum(part.square().sum().item() for part in gradient.values()))
+    # 16 squares of normals: a relative standard error of sqrt(2 / 16) / 2 on the root
+    assert found.slope == pytest.approx(norm, rel=4 * math.sqrt(2 / 16) / 2)
+    assert 1e-9 < found.loss_noise < 1e-6
+    assert 0.1 <= found.signal <= 1
+
+
+def test_the_estimated_eps_is_near_the_best(at_start):
+    """Against autograd: ten times smaller is worse for noise, ten times larger for bias."""
+    config, runtime, examples, labels = at_start
+    eps = estimate(config, runtime, examples).eps
+    gradient = runtime.gradient("train", range(48), lambda scores: cross_entropy(scores, labels))
+
+    def error(eps):
+        off = []
+        for seed in range(24):
+            runtime.step([], [seed], eps)
+            losses = [cross_entropy(scores, labels).item() for scores in runtime.score_pairs("train", range(48))[0]]
+            slope = sum((standard_normal(seed, n, 0, g.numel()) @ g.flatten()).item() for n, g in gradient.items())
+            off.append(projected_grad(*losses, eps) - slope)
+        return rms(off)
+
+    assert error(eps) < 0.5 * min(error(eps / 10), error(10 * eps))

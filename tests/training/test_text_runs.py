@@ -1,0 +1,255 @@
+"""Whole runs on generated text: rewards that rise, exact resume, figures of SQuAD and ReCoRD, ranks."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mezo.api import evaluate, resume, train
+from mezo.cli.main import main
+from mezo.config import Config
+from mezo.data.example import Example
+from mezo.errors import UserError
+from mezo.method.batches import Batches
+from mezo.method.objectives import cross_entropy, standardised
+from mezo.report import tables
+from mezo.run.adapter import load_adapter
+from mezo.run.header import initial_theta
+from mezo.run.trajectory import read_trajectory
+from mezo.runtimes.hf.runtime import HFRuntime
+from mezo.tasks import load_splits
+from mezo.training.evaluation import _of_named_options, best_by
+from tests.tiny_models import LAST_LAYER, WORDS, save, tokenizer
+from tests.training.test_ranks import outcome, torchrun
+from tests.training.test_trainer import adapter, interrupted_copy, same_bits
+
+NEW = 8
+EVERYWHERE = (*LAST_LAYER["llama"], "k_proj", "v_proj")
+SHARE = f"def share(example, output):\n    return output.split().count('great') / {NEW}\n"
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory):
+    """Every token of it is a word."""
+    return save("llama", tmp_path_factory.mktemp("words"), vocab_size=len(WORDS) + 3)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Rows as JSON lines; the path."""
+
+    def lines(name, rows):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return lines
+
+
+@pytest.fixture
+def config(text_model, write, tmp_path):
+    """A run of 20 steps on a reward: the share of "great" in the text."""
+    nouns, words = ("film", "plot", "story", "acting"), ("good", "poor", "nice")
+    rows = [{"prompt": f"{a} {n} was", "options": [f" {w}", " awful"], "answer": 0}
+            for a in ("the", "a") for n in nouns for w in words]  # fmt: skip
+    (tmp_path / "mine.py").write_text(SHARE)
+    return Config(
+        model=text_model, output_dir=str(tmp_path / "run"), train_file=write("train", rows),
+        dev_file=write("dev", rows), test_file=write("test", rows[:6]), objective="reward",
+        reward=f"{tmp_path / 'mine.py'}:share", steps=20,
+        batch_size=8, max_new_tokens=NEW, lr=0.05, eps=0.1, target_modules=EVERYWHERE, eval_every=5, noise=False,
+    )  # fmt: skip
+
+
+def test_a_reward_rises(config):
+    result = train(dataclasses.replace(config, steps=150, eval_every=30))
+    rewards = {row["step"]: row["reward"] for row in result["dev"]}
+    assert rewards[0] < 0.1
+    assert rewards[result["best_step"]] == max(rewards.values()) > 0.3
+    assert result["test"]["after"]["reward"] > result["test"]["before"]["reward"] + 0.2
+    assert (Path(config.output_dir) / "plots" / "dev_accuracy.png").is_file()
+
+
+CONFIGURATIONS = {
+    "reward": {},
+    "z-scored": {"z_score_rewards": True, "num_perturbations": 2},
+    "f1": {"objective": "f1", "reward": ""},
+    "mixture": {"objective": "cross_entropy:1,reward:0.5,f1:0.25"},
+    "mixture above a trunk": {"objective": "lm_cross_entropy,reward:2", "layers_to_transform": (2,)},
+    "micro-batches": {"micro_batch_size": 3, "noise": True},
+}
+
+
+@pytest.mark.parametrize("name", list(CONFIGURATIONS))
+def test_resume_is_exact(config, tmp_path, name):
+    config = dataclasses.replace(config, **CONFIGURATIONS[name])
+    result = train(config)
+    run, copy = Path(config.output_dir), tmp_path / "copy"
+    assert result["zero_gradient_share"] < 0.9, "texts differ, or nothing is proved"
+    interrupted_copy(run, copy, 13)
+    again = resume(str(copy))
+    assert (copy / "trajectory.jsonl").read_bytes() == (run / "trajectory.jsonl").read_bytes()
+    assert same_bits(adapter(copy), adapter(run))
+    assert again["test"] == result["test"]
+
+
+def test_a_resume_with_another_reward_is_refused(config, tmp_path):
+    train(dataclasses.replace(config, steps=4))
+    run, copy = Path(config.output_dir), tmp_path / "copy"
+    assert len(read_trajectory(run / "trajectory.jsonl")[0]["reward_hash"]) == 64
+    interrupted_copy(run, copy, 2)
+    (tmp_path / "mine.py").write_text(SHARE.replace("great", "poor"))
+    with pytest.raises(UserError, match="reward_hash of the log and of the file at hand differ"):
+        resume(str(copy))
+    (tmp_path / "mine.py").unlink()
+    with pytest.raises(UserError, match=r"no such file: .*mine\.py"):
+        resume(str(copy))
+
+
+def test_what_a_reward_reads_is_of_the_data_hash(config, write):
+    hashes = []
+    for year in (1999, 2000):
+        rows = [{"prompt": "the film was", "year": year, "options": [" good", " bad"], "answer": 0}] * 8
+        changed = dataclasses.replace(
+            config, train_file=write("years", rows), steps=1, output_dir=f"{config.output_dir}-{year}"
+        )
+        train(changed)
+        hashes.append(read_trajectory(Path(changed.output_dir) / "trajectory.jsonl")[0]["data_hash"])
+    assert hashes[0] != hashes[1]
+
+
+@pytest.mark.parametrize("z_score", [False, True])
+def test_losses_are_those_of_the_formula(config, z_score):
+    """Two perturbations, a mixture: recomputed from scores and texts at the same theta."""
+    config = dataclasses.replace(
+        config, objective="cross_entropy:2,reward:0.5", z_score_rewards=z_score, num_perturbations=2, steps=1
+    )
+    train(config)
+    first, (record,) = read_trajectory(Path(config.output_dir) / "trajectory.jsonl")
+    splits, runtime = load_splits(config, tokenizer()), HFRuntime(config)
+    runtime.prepare(splits)
+    runtime.load(initial_theta(first, Path()))
+    batch = Batches(24, 8, 0)(0)
+    labels = torch.tensor([splits["train"][i].label for i in batch])
+    losses, rewards = [], []
+    for seed in record.seeds:
+        runtime.step([], [seed], config.eps)
+        losses.append([cross_entropy(scores, labels).item() for scores in runtime.score_pairs("train", batch)[0]])
+        texts = runtime.generate_pairs("train", batch, NEW, ("\n",))[0]
+        rewards.append([[text.split().count("great") / NEW for text in own] for own in texts])
+    values = torch.tensor(rewards, dtype=torch.float64)
+    assert len(values.unique()) > 1
+    values = standardised(values) if z_score else values
+    expected = 2 * torch.tensor(losses, dtype=torch.float64) - 0.5 * values.mean(-1)
+    assert record.loss_plus == pytest.approx(expected[:, 0].tolist(), abs=1e-6)
+    assert record.loss_minus == pytest.approx(expected[:, 1].tolist(), abs=1e-6)
+
+
+def test_equal_rewards_move_nothing(config, tmp_path):
+    (tmp_path / "mine.py").write_text("def share(example, output):\n    return 0.1\n")
+    result = train(dataclasses.replace(config, z_score_rewards=True, steps=3))
+    assert result["zero_gradient_share"] == 1.0
+    assert result["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("parallel", ["data", "perturbations"])
+def test_ranks_equal_one_process(config, tmp_path, as_flags, parallel):
+    """Rewards of the whole batch are standardised together, wherever they were given: to the bit."""
+    one = dataclasses.replace(
+        config, steps=6, parallel=parallel, num_perturbations=2, z_score_rewards=True, dev_file="", test_file=""
+    )
+    several = dataclasses.replace(one, output_dir=str(tmp_path / "several"))
+    train(one)
+    done = torchrun(dataclasses.replace(several, noise=True), 2, as_flags)
+    assert done.returncode == 0, done.stderr
+    assert outcome(several.output_dir)[0] == outcome(one.output_dir)[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [("1 / 0", r"raised ZeroDivisionError: division by zero on .*train\.jsonl line 1"), ("'x'", "gave 'x' for")],
+)
+def test_a_reward_that_fails_is_found_before_anything_is_written(config, tmp_path, body, message):
+    (tmp_path / "mine.py").write_text(f"def share(example, output):\n    return {body}\n")
+    with pytest.raises(UserError, match=message):
+        train(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_a_reward_that_fails_in_a_run_names_the_example(config, tmp_path):
+    (tmp_path / "mine.py").write_text("def share(example, output):\n    return float('nan') if output else 0\n")
+    with pytest.raises(UserError, match=r"gave nan for .*\.jsonl line \d+ with the text '\w+"):
+        train(config)
+
+
+# Tasks whose answers are text
+
+SQUAD = {"id": "1", "title": "film", "context": "the film was great", "question": "was the film good"}
+
+
+def test_squad_is_judged_by_text_and_keeps_the_best_f1(config, write, capsys):
+    words = ("great", "good", "nice", "poor", "film", "story")
+    rows = [{**SQUAD, "answers": {"text": [w, "story acting"], "answer_start": [0, 0]}} for w in words * 2]
+    changed = dataclasses.replace(
+        config, task="squad", train_file=write("squad", rows), dev_file=write("dev", rows), objective="auto", reward="",
+        test_file=write("test", rows), prompt="{title} {context} {question} is", steps=20,
+    )  # fmt: skip
+    result = train(changed)
+    dev = {row["step"]: row for row in result["dev"]}
+    assert dev[result["best_step"]]["f1"] == max(row["f1"] for row in dev.values())
+    assert set(result["test"]["after"]) == {"accuracy", "loss", "f1", "auc", "exact_match"}
+    assert best_by(dataclasses.replace(changed, objective="lm_cross_entropy", generate="on")) == (1, "f1")
+    scored = evaluate(dataclasses.replace(changed, objective="auto"), Path(config.output_dir) / "adapter")
+    assert scored["test"] == pytest.approx(result["test"]["after"], abs=1e-6)
+    assert main(["eval", config.output_dir]) == 0
+    assert "exact match" in capsys.readouterr().out
+    labels = [row[0] for row in tables.tables(config.output_dir)["before, after"]]
+    assert "test exact_match" in labels
+    off = dataclasses.replace(changed, generate="off", output_dir=config.output_dir + "-off", steps=1)
+    assert "exact_match" not in train(off)["test"]["after"]
+
+
+def test_named_options_are_judged_by_the_best_reference():
+    names, references = ("good", "The great film!", "story"), ("great film", "good")
+    examples = [Example((3,), ((4,), (5,), (6,)), 0, references=references, names=names)] * 4
+    scores = torch.eye(3)[[0, 1, 1, 2]]
+    examples[2] = dataclasses.replace(examples[2], references=("film",))
+    found = _of_named_options(scores, examples)
+    # right as written; right once normalised; one word of two, P = 1/2 and R = 1; wrong
+    assert found == {"accuracy": 1 / 4, "exact_match": 2 / 4, "f1": pytest.approx((1 + 1 + 2 / 3 + 0) / 4)}
+
+
+def test_record_counts_every_right_name(config, write):
+    """The chosen entity by hand: accuracy takes each right name, F1 and exact match the best of them."""
+    row = {"passage": "the film was poor", "query": "It was @placeholder", "idx": 0}
+    names = ["good", "great film", "story", "plot"]
+    rows = [{**row, "entities": names, "answers": answers} for answers in (["great film", "good"], ["story"], ["film"])]
+    changed = dataclasses.replace(
+        config, task="record", train_file=write("record", rows), dev_file="", test_file=write("test", rows),
+        objective="auto", reward="", prompt="{passage} and", steps=1,
+    )  # fmt: skip
+    after = train(changed)["test"]["after"]
+    settled = dataclasses.replace(changed, objective="lm_cross_entropy")
+    test, runtime = load_splits(settled, tokenizer())["test"], HFRuntime(settled)
+    runtime.prepare({"test": test})
+    runtime.load(load_adapter(Path(config.output_dir) / "adapter", runtime.spec.shapes))
+    scores = runtime.score("test", range(3))
+    chosen = [test[i].names[int(scores[i].argmax())] for i in range(3)]
+    right = [name in references for name, references in zip(chosen, (e.references for e in test), strict=True)]
+    assert after["accuracy"] == after["exact_match"] == sum(right) / 3
+    assert after["f1"] >= after["exact_match"]
+    assert test[0].references == ("great film", "good")
+
+
+def test_the_run_says_what_it_cannot_do(config, tmp_path):
+    masked = save("bert", tmp_path / "bert")
+    shutil.copy(config.train_file, tmp_path / "again.jsonl")
+    with pytest.raises(UserError, match="fills masks and generates no text"):
+        train(
+            dataclasses.replace(
+                config, model=masked, prompt="{prompt}<mask>", target_modules=("query",), dev_file="", test_file=""
+            )
+        )
