@@ -128,7 +128,7 @@ def curves(run: RunDirectory) -> dict:
     dev = [row for row in run.read_metrics() if row["split"] == "dev"]
     return {
         "step": [part[-1].step + 1 for part in parts],
-        "training_accuracy": [-mean(part, lambda r: (r.loss_plus[0] + r.loss_minus[0]) / 2) for part in parts],
+        "training_accuracy": [-mean(part, lambda r: (r.losses.plus[0] + r.losses.minus[0]) / 2) for part in parts],
         "abs_projected_grad": [mean(part, lambda r: abs(r.projected_grads[0])) for part in parts],
         "dev_step": [row["step"] for row in dev],
         "dev_accuracy": [row["accuracy"] for row in dev],

@@ -22,7 +22,6 @@ from providers import original_pass
 from mezo.config import Config
 from mezo.data.example import Example
 from mezo.method.objectives import cross_entropy
-from mezo.method.step import StepUpdate
 from mezo.models.load import load_tokenizer
 from mezo.run.trajectory import TrajectoryWriter
 from mezo.runtimes.hf.runtime import HFRuntime
@@ -61,16 +60,16 @@ class OurStep:
         if runtime.spec.peft:
             runtime.load({name: lora_init(3, name, shape) for name, shape in runtime.spec.shapes.items()})
         self.measurement = Measurement(self.config, runtime, data, {}, Ranks())
-        self.writer, self.done = TrajectoryWriter(log), 0
-        runtime.step([], self.measurement.first_seeds(0), config.eps)
+        self.writer = TrajectoryWriter(log)
+        self.step = self.measurement.step(0)
+        runtime.perturb(self.measurement.first(self.step))
 
     def __call__(self) -> None:
         """Do the next one."""
-        record, _ = self.measurement.record(self.done, False, lambda: None, False)
+        record = self.measurement.record(self.step)
         self.writer.append(record)
-        self.done += 1
-        update = StepUpdate(record.seeds, record.coefficients, record.decay)
-        self.runtime.step([update], self.measurement.first_seeds(self.done), self.config.eps)
+        self.step = self.measurement.step(self.step.number + 1)
+        self.runtime.update([record.update], self.measurement.first(self.step))
 
 
 class OriginalStep:

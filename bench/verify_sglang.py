@@ -22,7 +22,7 @@ from mezo.api import train
 from mezo.config import Config
 from mezo.data.example import Example
 from mezo.method.objectives import cross_entropy
-from mezo.method.step import StepUpdate
+from mezo.method.step import Step, Update
 from mezo.models.load import load_tokenizer
 from mezo.run.adapter import read_adapter, same_bits
 from mezo.run.replay import rebuild
@@ -60,7 +60,7 @@ def centred(scores: torch.Tensor) -> torch.Tensor:
 
 def three_scores(runtime, n: int) -> list[torch.Tensor]:
     """Scores of n examples at theta + eps z, theta - eps z and theta."""
-    runtime.step([], [7], EPS)
+    runtime.perturb(Step([7], EPS))
     return [*map(centred, runtime.score_pairs("train", range(n))[0]), centred(runtime.score("train", range(n)))]
 
 
@@ -85,9 +85,9 @@ def against_transformers(config: Config, data: list[Example], n: int) -> dict:
     }
 
 
-def tokens_of(runtime, n: int, updates: list[StepUpdate], seed: int) -> TokenCount:
+def tokens_of(runtime, n: int, updates: list[Update], seed: int) -> TokenCount:
     """Tokens of one step."""
-    runtime.step(updates, [seed], EPS)
+    runtime.update(updates, Step([seed], EPS))
     runtime.tokens = TokenCount()
     runtime.score_pairs("train", range(n))
     return dataclasses.replace(runtime.tokens)  # the runtime goes on counting in its own
@@ -97,7 +97,7 @@ def reuse_last_layer(config: Config, data: list[Example]) -> dict:
     """Cache-invariant mode: what the engine takes from its cache after the first visits, and what it should."""
     with prepared(SGLangRuntime, config, data) as runtime:
         first = tokens_of(runtime, BATCH, [], 0)
-        later = [tokens_of(runtime, BATCH, [StepUpdate([k], [0.02])], k + 1) for k in range(5)]
+        later = [tokens_of(runtime, BATCH, [Update([k], [0.02])], k + 1) for k in range(5)]
     prompts = sum(len(example.prompt) for example in data[:BATCH])
     return {
         "tokens_a_prompt": prompts / BATCH,
@@ -113,11 +113,11 @@ def few_shot(config: Config, data: list[Example]) -> dict:
     """A 300-token prefix and adapters on all layers: shared within one version of theta, by the engine's count."""
     n, lengths = FEW_SHOT["batch"], [len(example.prompt) for example in data]
     with prepared(SGLangRuntime, config, data) as runtime:
-        counts = [tokens_of(runtime, n, [StepUpdate([k], [1e-3])], k + 1) for k in range(3)]
+        counts = [tokens_of(runtime, n, [Update([k], [1e-3])], k + 1) for k in range(3)]
         shared = runtime.score_pairs("train", range(n))[0]
     with prepared(SGLangRuntime, dataclasses.replace(config, radix="off"), data) as runtime:
         for k in range(3):
-            runtime.step([StepUpdate([k], [1e-3])], [k + 1], EPS)
+            runtime.update([Update([k], [1e-3])], Step([k + 1], EPS))
         alone = runtime.score_pairs("train", range(n))[0]
     prefix = FEW_SHOT["prefix"]
     return {
@@ -133,11 +133,11 @@ def overhead(config: Config, data: list[Example], steps: int) -> dict:
     with prepared(SGLangRuntime, config, data) as runtime:
         labels = torch.tensor([example.label for example in data[:BATCH]])
         rows = []
-        runtime.step([], [0], EPS)
+        runtime.perturb(Step([0], EPS))
         for k in range(steps + 1):
             before, began = dict(runtime.seconds), time.perf_counter()
             plus, minus = (cross_entropy(s, labels).item() for s in runtime.score_pairs("train", range(BATCH))[0])
-            runtime.step([StepUpdate([k], [1e-4 * (plus - minus) / (2 * EPS)])], [k + 1], EPS)
+            runtime.update([Update([k], [1e-4 * (plus - minus) / (2 * EPS)])], Step([k + 1], EPS))
             parts = {part: runtime.seconds[part] - before[part] for part in before}
             rows.append({**parts, "step": time.perf_counter() - began})
     medians = {part: statistics.median(row[part] for row in rows[1:]) for part in rows[0]}
@@ -145,16 +145,16 @@ def overhead(config: Config, data: list[Example], steps: int) -> dict:
     return {"steps": steps, "batch": BATCH, "median_seconds": medians, "share_of_our_code": ours / medians["step"]}
 
 
-def trajectory(runtime, labels: torch.Tensor) -> tuple[list[float], list[StepUpdate]]:
+def trajectory(runtime, labels: torch.Tensor) -> tuple[list[float], list[Update]]:
     """Plain MeZO steps through a runtime."""
-    runtime.step([], [0], EPS)
+    runtime.perturb(Step([0], EPS))
     losses, updates = [], []
     for step in range(TRAJECTORY["steps"]):
         scores = runtime.score_pairs("train", range(len(labels)))[0]
         plus, minus = (cross_entropy(s, labels).item() for s in scores)
         losses += [plus, minus]
-        updates.append(StepUpdate([step], [TRAJECTORY["lr"] * (plus - minus) / (2 * EPS)], 0.999))
-        runtime.step(updates[-1:], [step + 1], EPS)
+        updates.append(Update([step], [TRAJECTORY["lr"] * (plus - minus) / (2 * EPS)], 0.999))
+        runtime.update(updates[-1:], Step([step + 1], EPS))
     return losses, updates
 
 
@@ -166,7 +166,7 @@ def tensor_parallel(config: Config, data: list[Example]) -> dict:
             start = runtime.theta()
             losses, updates = trajectory(runtime, labels)
             runtime.load(start)
-            runtime.step(made[1]["updates"] if tp == 2 else updates, [0], EPS)
+            runtime.update(made[1]["updates"] if tp == 2 else updates, Step([0], EPS))
             made[tp] = {"losses": losses, "updates": updates, "theta": runtime.theta()}
     worst = max(abs(a - b) for a, b in zip(made[1]["losses"], made[2]["losses"], strict=True))
     return {

@@ -152,7 +152,7 @@ def carry_on(
     if ranks.leads:
         run.result.unlink(missing_ok=True)  # of a run that ended early and now goes on
         run.write_metrics([row for row in run.read_metrics() if row["step"] <= len(records)])
-    replay_records(runtime.step, records)
+    replay_records(runtime.update, records)
     trainer = Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds)
     return _carry_through(trainer, ranks, until)
 

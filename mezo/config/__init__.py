@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from mezo.config.checks import ENGINE, GENERATED, ONE_SIDED, check, engine_argument
+from mezo.config.checks import ENGINE, GENERATED, check, engine_argument
 from mezo.errors import UserError, require
+from mezo.method.rules import RULES, Rule
+from mezo.method.rules.logged import LoggedRule
 
 PATHS = ("model", "train_file", "dev_file", "test_file", "adapter")
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -196,12 +198,18 @@ class Config:
     @property
     def half_distance(self) -> float:
         """Half the way, along z, between the two thetas of a projected_grad: eps, or eps / 2 where one is theta."""
-        return self.eps / 2 if self.update_rule in ONE_SIDED else self.eps
+        return self.rule.half_distance(self.eps)
 
     @property
-    def distribution(self) -> str:
-        """Of z: that of the rule."""
-        return "rademacher" if self.update_rule == "fzoo" else "normal"
+    def rule(self) -> Rule:
+        """The update rule with its options."""
+        kind = RULES[self.update_rule]
+        return kind(**{field.name: getattr(self, field.name) for field in dataclasses.fields(kind)})
+
+    @property
+    def logged_rule(self) -> LoggedRule:
+        """The update rule as the header of the log holds it."""
+        return LoggedRule(self.rule, self.rule.l2(self.weight_decay), self.no_decay, self.normalise_z)
 
     @property
     def scores(self) -> bool:

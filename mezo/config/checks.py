@@ -2,7 +2,7 @@
 
 import math
 
-from mezo.errors import require
+from mezo.errors import UserError, require
 
 ENGINE = ("tp", "radix", "deterministic", "engine_arg")
 """Options of the sglang runtime alone."""
@@ -12,10 +12,6 @@ GENERATED = ("f1", "reward")
 """Objectives that generated text decides."""
 LORA = ("r", "lora_alpha", "target_modules", "layers_to_transform")
 """Options of LoRA adapters alone."""
-STATEFUL = ("momentum", "adam", "adamw", "sign")
-"""Update rules that act once on a step's whole estimate; the first three keep state."""
-ONE_SIDED = ("fzoo",)
-"""Update rules whose estimate compares theta + eps z with theta itself."""
 FLOAT32 = (1.1754943508222875e-38, 3.4028234663852886e38)  # smallest normal and largest number
 
 
@@ -105,24 +101,14 @@ def _check_rule(config) -> None:
         else:
             require(0 <= value < 1, f"{flag} must be at least 0 and below 1, got {value}")
     require(bool(config.weight_decay) or not config.no_decay, "--no-decay needs --weight-decay: give it, or leave both")
-    if rule == "fzoo":
-        n = config.num_perturbations
-        require(
-            n >= 2, f"--update-rule fzoo divides by a standard deviation: --num-perturbations must be >= 2, got {n}"
-        )
-        require(not config.normalise_z, "--normalise-z: z of the rule fzoo is +1 or -1, of unit RMS: leave it out")
-        require(not config.z_score_rewards, "--z-score-rewards: fzoo standardises its losses already: leave it out")
-    if rule == "conservative":
-        n = config.num_perturbations
-        require(n == 1, f"--update-rule conservative tries one direction: --num-perturbations must be 1, got {n}")
-        require(
-            not config.weight_decay,
-            "--weight-decay: conservative keeps one of three thetas that it compared, none decayed; leave it out",
-        )
-        require(
-            not config.z_score_rewards,
-            "--z-score-rewards: standardised rewards of two scorings do not compare; leave it out of conservative runs",
-        )
+    refused = config.rule.refusals(
+        num_perturbations=config.num_perturbations,
+        weight_decay=config.weight_decay,
+        normalise_z=config.normalise_z,
+        z_score=config.z_score_rewards,
+    )
+    for name, why in refused:
+        raise UserError(f"--{name.replace('_', '-')} {why}")
 
 
 def _check_objective(config) -> None:

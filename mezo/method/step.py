@@ -3,8 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mezo_kernels import perturbation_seed
-
 
 @dataclass(frozen=True)
 class Step:
@@ -47,6 +45,8 @@ class Step:
             eps: perturbation scale, > 0.
             norm: root mean square of z(seed), where every z is divided by its own (--normalise-z); else None.
         """
+        from mezo_kernels import perturbation_seed  # torch: `mezo train --help` does without
+
         seeds = tuple(perturbation_seed(run_seed, number, k) for k in range(count))
         return cls(seeds, [eps / norm(seed) for seed in seeds] if norm else eps, number)
 

@@ -13,7 +13,6 @@ from mezo.config import Config
 from mezo.data.example import Example
 from mezo.data.rewards import reward_hash
 from mezo.errors import UserError
-from mezo.method.rules.base import UpdateRule
 from mezo.models.spec import TrainedSpec
 from mezo.run.adapter import WEIGHTS, load_adapter
 from mezo.run.trajectory import FORMAT, VERSIONS
@@ -59,7 +58,7 @@ def make_header(
     if initial is not None:
         init = {"kind": "file", "file": INITIAL, "sha256": hashlib.sha256(content_of(initial)).hexdigest()}
     extra = {"reward_hash": reward_hash(config.reward)} if config.reward else {}
-    rule = UpdateRule.of(config, spec.shapes).header()
+    rule = config.logged_rule.header()
     extra |= {"rule": rule} if rule else {}
     return header(config.seed, data_hash(splits), init, {**extra, **asdict(spec)})
 

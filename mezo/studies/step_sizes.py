@@ -9,6 +9,7 @@ from mezo.config import Config
 from mezo.data.example import Example
 from mezo.data.rewards import Judge
 from mezo.method.estimator import projected_grad
+from mezo.method.step import Step
 from mezo.runtimes.base import Runtime
 from mezo.training.instruments import rms, spread_over_batch
 from mezo.training.measurement import Measurement
@@ -96,16 +97,15 @@ class _Probe:
         batch, seed = self.measurement.batches(k), perturbation_seed(self.config.seed, k, 0)
         above, below = [], []
         for i in range(1, reach + 1):
-            self.runtime.step([], [seed], i * distance)
+            self.runtime.perturb(Step([seed], i * distance))
             self.measurement.recent.clear()
-            plus, minus = self.measurement.mean_losses(batch)[0]
+            losses = self.measurement.held_losses(1, batch)
             if distance == self.config.eps and i == 1:
                 self.kept += self.measurement.recent
-            above.append(plus)
-            below.append(minus)
+            above += losses.plus
+            below += losses.minus
         self.runtime.equalise()
-        centre = self.measurement.mean_losses(batch)[0][0]
-        return [*below[::-1], centre, *above]
+        return [*below[::-1], *self.measurement.held_losses(1, batch).plus, *above]
 
 
 def fourth_differences(losses: list[float]) -> list[float]:

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from mezo.api import carry_on, loaded, start, with_adapter_options
 from mezo.config import Config
-from mezo.config.checks import ONE_SIDED, STATEFUL
 from mezo.data.example import Example
 from mezo.data.rewards import judges
 from mezo.errors import Diverged, RunError, UserError
@@ -68,12 +67,12 @@ def tune(
     steps = rung_steps(rungs, trial_steps or max(2 ** (rungs - 1), config.steps // 4))
     if not (grid_lr and grid_eps) and not config.objectives.keys() <= SMOOTH:
         raise UserError(f"--objective {config.objective} has no slope to estimate: give --grid-lr and --grid-eps")
-    if not (grid_lr and grid_eps) and config.update_rule in ONE_SIDED:
+    if not (grid_lr and grid_eps) and config.rule.one_sided:
         rule = config.update_rule
         raise UserError(
             f"--update-rule {rule}: lr and eps are estimated for two-sided steps: give --grid-lr and --grid-eps"
         )
-    if not grid_lr and config.update_rule in STATEFUL:
+    if not grid_lr and config.rule.kernel():
         raise UserError(f"--update-rule {config.update_rule}: lr is estimated for steps of plain SGD: give --grid-lr")
     if config.follows:
         raise UserError("--engine-arg node_rank: a sweep is run by the first machine; start the others with mezo train")

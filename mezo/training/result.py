@@ -47,7 +47,7 @@ def result(
         ranks: what they exchanged.
     """
     before = {split: next(r for r in metrics if r["split"] == split) for split in after}
-    grads = [g for record in records if not record.skipped for g in record.projected_grads]
+    grads = [g for record in records if not record.update.skipped for g in record.projected_grads]
     tokens, eval_tokens, seconds = clock.runtime.tokens, clock.runtime.eval_tokens, clock.seconds
     return {
         **{s: {"before": _take(before[s], METRICS), "after": _take(after[s], METRICS)} for s in after},
@@ -75,8 +75,8 @@ def result(
         **_instruments(metrics),
         "zero_gradient_share": sum(g == 0 for g in grads) / max(len(grads), 1),
         "clipped_share": sum(abs(g) > config.clip for g in grads) / max(len(grads), 1) if config.clip else 0.0,
-        "zero_steps": sum(not record.skipped and not any(record.coefficients) for record in records),
-        "skipped_steps": sum(record.skipped for record in records),
+        "zero_steps": sum(not record.update.skipped and not any(record.update.coefficients) for record in records),
+        "skipped_steps": sum(record.update.skipped for record in records),
     }
 
 

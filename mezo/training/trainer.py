@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from mezo.config import Config
 from mezo.data.example import Example
 from mezo.data.rewards import judges
-from mezo.errors import Diverged, RunError
-from mezo.method.step import StepUpdate, update_of
+from mezo.errors import Diverged
+from mezo.method.step import Update
 from mezo.report import plots
 from mezo.report.monitor import Monitor
 from mezo.run import outcome
@@ -20,7 +20,7 @@ from mezo.run.trajectory import StepRecord, TrajectoryWriter
 from mezo.runtimes.base import Runtime
 from mezo.training.clock import Clock
 from mezo.training.evaluation import TENTHS, Evaluations
-from mezo.training.measurement import Measurement
+from mezo.training.measurement import Measurement, check_kernels
 from mezo.training.ranks import Ranks
 from mezo.training.result import result
 
@@ -57,7 +57,7 @@ class Trainer:
         measured = (self.clock, self.measurement)
         self.evaluations = Evaluations(config, runtime, splits, judged, run, len(records), *measured)
         self.verify_every = config.verify_every or max(1, config.steps // TENTHS)
-        self.due, self.interrupted, self.stopping, self.warned = False, False, False, False
+        self.due, self.warned = False, False
 
     def train(self, until: int | None = None) -> dict | None:
         """Run to the last step, or until dev has not improved for long.
@@ -80,11 +80,11 @@ class Trainer:
                 self._give_up_if_stuck()
                 self._give_up_if_diverged()
                 ends = self._ends_early()
-                for step in range(start, end):
+                for _ in range(start, end):
                     if ends:
                         break
-                    self._step(step)
-                    if self.stopping or (self.interrupted and self.ranks.size == 1):
+                    self._step()
+                    if self.ranks.stopping:
                         return self._stop()
                     ends = self._ends_early()
                 if len(self.records) < self.config.steps and not ends:
@@ -100,11 +100,11 @@ class Trainer:
         """Write the first step's perturbations; the first call of a fused op is compiled or read from a cache."""
         with self.clock.measuring("compilation"):
             self.due = self.verify_every > 0
-            self._write_next(start, [])
+            self._write_next(start)
 
-    def _step(self, step: int) -> None:
+    def _step(self) -> None:
         with self.clock.measuring_step():
-            record, self.stopping = self.measurement.record(step, self.due, self._verify, self.interrupted)
+            record = self.measurement.record(self.next, self.due)
             if self.log:
                 self.log.append(record)
             self._apply(record)
@@ -118,25 +118,19 @@ class Trainer:
         """Update theta and write both signs of the next step, in one pass."""
         self.records.append(record)
         self.due = self.verify_every > 0 and len(self.records) % self.verify_every == 0
-        self._write_next(record.step + 1, [update_of(record)])
-        if len(self.records) == self.config.steps:
-            self._verify()
+        self._write_next(record.step + 1, record.update)
+        if self.due and len(self.records) == self.config.steps:
+            check_kernels(self.runtime, len(self.records))
         if self.due and self.ranks.size > 1:
             self.ranks.check_equal(self.runtime.theta(), len(self.records))
 
-    def _write_next(self, step: int, updates: list[StepUpdate]) -> None:
-        self.measurement.step(updates, self.measurement.first_seeds(step), self.due)
-
-    def _verify(self) -> None:
-        """In a step that is due, compare what the model used with the reference."""
-        difference = self.runtime.verify() if self.due else None
-        if difference:
-            step = len(self.records)
-            raise RunError(f"step {step}: the kernels disagree with the reference: {difference}; run `mezo verify`")
+    def _write_next(self, number: int, *updates: Update) -> None:
+        self.next = self.measurement.step(number)
+        self.runtime.update(updates, self.measurement.first(self.next), watch=self.due)
 
     def _give_up_if_stuck(self) -> None:
         last = self.records[-MAX_SKIPPED:]
-        if len(last) == MAX_SKIPPED and all(record.skipped for record in last):
+        if len(last) == MAX_SKIPPED and all(record.update.skipped for record in last):
             raise Diverged(
                 f"the loss was not finite in {MAX_SKIPPED} steps in a row; lower --lr or --eps, or use --dtype float32"
             )
@@ -187,9 +181,9 @@ class Trainer:
         return found
 
     def _interrupt(self, number, frame) -> None:
-        if self.interrupted:
+        if self.ranks.interrupted:
             raise KeyboardInterrupt
-        self.interrupted = True
+        self.ranks.interrupted = True
 
     def _stop(self) -> None:
         self._keep()

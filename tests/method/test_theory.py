@@ -13,6 +13,7 @@ import torch
 from mezo.config import Config
 from mezo.method.estimator import projected_grad
 from mezo.method.objectives import cross_entropy
+from mezo.method.step import Step
 from mezo.models.load import load_tokenizer
 from mezo.runtimes.hf.runtime import HFRuntime
 from mezo.tasks import load_splits
@@ -169,7 +170,7 @@ def test_what_a_run_measures_is_the_directional_derivative(family, cache, tiny_d
     batch = range(len(labels))
     gradient = runtime.gradient("train", batch, lambda scores: cross_entropy(scores, labels))
     for seed in range(4):
-        runtime.step([], [seed], SMALL)
+        runtime.perturb(Step([seed], SMALL))
         ((plus, minus),) = runtime.score_pairs("train", batch)
         got = projected_grad(cross_entropy(plus, labels).item(), cross_entropy(minus, labels).item(), SMALL)
         parts = {name: standard_normal(seed, name, 0, part.numel()) for name, part in gradient.items()}

@@ -12,6 +12,8 @@ from mezo.api import resume, train
 from mezo.cli.main import main
 from mezo.config import Config
 from mezo.errors import RunError, UserError
+from mezo.method.estimator import Losses
+from mezo.method.step import Update
 from mezo.run import stopping
 from mezo.run.adapter import read_adapter, same_bits
 from mezo.run.directory import RunDirectory
@@ -87,13 +89,13 @@ def test_patience_given_at_resume_ends_the_run_for_good(stalling, tmp_path):
 
 
 def test_a_run_that_cannot_go_on_keeps_its_result(stalling, tmp_path):
-    train = tmp_path / "train.jsonl"
-    train.write_bytes(Path(stalling.train_file).read_bytes())
-    config = dataclasses.replace(stalling, train_file=str(train))
+    data = tmp_path / "train.jsonl"
+    data.write_bytes(Path(stalling.train_file).read_bytes())
+    config = dataclasses.replace(stalling, train_file=str(data))
     train(config)
     files = [Path(config.output_dir, name) for name in ("result.json", "metrics.jsonl")]
     before = [path.read_bytes() for path in files]
-    train.write_text(train.read_text().replace("film", "plot"))
+    data.write_text(data.read_text().replace("film", "plot"))
     with pytest.raises(UserError, match="data_hash of the log"):
         resume(config.output_dir, machine={"early_stopping": 0})
     train.unlink()
@@ -128,7 +130,8 @@ def test_early_stopping_needs_a_dev_set(tiny_config):
 
 
 def record(step, loss, skipped=False):
-    return StepRecord(step, (1,), (0.0,), (0.0,), 1.0, (loss,), (loss,), skipped)
+    update = Update((1,), (0.0,), skipped=skipped)
+    return StepRecord(step, update, Losses((loss,), (loss,)), (0.0,))
 
 
 def test_the_ratio_is_of_the_last_whole_window_to_the_first():

@@ -18,6 +18,7 @@ from mezo.config import Config
 from mezo.errors import RunError, UserError
 from mezo.method.estimator import projected_grad
 from mezo.method.objectives import cross_entropy
+from mezo.method.step import Step
 from mezo.models.load import load_tokenizer
 from mezo.report.monitor import Monitor
 from mezo.run import logbook
@@ -283,7 +284,7 @@ def test_the_estimated_eps_is_near_the_best(at_start):
     def error(eps):
         off = []
         for seed in range(24):
-            runtime.step([], [seed], eps)
+            runtime.perturb(Step([seed], eps))
             losses = [cross_entropy(scores, labels).item() for scores in runtime.score_pairs("train", range(48))[0]]
             slope = sum((standard_normal(seed, n, 0, g.numel()) @ g.flatten()).item() for n, g in gradient.items())
             off.append(projected_grad(*losses, eps) - slope)

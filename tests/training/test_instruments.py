@@ -12,7 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mezo.api import train
 from mezo.config import Config
 from mezo.errors import UserError
+from mezo.method.estimator import Losses
 from mezo.method.objectives import OBJECTIVES, cross_entropy
+from mezo.method.step import Update
 from mezo.report.monitor import Monitor
 from mezo.run.trajectory import StepRecord, read_trajectory
 from mezo.training.instruments import (
@@ -73,9 +75,10 @@ def test_spread_over_perturbations_is_the_standard_deviation_of_the_log(tiny_con
     deviations = [torch.tensor(record.projected_grads, dtype=torch.float64).std() for record in records]
     expected = torch.stack(deviations).square().mean().sqrt().item()
     assert rows(config, "spread")[0]["over_perturbations"] == pytest.approx(expected, rel=1e-12)
-    skipped = dataclasses.replace(records[0], skipped=True)
+    skipped = dataclasses.replace(records[0], update=Update.skip(records[0].update.seeds))
     assert spread_over_perturbations([skipped]) is None
-    assert spread_over_perturbations([StepRecord(0, (1,), (1.0,), (0.0,), 1.0, (1.0,), (1.0,))]) is None
+    alone = StepRecord(0, Update((1,), (0.0,)), Losses((1.0,), (1.0,)), (1.0,))
+    assert spread_over_perturbations([alone]) is None
 
 
 def test_spread_over_the_batch_foretells_how_batches_differ():

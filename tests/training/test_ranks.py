@@ -47,8 +47,8 @@ def test_sharing_the_batch_equals_one_process_to_summation_order(tiny_config, tm
     done = torchrun(several, ranks, as_flags)
     assert done.returncode == 0, done.stderr
     for a, b in zip(outcome(one.output_dir)[0], outcome(several.output_dir)[0], strict=True):
-        assert b.seeds == a.seeds
-        assert b.loss_plus == pytest.approx(a.loss_plus, abs=SUMS)
+        assert b.update.seeds == a.update.seeds
+        assert b.losses.plus == pytest.approx(a.losses.plus, abs=SUMS)
     result = json.loads((Path(several.output_dir) / "result.json").read_text())
     assert result["ranks"] == ranks
     # three float64 numbers a rank each step, and a hash where theta is compared

@@ -21,9 +21,9 @@ def test_schedule_and_clipping_act_on_every_step(tiny_config):
     records = read_trajectory(Path(config.output_dir, "trajectory.jsonl"))[1]
     rates = [config.lr * (t / 10 if t < 10 else (40 - t) / 30) for t in range(40)]
     for record, lr in zip(records, rates, strict=True):
-        assert record.decay == pytest.approx(1 - lr * 0.5, rel=1e-12)
+        assert record.update.decay == pytest.approx(1 - lr * 0.5, rel=1e-12)
         wanted = [lr * max(-0.2, min(0.2, g)) / 2 for g in record.projected_grads]
-        assert record.coefficients == pytest.approx(wanted, rel=1e-12)
+        assert record.update.coefficients == pytest.approx(wanted, rel=1e-12)
     clipped = [abs(g) > 0.2 for record in records for g in record.projected_grads]
     assert 0 < sum(clipped) < len(clipped)
     assert result["clipped_share"] == sum(clipped) / len(clipped)

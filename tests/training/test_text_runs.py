@@ -15,6 +15,7 @@ from mezo.data.example import Example
 from mezo.errors import UserError
 from mezo.method.batches import Batches
 from mezo.method.objectives import cross_entropy, standardised
+from mezo.method.step import Step
 from mezo.report import tables
 from mezo.run.adapter import load_adapter
 from mezo.run.header import initial_theta
@@ -135,8 +136,8 @@ def test_losses_are_those_of_the_formula(config, z_score):
     batch = Batches(24, 8, 0)(0)
     labels = torch.tensor([splits["train"][i].label for i in batch])
     losses, rewards = [], []
-    for seed in record.seeds:
-        runtime.step([], [seed], config.eps)
+    for seed in record.update.seeds:
+        runtime.perturb(Step([seed], config.eps))
         losses.append([cross_entropy(scores, labels).item() for scores in runtime.score_pairs("train", batch)[0]])
         texts = runtime.generate_pairs("train", batch, NEW, ("\n",))[0]
         rewards.append([[text.split().count("great") / NEW for text in own] for own in texts])
@@ -144,8 +145,8 @@ def test_losses_are_those_of_the_formula(config, z_score):
     assert len(values.unique()) > 1
     values = standardised(values) if z_score else values
     expected = 2 * torch.tensor(losses, dtype=torch.float64) - 0.5 * values.mean(-1)
-    assert record.loss_plus == pytest.approx(expected[:, 0].tolist(), abs=1e-6)
-    assert record.loss_minus == pytest.approx(expected[:, 1].tolist(), abs=1e-6)
+    assert record.losses.plus == pytest.approx(expected[:, 0].tolist(), abs=1e-6)
+    assert record.losses.minus == pytest.approx(expected[:, 1].tolist(), abs=1e-6)
 
 
 def test_equal_rewards_move_nothing(config, tmp_path):

@@ -56,12 +56,12 @@ def test_run_directory(finished):
     assert first["run_seed"] == 0
     assert len(first["model_hash"]) == 64
     assert [record.step for record in records] == list(range(40))
-    assert {len(record.seeds) for record in records} == {2}
-    assert {record.decay for record in records} == {1 - 1e-2 * 0.1}
+    assert {len(record.update.seeds) for record in records} == {2}
+    assert {record.update.decay for record in records} == {1 - 1e-2 * 0.1}
     for record in records:
-        pairs = zip(record.loss_plus, record.loss_minus, strict=True)
+        pairs = zip(record.losses.plus, record.losses.minus, strict=True)
         assert record.projected_grads == tuple((plus - minus) / (2 * config.eps) for plus, minus in pairs)
-        assert record.coefficients == tuple(config.lr * g / 2 for g in record.projected_grads)
+        assert record.update.coefficients == tuple(config.lr * g / 2 for g in record.projected_grads)
     assert json.loads((run / "result.json").read_text()) == result
     assert [row["step"] for row in result["dev"]] == [0, 10, 20, 30, 40]
     best = max(result["dev"], key=lambda row: (row["accuracy"], -row["step"]))
@@ -218,14 +218,14 @@ def test_an_adapter_brings_its_own_scale(finished, tiny_config):
 
 
 def test_every_perturbation_of_a_step_is_verified(tiny_config, monkeypatch):
-    written = HFRuntime.step
+    update = HFRuntime.update
 
-    def flip_second(self, updates, next_seed, eps, watch=False):
-        written(self, updates, next_seed, eps, watch=watch)
+    def flip_second(self, updates, then=None, *, watch=False):
+        update(self, updates, then, watch=watch)
         if not updates and self.tokens.scored:
             self.plus.tensors[0].view(torch.int32)[0, 0] ^= 1
 
-    monkeypatch.setattr(HFRuntime, "step", flip_second)
+    monkeypatch.setattr(HFRuntime, "update", flip_second)
     with pytest.raises(RunError, match=r"plus of .*lora_A.weight at index 0"):
         train(dataclasses.replace(tiny_config, num_perturbations=2, verify_every=1))
 
@@ -319,8 +319,8 @@ def test_micro_batches_give_the_losses_of_the_batch(tiny_config, tmp_path, size)
         logs.append(read_trajectory(Path(config.output_dir) / "trajectory.jsonl")[1])
     for a, b in zip(*logs, strict=True):
         # float32 forward passes of other shapes; the mean itself is float64
-        assert b.loss_plus == pytest.approx(a.loss_plus, abs=1e-6)
-        assert b.loss_minus == pytest.approx(a.loss_minus, abs=1e-6)
+        assert b.losses.plus == pytest.approx(a.losses.plus, abs=1e-6)
+        assert b.losses.minus == pytest.approx(a.losses.minus, abs=1e-6)
 
 
 def nan_at(steps):
@@ -334,8 +334,8 @@ def test_a_loss_that_is_not_finite_skips_the_step(tiny_config, monkeypatch):
     result = train(tiny_config)
     assert result["skipped_steps"] == 2
     records = read_trajectory(Path(tiny_config.output_dir) / "trajectory.jsonl")[1]
-    assert [record.step for record in records if record.skipped] == [3, 4]
-    assert records[3].coefficients == (0.0,)
+    assert [record.step for record in records if record.update.skipped] == [3, 4]
+    assert records[3].update.coefficients == (0.0,)
     before, after = (rebuild(tiny_config.output_dir, until=str(n))[0] for n in (3, 5))
     assert same_bits(before, after)
 
@@ -353,13 +353,13 @@ def test_ten_bad_losses_in_a_row_stop_the_run(tiny_config, monkeypatch):
 
 
 def test_a_wrong_kernel_stops_the_run(tiny_config, monkeypatch):
-    written = HFRuntime.step
+    update = HFRuntime.update
 
-    def flip(self, updates, next_seed, eps, watch=False):
-        written(self, updates, next_seed, eps, watch=watch)
+    def flip(self, updates, then=None, *, watch=False):
+        update(self, updates, then, watch=watch)
         self.minus.tensors[1].view(torch.int32)[0, 0] ^= 1
 
-    monkeypatch.setattr(HFRuntime, "step", flip)
+    monkeypatch.setattr(HFRuntime, "update", flip)
     with pytest.raises(RunError, match=r"step 0: .*minus of .*lora_B.weight at index 0: expected"):
         train(tiny_config)
 

@@ -6,9 +6,7 @@ from mezo.method.rules.fzoo import FZOO
 from mezo.method.rules.sgd import SGD
 from mezo.method.rules.stateful import Adam, AdamW, Momentum, Sign
 
-RULES: dict[str, type[Rule]] = {
-    rule.name: rule for rule in (SGD, Momentum, Adam, AdamW, Sign, Conservative, FZOO)
-}
+RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (SGD, Momentum, Adam, AdamW, Sign, Conservative, FZOO)}
 """By the name that `--update-rule` and `MeZO(rule=...)` take."""
 
 __all__ = ["RULES", "Rule"]

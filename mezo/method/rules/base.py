@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from mezo.method.estimator import Losses
 from mezo.method.step import Update
-from mezo_kernels import Rule as Kernel
+from mezo.ranges import LARGEST
 
-LARGEST = 3.4028234663852886e38  # float32
+if TYPE_CHECKING:  # torch: `mezo train --help` does without
+    from mezo_kernels import Rule as Kernel
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,17 @@ class Rule:
         """
         yield from ()
 
-    def kernel(self, l2: float = 0.0) -> Kernel | None:
+    def kernel(self, l2: float = 0.0) -> "Kernel | None":
         """The fused op's rule, where this one keeps state or acts on the whole estimate; None where `step_` does all.
 
         Args:
             l2: weight decay as part of the gradient, of Adam alone.
         """
         return None
+
+    def l2(self, weight_decay: float) -> float:
+        """Weight decay that is part of the gradient, where the rule has it there: Adam's; else 0."""
+        return 0.0
 
     @property
     def state_bytes(self) -> int:

@@ -3,13 +3,15 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from mezo.errors import UserError
 from mezo.method.rules import RULES
 from mezo.method.rules.base import Rule
 from mezo.method.rules.sgd import SGD
-from mezo_kernels import Rule as Kernel
-from mezo_kernels.philox import STREAMS
+
+if TYPE_CHECKING:
+    from mezo_kernels import Rule as Kernel
 
 CONSTANTS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 """Keys of a header's rule that every log has, with what stands there for a rule without them."""
@@ -38,6 +40,8 @@ class LoggedRule:
     @classmethod
     def of_header(cls, first_line: dict) -> "LoggedRule":
         """The rule of a log. Raises UserError if this program does not know it."""
+        from mezo_kernels.philox import STREAMS
+
         values = dict(first_line.get("rule", {}))
         try:
             rule = RULES[values.pop("name", "sgd")]
@@ -66,7 +70,7 @@ class LoggedRule:
             values["distribution"] = self.rule.distribution
         return values | ({"normalised": True} if self.normalised else {})
 
-    def kernel(self, decays: bool) -> Kernel | None:
+    def kernel(self, decays: bool) -> "Kernel | None":
         """The fused op's rule, None where `step_` does it all; `decays`: for parameters that weight decay acts on."""
         return self.rule.kernel(self.l2 if decays else 0.0)
 

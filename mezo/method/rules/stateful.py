@@ -5,17 +5,14 @@ perturbation would be another method. `mezo_kernels.Rule` has the formulas.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
-
-from annotated_types import Ge, Le, Lt
+from typing import TYPE_CHECKING, ClassVar
 
 from mezo.method.estimator import Losses
-from mezo.method.rules.base import LARGEST, Rule
-from mezo_kernels import Rule as Kernel
+from mezo.method.rules.base import Rule
+from mezo.ranges import Positive, Share
 
-SMALLEST = 2.0**-126  # normal float32
-Share = Annotated[float, Ge(0), Lt(1)]
-Positive = Annotated[float, Ge(SMALLEST), Le(LARGEST)]
+if TYPE_CHECKING:
+    from mezo_kernels import Rule as Kernel
 
 
 @dataclass(frozen=True)
@@ -38,9 +35,9 @@ class Momentum(_OnTheEstimate):
     momentum: Share = 0.9
     """What is left of the running sum at each step."""
 
-    def kernel(self, l2: float = 0.0) -> Kernel:
+    def kernel(self, l2: float = 0.0) -> "Kernel":
         """See `Rule.kernel`."""
-        return Kernel("momentum", beta1=self.momentum)
+        return _kernel("momentum", beta1=self.momentum)
 
 
 @dataclass(frozen=True)
@@ -58,9 +55,9 @@ class AdamW(_OnTheEstimate):
     adam_eps: Positive = 1e-8
     """Added to the root of the second moment."""
 
-    def kernel(self, l2: float = 0.0) -> Kernel:
+    def kernel(self, l2: float = 0.0) -> "Kernel":
         """See `Rule.kernel`."""
-        return Kernel(self.name, self.beta1, self.beta2, self.adam_eps, l2)
+        return _kernel(self.name, beta1=self.beta1, beta2=self.beta2, eps=self.adam_eps, l2=l2)
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,10 @@ class Adam(AdamW):
         """1: the decay is part of the gradient."""
         return 1.0
 
+    def l2(self, weight_decay: float) -> float:
+        """See `Rule.l2`."""
+        return weight_decay
+
 
 @dataclass(frozen=True)
 class Sign(_OnTheEstimate):
@@ -82,6 +83,12 @@ class Sign(_OnTheEstimate):
     name: ClassVar[str] = "sign"
     summary: ClassVar[str] = "a step of lr along the sign of each element of the estimate"
 
-    def kernel(self, l2: float = 0.0) -> Kernel:
+    def kernel(self, l2: float = 0.0) -> "Kernel":
         """See `Rule.kernel`."""
-        return Kernel("sign")
+        return _kernel("sign")
+
+
+def _kernel(kind: str, **constants: float) -> "Kernel":
+    from mezo_kernels import Rule as Kernel  # torch: `mezo train --help` does without
+
+    return Kernel(kind, **constants)

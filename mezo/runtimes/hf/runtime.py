@@ -11,8 +11,7 @@ import torch
 from mezo.config import Config
 from mezo.data.example import Example
 from mezo.errors import UserError
-from mezo.method.rules.base import UpdateRule
-from mezo.method.step import StepUpdate
+from mezo.method.step import Step, Update
 from mezo.models.full import save_model
 from mezo.models.head import head_logits
 from mezo.models.parts import load_parts, position_limit
@@ -58,10 +57,11 @@ class HFRuntime:
         self.master = ParamLayout(dict(zip(self.spec.shapes, start, strict=True)))
         self.plus, self.minus = self.master.like(empty(self.dtype)), self.master.like(empty(self.dtype))
         self.copies = {"plus0": self.plus, "minus0": self.minus}
-        rule = UpdateRule.of(config, self.master.names)
+        rule = config.logged_rule
+        rule.check_patterns(self.master.names)
         watched = WATCHED if self.whole else None
         self.perturbed = PerturbedTheta(self.master, [(self.plus, self.minus)], self.backend, rule, watched)
-        self.sides = Sides(rule.one_sided)
+        self.sides = Sides(rule.rule.one_sided)
         self.seconds = dict.fromkeys(("kernels", "forward"), 0.0)
         self.examples: dict[str, Sequence[Example]] = {}
         self.trunk: Trunk | None = None
@@ -134,13 +134,15 @@ class HFRuntime:
         tensors = (t.detach().to("cpu", copy=True) for t in self.master.tensors)
         return dict(zip(self.master.names, tensors, strict=True))
 
-    def step(
-        self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float | Sequence[float], *, watch: bool = False
-    ) -> None:
-        """See `Runtime.step`: one fused pass."""
+    def update(self, updates: Sequence[Update], then: Step | None = None, *, watch: bool = False) -> None:
+        """See `Runtime.update`: one fused pass."""
         with self._timed("kernels"):
-            self.perturbed.step(updates, seeds, eps, watch=watch)
-        self.sides.stepped(updates)
+            self.perturbed.update(updates, then, watch=watch)
+        self.sides.written(theta_changed=bool(updates))
+
+    def perturb(self, step: Step, *, watch: bool = False) -> None:
+        """See `Runtime.perturb`."""
+        self.update([], step, watch=watch)
 
     def equalise(self) -> None:
         """See `Runtime.equalise`."""
@@ -356,7 +358,7 @@ class HFRuntime:
 
     def _point_at_noise(self, seed: int) -> None:
         if self.whole:
-            self.perturbed.step([], [seed], PROOF_NOISE)
+            self.perturbed.perturb(Step([seed], PROOF_NOISE))
             self._use(self.plus)
             return
         noise = {name: lora_init(seed, name, shape) for name, shape in self.spec.shapes.items()}

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from mezo.config import Config
 from mezo.data.example import Example
 from mezo.errors import RunError, UserError
-from mezo.method.rules.base import UpdateRule
-from mezo.method.step import StepUpdate
+from mezo.method.step import Step, Update
 from mezo.models.families import why_kv_depends
 from mezo.models.parts import load_parts
 from mezo.runtimes.base import TokenCount
@@ -75,8 +74,10 @@ class SGLangRuntime:
         if not self._parts.causal:
             raise UserError(f"--model {config.model} fills masks, which SGLang does not score: use --runtime hf")
         self.kv_depends = why_kv_depends(self.spec.shapes, len(self._parts.layers))
-        rule = UpdateRule.of(config, self.spec.shapes)
-        self.rule, self.sides, self.device = json.dumps(rule.header() or {}), Sides(rule.one_sided), torch.device("cpu")
+        rule = config.logged_rule
+        rule.check_patterns(self.spec.shapes)
+        self.rule, self.sides = json.dumps(rule.header() or {}), Sides(rule.rule.one_sided)
+        self.device = torch.device("cpu")
         self.shared = self.kv_depends is None and config.radix == "auto"
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
         self.seconds = dict.fromkeys(("kernels", "rpc", "engine"), 0.0)
@@ -160,18 +161,21 @@ class SGLangRuntime:
         path.unlink()
         return {name: full[name] for name in self.spec.shapes}
 
-    def step(
-        self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float | Sequence[float], *, watch: bool = False
-    ) -> None:
-        """See `Runtime.step`: one call with scalars, one fused pass in every worker."""
-        lists = json.dumps([[list(u.seeds), list(u.coefficients), u.decay, u.lr, u.skipped] for u in updates])
-        answers = self._call("step", updates=lists, seeds=json.dumps(list(seeds)), eps=eps, watch=watch)
+    def update(self, updates: Sequence[Update], then: Step | None = None, *, watch: bool = False) -> None:
+        """See `Runtime.update`: one call with scalars, one fused pass in every worker."""
+        step = None if then is None else dataclasses.asdict(then)
+        message = json.dumps({"updates": [dataclasses.asdict(update) for update in updates], "then": step})
+        answers = self._call("update", message=message, watch=watch)
         slowest = max(answer["seconds"] for answer in answers)
         self.seconds["kernels"] += slowest
         self.seconds["rpc"] -= slowest
-        self._held = len(seeds)
-        self.sides.stepped(updates)
+        self._held = len(then or ())
+        self.sides.written(theta_changed=bool(updates))
         self._changed("perturbed")
+
+    def perturb(self, step: Step, *, watch: bool = False) -> None:
+        """See `Runtime.perturb`."""
+        self.update([], step, watch=watch)
 
     def equalise(self) -> None:
         """See `Runtime.equalise`. One pair tells as much as all."""
@@ -214,7 +218,7 @@ class SGLangRuntime:
 
     def _pairs_shown(self) -> TokenCount:
         """Have the slots show the pairs they hold; returns where their tokens count."""
-        assert self._showing != "stale", "load() leaves the copies behind: step() first"
+        assert self._showing != "stale", "load() leaves the copies behind: perturb() first"
         if self._showing == "theta":
             self._show("perturbed")
         if self._showing == "equal":

@@ -50,5 +50,5 @@ def test_a_rule_in_the_engine(rule, options, tmp_path):
         assert same_bits(rebuild(config.output_dir, "last")[0], kept) is None
     assert runs["sglang"][0] == runs["hf"][0], "header"
     for ours, theirs in zip(runs["sglang"][1], runs["hf"][1], strict=True):
-        assert ours.loss_plus == pytest.approx(theirs.loss_plus, abs=NOISE)
+        assert ours.losses.plus == pytest.approx(theirs.losses.plus, abs=NOISE)
         assert ours.tried == pytest.approx(theirs.tried, abs=NOISE)

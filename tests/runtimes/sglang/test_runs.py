@@ -56,7 +56,7 @@ def runs(tmp_path_factory, common):
 
 def losses(path):
     records = read_trajectory(path / "trajectory.jsonl")[1]
-    return [loss for record in records for loss in record.loss_plus + record.loss_minus]
+    return [loss for record in records for loss in record.losses.plus + record.losses.minus]
 
 
 def test_a_run_is_the_hf_runtimes(runs):
