@@ -98,7 +98,7 @@ def test_a_run_that_cannot_go_on_keeps_its_result(stalling, tmp_path):
     data.write_text(data.read_text().replace("film", "plot"))
     with pytest.raises(UserError, match="data_hash of the log"):
         resume(config.output_dir, machine={"early_stopping": 0})
-    train.unlink()
+    data.unlink()
     with pytest.raises(UserError, match="no such file"):
         resume(config.output_dir, machine={"early_stopping": 0})
     assert [path.read_bytes() for path in files] == before
