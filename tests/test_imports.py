@@ -34,6 +34,7 @@ LIBRARIES = {
     "transformers": ("mezo.models", "mezo.runtimes", "mezo.data", "mezo.tasks"),
     "peft": ("mezo.models",),
     "sglang": ("mezo.runtimes.sglang",),
+    "matplotlib": ("mezo.report.figures",),
 }
 """What `mezo_kernels` may import besides the standard library; and the packages that may import a model library."""
 
@@ -137,7 +138,7 @@ def test_backends_agree_by_test_and_not_by_sharing_code():
         assert not [other for other in found if any(inside(other, backend) for backend in others)]
 
 
-@pytest.mark.parametrize("library", ["transformers", "peft", "sglang"])
+@pytest.mark.parametrize("library", ["transformers", "peft", "sglang", "matplotlib"])
 def test_model_libraries_stay_in_their_places(library):
     users = {name for name, found in IMPORTS.items() if any(inside(other, library) for other in found)}
     assert users
@@ -164,6 +165,12 @@ def test_import_is_light(package):
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert package in run.stdout.split()
     assert not {name.split(".")[0] for name in run.stdout.split()} & set(heavy)
+
+
+def test_matplotlib_waits_for_the_report():
+    """It takes a second to import, and a run needs none before its end."""
+    code = "import sys, mezo.training.trainer, mezo.api; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_the_reader_of_imports_sees_every_form():

@@ -20,7 +20,7 @@ USAGE = """usage: mezo COMMAND [options]
   tasks    list what --task takes: prompts, answers, objectives
   verify   compare every backend with the reference on this machine, bit for bit
   reproduce run a published experiment and print its figure beside ours
-  demo     fine-tune a small model on movie reviews, from download to plots
+  demo     fine-tune a small model on movie reviews, from download to a report
 
 mezo COMMAND --help lists a command's options."""
 

@@ -23,7 +23,7 @@ class RunDirectory:
         self.config, self.trajectory = path / "config.json", path / "trajectory.jsonl"
         self.metrics, self.result = path / "metrics.jsonl", path / "result.json"
         self.adapter, self.model = path / "adapter", path / "model"
-        self.plots, self.tensorboard = path / "plots", path / "tensorboard"
+        self.page, self.tensorboard = path / "report.html", path / "tensorboard"
         self.launch = path / ".launch"
         self._lock = None
 
