@@ -1,10 +1,11 @@
 """Run directories: their paths, and the lock that lets one process in at a time."""
 
-import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from mezo.config import Config
 from mezo.errors import UserError
@@ -85,17 +86,17 @@ class RunDirectory:
         return json.loads(self.result.read_text())
 
     def _acquire(self) -> None:
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  held until the process ends
+        self._lock = FileLock(self.path / ".lock")  # the OS frees it where its process ends
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
             raise UserError(
                 f"{self.path}: another process is training in this run directory; wait or stop it"
             ) from error
 
     def release(self) -> None:
         """Let another process in."""
-        self._lock.close()
+        self._lock.release()
 
 
 def launch_id() -> str:

@@ -6,7 +6,6 @@ One process builds at a time, by an OS lock that dies with it.
 """
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -22,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from mezo.errors import UserError
@@ -308,13 +308,16 @@ def _partial(root: Path, name: str) -> Iterator[Path]:
 @contextmanager
 def _locked(root: Path, name: str) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
-    with (root / f"{name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with _status(f"Waiting for another process to fetch {name}"):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = FileLock(root / f"{name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        with _status(f"Waiting for another process to fetch {name}"):
+            lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager

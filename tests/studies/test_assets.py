@@ -154,7 +154,7 @@ def test_two_at_once_build_once(tmp_path):
         assert go.wait(10)
         build(output_dir)
 
-    # flock is held per open file, so threads exclude each other as processes do.
+    # Each holds a lock of its own, so threads exclude each other as processes do.
     entries = []
     first = threading.Thread(target=lambda: entries.append(cached(tmp_path, "entry", slow)))
     second = threading.Thread(target=lambda: entries.append(cached(tmp_path, "entry", slow)))
