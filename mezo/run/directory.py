@@ -95,8 +95,9 @@ class RunDirectory:
             ) from error
 
     def release(self) -> None:
-        """Let another process in."""
-        self._lock.release()
+        """Let another process in; nothing to do where this one has no lock, as on a rank above 0."""
+        if self._lock:
+            self._lock.release()
 
 
 def launch_id() -> str:
