@@ -22,7 +22,7 @@ LAYERS = (
     ("mezo.runtimes", "mezo.tasks"),
     ("mezo.data", "mezo.models", "mezo.method", "mezo.optim"),
     ("mezo.config",),
-    ("mezo_kernels", "mezo.errors"),
+    ("mezo_kernels", "mezo.errors", "mezo.atomic"),
 )
 """Packages from top to bottom: a module imports its own package, and packages below its own. Neighbours on one line
 do not know each other, but for `NEIGHBOURS`."""

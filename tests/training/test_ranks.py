@@ -80,7 +80,7 @@ def test_sharing_perturbations_equals_one_process_bit_for_bit(rule, tiny_config,
 def test_a_rank_whose_theta_differs_stops_the_run_by_name(tiny_config, as_flags):
     flip = """
 import os, torch
-from mezo.runtimes.hf import HFRuntime
+from mezo.runtimes.hf.runtime import HFRuntime
 load = HFRuntime.load
 def wrong(self, theta):
     load(self, theta)
