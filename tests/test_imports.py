@@ -35,6 +35,7 @@ LIBRARIES = {
     "peft": ("mezo.models",),
     "sglang": ("mezo.runtimes.sglang",),
     "matplotlib": ("mezo.report.figures",),
+    "optuna": ("mezo.studies.tune",),
 }
 """What `mezo_kernels` may import besides the standard library; and the packages that may import a model library."""
 
@@ -138,7 +139,7 @@ def test_backends_agree_by_test_and_not_by_sharing_code():
         assert not [other for other in found if any(inside(other, backend) for backend in others)]
 
 
-@pytest.mark.parametrize("library", ["transformers", "peft", "sglang", "matplotlib"])
+@pytest.mark.parametrize("library", ["transformers", "peft", "sglang", "matplotlib", "optuna"])
 def test_model_libraries_stay_in_their_places(library):
     users = {name for name, found in IMPORTS.items() if any(inside(other, library) for other in found)}
     assert users
@@ -167,9 +168,10 @@ def test_import_is_light(package):
     assert not {name.split(".")[0] for name in run.stdout.split()} & set(heavy)
 
 
-def test_matplotlib_waits_for_the_report():
-    """It takes a second to import, and a run needs none before its end."""
-    code = "import sys, mezo.training.trainer, mezo.api; sys.exit('matplotlib' in sys.modules)"
+def test_matplotlib_and_optuna_wait():
+    """They take a second to import: a run needs one at its end alone, and only a sweep needs the other."""
+    late = {"matplotlib", "optuna"}
+    code = f"import sys, mezo.api, mezo.cli.tune, mezo.studies.demo; sys.exit(bool({late} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

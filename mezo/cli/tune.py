@@ -10,7 +10,7 @@ from mezo.cli.parsing import UncheckedConfig, option_values, take_option
 from mezo.config import Config
 from mezo.errors import UserError
 
-OWN = "grid_lr", "grid_eps", "rungs", "trial_steps"
+OWN = "grid_lr", "grid_eps", "rungs", "trial_steps", "num_trials"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,17 +18,20 @@ class _TuneOptions(UncheckedConfig):
     """Choose lr and eps for a run: all its options as for `mezo train`, and --output-dir for the sweep.
 
     lr and eps are estimated from the noise and the curvature of the loss, then short runs around them are compared by
-    dev loss; at every rung half of them go on. --resume DIR, alone, continues a sweep.
+    dev loss (by Optuna); a run goes on after a rung if it is in the better half of those before it. --resume DIR,
+    alone, continues a sweep.
     """
 
     grid_lr: tuple[float, ...] = ()
-    """Learning rates to try; by default 0.1, 0.3, 1 and 3 times the estimated one."""
+    """Learning rates to try; by default they are sought from a tenth of the estimated one to ten times it."""
     grid_eps: tuple[float, ...] = ()
-    """Perturbation scales to try; by default the estimated one."""
+    """Perturbation scales to try; by default they are sought from a third of the estimated one to three times it."""
     rungs: int = 3
-    """Comparisons; each has twice the steps of the one before, and half of the trials."""
+    """Comparisons of trials, each after twice the steps of the one before."""
     trial_steps: int = 0
     """Steps of the last rung; 0 is a quarter of --steps."""
+    num_trials: int = 0
+    """Trials; 0 is 8, or every pair where both grids are given."""
 
 
 def main(argv: list[str]) -> int:
