@@ -144,7 +144,10 @@ def carry_on(
 
 
 def _carry_through(trainer: Trainer, ranks: Ranks, until: int | None) -> dict | None:
-    result = trainer.train(until)
+    try:
+        result = trainer.train(until)
+    finally:
+        trainer.run.release()
     ranks.close()
     return result
 

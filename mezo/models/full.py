@@ -1,8 +1,5 @@
 """A model whose every parameter is trained: read from a checkpoint, and written as one."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +8,11 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from mezo.atomic import replacing
 from mezo.config import Model
 from mezo.errors import UserError
 from mezo.models.load import load_base, load_tokenizer, weights_hash
 from mezo.models.spec import Attached
-
-SCRATCH = ".mezo-model-"  # begins the names of folders that a model is written in before it takes its place
 
 
 def read_parameters(model: str, dtype: str, sha256: str = "") -> dict[str, torch.Tensor]:
@@ -55,21 +51,10 @@ def save_model(model: nn.Module, source: str, directory: Path) -> None:
         directory: created; a model that is there already gives way once the new one is on the disk.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    if (directory.parent / "trajectory.jsonl").is_file():  # a run, this process's alone: left by a killed one
-        for left in directory.parent.glob(f"{SCRATCH}*"):
-            shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=directory.parent) as scratch:
-        part = Path(scratch) / "part"
+    with replacing(directory, old=True) as part:
         with _without_bars(), _valid_generation_config(model):
             model.save_pretrained(part)
         load_tokenizer(source).save_pretrained(part)
-        for path in part.rglob("*"):
-            if path.is_file():
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-        if directory.exists():
-            directory.rename(Path(scratch) / "old")
-        part.rename(directory)
 
 
 @contextmanager
