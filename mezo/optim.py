@@ -403,7 +403,7 @@ def _check_options(group: dict) -> None:
         if not (math.isfinite(group[name]) and inside(group[name])):
             raise ValueError(f"{name} must be a finite number {text}, got {group[name]}")
     if group["rule"] not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}; got {group['rule']!r}")
+        raise ValueError(f"rule must be one of {', '.join(sorted(RULES))}; got {group['rule']!r}")
     defaults = _defaults_of(group["rule"])
     for name, given in ((name, group[name]) for name in _FIELD):
         if given is not None and name not in defaults:

@@ -103,7 +103,6 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-@functools.cache
 def options_of(root: type) -> dict[str, Option]:
     """Every option by its flat name: those of the groups that are the fields of `root`, in order.
 

@@ -54,7 +54,7 @@ def write(runs: Sequence[str], path: Path) -> None:
 def html(runs: Sequence[str]) -> str:
     """The page's text: the same files give the same bytes."""
     names = _names(runs)
-    tables = {name: tables.tables(run) for name, run in zip(names, runs, strict=True)}
+    printed = {name: tables.tables(run) for name, run in zip(names, runs, strict=True)}
     directories = [RunDirectory(Path(run)) for run in runs]
     configs = [directory.read_config() for directory in directories]
     curves = [
@@ -66,7 +66,7 @@ def html(runs: Sequence[str]) -> str:
         parts.append(f"<h1>{escape(name)}</h1>\n")
         warnings = "".join(f"<li>{escape(text)}</li>\n" for text in tables.warnings(run))
         parts += [f'<ul class="warnings">\n{warnings}</ul>\n'] if warnings else []
-        parts += [_table(title, rows) for title, rows in tables[name].items()]
+        parts += [_table(title, rows) for title, rows in printed[name].items()]
     parts.append("<h1>curves</h1>\n" if len(runs) > 1 else "")
     for caption, drawn in figures(curves).items():
         text = escape(caption)
@@ -93,7 +93,9 @@ def _options(names: Sequence[str], configs: Sequence[Config]) -> str:
     """Every option, a column for each run; those that differ from the default in bold."""
     lines = []
     flat = [config.to_dict() for config in configs]
-    for option in (option for option in Config.options().values() if any(option.name in own for own in flat)):
+    for option in Config.options().values():
+        if not any(option.name in own for own in flat):
+            continue
         values = [own.get(option.name, option.default) for own in flat]
         cells = (
             f'<td class="given">{escape(_shown(v))}</td>' if v != option.default else f"<td>{escape(_shown(v))}</td>"

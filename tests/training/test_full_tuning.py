@@ -231,11 +231,11 @@ def test_the_loss_falls_and_what_is_better_replaces_the_model_whole(tiny_options
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": 4}, "--r 4 is of LoRA, --tuning full trains every parameter: leave it out"),
-        ({"lora_alpha": 8}, "--lora-alpha 8 is of LoRA"),
-        ({"target_modules": ("q_proj",)}, "--target-modules .* is of LoRA"),
-        ({"layers_to_transform": (1,)}, "--layers-to-transform .* is of LoRA"),
-        ({"adapter": "somewhere"}, "--adapter somewhere is of LoRA"),
+        ({"r": 4}, "--r 4 belongs to --tuning lora, and this run has --tuning full: leave it out"),
+        ({"lora_alpha": 8}, "--lora-alpha 8 belongs to --tuning lora"),
+        ({"target_modules": ("q_proj",)}, "--target-modules .* belongs to --tuning lora"),
+        ({"layers_to_transform": (1,)}, "--layers-to-transform .* belongs to --tuning lora"),
+        ({"adapter": "somewhere"}, "--adapter somewhere belongs to --tuning lora"),
         ({"runtime": "sglang"}, "the engine's slots hold LoRA adapters; use --runtime hf"),
         ({"trunk_cache": "cpu"}, "--tuning full trains every layer; use auto or off"),
         ({"head": "linear"}, "--head linear is trained beside an adapter: use --tuning lora"),

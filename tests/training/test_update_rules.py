@@ -160,8 +160,14 @@ def test_losses_tried_are_those_of_the_steps(tiny_config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"momentum": 0.5}, "--momentum 0.5 belongs to --update-rule momentum, and this run has --update-rule sgd: leave it out, or"),
-        ({"update_rule": "sign", "beta2": 0.5}, "--beta2 0.5 belongs to --update-rule adam or adamw, and this run has --update-rule sign"),
+        (
+            {"momentum": 0.5},
+            "--momentum 0.5 belongs to --update-rule momentum, and this run has --update-rule sgd",
+        ),
+        (
+            {"update_rule": "sign", "beta2": 0.5},
+            "--beta2 0.5 belongs to --update-rule adam",
+        ),
         ({"update_rule": "adam", "beta1": 1.0}, "--beta1 must be at least 0 and below 1, got 1.0"),
         ({"update_rule": "adam", "adam_eps": 0.0}, "--adam-eps must be a float32 number above 0, got 0.0"),
         ({"no_decay": ("*",)}, "--no-decay needs --weight-decay"),

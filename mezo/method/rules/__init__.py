@@ -1,12 +1,11 @@
-"""Update rules: what moves theta. A new rule is a file here and a line in RULES."""
+"""Update rules: what moves theta. A new rule is a file in this folder, and nothing else."""
 
-from mezo.method.rules.base import Rule
-from mezo.method.rules.conservative import Conservative
-from mezo.method.rules.fzoo import FZOO
-from mezo.method.rules.sgd import SGD
-from mezo.method.rules.stateful import Adam, AdamW, Momentum, Sign
+import importlib
+import pkgutil
 
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (SGD, Momentum, Adam, AdamW, Sign, Conservative, FZOO)}
-"""By the name that `--update-rule` and `MeZO(rule=...)` take."""
+from mezo.method.rules.base import RULES, Rule
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
 
 __all__ = ["RULES", "Rule"]

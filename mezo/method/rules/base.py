@@ -13,9 +13,13 @@ if TYPE_CHECKING:  # torch: `mezo train --help` does without
     from mezo_kernels import Rule as Kernel
 
 
+RULES: dict[str, type["Rule"]] = {}
+"""Every rule by the name that `--update-rule` and `MeZO(rule=...)` take."""
+
+
 @dataclass(frozen=True)
 class Rule:
-    """How the losses of a step move theta. A rule is a subclass, in a file of its own, that `RULES` lists.
+    """How the losses of a step move theta. A rule is a subclass with a `name`: defining it makes it known to `RULES`.
 
     The fields of a subclass are its options: on the command line (`--momentum 0.9`) and of `mezo.MeZO`.
 
@@ -34,6 +38,10 @@ class Rule:
     one_sided: ClassVar[bool] = False
     compares: ClassVar[bool] = False
     logged_as: ClassVar[dict[str, str]] = {}
+
+    def __init_subclass__(cls):
+        if "name" in vars(cls):
+            RULES[cls.name] = cls
 
     def refusals(
         self, *, num_perturbations: int = 1, weight_decay: float = 0.0, normalise_z: bool = False, z_score: bool = False

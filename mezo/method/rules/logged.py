@@ -6,8 +6,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from mezo.errors import UserError
-from mezo.method.rules import RULES
-from mezo.method.rules.base import Rule
+from mezo.method.rules.base import RULES, Rule
 from mezo.method.rules.sgd import SGD
 
 if TYPE_CHECKING:
