@@ -218,7 +218,7 @@ def over(options: Mapping[str, Option], base: Mapping[str, Any], given: Mapping[
 
 def shown(value: Any) -> str:
     """A value as in an error."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) or "(nothing)" if isinstance(value, tuple) else str(value)
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:

@@ -52,7 +52,7 @@ class Plan:
 def tune(
     config: Config, grid_lr: Sequence[float] = (), grid_eps: Sequence[float] = (), rungs: int = 3, trial_steps: int = 0
 ) -> dict | None:
-    """Sweep lr and eps under `config.output_dir`; return what result.json there holds, or None after Ctrl-C.
+    """Sweep lr and eps under its output_dir; return what result.json there holds, or None after Ctrl-C.
 
     Args:
         config: of the run that is tuned for.

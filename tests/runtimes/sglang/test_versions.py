@@ -212,7 +212,7 @@ def test_masked_models_are_refused(model):
 
 
 def test_engine_options_need_the_engine(qwen):
-    with pytest.raises(UserError, match="--tp . belongs to --runtime sglang"):
+    with pytest.raises(UserError, match="--tp 2 belongs to --runtime sglang"):
         options(qwen, tp=2)
 
 
