@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mezo.config import Config, refuse_contradiction
-from mezo.config.options import over
+from mezo.config.options import over, refuse_strangers
 from mezo.data.rewards import judges
 from mezo.errors import UserError
 from mezo.models.load import is_masked, load_tokenizer
@@ -89,6 +89,7 @@ def with_adapter_options(config: Config) -> Config:
     fixed = {"adapter": path} | {name: value for name, value in adapter_options(path).items() if name != "model"}
     given = {name: value for name, value in config.to_dict().items() if name in config.given}
     refuse_contradiction(given, fixed, f"--adapter {path}")
+    refuse_strangers(Config.options(), given | fixed)
     return config.replace(**fixed)
 
 

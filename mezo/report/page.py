@@ -121,7 +121,9 @@ def _options(names: Sequence[str], configs: Sequence[Config]) -> str:
     """Every option, a column for each run; those that differ from the default in bold."""
     lines = []
     flat = [config.to_dict() for config in configs]
-    for option in (option for option in Config.options().values() if any(option.name in own for own in flat)):
+    for option in Config.options().values():
+        if not any(option.name in own for own in flat):
+            continue
         values = [own.get(option.name, option.default) for own in flat]
         cells = (
             f'<td class="given">{escape(_shown(v))}</td>' if v != option.default else f"<td>{escape(_shown(v))}</td>"

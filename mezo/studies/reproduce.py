@@ -120,7 +120,7 @@ def _best(own: list[Config], results: list[dict]) -> dict:
         raise RunError(f"{own[0].machine.output_dir} and the other learning rates of its seed: {why}")
     at = max(dev, key=dev.__getitem__)
     return {
-        "data_seed": own[at].data_seed,
+        "data_seed": own[at].data.data_seed,
         "lr": own[at].method.lr,
         "best_step": results[at]["best_step"],
         "dev": dev[at],

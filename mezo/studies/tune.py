@@ -52,7 +52,7 @@ def tune(
     trial_steps: int = 0,
     num_trials: int = 0,
 ) -> dict | None:
-    """Sweep lr and eps under `config.output_dir`; return what result.json there holds, or None after Ctrl-C.
+    """Sweep lr and eps under its output_dir; return what result.json there holds, or None after Ctrl-C.
 
     Args:
         config: of the run that is tuned for.

@@ -203,7 +203,7 @@ def test_resume_refuses_other_data(finished, tiny_config, tmp_path):
 def test_an_adapter_brings_its_own_scale(finished, tiny_options):
     run, _, _ = finished
     own = {"adapter": str(run / "adapter"), "steps": 1, "lora_alpha": 16}
-    start = Config.of(**{name: v for name, v in tiny_options.items() if name != "target_modules"}, **own)
+    start = Config.of(**{k: v for k, v in tiny_options.items() if k != "target_modules"} | own)
     train(start)
     assert RunDirectory(Path(start.machine.output_dir)).read_config().model.tuning.target_modules == (
         "o_proj",

@@ -162,11 +162,11 @@ def test_losses_tried_are_those_of_the_steps(tiny_config):
     [
         (
             {"momentum": 0.5},
-            "--momentum 0.5 belongs to --update-rule momentum, and this run has --update-rule sgd: leave it out, or",
+            "--momentum 0.5 belongs to --update-rule momentum, and this run has --update-rule sgd",
         ),
         (
             {"update_rule": "sign", "beta2": 0.5},
-            "--beta2 0.5 belongs to --update-rule adam or adamw, and this run has --update-rule sign",
+            "--beta2 0.5 belongs to --update-rule adam",
         ),
         ({"update_rule": "adam", "beta1": 1.0}, "--beta1 must be at least 0 and below 1, got 1.0"),
         ({"update_rule": "adam", "adam_eps": 0.0}, "--adam-eps must be a float32 number above 0, got 0.0"),

@@ -132,7 +132,7 @@ def test_a_model_of_two_dtypes_is_refused(tmp_path_factory):
     before, kept._keep_in_fp32_modules_strict = kept._keep_in_fp32_modules_strict, {"norm"}
     try:
         with pytest.raises(UserError, match=r"holds .*norm.weight in torch.float32, the rest in torch.bfloat16"):
-            load_parts(config.model.base, torch.device("cpu"), torch.bfloat16)
+            load_parts(config.model, torch.device("cpu"), torch.bfloat16)
     finally:
         kept._keep_in_fp32_modules_strict = before
 
