@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from mezo.atomic import replacing
 from mezo.errors import UserError
-from mezo.models.head import LINEAR_HEAD
+from mezo.models.spec import LINEAR_HEAD
 from mezo.run.files import replace_file
 from mezo.run.trajectory import read_trajectory
 from mezo_kernels import canonical_name
