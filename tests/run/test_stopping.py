@@ -87,16 +87,16 @@ def test_patience_given_at_resume_ends_the_run_for_good(stalling, tmp_path):
 
 
 def test_a_run_that_cannot_go_on_keeps_its_result(stalling, tmp_path):
-    train = tmp_path / "train.jsonl"
-    train.write_bytes(Path(stalling.train_file).read_bytes())
-    config = dataclasses.replace(stalling, train_file=str(train))
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(Path(stalling.train_file).read_bytes())
+    config = dataclasses.replace(stalling, train_file=str(file))
     train(config)
     files = [Path(config.output_dir, name) for name in ("result.json", "metrics.jsonl")]
     before = [path.read_bytes() for path in files]
-    train.write_text(train.read_text().replace("film", "plot"))
+    file.write_text(file.read_text().replace("film", "plot"))
     with pytest.raises(UserError, match="data_hash of the log"):
         resume(config.output_dir, machine={"early_stopping": 0})
-    train.unlink()
+    file.unlink()
     with pytest.raises(UserError, match="no such file"):
         resume(config.output_dir, machine={"early_stopping": 0})
     assert [path.read_bytes() for path in files] == before
