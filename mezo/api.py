@@ -299,7 +299,7 @@ def _check_finished(run: RunDirectory) -> dict:
     different = outcome.difference(run, first_line, theta)
     if different:
         raise UserError(
-            f"{run.path}: {outcome.place(run, first_line['peft']).name}/ is not what the log gives"
+            f"{run.path}: {outcome.path(run, first_line['peft']).name}/ is not what the log gives"
             f" ({different} differs);"
             f" rebuild it with: mezo replay {run.path} --output-dir NEW"
         )

@@ -2,11 +2,12 @@
 
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mezo.run.trajectory import StepRecord
@@ -89,15 +90,15 @@ def drawings(runs: Sequence[Curves]) -> list[Drawing]:
 def binned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
     """A series as (step, mean, least, greatest) of pieces of STEPS steps, or of more if that gives POINTS pieces.
 
-    >>> binned(np.arange(16), np.arange(16.0))
-    (array([ 3.5, 11.5]), array([ 3.5, 11.5]), array([0., 8.]), array([ 7., 15.]))
+    >>> [values.tolist() for values in binned(np.arange(16), np.arange(16.0))]
+    [[3.5, 11.5], [3.5, 11.5], [0.0, 8.0], [7.0, 15.0]]
     """
     pieces = np.array_split(np.arange(len(steps)), min(POINTS, -(-len(steps) // STEPS)))
     means, least, greatest = (np.array([f(values[piece]) for piece in pieces]) for f in (np.mean, np.min, np.max))
     return np.array([steps[piece].mean() for piece in pieces]), means, least, greatest
 
 
-def _series(axes, run: Curves, values, label: str, **style) -> None:
+def _series(axes: Axes, run: Curves, values: Callable[[StepRecord], float], label: str, **style) -> None:
     done = [record for record in run.records if not record.update.skipped]
     steps = np.array([record.step for record in done])
     at, mean, least, greatest = binned(steps, np.array([values(record) for record in done]))
@@ -105,7 +106,7 @@ def _series(axes, run: Curves, values, label: str, **style) -> None:
     axes.fill_between(at, least, greatest, alpha=0.15, color=line.get_color(), linewidth=0)
 
 
-def _loss(axes, runs) -> bool:
+def _loss(axes: Axes, runs: Sequence[Curves]) -> bool:
     for i, run in enumerate(runs):
         if not all(record.update.skipped for record in run.records):
             _series(axes, run, lambda r: r.losses.mean, run.name, color=f"C{i}")
@@ -115,7 +116,7 @@ def _loss(axes, runs) -> bool:
     return _finish(axes, "loss")
 
 
-def _dev(axes, runs, key: str, among: str) -> bool:
+def _dev(axes: Axes, runs: Sequence[Curves], key: str, among: str) -> bool:
     """A figure of dev, of the runs that have `among` there."""
     for i, run in enumerate(runs):
         if run.points("dev", key) and run.points("dev", among):
@@ -130,7 +131,7 @@ def _dev(axes, runs, key: str, among: str) -> bool:
     return _finish(axes, key)
 
 
-def _projected_grad(axes, runs) -> bool:
+def _projected_grad(axes: Axes, runs: Sequence[Curves]) -> bool:
     """Root mean square of each bin on a logarithmic axis, for noise is often decades below."""
     kinds = {
         ("noise", "noise"): ("s", "noise"),
@@ -158,7 +159,7 @@ def _projected_grad(axes, runs) -> bool:
     return _finish(axes, "|projected_grad|")
 
 
-def _cosine(axes, runs) -> bool:
+def _cosine(axes: Axes, runs: Sequence[Curves]) -> bool:
     for i, run in enumerate(runs):
         points, expected = run.points("gradient", "cosine"), run.points("gradient", "expected_cosine")
         if points:
@@ -169,7 +170,7 @@ def _cosine(axes, runs) -> bool:
     return _finish(axes, "cosine")
 
 
-def _parts(axes, runs) -> bool:
+def _parts(axes: Axes, runs: Sequence[Curves]) -> bool:
     colours: dict[str, str] = {}
     for i, run in enumerate(runs):
         left, steps = 0.0, max(run.result["steps_counted"], 1)
@@ -185,7 +186,7 @@ def _parts(axes, runs) -> bool:
     return True
 
 
-def _finish(axes, label: str) -> bool:
+def _finish(axes: Axes, label: str) -> bool:
     axes.set(xlabel="step", ylabel=label)
     if axes.lines:
         axes.legend(fontsize=8)

@@ -135,5 +135,5 @@ def _options(names: Sequence[str], configs: Sequence[Config]) -> str:
     return f"<details>\n<summary>configuration</summary>\n<table>\n{head}{''.join(lines)}</table>\n</details>\n"
 
 
-def _shown(value) -> str:
+def _shown(value: object) -> str:
     return " ".join(map(repr, value)) if isinstance(value, tuple) else str(value)

@@ -32,6 +32,11 @@ class RunDirectory:
     def create(cls, path: str, config: Config, first_line: dict, initial: Path | bytes | None = None) -> "RunDirectory":
         """Make the directory with its config, log header and `starting_file`, whole or not at all, and lock it.
 
+        Args:
+            path: of the directory; what is missing above it is made.
+            config: the run's.
+            first_line: header of its log.
+            initial: `starting_file`: a safetensors file or its bytes; None where theta_0 is no file.
         Raises:
             UserError: it exists, or cannot be made.
         """

@@ -48,7 +48,13 @@ def run(prompt: str = "it-was", steps: int = 0, output_dir: Path = Path("runs/de
 
 
 def demo_config(prompt: str, steps: int, output_dir: Path) -> Config:
-    """The demo's run: LoRA on the last layer's query, output and MLP projections, 69,120 parameters."""
+    """The demo's run: LoRA on the last layer's query, output and MLP projections, 69,120 parameters.
+
+    Args:
+        prompt: a key of PROMPTS.
+        steps: optimisation steps.
+        output_dir: run directory.
+    """
     data = assets.write_demo_data(assets.cache_root() / "demo-data")
     template, words = PROMPTS[prompt]
     return Config.of(

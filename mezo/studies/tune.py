@@ -137,7 +137,14 @@ def rung_steps(rungs: int, longest: int) -> list[int]:
 
 
 def trial_config(config: Config, rungs: Sequence[int], name: str, lr: float, eps: float) -> Config:
-    """A trial's run: as long as the last rung, evaluated on dev at every rung, never on test."""
+    """A trial's run: as long as the last rung, evaluated on dev at every rung, never on test.
+
+    Args:
+        config: of the run that is tuned for; its output_dir is the sweep's.
+        rungs: steps at the end of each.
+        name: of the trial's directory.
+        lr, eps: the trial's.
+    """
     return config.replace(
         output_dir=str(Path(config.machine.output_dir) / name),
         steps=rungs[-1],
@@ -154,6 +161,10 @@ def trial_config(config: Config, rungs: Sequence[int], name: str, lr: float, eps
 
 def command(config: Config, lr: float, eps: float) -> str:
     """The `mezo train` call of the run that was tuned for.
+
+    Args:
+        config: of that run.
+        lr, eps: chosen.
 
     >>> command(Config.of(model="m", output_dir="o", task="sst2", layers_to_transform=(3, 4), noise=False), 0.1, 0.01)
     'mezo train --task sst2 --model m --layers-to-transform 3 4 --lr 0.1 --no-noise --output-dir RUN'

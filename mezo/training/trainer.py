@@ -144,10 +144,10 @@ class Trainer:
         found = f"the mean loss of {WINDOW} steps is {ratio:.3g} times that of the first {WINDOW}"
         if limit:
             self._keep()
-            place = outcome.place(self.run, self.runtime.spec.peft).name
+            kept = outcome.path(self.run, self.runtime.spec.peft).name
             raise Diverged(
                 f"step {len(self.records)}: {found}, above --max-loss-ratio {limit:g}: lower --lr. The log is whole and"
-                f" {place}/ is kept; go on all the same with: mezo train --resume {self.run.path} --max-loss-ratio 0"
+                f" {kept}/ is kept; go on all the same with: mezo train --resume {self.run.path} --max-loss-ratio 0"
             )
         if not self.warned:
             self.warned = True
@@ -171,7 +171,7 @@ class Trainer:
         metrics = self.evaluations.metrics
         best = best_step(metrics)
         if best is None:
-            outcome.keep(self.run, self.runtime)
+            outcome.save(self.run, self.runtime)
         self.runtime.load(outcome.read(self.run, self.runtime.spec))
         step = len(self.records) if best is None else best
         scored = {row["split"] for row in metrics if row["split"] in ("test", "train")}
@@ -204,7 +204,7 @@ class Trainer:
         """Leave theta behind, and the clock."""
         if self.ranks.leads:
             if best_step(self.evaluations.metrics) is None:
-                outcome.keep(self.run, self.runtime)
+                outcome.save(self.run, self.runtime)
             self.evaluations.log({"step": len(self.records), "split": "stop"})
 
 
