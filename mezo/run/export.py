@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mezo.errors import UserError
 from mezo.models.families import complete_fields, complete_stacks
+from mezo.models.load import Checkpoint
 from mezo.models.merge import cast, merge
 from mezo.run.adapter import is_prefix, read_adapter, read_peft_config, save_adapter
 from mezo.run.directory import RunDirectory
@@ -37,7 +38,7 @@ def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -
         return
     tensors = read_adapter(adapter)
     if form == "sglang":
-        tensors = complete_stacks(peft["base_model_name_or_path"], tensors)
+        tensors = complete_stacks(Checkpoint.of(peft["base_model_name_or_path"]).config, tensors)
         peft = complete_fields(peft, tensors)
     save_adapter(Path(output_dir), peft, tensors)
 

@@ -112,8 +112,8 @@ def truncate(run: str, step: int) -> Path:
     rebuilt = None if best is None else rebuild(directory.path, str(best))  # before anything is moved
     aside = next(p for n in itertools.count(1) if not (p := directory.path / f"before-truncate-{n}").exists())
     aside.mkdir()
-    page = directory.path / "report.html"
-    outcomes = directory.adapter, directory.model, directory.result, directory.plots, page
+    # plots/: pictures that runs of older versions wrote
+    outcomes = directory.adapter, directory.model, directory.result, directory.page, directory.path / "plots"
     for path in (directory.trajectory, directory.metrics, *outcomes):
         if path.exists():
             path.rename(aside / path.name)

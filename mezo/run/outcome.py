@@ -8,7 +8,7 @@ from mezo.errors import UserError
 from mezo.models.spec import TrainedSpec
 from mezo.run.adapter import load_adapter, read_adapter, same_bits, save_adapter
 from mezo.run.directory import RunDirectory
-from mezo.runtimes.base import Runtime
+from mezo.runtimes.base import Runtime, Savable, require
 
 
 def place(run: RunDirectory, peft: dict | None) -> Path:
@@ -19,7 +19,7 @@ def place(run: RunDirectory, peft: dict | None) -> Path:
 def keep(run: RunDirectory, runtime: Runtime) -> None:
     """Write theta; what was kept of an earlier step gives way."""
     if runtime.spec.peft is None:
-        runtime.save_model(run.model)
+        require(runtime, Savable, "--tuning full").save_model(run.model)
     else:
         save_adapter(run.adapter, runtime.spec.peft, runtime.theta())
 

@@ -93,5 +93,5 @@ def _show(result: dict, run: Path, replayed: str) -> None:
         f"{result['steps']} steps in {result['seconds_training']:.1f} s ({result['steps_per_second']:.1f} steps/s); "
         f"best dev checkpoint after step {result['best_step']}\n{replayed}"
     )
-    for name in ("adapter", "plots", "tensorboard", "result.json"):
+    for name in ("adapter", "report.html", "tensorboard", "result.json"):
         console.print(f"{name:<12} {run / name}", soft_wrap=True)

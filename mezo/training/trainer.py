@@ -10,7 +10,6 @@ from mezo.data.example import Example
 from mezo.data.rewards import judges
 from mezo.errors import Diverged
 from mezo.method.step import Update
-from mezo.report import plots
 from mezo.report.monitor import Monitor
 from mezo.run import outcome
 from mezo.run.directory import RunDirectory, best_step
@@ -179,8 +178,18 @@ class Trainer:
         after = {split: self.evaluations.evaluate(split, step, self.monitor) for split in sorted(scored)}
         found = result(self.config, step, after, self.records, metrics, self.clock, self.ranks)
         replace_file(self.run.result, json.dumps(found, indent=2).encode())
-        plots.draw(self.run.plots, self.records, metrics)
+        self._write_page()
         return found
+
+    def _write_page(self) -> None:
+        """Write report.html. The result is on the disk by now: whatever goes wrong here does not fail the run."""
+        try:
+            from mezo.report import page  # brings matplotlib, which nothing before needs
+
+            page.write([str(self.run.path)], self.run.page)
+        except Exception as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            self.monitor.say(f"report.html is not written ({why}); try again: mezo report {self.run.path} --html FILE")
 
     def _interrupt(self, number, frame) -> None:
         if self.ranks.interrupted:

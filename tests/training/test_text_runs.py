@@ -71,7 +71,7 @@ def test_a_reward_rises(config):
     assert rewards[0] < 0.1
     assert rewards[result["best_step"]] == max(rewards.values()) > 0.3
     assert result["test"]["after"]["reward"] > result["test"]["before"]["reward"] + 0.2
-    assert (Path(config.machine.output_dir) / "plots" / "dev_accuracy.png").is_file()
+    assert "dev reward" in (Path(config.machine.output_dir) / "report.html").read_text()
 
 
 CONFIGURATIONS = {

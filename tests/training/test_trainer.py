@@ -68,8 +68,7 @@ def test_run_directory(finished):
     assert set(result["test"]["after"]) == {"accuracy", "loss", "f1", "auc"}
     assert result["train"]["before"]["loss"] > 0
     assert result["tokens_scored"] == round(result["tokens_computed"] + result["tokens_reused"])
-    plots = {path.name for path in (run / "plots").iterdir()}
-    assert plots == {"training_loss.png", "dev_accuracy.png", "projected_grad.png", "zero_gradients.png"}
+    assert (run / "report.html").read_text().count("<figure>") == 4
     assert any((run / "tensorboard").iterdir())
 
 
@@ -108,7 +107,7 @@ def test_replay_needs_the_logs_alone(finished, tmp_path):
 def interrupted_copy(run, target, steps, torn=b""):
     """A copy of a finished run as a crash after `steps` records would have left it."""
     shutil.copytree(run, target)
-    for name in ("result.json", "adapter", "plots"):
+    for name in ("result.json", "adapter", "report.html"):
         path = target / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     lines = (target / "trajectory.jsonl").read_bytes().splitlines(keepends=True)

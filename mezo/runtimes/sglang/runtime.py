@@ -17,7 +17,7 @@ from mezo.config import Machine, Model, SGLang, Workload
 from mezo.data.example import Example
 from mezo.errors import RunError, UserError
 from mezo.method.step import Step, Update
-from mezo.models.families import why_kv_depends
+from mezo.models.load import Checkpoint
 from mezo.models.parts import load_parts
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Writing, refuse_too_long
@@ -45,32 +45,44 @@ FLUSH_SECONDS = 10.0
 
 
 class SGLangRuntime:
-    """An SGLang engine with MeZO's state in each tensor-parallel worker; implements `mezo.runtimes.base.Runtime`.
+    """An SGLang engine with MeZO's state in each tensor-parallel worker; implements `Runtime` and `Follower`.
 
     A step is two messages: one call that updates theta and writes both signs into the engine's adapter slots, with
     scalars alone, and one batch of requests that scores them.
 
     KV is reused within one version of theta, whose cache namespace is its own. Where no key or value depends on theta
     all versions and both signs share one namespace, and a prompt seen before costs one token.
+
+    Args:
+        model: the base, and what is trained of it.
+        machine: where and how it runs.
+        work: what will be asked of it.
+        pad: token id to pad with.
+        checkpoint: of the model, if its configuration has been read.
+    Raises:
+        UserError: SGLang will not do, or this model, device or option with it.
     """
 
-    def __init__(self, model: Model, machine: Machine, work: Workload, pad: int = 0):
+    def __init__(
+        self, model: Model, machine: Machine, work: Workload, pad: int = 0, checkpoint: Checkpoint | None = None
+    ):
         check_version()
         check_device(machine.device)
         self.model, self.machine, self.work, self.pad = model, machine, work, pad
         self.runtime: SGLang = machine.runtime
         self.options = engine_options(self.runtime)
-        check_heads(model.base, self.runtime.tp)
+        self.checkpoint = checkpoint or Checkpoint.of(model.base)
+        check_heads(self.runtime.tp, self.checkpoint)
         self.pairs = pairs_of(work.num_perturbations, self.options)
         self.backend = backend_of(machine.backend)
         dtype = getattr(torch, model.dtype) if model.dtype != "auto" else default_dtype()
-        self._parts, self.spec = load_parts(model, torch.device("cpu"), dtype)
+        self._parts, self.spec = load_parts(model, torch.device("cpu"), dtype, self.checkpoint)
         self.dtype = self.spec.dtype
         if self.options.get("quantization"):  # another base: a run is not resumed without it
             self.spec = dataclasses.replace(self.spec, dtype=f"{self.dtype}, quantised {self.options['quantization']}")
         if not self._parts.causal:
             raise UserError(f"--model {model.base} fills masks, which SGLang does not score: use --runtime hf")
-        self.kv_depends = why_kv_depends(self.spec.shapes, len(self._parts.layers))
+        self.kv_depends = self._parts.kv_depends
         rule = work.rule
         rule.check_patterns(self.spec.shapes)
         self.rule, self.sides = json.dumps(rule.header() or {}), Sides(rule.rule.one_sided)
@@ -86,7 +98,7 @@ class SGLangRuntime:
         self._versions, self._salt = itertools.count(), ""
         self._visited: set[tuple[int, ...]] = set()
         self._held = 1
-        self.writing = Writing.of(model.base) if work.max_new_tokens else None
+        self.writing = Writing.of(self.checkpoint) if work.max_new_tokens else None
 
     def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
         """See `Runtime.prepare`. Starts the engine and proves that it scores as the model itself does."""
@@ -107,7 +119,7 @@ class SGLangRuntime:
         self.load({name: torch.zeros(shape) for name, shape in self.spec.shapes.items()})
 
     def _check_lengths(self) -> None:
-        limit = getattr(self._parts.model.config, "max_position_embeddings", None)
+        limit = self._parts.position_limit
         # the engine keeps a place for a token after the prompt
         refuse_too_long(self.work, self.examples, self._longest(), None if limit is None else limit - 1)
 
@@ -119,7 +131,7 @@ class SGLangRuntime:
 
     def _launch(self) -> None:
         held = sum(len(row.ids) for row in self._all_rows()) if self.shared else 0
-        adapters = write_placeholders(self._scratch, self.options, self.spec, self.pairs)
+        adapters = write_placeholders(self._scratch, self.options, self.spec, self.checkpoint, self.pairs)
         self._placeholder = adapters[0]["lora_path"]
         requests, tokens = largest_call(self.machine, self.work, self.rows, self.pairs)
         self.call_tokens = call_tokens(tokens)
@@ -146,7 +158,7 @@ class SGLangRuntime:
         self.ranks = self._call("setup", shapes=shapes, **options)
 
     def follow(self) -> None:
-        """On the second and later machines of an engine: serve until the trainer, on the first, ends it."""
+        """See `Follower.follow`."""
         self.engine.follow()
 
     def load(self, theta: dict[str, torch.Tensor]) -> None:

@@ -102,7 +102,7 @@ def test_an_adapted_head_shares_the_namespace_too(tmp_path, data, tied):
 
 def test_sharing_with_key_adapters_is_refused_by_the_workers(llama, data, monkeypatch):
     """The trainer's plan is overruled: the workers look at what is trained themselves."""
-    monkeypatch.setattr("mezo.runtimes.sglang.runtime.why_kv_depends", lambda names, n_layers: None)
+    monkeypatch.setattr("mezo.models.parts.why_kv_depends", lambda *arguments: None)
     with (
         pytest.raises(RunError, match=r"may not share a cache: .*k_proj.* may change keys or values"),
         engine(llama, data, **WITH_KEYS),
@@ -112,7 +112,7 @@ def test_sharing_with_key_adapters_is_refused_by_the_workers(llama, data, monkey
 
 def test_sharing_with_key_adapters_is_wrong(llama, data, monkeypatch):
     """Forced past both guards: the start-up proof refuses it, and without the proof the losses are wrong."""
-    monkeypatch.setattr("mezo.runtimes.sglang.runtime.why_kv_depends", lambda names, n_layers: None)
+    monkeypatch.setattr("mezo.models.parts.why_kv_depends", lambda *arguments: None)
     with (
         pytest.raises(UserError, match=r"log-probabilities differ by .* from transformers with PEFT"),
         engine(llama, data, hooks="unguard", **WITH_KEYS),
@@ -121,7 +121,7 @@ def test_sharing_with_key_adapters_is_wrong(llama, data, monkeypatch):
 
 
 def test_forced_sharing_gives_wrong_losses(llama, data, monkeypatch):
-    monkeypatch.setattr("mezo.runtimes.sglang.runtime.why_kv_depends", lambda names, n_layers: None)
+    monkeypatch.setattr("mezo.models.parts.why_kv_depends", lambda *arguments: None)
     monkeypatch.setattr("mezo.runtimes.sglang.proof.StartProof.check", lambda *arguments: None)
     with engine(llama, data, hooks="unguard", **WITH_KEYS) as runtime:
         plain = reference(llama, data, **WITH_KEYS)

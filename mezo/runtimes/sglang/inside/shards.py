@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mezo.models.families import HEAD, STACKED, layer_of, module_of
+from mezo.models.families import HEAD, family_of, module_of
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ def shard_of(manager, name: str, full_shape: tuple[int, int]) -> Shard:
     Raises:
         ValueError: the engine has no such module, or holds it in a form that is not a block of rows or columns.
     """
-    path, layer = module_of(name), layer_of(name)
-    parent, _, leaf = path.rpartition(".")
-    stacked, position = STACKED.get(leaf, (leaf, 0))
+    family = family_of(manager.base_hf_config)
+    layer, (parent, _, leaf) = family.layer_of(name), module_of(name).rpartition(".")
+    stacked, position = family.stack_of(leaf)
     module = f"{parent}.{stacked}".removeprefix(".")
     modules = {HEAD: manager.lm_head_module} if layer is None else manager.lora_modules[layer]
     found = modules.get(module)

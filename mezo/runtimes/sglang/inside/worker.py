@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sglang.srt.managers.io_struct import RpcReqOutput
 
+from mezo.atomic import replacing
 from mezo.method.rules.logged import LoggedRule
 from mezo.method.step import Step, Update
-from mezo.models.families import why_kv_depends
+from mezo.models.families import family_of, why_kv_depends
 from mezo.runtimes.sglang.inside.handshake import ENDED, directory
 from mezo.runtimes.sglang.inside.shards import Shard, shard_of
 from mezo.runtimes.theta import PerturbedTheta
@@ -94,7 +95,8 @@ class Worker:
             Elements of this rank's shard, dtype of the slots, and the reason why keys and values depend on theta.
         """
         shapes = {name: tuple(shape) for name, shape in json.loads(shapes).items()}
-        reason = why_kv_depends(shapes, self.manager.base_hf_config.num_hidden_layers)
+        base = self.manager.base_hf_config
+        reason = why_kv_depends(shapes, base.num_hidden_layers, family_of(base))
         if share and reason:
             raise ValueError(f"the adapters may not share a cache: {reason}")
         known = {ref.lora_name: lora_id for lora_id, ref in self.manager.lora_refs.items()}
@@ -147,9 +149,8 @@ class Worker:
         parts = self.gather(own)
         if self.rank == 0:
             full = {name: _join(name, [part[name] for part in parts]) for name in names}
-            part = Path(path + ".part")
-            save_file(full, part)
-            part.rename(path)
+            with replacing(Path(path)) as part:
+                save_file(full, part)
         return {}
 
     def update(self, message: str, watch: bool) -> dict:
