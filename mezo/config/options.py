@@ -91,7 +91,7 @@ class Option:
     @property
     def owner(self) -> str:
         """Whose it is, such as "--tuning lora or prefix"; "" if it belongs to every run."""
-        return f"{flag_of(self.choice)} {' or '.join(self.kinds)}" if self.choice else ""
+        return f"{flag_of(self.choice)} {' or '.join(sorted(self.kinds))}" if self.choice else ""
 
 
 def flag_of(name: str) -> str:
