@@ -9,7 +9,7 @@ from mezo.runtimes.rows import Row
 SCORE_ONLY = {"max_new_tokens": 0, "temperature": 0.0}
 
 
-def greedy(max_new_tokens: int, stop: Sequence[str], ends: frozenset[int]) -> dict:
+def greedy_sampling(max_new_tokens: int, stop: Sequence[str], ends: frozenset[int]) -> dict:
     """Sampling parameters of the most likely token each time.
 
     Args:

@@ -21,7 +21,7 @@ from mezo.models.parts import load_parts
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Writing, refuse_too_long
 from mezo.runtimes.rows import Row, padded, rows_of, scores_of
-from mezo.runtimes.sglang.answers import SCORE_ONLY, count_tokens, greedy, start_of, table_of
+from mezo.runtimes.sglang.answers import SCORE_ONLY, count_tokens, greedy_sampling, start_of, table_of
 from mezo.runtimes.sglang.arguments import (
     backend_of,
     call_tokens,
@@ -312,7 +312,7 @@ class SGLangRuntime:
         for part in self._parts_of(groups, len(names), new):
             self._warm(groups[part], names, count)
             requests = [(name, prompt) for name in names for prompt in prompts[part]]
-            answers = self._generate(requests, count, greedy(new, stop, self.writing.ends))
+            answers = self._generate(requests, count, greedy_sampling(new, stop, self.writing.ends))
             for of_slot, answer in zip((each for each in texts for _ in prompts[part]), answers, strict=True):
                 of_slot.append(self.writing.text(answer["output_ids"], stop))
         self._call("report")
