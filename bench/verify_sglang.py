@@ -44,7 +44,7 @@ TRAJECTORY = {"steps": 20, "lr": 1e-4}
 @contextmanager
 def prepared(kind, config: Config, data: list[Example]):
     """A runtime with noisy theta on some examples."""
-    runtime = kind(config)
+    runtime = kind(*config.for_runtime)
     try:
         runtime.prepare({"train": data})
         runtime.load({name: lora_init(3, name, shape) for name, shape in runtime.spec.shapes.items()})
@@ -70,12 +70,12 @@ def largest(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
 
 def against_transformers(config: Config, data: list[Example], n: int) -> dict:
     """Largest difference of option log-probabilities, cold and with everything cached that may be."""
-    plain = dataclasses.replace(config, runtime="hf", tp=1, trunk_cache="off")
+    plain = config.replace(runtime="hf", trunk_cache="off")
     with prepared(HFRuntime, plain, data) as runtime:
         expected = three_scores(runtime, n)
     with prepared(SGLangRuntime, config, data) as runtime:
         cold, warm = three_scores(runtime, n), three_scores(runtime, n)
-    with prepared(SGLangRuntime, dataclasses.replace(config, radix="off"), data) as runtime:
+    with prepared(SGLangRuntime, config.replace(radix="off"), data) as runtime:
         without = three_scores(runtime, n)
     return {
         "examples": n,
@@ -115,7 +115,7 @@ def few_shot(config: Config, data: list[Example]) -> dict:
     with prepared(SGLangRuntime, config, data) as runtime:
         counts = [tokens_of(runtime, n, [Update([k], [1e-3])], k + 1) for k in range(3)]
         shared = runtime.score_pairs("train", range(n))[0]
-    with prepared(SGLangRuntime, dataclasses.replace(config, radix="off"), data) as runtime:
+    with prepared(SGLangRuntime, config.replace(radix="off"), data) as runtime:
         for k in range(3):
             runtime.update([Update([k], [1e-3])], Step([k + 1], EPS))
         alone = runtime.score_pairs("train", range(n))[0]
@@ -162,7 +162,7 @@ def tensor_parallel(config: Config, data: list[Example]) -> dict:
     """One rank and two: the same losses, and fed the same updates the same bits."""
     labels, made = torch.tensor([example.label for example in data]), {}
     for tp in (1, 2):
-        with prepared(SGLangRuntime, dataclasses.replace(config, tp=tp), data) as runtime:
+        with prepared(SGLangRuntime, config.replace(tp=tp), data) as runtime:
             start = runtime.theta()
             losses, updates = trajectory(runtime, labels)
             runtime.load(start)
@@ -178,7 +178,7 @@ def tensor_parallel(config: Config, data: list[Example]) -> dict:
 
 def demo_run(directory: Path, steps: int) -> dict:
     """The demo's task through the engine."""
-    config = dataclasses.replace(demo.demo_config("it-was", steps, directory / "demo"), runtime="sglang")
+    config = demo.demo_config("it-was", steps, directory / "demo").replace(runtime="sglang")
     result = train(config)
     theta, _, _ = rebuild(directory / "demo")
     same = same_bits(theta, read_adapter(directory / "demo" / "adapter")) is None
@@ -192,7 +192,9 @@ def tiny(family: str, directory: Path, **others) -> tuple[Config, list[Example]]
     draw = lambda low, high, n: torch.randint(low, high, (n,), generator=generator).tolist()  # noqa: E731
     data = [Example(tuple(draw(3, 64, n)), ((5,), (9,)), i % 2) for i, n in enumerate(draw(5, 21, 16))]
     model = save(family, directory / family)
-    return Config(model=model, output_dir="unused", task="sst2", runtime="sglang", target_modules=ALL, **others), data
+    return Config.of(
+        model=model, output_dir="unused", task="sst2", runtime="sglang", target_modules=ALL, **others
+    ), data
 
 
 def few_shot_examples(model: str) -> list[Example]:
@@ -208,9 +210,9 @@ def few_shot_examples(model: str) -> list[Example]:
 
 def measure(directory: Path, steps: int, results: dict, keep) -> dict:
     """Every part that `results` lacks, in the order of its cost; `keep` is called with the results after each."""
-    last = dataclasses.replace(demo.demo_config("it-was", 10, directory / "unused"), runtime="sglang")
-    every = dataclasses.replace(last, layers_to_transform=(), target_modules=ALL)
-    data = load_splits(last, load_tokenizer(last.model), masked=False)["train"]
+    last = demo.demo_config("it-was", 10, directory / "unused").replace(runtime="sglang")
+    every = last.replace(layers_to_transform=(), target_modules=ALL)
+    data = load_splits(last, load_tokenizer(last.model.base), masked=False)["train"]
     families = {family: tiny(family, directory) for family in ("llama", "qwen2")}
     parts = {
         **{f"scores, tiny {f}": lambda c=c: against_transformers(*c, 16) for f, c in families.items()},
@@ -218,7 +220,7 @@ def measure(directory: Path, steps: int, results: dict, keep) -> dict:
         "scores, demo model, last layer": lambda: against_transformers(last, data, BATCH),
         "scores, demo model, all layers": lambda: against_transformers(every, data, 8),
         "reuse, last layer": lambda: reuse_last_layer(last, data),
-        "reuse, few-shot prefix, all layers": lambda: few_shot(every, few_shot_examples(last.model)),
+        "reuse, few-shot prefix, all layers": lambda: few_shot(every, few_shot_examples(last.model.base)),
         "overhead, all layers": lambda: overhead(every, data, 8),
         "demo": lambda: demo_run(directory, steps),
     }

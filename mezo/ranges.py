@@ -9,6 +9,9 @@ from annotated_types import Ge, Gt, Le, Lt
 
 LARGEST, SMALLEST = 3.4028234663852886e38, 2.0**-126
 """Largest and smallest normal float32."""
+AtLeastOne = Annotated[int, Ge(1)]
+NotNegative = Annotated[int, Ge(0)]
+NotBelowZero = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 Positive = Annotated[float, Ge(SMALLEST), Le(LARGEST)]
 """A float32 above 0."""
@@ -43,7 +46,8 @@ def outside(instance) -> Iterator[tuple[str, str]]:
             continue
         if not math.isfinite(value) or not all(HOLDS[type(b)](value, getattr(b, WORDS[type(b)][0])) for b in bounds):
             texts = [WORDS[type(b)][1].format(_number(getattr(b, WORDS[type(b)][0]))) for b in bounds]
-            yield field.name, f"must be {' and '.join(texts)}, got {value}"
+            range_ = "a float32 number above 0" if bounds == [*Positive.__metadata__] else " and ".join(texts)
+            yield field.name, f"must be {range_}, got {value}"
 
 
 def _bounds(hint) -> list:

@@ -1,8 +1,5 @@
 """A model whose every parameter is trained: read from a checkpoint, and written as one."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +8,13 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from mezo.config import Config
+from mezo.atomic import replacing
+from mezo.config import Full
 from mezo.errors import UserError
 from mezo.models.load import Checkpoint, load_base, load_tokenizer, weights_hash
 from mezo.models.tuning import Attached, Base
 from mezo_kernels import ParamLayout, perturb_
 
-SCRATCH = ".mezo-model-"  # begins the names of folders that a model is written in before it takes its place
 NOISE = 1e-3  # standard deviation of what is added for the proof at the start of a run
 
 
@@ -64,21 +61,10 @@ def save_model(model: nn.Module, source: str, directory: Path) -> None:
         directory: created; a model that is there already gives way once the new one is on the disk.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    if (directory.parent / "trajectory.jsonl").is_file():  # a run, this process's alone: left by a killed one
-        for left in directory.parent.glob(f"{SCRATCH}*"):
-            shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=directory.parent) as scratch:
-        part = Path(scratch) / "part"
+    with replacing(directory, old=True) as part:
         with _without_bars(), _valid_generation_config(model):
             model.save_pretrained(part)
         load_tokenizer(source).save_pretrained(part)
-        for path in part.rglob("*"):
-            if path.is_file():
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-        if directory.exists():
-            directory.rename(Path(scratch) / "old")
-        part.rename(directory)
 
 
 @contextmanager
@@ -114,7 +100,7 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def attach(config: Config, base: Base) -> Attached:
+def attach(tuning: Full, base: Base) -> Attached:
     """The base itself: every parameter under its own name; a tied one is one parameter, under the first of its names.
 
     Raises:

@@ -7,28 +7,28 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import nn
 
-from mezo.config import Config
+from mezo.config import Lora
 from mezo.errors import UserError
 from mezo.models.spec import LINEAR_HEAD
 from mezo.models.tuning import Attached, Base
 from mezo_kernels import canonical_name, lora_init
 
 
-def attach(config: Config, base: Base) -> Attached:
+def attach(tuning: Lora, base: Base) -> Attached:
     """The base with a fresh LoRA adapter of PEFT's, and the linear head trained beside it, if there is one.
 
     Raises:
         UserError: there are no such layers or linear modules.
     """
-    linear_head, model_type = config.head == "linear", base.model.config.model_type
-    targets = config.target_modules or base.checkpoint.family.targets or DEFAULT_TARGETS.get(model_type)
+    linear_head, model_type = tuning.head == "linear", base.model.config.model_type
+    targets = tuning.target_modules or base.checkpoint.family.targets or DEFAULT_TARGETS.get(model_type)
     if not targets:
         raise UserError(f"--target-modules: no default for model type {model_type}; name the modules")
-    layers = sorted(config.layers_to_transform)
+    layers = sorted(tuning.layers_to_transform)
     targets, layers = _chosen(base, list(targets), layers, adaptable_head=not linear_head)
     lora = LoraConfig(
-        r=config.r,
-        lora_alpha=config.lora_alpha,
+        r=tuning.r,
+        lora_alpha=tuning.lora_alpha,
         target_modules=sorted(targets),
         layers_to_transform=layers or None,
         lora_dropout=0.0,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mezo.config import Config
+from mezo.config import Model
 from mezo.errors import UserError
 from mezo.models import full, lora, prefix
 from mezo.models.attention import Prefix
@@ -16,7 +16,7 @@ from mezo.models.spec import LINEAR_HEAD, TrainedSpec
 from mezo.models.tuning import Attached, Base
 
 TUNINGS = {"lora": lora.attach, "full": full.attach, "prefix": prefix.attach}
-"""What --tuning names: from the configuration and a `Base`, an `Attached`."""
+"""What --tuning names: from its options and a `Base`, an `Attached`."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class ModelParts:
         return self.attached.prefix
 
     @property
+    def prefix_tokens(self) -> int:
+        """Tokens of the prefix, 0 without one."""
+        return self.prefix.tokens if self.prefix else 0
+
+    @property
     def window(self) -> int | None:
         """How many tokens back the last layer attends, None for all."""
         return self.family.window(self.body.config, len(self.layers) - 1)
@@ -69,7 +74,7 @@ class ModelParts:
         limit = getattr(self.body.config, "max_position_embeddings", None)
         if limit is None:
             return None
-        return limit - self.family.first_position(self.body.config) - (self.prefix.tokens if self.prefix else 0)
+        return limit - self.family.first_position(self.body.config) - self.prefix_tokens
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 logits of every token, (..., vocabulary), at hidden states (..., hidden_size)."""
@@ -82,23 +87,24 @@ class ModelParts:
 
 
 def load_parts(
-    config: Config, device: torch.device, dtype: torch.dtype, checkpoint: Checkpoint | None = None
+    model: Model, device: torch.device, dtype: torch.dtype, classes: int = 0, checkpoint: Checkpoint | None = None
 ) -> tuple[ModelParts, TrainedSpec]:
     """Load the base model, attach what is trained of it, fresh, and describe that.
 
     Under `head` "linear" the base is the bare encoder with a linear layer of that name beside its layers.
 
     Args:
-        config: the run's.
-        device: where the model is to be.
-        dtype: of the base model.
+        model: the base, and what is trained of it.
+        device: where it is put.
+        dtype: of the base.
+        classes: outputs of a linear head.
         checkpoint: of the model, if its configuration has been read.
     Raises:
         UserError: the model cannot be loaded, or has no such layers or modules, or cannot be trained so.
     """
-    tuning, classes = config.tuning, len(config.label_words) if config.head == "linear" else None
-    base, sha256 = _load(checkpoint or Checkpoint.of(config.model), device, dtype, classes)
-    attached = TUNINGS[tuning](config, base)
+    linear = model.tuning.head == "linear"
+    base, sha256 = _load(checkpoint or Checkpoint.of(model.base), device, dtype, classes if linear else None)
+    attached = TUNINGS[model.tuning.name](model.tuning, base)
     attached.model.requires_grad_(False)
     params, family, n_layers = attached.params, base.checkpoint.family, len(base.layers)
     trained = set(map(id, params.values()))
@@ -108,8 +114,8 @@ def load_parts(
         family,
         base.body,
         base.layers,
-        _head_in_use(base, linear=classes is not None),
-        causal=classes is None and not base.checkpoint.masked,
+        _head_in_use(base, linear),
+        causal=not linear and not base.checkpoint.masked,
         first=0 if attached.prefix else min(touched, default=n_layers - 1),
         kv_depends=why_kv_depends(params, n_layers, family),
     )

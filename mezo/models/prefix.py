@@ -13,7 +13,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from torch import nn
 from transformers import DynamicCache
 
-from mezo.config import Config
+from mezo.config import Prefix as PrefixOptions
 from mezo.errors import UserError
 from mezo.models.attention import Prefix
 from mezo.models.tuning import Attached, Base
@@ -50,13 +50,13 @@ def real_activations(body: nn.Module, ids: list[int]) -> torch.Tensor:
     return torch.stack(parts, 1).reshape(len(ids), -1).float().cpu()
 
 
-def attach(config: Config, base: Base) -> Attached:
+def attach(tuning: PrefixOptions, base: Base) -> Attached:
     """The base with a prefix of zeros in front of every layer's own keys and values, as PEFT runs one.
 
     Raises:
         UserError: the model has no place for a prefix.
     """
-    tokens, body, n_layers = config.num_prefix_tokens, base.body, len(base.layers)
+    tokens, body, n_layers = tuning.num_prefix_tokens, base.body, len(base.layers)
     _check_layers(body, base.checkpoint.family.attentions)
     parts = _keys_and_values(body, [0])
     if len(parts) != 2 * n_layers:

@@ -1,28 +1,26 @@
-"""Figures of one or several runs as inline SVG: no file, no script and no address outside the page."""
+"""Figures of one or several runs, drawn from their logs alone: for the report's page, or as picture files."""
 
 import functools
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from mezo.run.trajectory import StepRecord
 
 POINTS, STEPS = 400, 8  # of a curve at most, and steps each is the mean of at least: the range lies behind it
 STYLE = {
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "mezo",  # the same run gives the same bytes
+    "svg.hashsalt": "mezo",  # the same run gives the same ids, and with METADATA the same bytes
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.3,
 }
+METADATA = {"svg": dict.fromkeys(("Creator", "Date", "Format", "Type")), "png": {"Software": None}}
 
 
 @dataclass(frozen=True)
@@ -46,35 +44,46 @@ class Curves:
         return [(r["step"], r[key]) for r in self.metrics if r["split"] == split and r.get(key) is not None]
 
 
-def figures(runs: Sequence[Curves]) -> dict[str, str]:
-    """SVG by caption; figures of which no run has anything are left out."""
-    drawn = {
-        "loss: training, mean of both signs, and dev (dots)": _loss,
-        "dev accuracy": functools.partial(_dev, key="accuracy", among="accuracy"),
-        "dev F1 of generated text": functools.partial(_dev, key="f1", among="exact_match"),
-        "dev reward": functools.partial(_dev, key="reward", among="reward"),
-        "|projected_grad|, and what is uncertain of it": _projected_grad,
-        "cosine of the estimate to the true gradient": _cosine,
-        "milliseconds of a training step by part": _parts,
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of a report.
+
+    Args:
+        name: of a file that it is written to, without an ending.
+        caption: what it shows.
+        figure: of matplotlib.
+    """
+
+    name: str
+    caption: str
+    figure: Figure
+
+    def render(self, form: str) -> bytes:
+        """The figure as a file: `form` is "svg" or "png"."""
+        buffer = io.BytesIO()
+        with rc_context(STYLE):
+            self.figure.savefig(buffer, format=form, dpi=120, metadata=METADATA[form])
+        return buffer.getvalue()
+
+
+def drawings(runs: Sequence[Curves]) -> list[Drawing]:
+    """The figures of runs, beside each other; those of which no run has anything are left out."""
+    kinds = {
+        ("loss", "loss: training, mean of both signs, and dev (dots)"): _loss,
+        ("dev_accuracy", "dev accuracy"): functools.partial(_dev, key="accuracy", among="accuracy"),
+        ("dev_f1", "dev F1 of generated text"): functools.partial(_dev, key="f1", among="exact_match"),
+        ("dev_reward", "dev reward"): functools.partial(_dev, key="reward", among="reward"),
+        ("projected_grad", "|projected_grad|, and what is uncertain of it"): _projected_grad,
+        ("cosine", "cosine of the estimate to the true gradient"): _cosine,
+        ("step_parts", "milliseconds of a training step by part"): _parts,
     }
-    found = {}
-    with matplotlib.rc_context(STYLE):
-        for caption, draw in drawn.items():
-            figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-            if draw(axes, runs):
-                found[caption] = svg(figure, f"f{len(found)}")
-            plt.close(figure)
-    return found
-
-
-def svg(figure, prefix: str) -> str:
-    """A figure as an <svg> element for HTML; its ids get a prefix, for several live in one page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = buffer.getvalue()
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :])
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    return re.sub(r'( id="|url\(#|href="#)', rf"\1{prefix}-", text)
+    drawn = []
+    with rc_context(STYLE):
+        for (name, caption), draw in kinds.items():
+            figure = Figure(figsize=(7, 3.2), layout="constrained")
+            if draw(figure.subplots(), runs):
+                drawn.append(Drawing(name, caption, figure))
+    return drawn
 
 
 def binned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:

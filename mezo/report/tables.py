@@ -19,6 +19,14 @@ PARTS = {
 MANY_ZEROS, MANY_CLIPPED = 0.1, 0.5  # shares of projected_grads from where they are warned of
 
 
+def finished(run: str) -> RunDirectory:
+    """A finished run. Raises UserError if there is no result."""
+    directory = RunDirectory(Path(run))
+    if not directory.result.is_file():
+        raise UserError(f"{run}: no result.json there; give a finished run, or use `mezo trajectory show {run}`")
+    return directory
+
+
 def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
     """Rows by the title of their table.
 
@@ -27,7 +35,7 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
     Raises:
         UserError: it is none.
     """
-    directory = _finished(run)
+    directory = finished(run)
     result, config = directory.read_result(), directory.read_config()
     first, records = read_trajectory(directory.trajectory)
     early = ", ended early" if result.get("stopped_early") else ""
@@ -35,7 +43,7 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
         ("model", first["model"]),
         ("runtime", result["runtime"]),
         ("steps", f"{len(records)}{early}, best {result['best_step']}, {result['skipped_steps']} skipped"),
-        ("speed", f"{result['steps_per_second']:.2f} steps/s at batch {config.batch_size}"),
+        ("speed", f"{result['steps_per_second']:.2f} steps/s at batch {config.method.batch_size}"),
         ("zero projected_grads", f"{100 * result['zero_gradient_share']:.1f} %"),
         *_instruments(result),
     ]
@@ -49,7 +57,7 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
 
 def warnings(run: str) -> list[str]:
     """What a person should know before trusting a finished run, a sentence each."""
-    directory = _finished(run)
+    directory = finished(run)
     result, (first, records) = directory.read_result(), read_trajectory(directory.trajectory)
     found = []
     if "projected_grad_noise" in result:
@@ -73,13 +81,6 @@ def warnings(run: str) -> list[str]:
         kept = place(directory, first["peft"]).name
         found.append(f"no evaluation of dev was better than the first: {kept}/ is what the run started from")
     return [text for text in found if text]
-
-
-def _finished(run: str) -> RunDirectory:
-    directory = RunDirectory(Path(run))
-    if not directory.result.is_file():
-        raise UserError(f"{run}: no result.json there; give a finished run, or use `mezo trajectory show {run}`")
-    return directory
 
 
 def _instruments(result: dict) -> list[tuple[str, str]]:

@@ -41,11 +41,12 @@ def starting_file(config: Config, runtime: Runtime) -> Path | bytes | None:
 
     It is that of --adapter, or holds a prefix of real tokens.
     """
-    if config.adapter:
-        return Path(config.adapter) / WEIGHTS
-    if config.tuning != "prefix":
+    tuning = config.model.tuning
+    if tuning.adapter:
+        return Path(tuning.adapter) / WEIGHTS
+    if tuning.name != "prefix":
         return None
-    return save(require(runtime, InitialTheta, "--tuning prefix").initial_theta(config.seed))
+    return save(require(runtime, InitialTheta, "--tuning prefix").initial_theta(config.method.seed))
 
 
 def content_of(initial: Path | bytes) -> bytes:
@@ -59,10 +60,10 @@ def make_header(
     init = {"kind": "stream" if spec.peft else "base"}
     if initial is not None:
         init = {"kind": "file", "file": INITIAL, "sha256": hashlib.sha256(content_of(initial)).hexdigest()}
-    extra = {"reward_hash": reward_hash(config.reward)} if config.reward else {}
-    rule = config.logged_rule.header()
+    extra = {"reward_hash": reward_hash(config.method.reward)} if config.method.reward else {}
+    rule = config.method.logged_rule.header()
     extra |= {"rule": rule} if rule else {}
-    return header(config.seed, data_hash(splits), init, {**extra, **asdict(spec)})
+    return header(config.method.seed, data_hash(splits), init, {**extra, **asdict(spec)})
 
 
 def initial_theta(first_line: dict, initial: Path | bytes | None = None) -> dict[str, torch.Tensor]:

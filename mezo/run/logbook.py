@@ -50,23 +50,30 @@ def verify(run: str) -> int:
     directory = RunDirectory(Path(run))
     first, records = read_trajectory(directory.trajectory)
     config = directory.read_config()
-    quick = not config.normalise_z or not sys.stderr.isatty()  # else every z is drawn for its length
-    rule, norm = config.rule, (lambda seed: root_mean_square(first["shapes"], seed)) if config.normalise_z else None
+    quick = not config.method.normalise_z or not sys.stderr.isatty()  # else every z is drawn for its length
+    rule, norm = (
+        config.method.rule,
+        (lambda seed: root_mean_square(first["shapes"], seed)) if config.method.normalise_z else None,
+    )
     for record in track(records, "verify", transient=True, disable=quick):
         line, update = f"{directory.trajectory}: line {record.step + 2}", record.update
-        step = Step.of_run(first["run_seed"], record.step, len(update.seeds), config.eps)
+        step = Step.of_run(first["run_seed"], record.step, len(update.seeds), config.method.eps)
         if update.seeds != step.seeds:
             raise UserError(f"{line}: seeds {update.seeds} are not those of step {record.step}, {step.seeds}")
         if update.skipped:
             if any(update.coefficients) or update.decay != 1:
                 raise UserError(f"{line}: a skipped step must change nothing")
             continue
-        grads = record.losses.projected_grads(config.half_distance)
-        lr = learning_rate(record.step, config.steps, config.lr, config.lr_schedule, config.warmup_steps)
+        grads = record.losses.projected_grads(config.method.half_distance)
+        lr = learning_rate(
+            record.step, config.method.steps, config.method.lr, config.method.lr_schedule, config.method.warmup_steps
+        )
         norms = list(map(norm, step.seeds)) if norm else []
-        expected = rule.plan(step.seeds, grads, record.losses, lr, config.weight_decay, config.clip, norms)
+        expected = rule.plan(
+            step.seeds, grads, record.losses, lr, config.method.weight_decay, config.method.clip, norms
+        )
         expected = rule.choose(expected, record.tried) if rule.compares else expected
-        if record.projected_grads != grads or not _near(update, expected, 1e-15 * config.lr / lr if lr else 0.0):
+        if record.projected_grads != grads or not _near(update, expected, 1e-15 * config.method.lr / lr if lr else 0.0):
             raise UserError(
                 f"{line}: the estimates or coefficients do not follow from the losses and the configuration"
             )
@@ -105,8 +112,8 @@ def truncate(run: str, step: int) -> Path:
     rebuilt = None if best is None else rebuild(directory.path, str(best))  # before anything is moved
     aside = next(p for n in itertools.count(1) if not (p := directory.path / f"before-truncate-{n}").exists())
     aside.mkdir()
-    page = directory.path / "report.html"
-    outcomes = directory.adapter, directory.model, directory.result, directory.plots, page
+    # plots/: pictures that runs of older versions wrote
+    outcomes = directory.adapter, directory.model, directory.result, directory.page, directory.path / "plots"
     for path in (directory.trajectory, directory.metrics, *outcomes):
         if path.exists():
             path.rename(aside / path.name)

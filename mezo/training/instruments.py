@@ -43,7 +43,11 @@ class Instruments:
         """
         step = len(records)
         known = {row["split"] for row in metrics if row["step"] == step}
-        wanted = {"gradient": self.config.true_gradient, "spread": self.config.noise, "noise": self.config.noise}
+        wanted = {
+            "gradient": self.config.method.true_gradient,
+            "spread": self.config.method.noise,
+            "noise": self.config.method.noise,
+        }
         since = max((row["step"] for row in metrics if row["split"] == "noise"), default=0)
         for kind, measure in (("spread", self._spread), ("noise", self._noise), ("gradient", self._gradient)):
             if wanted[kind] and kind not in known and (step or kind == "gradient"):
@@ -56,7 +60,7 @@ class Instruments:
 
     def _noise(self, step: int, records: Sequence[StepRecord]) -> dict:
         """Score the last batch twice with theta in every copy: what differs is noise, here of projected_grad."""
-        eps = self.config.half_distance
+        eps = self.config.method.half_distance
         self.runtime.equalise()
         batch = self.measurement.batches(step - 1)
         once, again = (self.measurement.held_losses(1, batch) for _ in range(2))
@@ -73,7 +77,7 @@ class Instruments:
 
     def _spread(self, step: int, records: Sequence[StepRecord]) -> dict:
         measurement, config = self.measurement, self.config
-        first, rule = measurement.first(measurement.step(step)), config.rule
+        first, rule = measurement.first(measurement.step(step)), config.method.rule
         theta, dtype = self.runtime.theta(), getattr(torch, self.runtime.spec.dtype.split(",")[0])
         return {
             "over_perturbations": spread_over_perturbations(records),
@@ -81,8 +85,8 @@ class Instruments:
                 measurement.recent,
                 measurement.labels,
                 measurement.objective,
-                config.half_distance,
-                config.batch_size,
+                config.method.half_distance,
+                config.method.batch_size,
             ),
             **realised_perturbation(theta, dtype, first.seeds[0], first.eps[0], rule.distribution, rule.one_sided),
         }
@@ -93,14 +97,14 @@ class Instruments:
         mine, grads = measurement.estimate(measurement.step(step))
         self._restore(step)
         runtime = require(self.runtime, Differentiable, "--true-gradient")
-        size, total = self.config.micro_batch_size or len(batch), None
+        size, total = self.config.machine.micro_batch_size or len(batch), None
         for i in range(0, len(batch), size):
             part = batch[i : i + size]
             share, labels = len(part) / len(batch), measurement.labels[part]
             found = runtime.gradient("train", part, lambda s, n=share, y=labels: n * measurement.objective(s, y))
             total = found if total is None else {name: total[name] + found[name] for name in found}
         norms = measurement.norms(mine.seeds)
-        return against_gradient(mine.seeds, grads, total, self.config.rule.distribution, norms)
+        return against_gradient(mine.seeds, grads, total, self.config.method.rule.distribution, norms)
 
     def _restore(self, step: int) -> None:
         """Write the next step's perturbations again."""

@@ -84,20 +84,20 @@ class Measurement:
         self, config: Config, runtime: Runtime, examples: Sequence[Example], judges: dict[str, Judge], ranks: Ranks
     ):
         self.config, self.runtime, self.examples, self.ranks = config, runtime, examples, ranks
-        self.rule, self.half_distance = config.rule, config.half_distance
+        self.rule, self.half_distance = config.method.rule, config.method.half_distance
         self.labels = torch.tensor([example.label for example in examples])
-        self.batches = Batches(len(examples), config.batch_size, config.seed)
-        self.objective = mixture(config.objectives)
-        self.judges = {name: judge for name, judge in judges.items() if name in config.objectives}
+        self.batches = Batches(len(examples), config.method.batch_size, config.method.seed)
+        self.objective = mixture(config.method.objectives)
+        self.judges = {name: judge for name, judge in judges.items() if name in config.method.objectives}
         self.recent: deque[Scores] = deque(maxlen=RECENT)
-        backend = None if config.backend == "auto" else config.backend
+        backend = None if config.machine.backend == "auto" else config.machine.backend
         length = lambda seed: root_mean_square(runtime.spec.shapes, seed, device=runtime.device, backend=backend)  # noqa: E731
-        self.norm = functools.lru_cache(256)(length) if config.normalise_z else None
+        self.norm = functools.lru_cache(256)(length) if config.method.normalise_z else None
 
     def step(self, number: int) -> Step:
         """The perturbations of a step."""
         config = self.config
-        return Step.of_run(config.seed, number, config.num_perturbations, config.eps, self.norm)
+        return Step.of_run(config.method.seed, number, config.method.num_perturbations, config.method.eps, self.norm)
 
     def norms(self, seeds: Sequence[int]) -> tuple[float, ...]:
         """Root mean square of each z where --normalise-z divides by it; else ()."""
@@ -110,7 +110,7 @@ class Measurement:
     def _places(self, step: Step) -> list[list[int]]:
         """This rank's perturbations of a step, as many at a time as the runtime holds."""
         rank, size, held = self.ranks.rank, self.ranks.size, self.runtime.pairs
-        places = range(len(step)) if self.config.parallel == "data" else range(rank, len(step), size)
+        places = range(len(step)) if self.config.machine.parallel == "data" else range(rank, len(step), size)
         return [list(places[i : i + held]) for i in range(0, len(places), held)]
 
     def record(self, step: Step, watch: bool = False) -> StepRecord:
@@ -123,9 +123,11 @@ class Measurement:
         config, batch = self.config, self.batches(step.number)
         losses = self.losses(step, batch, watch)
         grads = losses.projected_grads(self.half_distance)
-        lr = learning_rate(step.number, config.steps, config.lr, config.lr_schedule, config.warmup_steps)
+        lr = learning_rate(
+            step.number, config.method.steps, config.method.lr, config.method.lr_schedule, config.method.warmup_steps
+        )
         norms = self.norms(step.seeds)
-        update = self.rule.plan(step.seeds, grads, losses, lr, config.weight_decay, config.clip, norms)
+        update = self.rule.plan(step.seeds, grads, losses, lr, config.method.weight_decay, config.method.clip, norms)
         tried = ()
         if self.rule.compares and not update.skipped:
             tried = self._try(step, update, batch, watch)
@@ -156,7 +158,7 @@ class Measurement:
             watch: compare what the runtime wrote with the reference, before any loss leaves this process.
         """
         rank, size = self.ranks.rank, self.ranks.size
-        by_data = self.config.parallel == "data"
+        by_data = self.config.machine.parallel == "data"
         mine = range(rank * len(batch) // size, (rank + 1) * len(batch) // size) if by_data else range(len(batch))
         totals = BatchTotals(len(step), self.judges, len(batch))
         for n, places in enumerate(self._places(step)):
@@ -182,18 +184,18 @@ class Measurement:
         return self._mean(totals)
 
     def _mean(self, totals: BatchTotals) -> Losses:
-        return totals.losses(self.config.objectives, self.config.z_score_rewards)
+        return totals.losses(self.config.method.objectives, self.config.method.z_score_rewards)
 
     def _measure(self, totals: BatchTotals, places: Sequence[int], batch: list[int], mine: Sequence[int]) -> None:
         """Add the examples at the places `mine` of a batch, at the copies that the runtime holds.
 
         The same z for every micro-batch.
         """
-        config, size = self.config, self.config.micro_batch_size or len(mine)
+        config, size = self.config, self.config.machine.micro_batch_size or len(mine)
         for start in range(0, len(mine), size):
             part = mine[start : start + size]
             indices = [batch[at] for at in part]
-            scores = self.runtime.score_pairs("train", indices) if config.scores else []
+            scores = self.runtime.score_pairs("train", indices) if config.method.scores else []
             if scores and not self.judges:
                 self.recent.append((indices, scores))
             for k, pair in zip(places, scores, strict=bool(scores)):
@@ -204,7 +206,9 @@ class Measurement:
 
     def _judge(self, totals: BatchTotals, places: Sequence[int], part: Sequence[int], indices: Sequence[int]) -> None:
         """Add what each judge says of the texts at the copies that the runtime holds."""
-        texts = self.runtime.generate_pairs("train", indices, self.config.max_new_tokens, self.config.stops)
+        texts = self.runtime.generate_pairs(
+            "train", indices, self.config.method.max_new_tokens, self.config.method.stops
+        )
         for k, pair in zip(places, texts, strict=True):
             for sign, outputs in enumerate(pair):
                 for j, judge in enumerate(self.judges.values()):

@@ -10,7 +10,6 @@ from mezo.data.example import Example
 from mezo.data.rewards import judges
 from mezo.errors import Diverged
 from mezo.method.step import Update
-from mezo.report import plots
 from mezo.report.monitor import Monitor
 from mezo.run import outcome
 from mezo.run.directory import RunDirectory, best_step
@@ -52,11 +51,11 @@ class Trainer:
     ):
         self.config, self.runtime, self.run, self.ranks = config, runtime, run, ranks or Ranks()
         self.records = list(records)
-        self.clock, judged = Clock(runtime, seconds_loading), judges(config)
+        self.clock, judged = Clock(runtime, seconds_loading), judges(config.method)
         self.measurement = Measurement(config, runtime, splits["train"], judged, self.ranks)
         measured = (self.clock, self.measurement)
         self.evaluations = Evaluations(config, runtime, splits, judged, run, len(records), *measured)
-        self.verify_every = config.verify_every or max(1, config.steps // TENTHS)
+        self.verify_every = config.machine.verify_every or max(1, config.method.steps // TENTHS)
         self.due, self.warned = False, False
 
     def train(self, until: int | None = None) -> dict | None:
@@ -67,11 +66,13 @@ class Trainer:
         Returns:
             What result.json holds, {} on ranks above 0, None if stopped by Ctrl-C or paused.
         """
-        start, end = len(self.records), min(until or self.config.steps, self.config.steps)
+        start, end = len(self.records), min(until or self.config.method.steps, self.config.method.steps)
         handler = signal.signal(signal.SIGINT, self._interrupt) if _main_thread() else None
         self.log = TrajectoryWriter(self.run.trajectory) if self.ranks.leads else None
         try:
-            with Monitor(self.run.tensorboard, self.config.steps, start, quiet=not self.ranks.leads) as self.monitor:
+            with Monitor(
+                self.run.tensorboard, self.config.method.steps, start, quiet=not self.ranks.leads
+            ) as self.monitor:
                 self.monitor.say(self.runtime.describe())
                 if self.records and self.evaluations.metrics:
                     self.clock.restore(self.evaluations.metrics[-1]["clock"])
@@ -87,7 +88,7 @@ class Trainer:
                     if self.ranks.stopping:
                         return self._stop()
                     ends = self._ends_early()
-                if len(self.records) < self.config.steps and not ends:
+                if len(self.records) < self.config.method.steps and not ends:
                     return self._stop()
                 return self._finish() if self.ranks.leads else {}
         finally:
@@ -119,7 +120,7 @@ class Trainer:
         self.records.append(record)
         self.due = self.verify_every > 0 and len(self.records) % self.verify_every == 0
         self._write_next(record.step + 1, record.update)
-        if self.due and len(self.records) == self.config.steps:
+        if self.due and len(self.records) == self.config.method.steps:
             check_kernels(self.runtime, len(self.records))
         if self.due and self.ranks.size > 1:
             self.ranks.check_equal(self.runtime.theta(), len(self.records))
@@ -137,7 +138,7 @@ class Trainer:
 
     def _give_up_if_diverged(self) -> None:
         """End a run whose loss is far above where it began, as --max-loss-ratio says; else warn of it, once."""
-        ratio, limit = loss_ratio(self.records), self.config.max_loss_ratio
+        ratio, limit = loss_ratio(self.records), self.config.method.max_loss_ratio
         if ratio is None or ratio <= (limit or WARNED):
             return
         found = f"the mean loss of {WINDOW} steps is {ratio:.3g} times that of the first {WINDOW}"
@@ -154,7 +155,7 @@ class Trainer:
 
     def _ends_early(self) -> bool:
         """Whether dev has not improved for --early-stopping evaluations: rank 0 knows, and all ranks end together."""
-        patience = self.config.early_stopping
+        patience = self.config.method.early_stopping
         if not patience or not self.evaluations.due(len(self.records)):
             return False
         own = self.ranks.leads and stalled(self.evaluations.metrics, patience)
@@ -177,8 +178,18 @@ class Trainer:
         after = {split: self.evaluations.evaluate(split, step, self.monitor) for split in sorted(scored)}
         found = result(self.config, step, after, self.records, metrics, self.clock, self.ranks)
         replace_file(self.run.result, json.dumps(found, indent=2).encode())
-        plots.draw(self.run.plots, self.records, metrics)
+        self._write_page()
         return found
+
+    def _write_page(self) -> None:
+        """Write report.html. The result is on the disk by now: whatever goes wrong here does not fail the run."""
+        try:
+            from mezo.report import page  # brings matplotlib, which nothing before needs
+
+            page.write([str(self.run.path)], self.run.page)
+        except Exception as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            self.monitor.say(f"report.html is not written ({why}); try again: mezo report {self.run.path} --html FILE")
 
     def _interrupt(self, number, frame) -> None:
         if self.ranks.interrupted:

@@ -26,24 +26,26 @@ def descend(rule, steps=STEPS, factor=1.0, start=3.0, **changes):
     options |= {"weight_decay": 0.0, "no_decay": (), "warmup_steps": 0, "adam_eps": 1e-8, **changes}
     if options["update_rule"] not in ("adam", "adamw"):
         options.pop("adam_eps")
-    config = Config(model="m", output_dir="o", task="sst2", steps=STEPS, **options)
+    config = Config.of(model="m", output_dir="o", task="sst2", steps=STEPS, **options)
     master = ParamLayout({"w": torch.full((D,), start)})
-    copies = [master.like([torch.empty(D)]) for _ in range(2 * config.num_perturbations)]
+    copies = [master.like([torch.empty(D)]) for _ in range(2 * config.method.num_perturbations)]
     pairs = list(zip(copies[::2], copies[1::2], strict=True))
-    theta, updates = PerturbedTheta(master, pairs, None, config.logged_rule), []
-    measured, rule = lambda copy: factor * loss(copy.tensors[0]), config.rule
-    norm = (lambda seed: root_mean_square({"w": (D,)}, seed)) if config.normalise_z else None
+    theta, updates = PerturbedTheta(master, pairs, None, config.method.logged_rule), []
+    measured, rule = lambda copy: factor * loss(copy.tensors[0]), config.method.rule
+    norm = (lambda seed: root_mean_square({"w": (D,)}, seed)) if config.method.normalise_z else None
     for number in range(steps):
-        step = Step.of_run(0, number, config.num_perturbations, config.eps, norm)
+        step = Step.of_run(0, number, config.method.num_perturbations, config.method.eps, norm)
         theta.update(updates, step)
         if rule.one_sided:
             assert torch.equal(pairs[0][1].tensors[0], master.tensors[0]), "one-sided: theta itself"
         minus = [measured(pairs[0][1])] * len(pairs) if rule.one_sided else [measured(minus) for _, minus in pairs]
         losses = Losses(tuple(measured(plus) for plus, _ in pairs), tuple(minus))
-        lr = learning_rate(number, config.steps, config.lr, config.lr_schedule, config.warmup_steps)
+        lr = learning_rate(
+            number, config.method.steps, config.method.lr, config.method.lr_schedule, config.method.warmup_steps
+        )
         norms = [norm(seed) for seed in step.seeds] if norm else []
-        grads = losses.projected_grads(config.half_distance)
-        update = rule.plan(step.seeds, grads, losses, lr, config.weight_decay, config.clip, norms)
+        grads = losses.projected_grads(config.method.half_distance)
+        update = rule.plan(step.seeds, grads, losses, lr, config.method.weight_decay, config.method.clip, norms)
         if rule.compares:
             (c,) = update.coefficients
             theta.perturb(Step(step.seeds, abs(c)))

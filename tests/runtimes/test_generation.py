@@ -27,7 +27,7 @@ def model(request, tmp_path_factory):
 def runtime(model, data, seed=3, ends=False, **others):
     """A prepared runtime whose adapter has an effect; unless `ends`, no token ends a text."""
     fields = {"model": model, "output_dir": "unused", "task": "squad", "generate": "on", "max_new_tokens": NEW}
-    built = HFRuntime(Config(**{**fields, "objective": "f1", **others}))
+    built = HFRuntime(*Config.of(**{**fields, "objective": "f1", **others}).for_runtime)
     built.prepare({"train": data})
     built.load({name: lora_init(seed, name, shape) for name, shape in built.spec.shapes.items()})
     if not ends:

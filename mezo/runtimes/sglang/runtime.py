@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mezo.config import Config
+from mezo.config import Machine, Model, SGLang, Workload
 from mezo.data.example import Example
 from mezo.errors import RunError, UserError
 from mezo.method.step import Step, Update
@@ -53,39 +53,40 @@ class SGLangRuntime:
     all versions and both signs share one namespace, and a prompt seen before costs one token.
 
     Args:
-        config: the run's.
+        model: which, and what is trained of it.
+        machine: where it runs, with options of this runtime.
+        work: what the run asks for.
         pad: token id to pad with.
         checkpoint: of the model, if its configuration has been read.
     Raises:
         UserError: SGLang will not do, or this model, device or option with it.
     """
 
-    def __init__(self, config: Config, pad: int = 0, checkpoint: Checkpoint | None = None):
-        if config.trunk_cache in ("cpu", "device"):
-            raise UserError(
-                f"--trunk-cache {config.trunk_cache} is of the hf runtime: with sglang use --radix auto or off"
-            )
+    def __init__(
+        self, model: Model, machine: Machine, work: Workload, pad: int = 0, checkpoint: Checkpoint | None = None
+    ):
         check_version()
-        check_device(config.device)
-        self.config, self.pad = config, pad
-        self.options = engine_options(config)
-        self.checkpoint = checkpoint or Checkpoint.of(config.model)
-        check_heads(config.tp, self.checkpoint)
-        self.pairs = pairs_of(config, self.options)
-        self.backend = backend_of(config.backend)
-        dtype = getattr(torch, config.dtype) if config.dtype != "auto" else default_dtype()
-        self._parts, self.spec = load_parts(config, torch.device("cpu"), dtype, self.checkpoint)
+        check_device(machine.device)
+        self.machine, self.work, self.pad = machine, work, pad
+        self.runtime: SGLang = machine.runtime
+        self.options = engine_options(self.runtime)
+        self.checkpoint = checkpoint or Checkpoint.of(model.base)
+        check_heads(self.runtime.tp, self.checkpoint)
+        self.pairs = pairs_of(work.num_perturbations, self.options)
+        self.backend = backend_of(machine.backend)
+        dtype = getattr(torch, model.dtype) if model.dtype != "auto" else default_dtype()
+        self._parts, self.spec = load_parts(model, torch.device("cpu"), dtype, checkpoint=self.checkpoint)
         self.dtype = self.spec.dtype
         if self.options.get("quantization"):  # another base: a run is not resumed without it
             self.spec = dataclasses.replace(self.spec, dtype=f"{self.dtype}, quantised {self.options['quantization']}")
         if not self._parts.causal:
-            raise UserError(f"--model {config.model} fills masks, which SGLang does not score: use --runtime hf")
+            raise UserError(f"--model {model.base} fills masks, which SGLang does not score: use --runtime hf")
         self.kv_depends = self._parts.kv_depends
-        rule = config.logged_rule
+        rule = work.rule
         rule.check_patterns(self.spec.shapes)
         self.rule, self.sides = json.dumps(rule.header() or {}), Sides(rule.rule.one_sided)
         self.device = torch.device("cpu")
-        radix = config.radix == "auto"
+        radix = self.runtime.radix == "auto"
         self.cache = PrefixCache(used=radix, shared=radix and self.kv_depends is None)
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
         self.seconds = dict.fromkeys(("kernels", "rpc", "engine"), 0.0)
@@ -95,14 +96,14 @@ class SGLangRuntime:
         self._scratch = Path(tempfile.mkdtemp(prefix="mezo-engine-"))
         self._sent, self._showing = Counter(), "perturbed"
         self._held = 1
-        self.writing = Writing.of(self.checkpoint) if config.generates else None
+        self.writing = Writing.of(self.checkpoint) if work.max_new_tokens else None
 
     def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
         """See `Runtime.prepare`. Starts the engine and proves that it scores as the model itself does."""
         self.examples = splits
         self.rows = {split: [rows_of(example) for example in examples] for split, examples in splits.items()}
         self._check_lengths()
-        if self.config.follows:  # the first machine proves and scores
+        if self.runtime.follows:  # the first machine proves and scores
             self._launch()
             return
         proof = StartProof(self._parts, self.spec.dtype == "float32", self._all_rows(), self.pad)
@@ -118,7 +119,7 @@ class SGLangRuntime:
     def _check_lengths(self) -> None:
         limit = self._parts.position_limit
         # the engine keeps a place for a token after the prompt
-        refuse_too_long(self.config, self.examples, self._longest(), None if limit is None else limit - 1)
+        refuse_too_long(self.work, self.examples, self._longest(), None if limit is None else limit - 1)
 
     def _all_rows(self) -> list[Row]:
         return [row for nested in self.rows.values() for rows in nested for row in rows]
@@ -130,17 +131,25 @@ class SGLangRuntime:
         resident = sum(len(row.ids) for row in self._all_rows()) if self.cache.shared else 0
         adapters = write_placeholders(self._scratch, self.options, self.spec, self.checkpoint, self.pairs)
         self._placeholder = adapters[0]["lora_path"]
-        requests, tokens = largest_call(self.config, self.rows, self.pairs)
+        requests, tokens = largest_call(self.machine, self.work, self.rows, self.pairs)
         self.call_tokens = call_tokens(tokens)
         arguments = engine_arguments(
-            self.config, self.options, self.dtype, self.spec, adapters, self.call_tokens, resident, requests
+            self.runtime,
+            self.work.seed,
+            self.options,
+            self.dtype,
+            self.spec,
+            adapters,
+            self.call_tokens,
+            resident,
+            requests,
         )
         try:
             self.engine = EngineHandle(arguments, self._scratch)
         except UserError:
             self._keep_log = True
             raise
-        if self.config.follows:
+        if self.runtime.follows:
             return
         shapes = json.dumps({name: list(shape) for name, shape in self.spec.shapes.items()})
         options = {"pairs": self.pairs, "share": self.cache.shared, "backend": self.backend, "rule": self.rule}
@@ -234,13 +243,13 @@ class SGLangRuntime:
     def describe(self) -> str:
         """See `Runtime.describe`."""
         n = sum(rows * cols for rows, cols in self.spec.shapes.values())
-        if self.config.radix == "off":
+        if self.runtime.radix == "off":
             cache = "radix cache off"
         elif self.cache.shared:
             cache = "one radix namespace for all: no key or value depends on theta"
         else:
             cache = f"a radix namespace for each version of theta ({self.kv_depends})"
-        ranks = f"tensor parallel {self.config.tp}" if self.config.tp > 1 else "one rank"
+        ranks = f"tensor parallel {self.runtime.tp}" if self.runtime.tp > 1 else "one rank"
         return f"{n:,} LoRA parameters, {self.spec.dtype} base in SGLang, {ranks}, {cache}"
 
     def close(self) -> None:

@@ -28,8 +28,8 @@ def family(request, tmp_path_factory):
 
 
 def runtime(model, data, **options):
-    config = Config(**{"model": model, "output_dir": "unused", "task": "sst2", "tuning": "full", **options})
-    built = HFRuntime(config)
+    config = Config.of(**{"model": model, "output_dir": "unused", "task": "sst2", "tuning": "full", **options})
+    built = HFRuntime(*config.for_runtime)
     built.prepare({"train": data})
     return built
 
@@ -127,12 +127,12 @@ def test_a_base_trained_on_is_read_as_it_was(family):
 def test_a_model_of_two_dtypes_is_refused(tmp_path_factory):
     """A parameter that transformers keeps in float32 cannot be pointed at a copy in 16 bits."""
     model = save("llama", tmp_path_factory.mktemp("mixed"))
-    config = Config(model=model, output_dir="unused", task="sst2", tuning="full", dtype="bfloat16")
+    config = Config.of(model=model, output_dir="unused", task="sst2", tuning="full", dtype="bfloat16")
     kept = AutoModelForCausalLM.from_pretrained(model).__class__
     before, kept._keep_in_fp32_modules_strict = kept._keep_in_fp32_modules_strict, {"norm"}
     try:
         with pytest.raises(UserError, match=r"holds .*norm.weight in torch.float32, the rest in torch.bfloat16"):
-            load_parts(config, torch.device("cpu"), torch.bfloat16)
+            load_parts(config.model, torch.device("cpu"), torch.bfloat16)
     finally:
         kept._keep_in_fp32_modules_strict = before
 

@@ -45,8 +45,8 @@ def examples(n, masked=False, several=False):
 
 def runtime(model, data, **options):
     """A prepared runtime whose adapter has an effect."""
-    config = Config(**{"model": model, "output_dir": "unused", "task": "sst2", **options})
-    built = HFRuntime(config)
+    config = Config.of(**{"model": model, "output_dir": "unused", "task": "sst2", **options})
+    built = HFRuntime(*config.for_runtime)
     built.prepare({"train": data})
     built.load({name: lora_init(3, name, shape) for name, shape in built.spec.shapes.items()})
     return built

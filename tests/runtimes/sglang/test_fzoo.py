@@ -1,7 +1,5 @@
 """Update rules inside the engine: state on the shards of two ranks, fzoo's one batch of n + 1, normalised z."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -89,7 +87,7 @@ def config(tmp_path, model):
     words = {"prompt": "{text} It was", "label_words": (" terrible", " great")}
     shape = {"target_modules": ("q_proj", "o_proj", "up_proj"), "layers_to_transform": (2,)}
     steps = {"steps": 12, "batch_size": 8, "eps": EPS, "eval_every": 6, "num_perturbations": N, "verify_every": 1}
-    return Config(model=model("llama"), **files, **words, **shape, **steps, output_dir=str(tmp_path / "hf"))
+    return Config.of(model=model("llama"), **files, **words, **shape, **steps, output_dir=str(tmp_path / "hf"))
 
 
 @pytest.mark.parametrize(
@@ -98,23 +96,23 @@ def config(tmp_path, model):
 def test_a_run_is_the_hf_runtimes(rule, config, tmp_path, monkeypatch):
     """Header, losses and log; replay gives the bits of its adapter, and the other runtime carries it on."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    hf = dataclasses.replace(config, **rule)
-    ours = dataclasses.replace(hf, runtime="sglang", output_dir=str(tmp_path / "sglang"))
+    hf = config.replace(**rule)
+    ours = hf.replace(runtime="sglang", output_dir=str(tmp_path / "sglang"))
     train(hf)
     result = train(ours)
     (first, theirs), (header, records) = (read_trajectory(tmp_path / n / "trajectory.jsonl") for n in ("hf", "sglang"))
     assert header == first
     for a, b in zip(theirs, records, strict=True):
         assert b.losses.plus + b.losses.minus == pytest.approx(a.losses.plus + a.losses.minus, abs=1e-5)
-    assert logbook.verify(ours.output_dir) == 12
+    assert logbook.verify(ours.machine.output_dir) == 12
     kept = read_adapter(tmp_path / "sglang" / "adapter")
-    assert same_bits(rebuild(ours.output_dir)[0], kept) is None
+    assert same_bits(rebuild(ours.machine.output_dir)[0], kept) is None
     forwards = N + 1 if rule["update_rule"] == "fzoo" else 2 * N
     asked = 12 * 8 * forwards
     assert asked <= result["tokens_computed"] < asked + 48 * 8  # a token a request, and each prompt's first visit
 
-    logbook.truncate(ours.output_dir, 6)
-    resume(ours.output_dir, machine={"runtime": "hf"})
+    logbook.truncate(ours.machine.output_dir, 6)
+    resume(ours.machine.output_dir, machine={"runtime": "hf"})
     again = read_trajectory(tmp_path / "sglang" / "trajectory.jsonl")[1]
     assert again[:6] == records[:6]
     assert again[6].losses.plus == pytest.approx(records[6].losses.plus, abs=1e-5)

@@ -120,7 +120,7 @@ def test_a_run_on_a_reward_is_the_hf_runtimes(llama, tmp_path):
     (tmp_path / "mine.py").write_text("def share(example, output):\n    return output.split().count('film') / 8\n")
     logs = {}
     for runtime in ("hf", "sglang"):
-        config = Config(
+        config = Config.of(
             model=llama, output_dir=str(tmp_path / runtime), runtime=runtime, objective="reward",
             train_file=str(tmp_path / "train.jsonl"), dev_file=str(tmp_path / "dev.jsonl"), batch_size=3, steps=3,
             reward=f"{tmp_path / 'mine.py'}:share", max_new_tokens=NEW, lr=0.1, eps=0.3, target_modules=ALL,

@@ -192,7 +192,7 @@ def test_bad_requests_are_errors_and_not_hangs(running):
         ({"engine_arg": ("quantization",)}, "--engine-arg must be key=value, got 'quantization'"),
         ({"engine_arg": ("max_loras_per_batch=2",)}, "must be at least 3"),
         ({"tp": 3}, "--tp 3: .* has 4 attention heads, which 3 ranks cannot share"),
-        ({"trunk_cache": "cpu"}, "--trunk-cache cpu is of the hf runtime"),
+        ({"trunk_cache": "cpu"}, "--trunk-cache cpu belongs to --runtime hf"),
         ({"backend": "triton"}, "--backend triton does not run here"),
     ],
 )
@@ -212,7 +212,7 @@ def test_masked_models_are_refused(model):
 
 
 def test_engine_options_need_the_engine(qwen):
-    with pytest.raises(UserError, match="--tp is of the engine: use --runtime sglang with it"):
+    with pytest.raises(UserError, match="--tp 2 belongs to --runtime sglang"):
         options(qwen, tp=2)
 
 

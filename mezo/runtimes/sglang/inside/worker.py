@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sglang.srt.managers.io_struct import RpcReqInput, RpcReqOutput
 
+from mezo.atomic import replacing
 from mezo.method.rules.logged import LoggedRule
 from mezo.method.step import Step, Update
 from mezo.models.families import family_of, why_kv_depends
@@ -167,9 +168,8 @@ class Worker:
         parts = self.gather(blocks)
         if self.rank == 0:
             full = {name: _join(name, [part[name] for part in parts]) for name in names}
-            part = Path(path + ".part")
-            save_file(full, part)
-            part.rename(path)
+            with replacing(Path(path)) as part:
+                save_file(full, part)
         return {}
 
     def update(self, message: str, watch: bool) -> dict:
