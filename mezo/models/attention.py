@@ -35,7 +35,14 @@ def attending(attention: nn.Module | None, known: Known | Callable | None) -> It
         del attention.mezo_known
 
 
-def _attention(module, query, key, value, attention_mask, **kwargs):
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scaled dot-product attention, to known keys and values where `attending` has given the module some."""
     known = module.__dict__.get("mezo_known")
     if known is None:

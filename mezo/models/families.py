@@ -23,7 +23,7 @@ NUMBERED = re.compile(r"(?:^|\.)(?:layers?|h|blocks)\.(\d+)\.")
 
 
 def no_offset(config: PretrainedConfig) -> int:
-    """Positions are counted from 0."""
+    """The first position of a text is 0."""
     return 0
 
 
@@ -76,12 +76,12 @@ class Family:
         kv_free: names of linear modules of a layer whose adapters change neither keys nor values of that layer.
         stacked: projections that engines keep as one, by the name of the whole: its members, in order.
         targets: names of the modules that LoRA adapts by default; () is what PEFT says of the family, if anything.
-        first_position: of a configuration: the number of a text's first position, which the table of positions has
-            rows for.
+        first_position: of a configuration: the number of a text's first position: places below it are not used.
         window: of a configuration and the number of a layer: how many tokens back the layer attends, None for all.
-        logits: from the head's logits, float32 of any shape, and the configuration: what the model makes of them. Each
-            is changed by itself.
-        attentions: the `layer_types` of layers that keep keys and values of every token: a prefix needs no others.
+        logits: from the head's logits, float32 of any shape, and the configuration: what the model makes of them, each
+            by itself.
+        attentions: the `layer_types` of layers that keep keys and values of every token; a model with others takes no
+            prefix.
     """
 
     layers: str = ""
@@ -105,9 +105,8 @@ class Family:
         >>> GENERIC.layer_of("base_model.model.model.layers.29.mlp.up_proj.lora_B.weight")
         29
         """
-        number = (
-            re.search(rf"(?:^|\.){re.escape(self.layers)}\.(\d+)\.", name) if self.layers else NUMBERED.search(name)
-        )
+        pattern = rf"(?:^|\.){re.escape(self.layers)}\.(\d+)\." if self.layers else NUMBERED
+        number = re.search(pattern, name)
         return int(number.group(1)) if number else None
 
     def stack_of(self, leaf: str) -> tuple[str, int]:

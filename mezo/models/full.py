@@ -73,19 +73,19 @@ def _valid_generation_config(model: nn.Module) -> Iterator[None]:
 
     They are not trained and not read here: what is written then samples, so that the settings mean what they say.
     """
-    own = getattr(model, "generation_config", None)
-    if own is None:
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
         yield
         return
-    sampling = own.do_sample
+    sampling = settings.do_sample
     try:
-        own.validate(strict=True)
+        settings.validate(strict=True)
     except ValueError:
-        own.do_sample = True
+        settings.do_sample = True
     try:
         yield
     finally:
-        own.do_sample = sampling
+        settings.do_sample = sampling
 
 
 @contextmanager

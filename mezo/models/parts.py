@@ -59,6 +59,11 @@ class ModelParts:
         return self.attached.prefix
 
     @property
+    def prefix_tokens(self) -> int:
+        """Tokens of the prefix, 0 without one."""
+        return self.prefix.tokens if self.prefix else 0
+
+    @property
     def window(self) -> int | None:
         """How many tokens back the last layer attends, None for all."""
         return self.family.window(self.body.config, len(self.layers) - 1)
@@ -69,7 +74,7 @@ class ModelParts:
         limit = getattr(self.body.config, "max_position_embeddings", None)
         if limit is None:
             return None
-        return limit - self.family.first_position(self.body.config) - (self.prefix.tokens if self.prefix else 0)
+        return limit - self.family.first_position(self.body.config) - self.prefix_tokens
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 logits of every token, (..., vocabulary), at hidden states (..., hidden_size)."""
@@ -82,11 +87,7 @@ class ModelParts:
 
 
 def load_parts(
-    model: Model,
-    device: torch.device,
-    dtype: torch.dtype,
-    checkpoint: Checkpoint | None = None,
-    classes: int = 0,
+    model: Model, device: torch.device, dtype: torch.dtype, classes: int = 0, checkpoint: Checkpoint | None = None
 ) -> tuple[ModelParts, TrainedSpec]:
     """Load the base model, attach what is trained of it, fresh, and describe that.
 
@@ -94,15 +95,15 @@ def load_parts(
 
     Args:
         model: the base, and what is trained of it.
-        device: where the model is to be.
-        dtype: of the base model.
+        device: where it is put.
+        dtype: of the base.
+        classes: outputs of a linear head.
         checkpoint: of the model, if its configuration has been read.
-        classes: outputs of a linear head, where there is one.
     Raises:
         UserError: the model cannot be loaded, or has no such layers or modules, or cannot be trained so.
     """
-    outputs = classes if model.tuning.head == "linear" else None
-    base, sha256 = _load(checkpoint or Checkpoint.of(model.base), device, dtype, outputs)
+    linear = model.tuning.head == "linear"
+    base, sha256 = _load(checkpoint or Checkpoint.of(model.base), device, dtype, classes if linear else None)
     attached = TUNINGS[model.tuning.name](model.tuning, base)
     attached.model.requires_grad_(False)
     params, family, n_layers = attached.params, base.checkpoint.family, len(base.layers)
@@ -113,8 +114,8 @@ def load_parts(
         family,
         base.body,
         base.layers,
-        _head_in_use(base, linear=outputs is not None),
-        causal=outputs is None and not base.checkpoint.masked,
+        _head_in_use(base, linear),
+        causal=not linear and not base.checkpoint.masked,
         first=0 if attached.prefix else min(touched, default=n_layers - 1),
         kv_depends=why_kv_depends(params, n_layers, family),
     )

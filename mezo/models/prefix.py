@@ -13,7 +13,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from torch import nn
 from transformers import DynamicCache
 
-from mezo.config import Prefix as PrefixTuning
+from mezo.config import Prefix as PrefixOptions
 from mezo.errors import UserError
 from mezo.models.attention import Prefix
 from mezo.models.tuning import Attached, Base
@@ -40,29 +40,25 @@ def vocabulary_tokens(n: int, vocabulary: int, run_seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def real_activations(body: nn.Module, ids: list[int], attentions: Collection[str]) -> torch.Tensor:
+def real_activations(body: nn.Module, ids: list[int]) -> torch.Tensor:
     """Keys and values of a sequence in every layer of a transformer, as `Prefix.weight`, float32 on the CPU.
 
-    Args:
-        body: the transformer.
-        ids: token ids.
-        attentions: of its family.
     Raises:
         UserError: the layers of the model do not all keep keys and values of one shape.
     """
-    parts = [part.squeeze(0).transpose(0, 1) for part in _keys_and_values(body, ids, attentions)]
+    parts = [part.squeeze(0).transpose(0, 1) for part in _keys_and_values(body, ids)]
     return torch.stack(parts, 1).reshape(len(ids), -1).float().cpu()
 
 
-def attach(tuning: PrefixTuning, base: Base) -> Attached:
+def attach(tuning: PrefixOptions, base: Base) -> Attached:
     """The base with a prefix of zeros in front of every layer's own keys and values, as PEFT runs one.
 
     Raises:
         UserError: the model has no place for a prefix.
     """
     tokens, body, n_layers = tuning.num_prefix_tokens, base.body, len(base.layers)
-    attentions = base.checkpoint.family.attentions
-    parts = _keys_and_values(body, [0], attentions)
+    _check_layers(body, base.checkpoint.family.attentions)
+    parts = _keys_and_values(body, [0])
     if len(parts) != 2 * n_layers:
         raise _unfit(body, f"{len(parts) // 2} of its {n_layers} layers keep keys and values")
     _, heads, _, head_dim = parts[0].shape
@@ -86,7 +82,7 @@ def attach(tuning: PrefixTuning, base: Base) -> Attached:
     weight.data = weight.data.to(base.model.dtype)
 
     def real_tokens(seed: int) -> dict[str, torch.Tensor]:
-        return {PROMPT: real_activations(body, vocabulary_tokens(tokens, body.config.vocab_size, seed), attentions)}
+        return {PROMPT: real_activations(body, vocabulary_tokens(tokens, body.config.vocab_size, seed))}
 
     return Attached(
         model,
@@ -99,14 +95,18 @@ def attach(tuning: PrefixTuning, base: Base) -> Attached:
     )
 
 
-@torch.no_grad()
-def _keys_and_values(body: nn.Module, ids: list[int], attentions: Collection[str]) -> list[torch.Tensor]:
-    """Keys and values of each layer in turn, (1, heads, len(ids), head_dim), checked to be of one shape."""
+def _check_layers(body: nn.Module, attentions: Collection[str]) -> None:
+    """Raise UserError if a transformer takes no keys and values, or has layers of other kinds than these."""
     if "past_key_values" not in inspect.signature(body.forward).parameters:
         raise _unfit(body, "it takes no keys and values")
     others = sorted(set(getattr(body.config, "layer_types", None) or ()) - set(attentions))
     if others:
         raise _unfit(body, f"it has layers of {others[0]}")
+
+
+@torch.no_grad()
+def _keys_and_values(body: nn.Module, ids: list[int]) -> list[torch.Tensor]:
+    """Keys and values of each layer in turn, (1, heads, len(ids), head_dim), checked to be of one shape."""
     cache = DynamicCache()
     body(input_ids=torch.tensor([ids], device=body.device), past_key_values=cache)
     parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]

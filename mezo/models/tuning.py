@@ -1,4 +1,4 @@
-"""What a tuning is: a function `attach` that takes a base model and returns it with what is trained of it.
+"""What a tuning is: a function `attach` that takes its options and a base model, and returns that with what is trained.
 
 `lora.py`, `prefix.py` and `full.py` are one tuning each; `parts.py` has the table of them.
 """

@@ -41,9 +41,10 @@ def starting_file(config: Config, runtime: Runtime) -> Path | bytes | None:
 
     It is that of --adapter, or holds a prefix of real tokens.
     """
-    if config.model.tuning.adapter:
-        return Path(config.model.tuning.adapter) / WEIGHTS
-    if config.model.tuning.name != "prefix":
+    tuning = config.model.tuning
+    if tuning.adapter:
+        return Path(tuning.adapter) / WEIGHTS
+    if tuning.name != "prefix":
         return None
     return save(require(runtime, InitialTheta, "--tuning prefix").initial_theta(config.method.seed))
 
@@ -55,14 +56,7 @@ def content_of(initial: Path | bytes) -> bytes:
 def make_header(
     config: Config, spec: TrainedSpec, splits: dict[str, Sequence[Example]], initial: Path | bytes | None = None
 ) -> dict:
-    """Header of a new run's log.
-
-    Args:
-        config: the run's.
-        spec: what its runtime trains.
-        splits: tokenised examples by split.
-        initial: its `starting_file`.
-    """
+    """Header of a new run's log; `initial` is its `starting_file`."""
     init = {"kind": "stream" if spec.peft else "base"}
     if initial is not None:
         init = {"kind": "file", "file": INITIAL, "sha256": hashlib.sha256(content_of(initial)).hexdigest()}

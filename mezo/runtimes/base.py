@@ -105,7 +105,11 @@ class Runtime(Protocol):
     def generate_pairs(
         self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]
     ) -> list[tuple[list[str], list[str]]]:
-        """As `generate`, at theta + eps z and theta - eps z of each perturbation of the last step."""
+        """As `generate`, at theta + eps z and theta - eps z of each perturbation of the last step.
+
+        Args:
+            split, indices, max_new_tokens, stop: as there.
+        """
 
     def describe(self) -> str:
         """One line on what is trained, where, and what is cached."""

@@ -65,6 +65,7 @@ def refuse_too_long(
         splits: examples by split.
         longest: tokens of the longest row that is scored.
         limit: tokens that the model takes, None if any number.
+        prefix: tokens of a trained prefix, which the limit leaves out already.
     """
     new = work.max_new_tokens
     prompt = max(len(example.prompt) for examples in splits.values() for example in examples)

@@ -28,7 +28,11 @@ def reference_log_probs(model: nn.Module, batch: RowBatch) -> torch.Tensor:
 
 
 def largest_difference(a: torch.Tensor, b: torch.Tensor, valid: torch.Tensor) -> float:
-    """max |a - b| of two (rows, scored, candidates) at the positions that are `valid`, (rows, scored) bool.
+    """max |a - b| at the positions that are compared.
+
+    Args:
+        a, b: (rows, scored, candidates), on the CPU.
+        valid: (rows, scored) bool, which positions.
 
     >>> a, b = torch.tensor([[[1.0], [9.0]]]), torch.tensor([[[1.5], [0.0]]])
     >>> largest_difference(a, b, torch.tensor([[True, False]]))

@@ -36,7 +36,9 @@ class HFRuntime:
     is trained nothing else is left of it: 12 bytes a parameter in float32, 8 in 16 bits.
 
     Args:
-        model, machine, work: the base and what is trained of it; where it runs; what will be asked of it.
+        model: which, and what is trained of it.
+        machine: where it runs, with options of this runtime.
+        work: what the run asks for.
         pad: token id to pad with.
         checkpoint: of the model, if its configuration has been read.
     Raises:
@@ -53,7 +55,7 @@ class HFRuntime:
         self.backend = None if machine.backend == "auto" else machine.backend
         _check_backend(self.backend, self.device)
         checkpoint = checkpoint or Checkpoint.of(model.base)
-        self.parts, self.spec = load_parts(model, self.device, self.dtype, checkpoint, work.classes)
+        self.parts, self.spec = load_parts(model, self.device, self.dtype, work.classes, checkpoint)
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
         self.pad, self.work, self.source = pad, work, model.base
         self.options: HF = machine.runtime
@@ -85,7 +87,7 @@ class HFRuntime:
         self._check_lengths()
         options = [example.options for examples in splits.values() for example in examples]
         # scores up to a constant compare options of one token each; longer ones, or one alone, need log-probabilities
-        self.vocabulary |= any(len(own) == 1 or any(len(option) > 1 for option in own) for own in options)
+        self.vocabulary |= any(len(each) == 1 or any(len(option) > 1 for option in each) for each in options)
         needless = self.parts.first == 0 or not self.work.scores
         if self.options.trunk_cache in ("cpu", "device") and needless:
             why = "layer 0 is adapted, nothing lies below it; use --layers-to-transform or auto"
@@ -101,18 +103,16 @@ class HFRuntime:
             self._prepare_trunk()
 
     def _check_lengths(self) -> None:
-        refuse_too_long(self.work, self.examples, self._longest(), self.parts.position_limit, self._prefix())
-
-    def _prefix(self) -> int:
-        return self.parts.prefix.tokens if self.parts.prefix else 0
+        limit, prefix = self.parts.position_limit, self.parts.prefix_tokens
+        refuse_too_long(self.work, self.examples, self._longest(), limit, prefix)
 
     def _longest(self) -> int:
-        return max(len(row.ids) for nested in self.rows.values() for own in nested for row in own)
+        return max(len(row.ids) for nested in self.rows.values() for rows in nested for row in rows)
 
     def _prepare_trunk(self) -> None:
         """Prove the trunk exact, then fill it; a training set too large to be seen once is filled as it is drawn."""
         self.trunk = self._trunk()
-        rows = {split: [row for own in nested for row in own] for split, nested in self.rows.items()}
+        rows = {split: [row for example in nested for row in example] for split, nested in self.rows.items()}
         drawn = self.work.steps * self.work.batch_size
         later = {split for split in rows if split == "train" and drawn < len(self.examples[split])}
         for split in rows:
@@ -197,13 +197,15 @@ class HFRuntime:
 
     def _with_each(self, names: Sequence[str], run: Callable) -> list:
         """What `run` returns with each of these copies in use, in order."""
-        found = []
+        results = []
         for name in names:
             self._use(self.copies[name])
-            found.append(run())
-        return found
+            results.append(run())
+        return results
 
-    def _write(self, split, indices, max_new_tokens: int, stop: Sequence[str], count: TokenCount) -> list[str]:
+    def _write(
+        self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str], count: TokenCount
+    ) -> list[str]:
         """Texts with the weights in use; a token of an answer is run to find the next, so the last one never is."""
         prompts = [self.examples[split][i].prompt for i in indices]
         ended = lambda ids: self.writing.ended(ids, stop)  # noqa: E731
@@ -261,7 +263,7 @@ class HFRuntime:
         for p, tensor in zip(self.params, tensors, strict=True):
             p.data = tensor
 
-    def _forward(self, split, indices, count: TokenCount, signs: int) -> Callable[[], torch.Tensor]:
+    def _forward(self, split: str, indices: Sequence[int], count: TokenCount, signs: int) -> Callable[[], torch.Tensor]:
         """Gather a batch and count its tokens; each call of the result scores it with the weights then in use."""
         rows = [row for i in indices for row in self.rows[split][i]]
         batch = RowBatch.of(rows, self.pad, self.device)
@@ -281,17 +283,17 @@ class HFRuntime:
 
         return scores
 
-    def _hidden(self, split, indices, batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:
+    def _hidden(self, split: str, indices: Sequence[int], batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:
         """A function that gives the hidden states at the scored positions, and the tokens whose trunk was run."""
         starts = self.first_row[split]
         numbers = [n for i in indices for n in range(starts[i], starts[i] + len(self.rows[split][i]))]
         if self.device.type != "cpu" or (self.trunk and self.trunk.keep_kv):
             return self._run_of(split, numbers, batch)
-        parts = by_length(batch.lengths.tolist(), CALL)
+        groups = by_length(batch.lengths.tolist(), CALL)
         runs, filled = zip(
-            *(self._run_of(split, [numbers[n] for n in own], batch.part(own)) for own in parts), strict=True
+            *(self._run_of(split, [numbers[n] for n in group], batch.part(group)) for group in groups), strict=True
         )
-        back = torch.tensor([n for own in parts for n in own]).argsort()
+        back = torch.tensor([n for group in groups for n in group]).argsort()
         return lambda: torch.cat([run() for run in runs])[back], sum(filled)
 
     def _run_of(self, split: str, numbers: Sequence[int], batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:

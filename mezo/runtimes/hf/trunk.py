@@ -215,15 +215,15 @@ class Trunk:
         return [self._entry(seen, batch, i, n) for i, n in enumerate(batch.lengths.tolist())]
 
     def _entry(self, seen: dict, batch: RowBatch, i: int, length: int) -> Entry:
-        own = lambda t: t.to(self.storage, copy=True).contiguous()  # noqa: E731  a view would keep the padding alive
+        stored = lambda t: t.to(self.storage, copy=True).contiguous()  # noqa: E731  a view would keep the padding alive
         if not self.keep_kv:
-            return Entry(own(seen["hidden"][i, :length]))
+            return Entry(stored(seen["hidden"][i, :length]))
         scored_positions = batch.positions[i][batch.valid[i]]
         hidden = seen["hidden"][i].index_select(0, scored_positions)
-        return Entry(own(hidden), own(seen["key"][i, :length]), own(seen["value"][i, :length]))
+        return Entry(stored(hidden), stored(seen["key"][i, :length]), stored(seen["value"][i, :length]))
 
 
-def _identity(hidden_states, *args, **kwargs):
+def _identity(hidden_states: torch.Tensor, *args, **kwargs):
     return hidden_states
 
 

@@ -39,9 +39,9 @@ ONE = {  # what is proven: one replica, whose ranks hold all layers
 
 def check_version() -> None:
     """Raise UserError if the SGLang at hand is older than what this runtime has been tested on."""
-    found = version("sglang")
-    if Version(found) < Version(OLDEST):
-        raise UserError(f"--runtime sglang: SGLang {found} is installed, {OLDEST} or later is needed; upgrade it")
+    installed = version("sglang")
+    if Version(installed) < Version(OLDEST):
+        raise UserError(f"--runtime sglang: SGLang {installed} is installed, {OLDEST} or later is needed; upgrade it")
 
 
 def engine_options(runtime: SGLang) -> dict:
@@ -144,9 +144,9 @@ def largest_call(machine: Machine, work: Workload, rows: dict[str, list[list]], 
     evaluated = machine.eval_batch_size or work.batch_size
     requests, tokens, new = 1, 1, work.max_new_tokens
     for split, nested in rows.items():
-        copies, own = max(sizes.get(split, 1), evaluated), max(len(mine) for mine in nested)
-        requests = max(requests, copies * own)
-        tokens = max(tokens, copies * (new + max(sum(len(row.ids) for row in mine) for mine in nested)))
+        copies = max(sizes.get(split, 1), evaluated)
+        requests = max(requests, copies * max(map(len, nested)))
+        tokens = max(tokens, copies * (new + max(sum(len(row.ids) for row in example) for example in nested)))
     return requests, tokens
 
 
@@ -158,8 +158,8 @@ def engine_arguments(
     spec: TrainedSpec,
     adapters: list[dict],
     tokens: int,
-    held: int,
-    rows: int,
+    resident: int,
+    requests: int,
 ) -> dict:
     """Arguments of `sglang.Engine`.
 
@@ -171,8 +171,8 @@ def engine_arguments(
         spec: what is trained.
         adapters: the engine's `lora_paths`.
         tokens: that one call may compute.
-        held: tokens that the KV cache should keep beside.
-        rows: requests of the largest call.
+        resident: tokens that the KV cache should keep beside.
+        requests: of the largest call.
     """
     arguments = {
         "model_path": spec.model,
@@ -211,8 +211,8 @@ def engine_arguments(
             "mem_fraction_static": 0.8,  # SGLang has a guess for GPUs alone; max_total_tokens is the limit here
             "chunked_prefill_size": -1,
             "max_prefill_tokens": tokens,
-            "max_total_tokens": tokens + held,
-            "max_running_requests": max(64, rows),
+            "max_total_tokens": tokens + resident,
+            "max_running_requests": max(64, requests),
         }
     return arguments | options
 
