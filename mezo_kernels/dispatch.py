@@ -121,15 +121,6 @@ def call(op: str, *arguments):
     return OPS[op](*arguments)
 
 
-def halves(seeds: Sequence[int]) -> list[int]:
-    """Seeds as the schemas take them, low and high word of each: an int of torch has 63 bits.
-
-    >>> halves([2**32 + 5])
-    [5, 1]
-    """
-    return [half for seed in seeds for half in (seed & 0xFFFFFFFF, seed >> 32)]
-
-
 def _default(device: torch.device) -> str | None:
     return next((name for name, backend in BACKENDS.items() if backend.default_on == device.type), None)
 

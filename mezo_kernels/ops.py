@@ -11,7 +11,7 @@ import torch
 
 from mezo_kernels import dispatch
 from mezo_kernels.layout import ParamLayout, check_no_alias
-from mezo_kernels.philox import STREAMS, check_seed, tensor_id
+from mezo_kernels.philox import STREAMS, check_seed, halves, tensor_id
 from mezo_kernels.rules import KINDS, Rule, RuleUpdate
 
 
@@ -39,8 +39,7 @@ def perturb_(
     _check(distribution, backend, layout.device)
     _finite("scale", scale)
     check_seed(seed)
-    low, high = seed & 0xFFFFFFFF, seed >> 32
-    dispatch.call("perturb_", layout.tensors, [layout.geometry], float(scale), low, high, distribution, backend)
+    dispatch.call("perturb_", layout.tensors, [layout.geometry], float(scale), *halves([seed]), distribution, backend)
     return layout
 
 
@@ -97,10 +96,10 @@ def step_(
         [tensor for target in plus for tensor in target.tensors],
         [tensor for target in minus for tensor in target.tensors],
         [layout.geometry, *(target.geometry for target in (*plus, *minus))],
-        dispatch.halves([seed for seed, _, _ in passes]),
+        halves([seed for seed, _, _ in passes]),
         [float(coefficient) for _, coefficient, _ in passes],
         [float(factor) for _, _, factor in passes],
-        dispatch.halves(seeds),
+        halves(seeds),
         float(eps or 0.0),
         distribution,
         backend,
@@ -163,9 +162,9 @@ def rule_step_(
         [layout.geometry, *(one.geometry for one in (*state, *plus, *minus))],
         KINDS[rule.kind],
         rule.constants,
-        dispatch.halves(all_seeds),
+        halves(all_seeds),
         numbers,
-        dispatch.halves(seeds),
+        halves(seeds),
         float(eps or 0.0),
         distribution,
         backend,
@@ -212,8 +211,8 @@ def _elements(seed, name, start, n_elements, distribution, device, backend) -> t
     check_seed(seed)
     if not 0 <= start <= start + n_elements < 2**63:
         raise ValueError(f"expected 0 <= start and 0 <= n_elements, got start {start}, n_elements {n_elements}")
-    halves = seed & 0xFFFFFFFF, seed >> 32
-    return dispatch.call("standard_normal", *halves, tensor_id(name), start, n_elements, distribution, device, backend)
+    arguments = (*halves([seed]), tensor_id(name), start, n_elements, distribution, device, backend)
+    return dispatch.call("standard_normal", *arguments)
 
 
 def _pairs(layout, next_seed, eps, plus, minus):

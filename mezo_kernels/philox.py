@@ -7,6 +7,7 @@ polynomials of the Cephes library. Each float32 operation is rounded on its own.
 
 import math
 import zlib
+from collections.abc import Sequence
 
 import torch
 
@@ -36,6 +37,15 @@ def check_seed(seed: int) -> int:
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be in [0, 2**64), got {seed}")
     return seed
+
+
+def halves(seeds: Sequence[int]) -> list[int]:
+    """The low and the high 32 bits of each seed, one after the other: an int of torch.library has 63 bits.
+
+    >>> halves([2**32 + 5])
+    [5, 1]
+    """
+    return [half for seed in seeds for half in (seed & _MASK, seed >> 32)]
 
 
 def philox_4x32(c0, c1, c2, c3, k0: int, k1: int):

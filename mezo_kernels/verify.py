@@ -82,10 +82,17 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _compare(actual: dict, expected: dict) -> str:
-    """Tensors bit for bit; raise with the name, index and bits of the first difference."""
+    """Tensors bit for bit; raise with the name, index and bits of the first difference, or of the first NaN.
+
+    No case computes a NaN. What an op must write is NaN at first, so one that is left was not written, and that is
+    wrong even where the reference left it too.
+    """
     elements = 0
     for name, want in expected.items():
         a, b = _bits(actual[name]).flatten(), _bits(want).flatten()
+        unwritten = actual[name].flatten().isnan().nonzero().flatten()
+        if len(unwritten):
+            raise _MismatchError(f"{name}: {len(unwritten)} of {b.numel()} elements are NaN, first at {unwritten[0]}")
         wrong = (a != b).nonzero().flatten()
         elements += b.numel()
         if len(wrong):
