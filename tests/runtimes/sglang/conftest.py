@@ -74,9 +74,15 @@ def noisy(runtime, seed=3):
 
 
 def worst(a, b):
-    """Largest difference of centred option scores: hf leaves out a constant of each position."""
-    a, b = (t - t[:, :1] for t in (a, b))
-    return float((a - b).abs().nan_to_num(0.0).max())
+    """Largest difference of centred option scores: hf leaves out a constant of each position.
+
+    The same options must be missing (-inf) on both sides, and every other score must be a number.
+    """
+    missing = a.isneginf()
+    assert torch.equal(missing, b.isneginf()), "options are missing on one side alone"
+    differences = ((a - a[:, :1]) - (b - b[:, :1])).abs()[~missing]
+    assert differences.isfinite().all(), "a score is not a number"
+    return float(differences.max())
 
 
 def torch_equal(a, b):

@@ -6,10 +6,10 @@ import pytest
 
 from mezo.api import resume, train
 from mezo.config import Config
-from mezo.run import logbook
 from mezo.run.adapter import read_adapter, same_bits
 from mezo.run.replay import rebuild
 from mezo.run.trajectory import read_trajectory
+from tests.log_by_formula import follows
 from tests.tiny_data import write_jsonl
 
 STEPS = 12
@@ -44,7 +44,7 @@ def test_a_rule_in_the_engine(rule, options, tmp_path):
             resume(config.output_dir)
         else:
             train(config)
-        assert logbook.verify(config.output_dir) == STEPS
+        assert follows(config.output_dir) == STEPS
         runs[runtime] = read_trajectory(Path(config.output_dir, "trajectory.jsonl"))
         kept = read_adapter(Path(config.output_dir, "adapter"))
         assert same_bits(rebuild(config.output_dir, "last")[0], kept) is None
