@@ -4,7 +4,6 @@ Run: make bench-alternatives, or python bench/alternatives.py --output bench/res
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import re
@@ -43,7 +42,7 @@ METHODS = {
 def examples(batch: int) -> list[Example]:
     """The first prompts of the demo."""
     config = configs()["last layer"]
-    return load_splits(config, load_tokenizer(config.model), masked=False)["train"][:batch]
+    return load_splits(config, load_tokenizer(config.model.base), masked=False)["train"][:batch]
 
 
 class Gradients:
@@ -56,7 +55,7 @@ class Gradients:
     """
 
     def __init__(self, config: Config, data: list[Example], trained: str):
-        runtime = HFRuntime(config)
+        runtime = HFRuntime(*config.for_runtime)
         self.parts, self.labels = runtime.parts, torch.tensor([example.label for example in data])
         if trained != "adapter":
             self.parts.model.unload()  # the base model alone; body and head are its own modules
@@ -85,16 +84,16 @@ class Gradients:
 
 def step_of(method: str, data: list[Example], log: Path):
     """(a step of a method, what to close)."""
-    config = dataclasses.replace(configs()["all layers"], target_modules=ALL, batch_size=len(data))
+    config = configs()["all layers"].replace(target_modules=ALL, batch_size=len(data))
     if method == "MeZO, sglang":
         from mezo.runtimes.sglang.runtime import SGLangRuntime
 
-        runtime = SGLangRuntime(dataclasses.replace(config, runtime="sglang"))
+        runtime = SGLangRuntime(*config.replace(runtime="sglang").for_runtime)
         return OurStep(runtime, config, data, log), runtime
     if method == "MeZO, all weights":
-        config = dataclasses.replace(config, tuning="full", target_modules=(), layers_to_transform=())
+        config = config.replace(tuning="full", target_modules=(), layers_to_transform=())
     if method in ("MeZO, hf", "MeZO, all weights"):
-        runtime = HFRuntime(config)
+        runtime = HFRuntime(*config.for_runtime)
         return OurStep(runtime, config, data, log), runtime
     kinds = {"inference alone": "nothing", "AdamW, adapter": "adapter", "AdamW, all weights": "all weights"}
     return Gradients(config, data, kinds[method]), None

@@ -1,16 +1,14 @@
-"""Replay of a log: many updates to a pass, against the original loop step by step and against `sum_of_squares`.
-
-Drawing is `sum_of_squares`: the same z, on as many threads, added up in float64, not stored; `growth.py` draws alone.
-"""
+"""Replay of a log: many updates to a pass, against the original loop step by step and against drawing z alone."""
 
 import statistics
 
 import pytest
 import rows
+from drawing import drawer
 from providers import COEFFICIENT, Work, original_pass
 from shapes import REPLAYED, make
 
-from mezo_kernels import step_, sum_of_squares
+from mezo_kernels import step_
 
 STEPS, ROUNDS = 200, 3
 TARGET_TO_ORIGINAL, TARGET_OF_DRAWING = 4.0, 0.8  # from the requirements
@@ -36,9 +34,11 @@ def test_replay_of_a_run(benchmark, device, shape):
         for seed, coefficient in log:
             original_pass(copies, -coefficient, seed)
 
+    draw_once = drawer(case, device)
+
     def draw():
-        for seed, _ in log:
-            sum_of_squares(case.layout, seed)
+        for _ in log:
+            draw_once()
 
     step_(case.layout, log[:1])
     runs = (lambda: step_(case.layout, log), step_by_step, draw)

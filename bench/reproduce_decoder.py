@@ -1,6 +1,5 @@
 """The decoder's parts of `make reproduce-small`: few-shot runs, and what accuracy as the objective does."""
 
-import dataclasses
 import json
 import statistics
 from collections.abc import Sequence
@@ -52,20 +51,20 @@ def mean_std(values: Sequence[float]) -> dict:
 
 def few_shot(scratch: Path) -> dict:
     """Part (b): the demo's run for each number of shots and seed, an ordinary `mezo train` each."""
-    base = dataclasses.replace(demo.demo_config("it-was", STEPS, scratch / "unused"), **write_pools(scratch))
+    base = demo.demo_config("it-was", STEPS, scratch / "unused").replace(**write_pools(scratch))
     shots = {}
     for k, options in SHOTS.items():
         results = []
         for seed in SEEDS:
             own = {"data_seed": seed, "seed": seed, "num_test": NUM_TEST, "output_dir": str(scratch / f"{k}-{seed}")}
-            results.append(train(dataclasses.replace(base, **options, **own)))
+            results.append(train(base.replace(**options, **own)))
         shots[str(k)] = {
             f"{metric} {when}": mean_std([result["test"][when][metric] for result in results])
             for metric in ("accuracy", "auc")
             for when in ("before", "after")
         } | {"seconds": mean_std([_seconds(result) for result in results])}
     chosen = ("steps", "batch_size", "lr", "eps", "prompt", "label_words", "target_modules", "layers_to_transform", "r")
-    return {"config": {name: getattr(base, name) for name in chosen} | {"num_test": NUM_TEST}, "shots": shots}
+    return {"config": {name: base.to_dict()[name] for name in chosen} | {"num_test": NUM_TEST}, "shots": shots}
 
 
 def _seconds(result: dict) -> float:
@@ -76,18 +75,23 @@ def _seconds(result: dict) -> float:
 def accuracy_study(scratch: Path) -> dict:
     """Part (d): the share of zero differences over batch size and eps, and a run that learns; one trunk for all."""
     base = demo.demo_config("it-was", STUDY["steps"], scratch / "unused")
-    base = dataclasses.replace(base, **write_pools(scratch), **{**STUDY, "objective": "accuracy"})
-    still = dataclasses.replace(base, lr=STILL, eval_every=STUDY["steps"])
+    base = base.replace(**write_pools(scratch), **{**STUDY, "objective": "accuracy"})
+    still = base.replace(lr=STILL, eval_every=STUDY["steps"])
     configs = [
-        dataclasses.replace(still, output_dir=str(scratch / f"{batch}-{eps}"), batch_size=batch, eps=eps)
+        still.replace(output_dir=str(scratch / f"{batch}-{eps}"), batch_size=batch, eps=eps)
         for batch in BATCHES
         for eps in EPSILONS
     ]
-    learning = dataclasses.replace(base, output_dir=str(scratch / "learning"), **LEARNING)
+    learning = base.replace(output_dir=str(scratch / "learning"), **LEARNING)
     runtime, splits = load(base)
     runs = [train_on(runtime, splits, config) for config in (*configs, learning)]
     rows = [
-        {"batch": c.batch_size, "eps": c.eps, "lr": c.lr, "zero_share": result["zero_gradient_share"]}
+        {
+            "batch": c.method.batch_size,
+            "eps": c.method.eps,
+            "lr": c.method.lr,
+            "zero_share": result["zero_gradient_share"],
+        }
         for c, result in zip(configs, runs[:-1], strict=True)
     ]
     return {
@@ -98,15 +102,18 @@ def accuracy_study(scratch: Path) -> dict:
             "zero_share": runs[-1]["zero_gradient_share"],
             "best_step": runs[-1]["best_step"],
             "test": runs[-1]["test"],
-            "curves": curves(RunDirectory(Path(learning.output_dir))),
+            "curves": curves(RunDirectory(Path(learning.machine.output_dir))),
         },
     }
 
 
 def load(config: Config) -> tuple[HFRuntime, dict[str, list[Example]]]:
     """What `mezo train` loads; the runtime is prepared."""
-    tokenizer = load_tokenizer(config.model)
-    splits, runtime = load_splits(config, tokenizer, masked=False), HFRuntime(config, tokenizer.pad_token_id or 0)
+    tokenizer = load_tokenizer(config.model.base)
+    splits, runtime = (
+        load_splits(config, tokenizer, masked=False),
+        HFRuntime(*config.for_runtime, tokenizer.pad_token_id or 0),
+    )
     runtime.prepare(splits)
     return runtime, splits
 
@@ -116,7 +123,7 @@ def train_on(runtime: HFRuntime, splits: dict[str, list[Example]], config: Confi
     initial = starting_file(config, runtime)
     header = make_header(config, runtime.spec, splits, initial)
     runtime.load(initial_theta(header, initial))
-    run = RunDirectory.create(config.output_dir, config, header, initial)
+    run = RunDirectory.create(config.machine.output_dir, config, header, initial)
     return Trainer(config, runtime, splits, run).train()
 
 
@@ -128,7 +135,7 @@ def curves(run: RunDirectory) -> dict:
     dev = [row for row in run.read_metrics() if row["split"] == "dev"]
     return {
         "step": [part[-1].step + 1 for part in parts],
-        "training_accuracy": [-mean(part, lambda r: (r.loss_plus[0] + r.loss_minus[0]) / 2) for part in parts],
+        "training_accuracy": [-mean(part, lambda r: (r.losses.plus[0] + r.losses.minus[0]) / 2) for part in parts],
         "abs_projected_grad": [mean(part, lambda r: abs(r.projected_grads[0])) for part in parts],
         "dev_step": [row["step"] for row in dev],
         "dev_accuracy": [row["accuracy"] for row in dev],

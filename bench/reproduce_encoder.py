@@ -1,6 +1,5 @@
 """The encoder's part of `make reproduce-small`: MeZO with a linear head beside a linear probe and AdamW."""
 
-import dataclasses
 import shutil
 import time
 import zipfile
@@ -69,7 +68,7 @@ def fetch_encoder() -> Path:
 
 def encoder(scratch: Path) -> dict:
     """Part (a): for each number of shots and seed the same sentences, scored by all three methods."""
-    base = Config(
+    base = Config.of(
         model=str(fetch_encoder()),
         output_dir="unused",
         head="linear",
@@ -85,15 +84,15 @@ def encoder(scratch: Path) -> dict:
         rows = []
         for seed in SEEDS:
             own = {"data_seed": seed, "seed": seed, "steps": STEPS[k], "output_dir": str(scratch / f"{k}-{seed}")}
-            rows.append(compare(dataclasses.replace(base, **options, **own)))
+            rows.append(compare(base.replace(**options, **own)))
         shots[str(k)] = {
             method: {key: mean_std([row[method][key] for row in rows]) for key in rows[0][method]} for method in rows[0]
         }
-    own = {"steps": STEPS, "num_test": NUM_TEST, "r": base.r}
+    own = {"steps": STEPS, "num_test": NUM_TEST, "r": base.model.tuning.r}
     return {
         "mezo": MEZO | own,
         "from a probe": FROM_PROBE,
-        "adamw": ADAMW | {"batch_size": base.batch_size},
+        "adamw": ADAMW | {"batch_size": base.method.batch_size},
         "probe": {"C": STRENGTHS, "folds": 5},
         "shots": shots,
     }
@@ -125,13 +124,15 @@ def mezo_from_probe(config: Config, runtime: HFRuntime, splits: dict[str, Sequen
     of any length, so its probe is not the one of `probe`: "accuracy before" is its own.
     """
     theta = start_of(config, runtime, splits)
-    fitted = fit(features(runtime, theta, splits["train"]), labels(splits["train"]), config.seed, fit_intercept=False)
+    fitted = fit(
+        features(runtime, theta, splits["train"]), labels(splits["train"]), config.method.seed, fit_intercept=False
+    )
     weights = torch.from_numpy(fitted.best_estimator_.coef_[0]).float()
     name = next(name for name in theta if name.endswith(f"{LINEAR_HEAD}.weight"))
-    folder = Path(f"{config.output_dir}-probe")
+    folder = Path(f"{config.machine.output_dir}-probe")
     save_adapter(folder, runtime.spec.peft, theta | {name: torch.stack([-weights / 2, weights / 2])})
-    own = {"adapter": str(folder), "output_dir": f"{config.output_dir}-from-probe"}
-    result = train_on(runtime, splits, dataclasses.replace(config, **own, **FROM_PROBE))["test"]
+    own = {"adapter": str(folder), "output_dir": f"{config.machine.output_dir}-from-probe"}
+    result = train_on(runtime, splits, config.replace(**own, **FROM_PROBE))["test"]
     return {key: result["after"][key] for key in ("accuracy", "auc")} | {
         "accuracy before": result["before"]["accuracy"],
         "C": float(fitted.best_params_["C"]),
@@ -142,7 +143,7 @@ def probe(config: Config, runtime: HFRuntime, splits: dict[str, Sequence[Example
     """Logistic regression on the frozen encoder's mean hidden states, of length one as it was trained for."""
     theta = start_of(config, runtime, splits)
     x = {split: normalize(features(runtime, theta, splits[split])) for split in ("train", "test")}
-    fitted = fit(x["train"], labels(splits["train"]), config.seed)
+    fitted = fit(x["train"], labels(splits["train"]), config.method.seed)
     margin = torch.from_numpy(fitted.decision_function(x["test"]))
     measured = evaluate(torch.stack([-margin / 2, margin / 2], -1), torch.tensor(labels(splits["test"])))
     return {key: measured[key] for key in ("accuracy", "auc")} | {"C": float(fitted.best_params_["C"])}
@@ -188,7 +189,7 @@ def adamw(config: Config, runtime: HFRuntime, splits: dict[str, Sequence[Example
     for p in runtime.params:
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(runtime.params, lr=ADAMW["lr"])
-    batches, best = Batches(len(targets["train"]), config.batch_size, config.seed), (-1.0, None)
+    batches, best = Batches(len(targets["train"]), config.method.batch_size, config.method.seed), (-1.0, None)
     for step in range(ADAMW["steps"]):
         batch = batches(step)
         optimizer.zero_grad()
@@ -199,13 +200,15 @@ def adamw(config: Config, runtime: HFRuntime, splits: dict[str, Sequence[Example
         if (step + 1) % ADAMW["eval_every"] == 0:
             now = {name: w.detach().clone() for name, w in zip(runtime.master.names, weights, strict=True)}
             runtime.load(now)
-            dev = evaluate(score_split(runtime, "dev", len(targets["dev"]), config.eval_batch_size), targets["dev"])
+            dev = evaluate(
+                score_split(runtime, "dev", len(targets["dev"]), config.machine.eval_batch_size), targets["dev"]
+            )
             runtime._point(weights)
             if dev["accuracy"] > best[0]:
                 best = (dev["accuracy"], now)
     for p in runtime.params:
         p.requires_grad_(False)
     runtime.load(best[1])
-    scores = score_split(runtime, "test", len(targets["test"]), config.eval_batch_size)
+    scores = score_split(runtime, "test", len(targets["test"]), config.machine.eval_batch_size)
     measured = evaluate(scores, targets["test"])
     return {key: measured[key] for key in ("accuracy", "auc")}

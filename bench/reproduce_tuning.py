@@ -1,6 +1,5 @@
 """The part of `make reproduce-small` that compares what is trained: an adapter, a prefix, every weight of the model."""
 
-import dataclasses
 from pathlib import Path
 
 from memory import peak
@@ -27,8 +26,7 @@ MEASURED = ("seconds_training", "seconds_evaluation", "steps_per_second", "token
 
 def tuning(scratch: Path) -> dict:
     """Part (e): the demo's model, prompts and sentences, once for each of TUNINGS; no trunk can be cached."""
-    base = dataclasses.replace(
-        demo.demo_config("it-was", STEPS, scratch / "unused"),
+    base = demo.demo_config("it-was", STEPS, scratch / "unused").replace(
         **write_pools(scratch),
         **SHOTS,
         target_modules=(),
@@ -41,10 +39,10 @@ def tuning(scratch: Path) -> dict:
     )
     found = {}
     for name, options in TUNINGS.items():
-        config = dataclasses.replace(base, tuning=name, output_dir=str(scratch / name), **options)
+        config = base.replace(tuning=name, output_dir=str(scratch / name), **options)
         result = {}
         peak_bytes = peak(lambda config=config, result=result: result.update(train(config)), "cpu")
-        run = RunDirectory(Path(config.output_dir))
+        run = RunDirectory(Path(config.machine.output_dir))
         theta, header, replayed = rebuild(run.path)
         found[name] = options | {
             "parameters": sum(tensor.numel() for tensor in theta.values()),

@@ -22,7 +22,6 @@ from providers import original_pass
 from mezo.config import Config
 from mezo.data.example import Example
 from mezo.method.objectives import cross_entropy
-from mezo.method.step import StepUpdate
 from mezo.models.load import load_tokenizer
 from mezo.run.trajectory import TrajectoryWriter
 from mezo.runtimes.hf.runtime import HFRuntime
@@ -42,11 +41,11 @@ BATCHES, LENGTHS = (1, 2, 4, 8, 16, 32, 64), (16, 32, 64, 128, 256, 512)
 
 def configs() -> dict[str, Config]:
     """(a), (b) and (c): adapters on all layers, on the last four, and on the last one's query, output and MLP."""
-    last = dataclasses.replace(demo.demo_config("it-was", 10**6, Path("unused")), device="cpu", noise=False)
-    every = dataclasses.replace(last, target_modules=ALL, layers_to_transform=())
+    last = demo.demo_config("it-was", 10**6, Path("unused")).replace(device="cpu", noise=False)
+    every = last.replace(target_modules=ALL, layers_to_transform=())
     return {
         "all layers": every,
-        "last 4 layers": dataclasses.replace(every, layers_to_transform=(26, 27, 28, 29)),
+        "last 4 layers": every.replace(layers_to_transform=(26, 27, 28, 29)),
         "last layer": last,
     }
 
@@ -55,22 +54,22 @@ class OurStep:
     """A step as the trainer does it: losses, log line, update with both signs of the next step."""
 
     def __init__(self, runtime, config: Config, data: list[Example], log: Path):
-        self.config = dataclasses.replace(config, batch_size=min(config.batch_size, len(data)))
+        self.config = config.replace(batch_size=min(config.method.batch_size, len(data)))
         self.runtime = runtime
         runtime.prepare({"train": data})
         if runtime.spec.peft:
             runtime.load({name: lora_init(3, name, shape) for name, shape in runtime.spec.shapes.items()})
         self.measurement = Measurement(self.config, runtime, data, {}, Ranks())
-        self.writer, self.done = TrajectoryWriter(log), 0
-        runtime.step([], self.measurement.first_seeds(0), config.eps)
+        self.writer = TrajectoryWriter(log)
+        self.step = self.measurement.step(0)
+        runtime.perturb(self.measurement.first(self.step))
 
     def __call__(self) -> None:
         """Do the next one."""
-        record, _ = self.measurement.record(self.done, False, lambda: None, False)
+        record = self.measurement.record(self.step)
         self.writer.append(record)
-        self.done += 1
-        update = StepUpdate(record.seeds, record.coefficients, record.decay)
-        self.runtime.step([update], self.measurement.first_seeds(self.done), self.config.eps)
+        self.step = self.measurement.step(self.step.number + 1)
+        self.runtime.update([record.update], self.measurement.first(self.step))
 
 
 class OriginalStep:
@@ -118,13 +117,13 @@ class OriginalStep:
         """Four passes over the weights, two over the batch."""
         self.in_place()
         self.seed += 1
-        eps, params = self.config.eps, list(self.parts.params.values())
+        eps, params = self.config.method.eps, list(self.parts.params.values())
         original_pass(params, eps, self.seed)
         plus = self.loss()
         original_pass(params, -2 * eps, self.seed)
         minus = self.loss()
         original_pass(params, eps, self.seed)
-        original_pass(params, -self.config.lr * (plus - minus) / (2 * eps), self.seed)
+        original_pass(params, -self.config.method.lr * (plus - minus) / (2 * eps), self.seed)
         self.weights = [p.data for p in params]
 
 
@@ -142,7 +141,7 @@ def in_turn(runs: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
 
 def hf(config: Config, data: list[Example], log: Path, rounds: int) -> dict:
     """Ours, two forwards and the original's on one model and one batch; medians, and medians of ratios by round."""
-    runtime = HFRuntime(config)
+    runtime = HFRuntime(*config.for_runtime)
     ours = OurStep(runtime, config, data, log)
     every, alone = (OriginalStep(runtime, config, data, everywhere) for everywhere in (True, False))
     times = in_turn(
@@ -180,7 +179,7 @@ def sglang(config: Config, data: list[Example], log: Path, steps: int) -> dict:
     """A step through the engine, by part; the first one fills its cache and is not counted."""
     from mezo.runtimes.sglang.runtime import SGLangRuntime
 
-    runtime = SGLangRuntime(dataclasses.replace(config, runtime="sglang"))
+    runtime = SGLangRuntime(*config.replace(runtime="sglang").for_runtime)
     try:
         ours, rows = OurStep(runtime, config, data, log), []
         for _ in range(steps + 1):
@@ -219,8 +218,8 @@ def growth(kinds: dict[str, Config], log: Path, rounds: int = 3) -> dict[str, li
         for x, n, length in cases:
             data, seconds = random_prompts(n, length), {}
             for kind in ("all layers", "last layer"):
-                config = dataclasses.replace(kinds[kind], batch_size=n)
-                runtime = HFRuntime(config)
+                config = kinds[kind].replace(batch_size=n)
+                runtime = HFRuntime(*config.for_runtime)
                 runs = {f"ours, {kind}": OurStep(runtime, config, data, log)}
                 if kind == "all layers":
                     full = OriginalStep(runtime, config, data, everywhere=True)

@@ -22,7 +22,7 @@ from mezo.api import train
 from mezo.config import Config
 from mezo.data.example import Example
 from mezo.method.objectives import cross_entropy
-from mezo.method.step import StepUpdate
+from mezo.method.step import Step, Update
 from mezo.models.load import load_tokenizer
 from mezo.run.adapter import read_adapter, same_bits
 from mezo.run.replay import rebuild
@@ -44,7 +44,7 @@ TRAJECTORY = {"steps": 20, "lr": 1e-4}
 @contextmanager
 def prepared(kind, config: Config, data: list[Example]):
     """A runtime with noisy theta on some examples."""
-    runtime = kind(config)
+    runtime = kind(*config.for_runtime)
     try:
         runtime.prepare({"train": data})
         runtime.load({name: lora_init(3, name, shape) for name, shape in runtime.spec.shapes.items()})
@@ -60,7 +60,7 @@ def centred(scores: torch.Tensor) -> torch.Tensor:
 
 def three_scores(runtime, n: int) -> list[torch.Tensor]:
     """Scores of n examples at theta + eps z, theta - eps z and theta."""
-    runtime.step([], [7], EPS)
+    runtime.perturb(Step([7], EPS))
     return [*map(centred, runtime.score_pairs("train", range(n))[0]), centred(runtime.score("train", range(n)))]
 
 
@@ -70,12 +70,12 @@ def largest(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
 
 def against_transformers(config: Config, data: list[Example], n: int) -> dict:
     """Largest difference of option log-probabilities, cold and with everything cached that may be."""
-    plain = dataclasses.replace(config, runtime="hf", tp=1, trunk_cache="off")
+    plain = config.replace(runtime="hf", tp=1, trunk_cache="off")
     with prepared(HFRuntime, plain, data) as runtime:
         expected = three_scores(runtime, n)
     with prepared(SGLangRuntime, config, data) as runtime:
         cold, warm = three_scores(runtime, n), three_scores(runtime, n)
-    with prepared(SGLangRuntime, dataclasses.replace(config, radix="off"), data) as runtime:
+    with prepared(SGLangRuntime, config.replace(radix="off"), data) as runtime:
         without = three_scores(runtime, n)
     return {
         "examples": n,
@@ -85,9 +85,9 @@ def against_transformers(config: Config, data: list[Example], n: int) -> dict:
     }
 
 
-def tokens_of(runtime, n: int, updates: list[StepUpdate], seed: int) -> TokenCount:
+def tokens_of(runtime, n: int, updates: list[Update], seed: int) -> TokenCount:
     """Tokens of one step."""
-    runtime.step(updates, [seed], EPS)
+    runtime.update(updates, Step([seed], EPS))
     runtime.tokens = TokenCount()
     runtime.score_pairs("train", range(n))
     return dataclasses.replace(runtime.tokens)  # the runtime goes on counting in its own
@@ -97,7 +97,7 @@ def reuse_last_layer(config: Config, data: list[Example]) -> dict:
     """Cache-invariant mode: what the engine takes from its cache after the first visits, and what it should."""
     with prepared(SGLangRuntime, config, data) as runtime:
         first = tokens_of(runtime, BATCH, [], 0)
-        later = [tokens_of(runtime, BATCH, [StepUpdate([k], [0.02])], k + 1) for k in range(5)]
+        later = [tokens_of(runtime, BATCH, [Update([k], [0.02])], k + 1) for k in range(5)]
     prompts = sum(len(example.prompt) for example in data[:BATCH])
     return {
         "tokens_a_prompt": prompts / BATCH,
@@ -113,11 +113,11 @@ def few_shot(config: Config, data: list[Example]) -> dict:
     """A 300-token prefix and adapters on all layers: shared within one version of theta, by the engine's count."""
     n, lengths = FEW_SHOT["batch"], [len(example.prompt) for example in data]
     with prepared(SGLangRuntime, config, data) as runtime:
-        counts = [tokens_of(runtime, n, [StepUpdate([k], [1e-3])], k + 1) for k in range(3)]
+        counts = [tokens_of(runtime, n, [Update([k], [1e-3])], k + 1) for k in range(3)]
         shared = runtime.score_pairs("train", range(n))[0]
-    with prepared(SGLangRuntime, dataclasses.replace(config, radix="off"), data) as runtime:
+    with prepared(SGLangRuntime, config.replace(radix="off"), data) as runtime:
         for k in range(3):
-            runtime.step([StepUpdate([k], [1e-3])], [k + 1], EPS)
+            runtime.update([Update([k], [1e-3])], Step([k + 1], EPS))
         alone = runtime.score_pairs("train", range(n))[0]
     prefix = FEW_SHOT["prefix"]
     return {
@@ -133,11 +133,11 @@ def overhead(config: Config, data: list[Example], steps: int) -> dict:
     with prepared(SGLangRuntime, config, data) as runtime:
         labels = torch.tensor([example.label for example in data[:BATCH]])
         rows = []
-        runtime.step([], [0], EPS)
+        runtime.perturb(Step([0], EPS))
         for k in range(steps + 1):
             before, began = dict(runtime.seconds), time.perf_counter()
             plus, minus = (cross_entropy(s, labels).item() for s in runtime.score_pairs("train", range(BATCH))[0])
-            runtime.step([StepUpdate([k], [1e-4 * (plus - minus) / (2 * EPS)])], [k + 1], EPS)
+            runtime.update([Update([k], [1e-4 * (plus - minus) / (2 * EPS)])], Step([k + 1], EPS))
             parts = {part: runtime.seconds[part] - before[part] for part in before}
             rows.append({**parts, "step": time.perf_counter() - began})
     medians = {part: statistics.median(row[part] for row in rows[1:]) for part in rows[0]}
@@ -145,16 +145,16 @@ def overhead(config: Config, data: list[Example], steps: int) -> dict:
     return {"steps": steps, "batch": BATCH, "median_seconds": medians, "share_of_our_code": ours / medians["step"]}
 
 
-def trajectory(runtime, labels: torch.Tensor) -> tuple[list[float], list[StepUpdate]]:
+def trajectory(runtime, labels: torch.Tensor) -> tuple[list[float], list[Update]]:
     """Plain MeZO steps through a runtime."""
-    runtime.step([], [0], EPS)
+    runtime.perturb(Step([0], EPS))
     losses, updates = [], []
     for step in range(TRAJECTORY["steps"]):
         scores = runtime.score_pairs("train", range(len(labels)))[0]
         plus, minus = (cross_entropy(s, labels).item() for s in scores)
         losses += [plus, minus]
-        updates.append(StepUpdate([step], [TRAJECTORY["lr"] * (plus - minus) / (2 * EPS)], 0.999))
-        runtime.step(updates[-1:], [step + 1], EPS)
+        updates.append(Update([step], [TRAJECTORY["lr"] * (plus - minus) / (2 * EPS)], 0.999))
+        runtime.update(updates[-1:], Step([step + 1], EPS))
     return losses, updates
 
 
@@ -162,11 +162,11 @@ def tensor_parallel(config: Config, data: list[Example]) -> dict:
     """One rank and two: the same losses, and fed the same updates the same bits."""
     labels, made = torch.tensor([example.label for example in data]), {}
     for tp in (1, 2):
-        with prepared(SGLangRuntime, dataclasses.replace(config, tp=tp), data) as runtime:
+        with prepared(SGLangRuntime, config.replace(tp=tp), data) as runtime:
             start = runtime.theta()
             losses, updates = trajectory(runtime, labels)
             runtime.load(start)
-            runtime.step(made[1]["updates"] if tp == 2 else updates, [0], EPS)
+            runtime.update(made[1]["updates"] if tp == 2 else updates, Step([0], EPS))
             made[tp] = {"losses": losses, "updates": updates, "theta": runtime.theta()}
     worst = max(abs(a - b) for a, b in zip(made[1]["losses"], made[2]["losses"], strict=True))
     return {
@@ -178,7 +178,7 @@ def tensor_parallel(config: Config, data: list[Example]) -> dict:
 
 def demo_run(directory: Path, steps: int) -> dict:
     """The demo's task through the engine."""
-    config = dataclasses.replace(demo.demo_config("it-was", steps, directory / "demo"), runtime="sglang")
+    config = demo.demo_config("it-was", steps, directory / "demo").replace(runtime="sglang")
     result = train(config)
     theta, _, _ = rebuild(directory / "demo")
     same = same_bits(theta, read_adapter(directory / "demo" / "adapter")) is None
@@ -192,7 +192,9 @@ def tiny(family: str, directory: Path, **others) -> tuple[Config, list[Example]]
     draw = lambda low, high, n: torch.randint(low, high, (n,), generator=generator).tolist()  # noqa: E731
     data = [Example(tuple(draw(3, 64, n)), ((5,), (9,)), i % 2) for i, n in enumerate(draw(5, 21, 16))]
     model = save(family, directory / family)
-    return Config(model=model, output_dir="unused", task="sst2", runtime="sglang", target_modules=ALL, **others), data
+    return Config.of(
+        model=model, output_dir="unused", task="sst2", runtime="sglang", target_modules=ALL, **others
+    ), data
 
 
 def few_shot_examples(model: str) -> list[Example]:
@@ -208,9 +210,9 @@ def few_shot_examples(model: str) -> list[Example]:
 
 def measure(directory: Path, steps: int, results: dict, keep) -> dict:
     """Every part that `results` lacks, in the order of its cost; `keep` is called with the results after each."""
-    last = dataclasses.replace(demo.demo_config("it-was", 10, directory / "unused"), runtime="sglang")
-    every = dataclasses.replace(last, layers_to_transform=(), target_modules=ALL)
-    data = load_splits(last, load_tokenizer(last.model), masked=False)["train"]
+    last = demo.demo_config("it-was", 10, directory / "unused").replace(runtime="sglang")
+    every = last.replace(layers_to_transform=(), target_modules=ALL)
+    data = load_splits(last, load_tokenizer(last.model.base), masked=False)["train"]
     families = {family: tiny(family, directory) for family in ("llama", "qwen2")}
     parts = {
         **{f"scores, tiny {f}": lambda c=c: against_transformers(*c, 16) for f, c in families.items()},
@@ -218,7 +220,7 @@ def measure(directory: Path, steps: int, results: dict, keep) -> dict:
         "scores, demo model, last layer": lambda: against_transformers(last, data, BATCH),
         "scores, demo model, all layers": lambda: against_transformers(every, data, 8),
         "reuse, last layer": lambda: reuse_last_layer(last, data),
-        "reuse, few-shot prefix, all layers": lambda: few_shot(every, few_shot_examples(last.model)),
+        "reuse, few-shot prefix, all layers": lambda: few_shot(every, few_shot_examples(last.model.base)),
         "overhead, all layers": lambda: overhead(every, data, 8),
         "demo": lambda: demo_run(directory, steps),
     }

@@ -1,13 +1,12 @@
 """What each command does, as functions; cli.py parses arguments and prints errors."""
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mezo.config import Config
-from mezo.config.checks import LORA
+from mezo.config import Config, refuse_contradiction
+from mezo.config.options import over
 from mezo.data.rewards import judges
 from mezo.errors import UserError
 from mezo.models.load import is_masked, load_tokenizer
@@ -37,15 +36,15 @@ def train(config: Config, until: int | None = None) -> dict | None:
     Raises:
         UserError: before anything is written.
     """
-    if config.num_demonstrations:
+    if config.data.num_demonstrations:
         raise UserError("--num-demonstrations is for mezo eval, training prompts have none: leave it out")
-    if config.follows:
+    if config.machine.follows:
         return follow(with_objective(with_adapter_options(config).absolute()))
     ranks, config = Ranks(), with_objective(with_adapter_options(config).absolute())
     if ranks.restarted and _started_here(config):
-        return resume(config.output_dir, ranks, until=until)
+        return resume(config.machine.output_dir, ranks, until=until)
     if ranks.leads:
-        refuse_existing(config.output_dir)
+        refuse_existing(config.machine.output_dir)
     _check_ranks(config, ranks)
     with loaded(config, need="train") as (runtime, splits, seconds):
         return start(config, runtime, splits, seconds, ranks, until)
@@ -62,9 +61,9 @@ def start(
     if initial is not None and ranks.size > 1:
         ranks.check_equal(runtime.theta(), 0, "make the adapter on one machine and start from it: --adapter")
     if ranks.leads:
-        run = RunDirectory.create(config.output_dir, config, header, initial)
+        run = RunDirectory.create(config.machine.output_dir, config, header, initial)
     else:
-        run = RunDirectory(Path(config.output_dir))
+        run = RunDirectory(Path(config.machine.output_dir))
     trainer = Trainer(config, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
     return _carry_through(trainer, ranks, until)
 
@@ -83,32 +82,19 @@ def follow(config: Config) -> dict:
 
 
 def with_adapter_options(config: Config) -> Config:
-    """The configuration with what its --adapter fixes: rank, scale, modules and layers are the adapter's own."""
-    if not config.adapter:
+    """The configuration with what its --adapter fixes: the kind of tuning, and the options of that."""
+    path = config.model.tuning.adapter
+    if not path:
         return config
-    fixed = fixed_by_adapter(config)
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    for name, value in fixed.items():
-        given = getattr(config, name)
-        if given != defaults[name] and _unordered(given) != _unordered(value):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {given} contradicts --adapter {config.adapter}, which has {value}: leave it out")
-    return dataclasses.replace(config, **fixed)
-
-
-def fixed_by_adapter(config: Config) -> dict:
-    """Options that --adapter leaves no choice of, itself among them."""
-    options = adapter_options(config.adapter)
-    return {"adapter": config.adapter} | {name: value for name, value in options.items() if name != "model"}
-
-
-def _unordered(value):
-    return sorted(value) if isinstance(value, (tuple, list)) else value
+    fixed = {"adapter": path} | {name: value for name, value in adapter_options(path).items() if name != "model"}
+    given = {name: value for name, value in config.to_dict().items() if name in config.given}
+    refuse_contradiction(given, fixed, f"--adapter {path}")
+    return config.replace(**fixed)
 
 
 def _started_here(config: Config) -> bool:
     """True if this launch of torchrun made the run directory, before one of its ranks died."""
-    run = RunDirectory(Path(config.output_dir))
+    run = RunDirectory(Path(config.machine.output_dir))
     known = run.launch.is_file() and run.launch.read_text() == launch_id() != ""
     return known and run.read_config() == config
 
@@ -124,13 +110,13 @@ def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None, u
     Returns:
         As `train`; for a finished run, its result.
     """
-    if machine and (config := dataclasses.replace(RunDirectory(Path(path)).read_config(), **machine)).follows:
+    if machine and (config := RunDirectory(Path(path)).read_config().replace(**machine)).machine.follows:
         return follow(config)
     ranks = ranks or Ranks()
     run = RunDirectory.open(path) if ranks.leads else RunDirectory(Path(path))
-    config = dataclasses.replace(run.read_config(), **(machine or {}))
+    config = run.read_config().replace(**(machine or {}))
     _, records = read_trajectory(run.trajectory)
-    ended = len(records) >= config.steps or stalled(run.read_metrics(), config.early_stopping)
+    ended = len(records) >= config.method.steps or stalled(run.read_metrics(), config.method.early_stopping)
     # the patience that ended a run may have been given when it was resumed; without an option nobody asks it to go on
     if run.result.is_file() and (ended or (not machine and run.read_result().get("stopped_early"))):
         return _check_finished(run)
@@ -146,13 +132,13 @@ def carry_on(
     ranks = ranks or Ranks()
     first_line, records = read_trajectory(run.trajectory)
     # the adapter it started from has been copied into the run: its source may be gone
-    own = dataclasses.replace(config, adapter="")
+    own = config.replace(adapter="") if config.model.tuning.adapter else config
     _same_run(first_line, make_header(own, runtime.spec, splits), str(run.path))
     runtime.load(initial_theta(first_line, run.path / INITIAL))
     if ranks.leads:
         run.result.unlink(missing_ok=True)  # of a run that ended early and now goes on
         run.write_metrics([row for row in run.read_metrics() if row["step"] <= len(records)])
-    replay_records(runtime.step, records)
+    replay_records(runtime.update, records)
     trainer = Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds)
     return _carry_through(trainer, ranks, until)
 
@@ -164,9 +150,9 @@ def _carry_through(trainer: Trainer, ranks: Ranks, until: int | None) -> dict | 
 
 
 def _check_ranks(config: Config, ranks: Ranks) -> None:
-    shared = config.batch_size if config.parallel == "data" else config.num_perturbations
+    shared = config.method.batch_size if config.machine.parallel == "data" else config.method.num_perturbations
     if shared < ranks.size:
-        name = "batch-size" if config.parallel == "data" else "num-perturbations"
+        name = "batch-size" if config.machine.parallel == "data" else "num-perturbations"
         raise UserError(f"--{name} {shared} cannot be shared by {ranks.size} ranks: raise it or start fewer")
 
 
@@ -179,35 +165,47 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
     Returns:
         As `evaluate_split`, by split; with num_demonstrations train gives these and is not scored.
     """
-    config = dataclasses.replace(with_objective(config), trunk_cache="off", eval_test=True, eval_train=True)
-    if adapter is None and config.tuning == "prefix":
+    whole = {"trunk_cache": "off"} if config.machine.runtime.name == "hf" else {}  # each text is seen once
+    config = with_objective(config).replace(**whole, eval_test=True, eval_train=True)
+    if adapter is None and config.model.tuning.name == "prefix":
         raise UserError("--tuning prefix: without a run or an adapter there is no prefix to score; leave it out")
-    if adapter is None and config.head == "linear":
+    if adapter is None and config.model.tuning.head == "linear":
         raise UserError("--head linear: without a run or an adapter the head is zero; leave it out, or give one")
-    if config.follows:
+    if config.machine.follows:
         raise UserError("--engine-arg node_rank: only mezo train runs on several machines; use one, or --runtime hf")
     with loaded(config) as (runtime, splits, _):
         if adapter is not None:
             runtime.load(load_adapter(adapter, runtime.spec.shapes))
-        judged = judges(config)
+        judged = judges(config.method)
         return {split: evaluate_split(config, runtime, split, own, judged) for split, own in splits.items()}
 
 
-def refuse_other_adapter(config: Config, base: dict, target: str) -> None:
-    """Raise UserError if options say otherwise of an adapter than it does itself.
+def evaluate_target(given: dict, target: Path | None = None) -> dict[str, dict]:
+    """`evaluate` of what the user names.
 
     Args:
-        config: with the options.
-        base: what is so: a run's options or those that an adapter fixes, {} for a model alone.
-        target: the adapter, run or model, for the message.
+        given: flat options.
+        target: a run or an adapter directory; None is the model alone.
+    Raises:
+        UserError: also if options say otherwise of the adapter than it does itself.
     """
-    if config.adapter != base.get("adapter", ""):
-        path = config.adapter
+    base, adapter = {"output_dir": "unused"}, target
+    if target is None:
+        fixed = {}
+    elif (target / "trajectory.jsonl").is_file():
+        base, adapter = run_to_score(target)
+        tuning = {"tuning"} | {option.name for option in Config.options().values() if option.choice == "tuning"}
+        fixed = {name: value for name, value in base.items() if name in tuning}
+    elif (target / "config.json").is_file():
+        raise UserError(f"mezo eval {target}: that is a model: use mezo eval --model {target}")
+    else:
+        base |= (found := adapter_options(target))
+        fixed = {name: value for name, value in found.items() if name != "model"}
+    path = given.get("adapter", "")
+    if path and path != base.get("adapter", ""):
         raise UserError(f"--adapter {path}: mezo eval takes an adapter in front of its options: mezo eval {path} ...")
-    for name in ("tuning", "head", "num_prefix_tokens", *LORA):
-        value, flag = getattr(config, name), "--" + name.replace("_", "-")
-        if name in base and _unordered(value) != _unordered(base[name]):
-            raise UserError(f"{flag} {value} contradicts {target}, which has {base[name]}: leave it out")
+    refuse_contradiction(given, fixed, str(target))
+    return evaluate(Config.of(**over(Config.options(), base, given)), adapter)
 
 
 def run_to_score(path: Path) -> tuple[dict, Path | None]:
@@ -218,11 +216,11 @@ def run_to_score(path: Path) -> tuple[dict, Path | None]:
     """
     run = RunDirectory(path)
     config = run.read_config()
-    if config.tuning != "full":
-        return dataclasses.asdict(config), run.adapter
+    if config.model.tuning.name != "full":
+        return config.to_dict(), run.adapter
     if not run.model.is_dir():
         raise UserError(f"{path} has no model/ yet: let the run finish, or rebuild one with mezo replay")
-    return {**dataclasses.asdict(config), "model": str(run.model)}, None
+    return {**config.to_dict(), "model": str(run.model)}, None
 
 
 def replay(run: str, output_dir: str, until: str = "best", backend: str | None = None, model: str = "") -> int:
@@ -237,16 +235,18 @@ def replay(run: str, output_dir: str, until: str = "best", backend: str | None =
 def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, dict, float]]:
     """Runtime, examples and the seconds it took. Data first: it is quick to load, and most mistakes are there."""
     started = time.perf_counter()
-    config.refuse_missing_files()
-    tokenizer = load_tokenizer(config.model)
-    splits = load_splits(config, tokenizer, masked=is_masked(config.model))
-    if not config.eval_test:
+    config.data.refuse_missing_files()
+    tokenizer = load_tokenizer(config.model.base)
+    splits = load_splits(config, tokenizer, masked=is_masked(config.model.base))
+    if not config.method.eval_test:
         splits.pop("test", None)
     if need is not None and need not in splits:
         raise UserError("--train-file is missing: give one, or a --task")
-    if need is not None and config.early_stopping and "dev" not in splits:
-        raise UserError(f"--early-stopping {config.early_stopping} needs a dev set: give --dev-file, or leave it out")
-    for judge in judges(config).values():  # a reward that takes nothing is found before the model is loaded
+    if need is not None and config.method.early_stopping and "dev" not in splits:
+        raise UserError(
+            f"--early-stopping {config.method.early_stopping} needs a dev set: give --dev-file, or leave it out"
+        )
+    for judge in judges(config.method).values():  # a reward that takes nothing is found before the model is loaded
         judge(next(iter(splits.values()))[0], "")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     runtime = _runtime(config, pad)
@@ -259,16 +259,16 @@ def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, d
 
 def _runtime(config: Config, pad: int) -> Runtime:
     """The runtime that --runtime names; the other one's libraries are not imported."""
-    if config.runtime == "sglang":
+    if config.machine.runtime.name == "sglang":
         try:
             from mezo.runtimes.sglang.runtime import SGLangRuntime
         except ImportError as error:
             raise UserError(f"--runtime sglang: {error}; install it: pip install 'mezo-kernels[sglang]'") from error
 
-        return SGLangRuntime(config, pad)
+        return SGLangRuntime(*config.for_runtime, pad)
     from mezo.runtimes.hf.runtime import HFRuntime
 
-    return HFRuntime(config, pad)
+    return HFRuntime(*config.for_runtime, pad)
 
 
 def _same_run(logged: dict, now: dict, path: str) -> None:

@@ -1,23 +1,28 @@
 """MeZO as a torch optimizer: zeroth-order steps for any module and any closure, theta kept exactly in float32."""
 
+import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from mezo.method.estimator import deviation, projected_grad
+from mezo.method.estimator import Losses
+from mezo.method.rules import RULES, Rule
+from mezo.method.step import Step, Update
+from mezo.ranges import outside
 from mezo_kernels import (
     ParamLayout,
     ParamSlot,
-    Rule,
     RuleUpdate,
     canonical_name,
     perturb_,
-    perturbation_seed,
+    root_mean_square,
     rule_step_,
     step_,
 )
+from mezo_kernels import Rule as Kernel
 from mezo_kernels.philox import STREAMS, check_seed
 
 
@@ -25,12 +30,14 @@ class MeZO(torch.optim.Optimizer):
     """theta <- theta (1 - lr weight_decay) - lr/n sum_k projected_grad_k z_k, from 2n forward passes and no autograd.
 
     projected_grad_k = (loss(theta + eps z_k) - loss(theta - eps z_k)) / (2 eps): SPSA with z regenerated from a seed,
-    as in MeZO (Malladi et al. 2023, arXiv 2305.17333, algorithms 1 and 2). Momentum, Adam, AdamW and sign act once a
-    step on the whole estimate 1/n sum_k projected_grad_k z_k, as `mezo_kernels.Rule` says, in one fused pass.
+    as in MeZO (Malladi et al. 2023, arXiv 2305.17333, algorithms 1 and 2). `rule` names another way to use the losses;
+    the rules are those of `mezo train --update-rule`, one class each in `mezo.method.rules`:
 
-    The rule fzoo (Dang et al. 2025, arXiv 2506.09034) takes n + 1 forward passes: projected_grad_k = (loss(theta + eps
-    z_k) - loss(theta)) / eps with z of +1 and -1, and lr over the sample standard deviation of the n perturbed losses.
-    Where they are all equal theta stays as it is.
+    - momentum, adam, adamw and sign act once a step on the whole estimate 1/n sum_k projected_grad_k z_k, in one fused
+      pass, as `mezo_kernels.Rule` says.
+    - fzoo takes n + 1 forward passes: projected_grad_k = (loss(theta + eps z_k) - loss(theta)) / eps with z of +1 and
+      -1, and divides lr by the sample standard deviation of the n perturbed losses.
+    - conservative keeps the best of theta and a step either way, for three more calls of the closure.
 
     Theta lives in a float32 master copy, one for each parameter. A parameter is set to the single rounding of
     theta + eps z, theta - eps z or theta, and is never restored by arithmetic: a float32 parameter equals its master
@@ -49,10 +56,11 @@ class MeZO(torch.optim.Optimizer):
         eps: perturbation scale, > 0; the same in all groups.
         num_perturbations: n >= 1, how many estimates a step averages (n-SPSA); >= 2 for fzoo.
         weight_decay: >= 0; decoupled, but for adam, which adds weight_decay theta to the gradient. Per group.
-        momentum: mu in [0, 1), of the rule sgd. Per group.
-        rule: "sgd", "adam", "adamw" or "sign", per group; or "fzoo", of all groups.
-        betas: of Adam's first and second moment, in [0, 1). Per group.
-        adam_eps: added to the root of Adam's second moment, > 0. Per group.
+        momentum: of the rule momentum, in [0, 1), 0.9 by default. Per group.
+        rule: "sgd", "momentum", "adam", "adamw" or "sign", per group; or "fzoo" or "conservative", of all groups.
+        betas: of the first and second moment of adam and adamw, in [0, 1), (0.9, 0.999) by default. Per group.
+        adam_eps: added to the root of the second moment of adam and adamw, > 0, 1e-8 by default. Per group.
+        normalise_z: divide each z by its root mean square over all parameters, so that perturbations have one length.
         seed: seed of the run, 0 <= seed < 2**64; perturbation k of step t has `perturbation_seed(seed, t, k)`.
         distribution: "normal" or "rademacher"; None is rademacher for fzoo and normal for the others.
         backend: of the fused ops; None chooses by device.
@@ -73,7 +81,7 @@ class MeZO(torch.optim.Optimizer):
     0.5
     >>> accuracy_after_training(lr=0.02, rule="adam") > 0.95
     True
-    >>> accuracy_after_training(lr=0.05) > 0.95, accuracy_after_training(lr=0.005, momentum=0.9) > 0.95
+    >>> accuracy_after_training(lr=0.05) > 0.95, accuracy_after_training(lr=0.005, rule="momentum") > 0.95
     (True, True)
     >>> accuracy_after_training(lr=1e-4, rule="fzoo", num_perturbations=4) > 0.95
     True
@@ -81,33 +89,34 @@ class MeZO(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
+        params: Iterable,
         lr: float,
         eps: float = 1e-3,
         num_perturbations: int = 1,
         weight_decay: float = 0.0,
-        momentum: float = 0.0,
+        momentum: float | None = None,
         seed: int = 0,
         distribution: str | None = None,
         backend: str | None = None,
         rule: str = "sgd",
-        betas: tuple[float, float] = (0.9, 0.999),
-        adam_eps: float = 1e-8,
+        betas: tuple[float, float] | None = None,
+        adam_eps: float | None = None,
+        normalise_z: bool = False,
     ):
         if not isinstance(num_perturbations, int) or num_perturbations < 1:
             raise ValueError(f"num_perturbations must be an integer >= 1, got {num_perturbations!r}")
         if distribution is not None and distribution not in STREAMS:
             raise ValueError(f"distribution must be one of {', '.join(STREAMS)}; got {distribution!r}")
         self.seed, self.num_perturbations = check_seed(seed), num_perturbations
-        self.backend = backend
+        self.backend, self.normalise_z = backend, normalise_z
         self.steps, self.skipped_steps = 0, 0
         self.projected_grads: list[float] = []
         self._groups, self._seen = [], None
-        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rule": rule, "updates": 0}
         # updates: those applied to the group so far, which Adam counts
-        super().__init__(params, defaults | {"rule": rule, "betas": betas, "adam_eps": adam_eps, "updates": 0})
+        super().__init__(params, defaults | {"momentum": momentum, "betas": betas, "adam_eps": adam_eps})
         self._eps()
-        self.distribution = distribution or ("rademacher" if self._one_sided() else "normal")
+        self.distribution = distribution or self._rule().distribution
         self._follow()
 
     def add_param_group(self, param_group: dict) -> None:
@@ -117,7 +126,7 @@ class MeZO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor | float] | None = None) -> torch.Tensor:
-        """One MeZO step; calls `closure` twice for each perturbation, n + 1 times for fzoo, without autograd.
+        """One MeZO step; calls `closure` as often as the rule needs losses, without autograd.
 
         Args:
             closure: computes and returns the loss, a scalar tensor or a number, from the current parameters.
@@ -128,69 +137,106 @@ class MeZO(torch.optim.Optimizer):
         if closure is None:
             raise ValueError("MeZO measures the loss: call optimizer.step(closure), closure() returning a scalar loss")
         self._follow()
-        eps, one_sided = self._eps(), self._one_sided()
-        seeds = [perturbation_seed(self.seed, self.steps, k) for k in range(self.num_perturbations)]
+        eps, rule = self._eps(), self._rule()
+        norm = functools.cache(self._root_mean_square) if self.normalise_z else None
+        step = Step.of_run(self.seed, self.steps, self.num_perturbations, eps, norm)
+        norms = tuple(map(norm, step.seeds)) if norm else ()
         try:
-            losses = self._losses(closure, seeds, eps, one_sided)
-            self.projected_grads = [projected_grad(*pair, eps / 2 if one_sided else eps) for pair in losses]
-            if all(map(math.isfinite, self.projected_grads)):
-                spread = deviation([plus for plus, _ in losses]) if one_sided else 1.0
-                for group in self._groups if spread else ():
-                    self._update(group, seeds, spread)
-            else:
+            losses = self._losses(closure, step, rule)
+            self.projected_grads = list(losses.projected_grads(rule.half_distance(eps)))
+            updates = [self._plan(group, step, losses, norms) for group in self._groups]
+            if any(update.skipped for update in updates):
                 self.skipped_steps += 1
+            else:
+                for group, update in zip(self._groups, self._chosen(closure, rule, updates), strict=True):
+                    self._apply(group, update)
             self.steps += 1
         finally:
             for group in self._groups:
                 group.current.copy_(group.theta)
             self._seen = self._storage()
-        return torch.tensor(losses, dtype=torch.float64).mean()
+        return torch.tensor(losses.plus + losses.minus, dtype=torch.float64).mean()
 
-    def _losses(self, closure, seeds: list[int], eps: float, one_sided: bool) -> list[tuple[float, float]]:
-        """(loss_plus, loss_minus or one-sided loss) of each perturbation, all from the same generator states."""
-        losses, calls = [], len(seeds) + 1 if one_sided else 2 * len(seeds)
+    def _losses(self, closure: Callable, step: Step, rule: Rule) -> Losses:
+        """Losses of a step, all from the same generator states."""
+        last = 2 if rule.compares else 0  # further calls to come, from the same states
+        calls = len(step) + 1 if rule.one_sided else 2 * len(step)
+        losses = [
+            self._call(closure, advance=not last and n == calls - 1)
+            for n, _ in enumerate(self._copies(step, rule.one_sided))
+        ]
+        if rule.one_sided:
+            return Losses(tuple(losses[1:]), (losses[0],) * len(step))
+        return Losses(tuple(losses[::2]), tuple(losses[1::2]))
+
+    def _call(self, closure: Callable, advance: bool) -> float:
+        """The loss; the generators stay as they were unless this is the last call of a step."""
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        for _ in self._copies(seeds, eps, one_sided):
-            with torch.random.fork_rng(devices, enabled=len(losses) < calls - 1):
-                losses.append(_scalar(closure()))
-        if one_sided:
-            return [(loss, losses[0]) for loss in losses[1:]]
-        return list(zip(losses[::2], losses[1::2], strict=True))
+        with torch.random.fork_rng(devices, enabled=not advance):
+            return _scalar(closure())
 
-    def _copies(self, seeds: list[int], eps: float, one_sided: bool) -> Iterator[None]:
-        """Set the parameters to both signs of each seed in turn, or one-sided to theta and to each theta + eps z."""
+    def _plan(self, group: "_Group", step: Step, losses: Losses, norms: Sequence[float]) -> Update:
+        """The update of one param group."""
+        lr, decay = float(group.options["lr"]), group.options["weight_decay"]
+        return _rule_of(group.options).plan(step.seeds, self.projected_grads, losses, lr, decay, norms=norms)
+
+    def _chosen(self, closure: Callable, rule: Rule, updates: Sequence[Update]) -> Sequence[Update]:
+        """The updates to make: as planned, or of a rule that compares thetas what the losses at these say."""
+        if not rule.compares:
+            return updates
+        tried = []
+        for sign in (0.0, -1.0, 1.0):  # theta, theta - c z, theta + c z
+            for group, update in zip(self._groups, updates, strict=True):
+                group.current.copy_(group.theta)
+                (seed,), (c,) = update.seeds, update.coefficients
+                if sign * c:
+                    self._perturb(group, seed, sign * c)
+            tried.append(self._call(closure, advance=len(tried) == 2))
+        return [rule.choose(update, tried) for update in updates]
+
+    def _copies(self, step: Step, one_sided: bool) -> Iterator[None]:
+        """Set the parameters to both signs of each perturbation in turn, or to theta and to each theta + eps z."""
         if one_sided:
             yield
-        for seed in seeds:
-            for signed in (eps,) if one_sided else (eps, -eps):
-                self._perturb(seed, signed)
-                yield
+        for seed, eps in zip(step.seeds, step.eps, strict=True):
+            for group in self._groups:
+                self._perturb(group, seed, eps)
+            yield
+            if one_sided:
+                continue
+            for group in self._groups:
+                if group.minus:
+                    group.current.copy_(group.minus)
+                else:
+                    self._perturb(group, seed, -eps)
+            yield
 
-    def _perturb(self, seed: int, eps: float) -> None:
-        """Set the parameters to theta + eps z; with eps < 0 just after the same with -eps."""
+    def _perturb(self, group: "_Group", seed: int, scale: float) -> None:
+        """Set the parameters of a group to theta + scale z(seed), and the minus copy to theta - scale z(seed)."""
         options = {"distribution": self.distribution, "backend": self.backend}
-        for group in self._groups:
-            if not group.minus:
-                perturb_(group.current.copy_(group.theta), eps, seed, **options)
-            elif eps > 0:
-                step_(group.theta, [], 1.0, seed, eps, group.current, group.minus, **options)
-            else:
+        if group.minus:
+            step_(group.theta, [], 1.0, seed, abs(scale), group.current, group.minus, **options)
+            if scale < 0:
                 group.current.copy_(group.minus)
+        else:
+            perturb_(group.current.copy_(group.theta), scale, seed, **options)
 
-    def _update(self, group: "_Group", seeds: list[int], spread: float) -> None:
-        """Apply the step to the master of one group, lr over `spread` where the rule has no state: one fused pass."""
+    def _apply(self, group: "_Group", update: Update) -> None:
+        """Apply an update to the master of one group: one fused pass."""
         options = {"distribution": self.distribution, "backend": self.backend}
-        lr, n = float(group.options["lr"]), self.num_perturbations
-        decay = 1 - lr * group.options["weight_decay"]
+        rule = _rule_of(group.options)
+        kernel = rule.kernel(rule.l2(group.options["weight_decay"]))
         group.options["updates"] += 1
-        rule = _rule(group.options)
-        if rule is None:
-            updates = [(seed, lr / spread * g / n) for seed, g in zip(seeds, self.projected_grads, strict=True)]
-            step_(group.theta, updates, decay, **options)
+        if kernel is None:
+            step_(group.theta, update.directions(), **options)
             return
-        weights = [g / n for g in self.projected_grads]
-        update = RuleUpdate(seeds, weights, lr, group.options["updates"], 1.0 if rule.kind == "adam" else decay)
-        rule_step_(group.theta, rule, group.moments(self.state, rule), [update], **options)
+        step = RuleUpdate(update.seeds, update.coefficients, update.lr, group.options["updates"], update.decay)
+        rule_step_(group.theta, kernel, group.moments(self.state, kernel), [step], **options)
+
+    def _root_mean_square(self, seed: int) -> float:
+        shapes = {name: tuple(p.shape) for _, name, p in self._trainable()}
+        device = next(p.device for _, _, p in self._trainable())
+        return root_mean_square(shapes, seed, device=device, backend=self.backend)
 
     def _eps(self) -> float:
         values = sorted({float(group["eps"]) for group in self.param_groups})
@@ -198,17 +244,23 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(f"projected_grad has one eps: give all param groups the same, got {values}")
         return values[0]
 
-    def _one_sided(self) -> bool:
-        rules = {group["rule"] for group in self.param_groups}
-        if "fzoo" not in rules:
-            return False
-        if len(rules) > 1:
-            raise ValueError(f"fzoo divides lr by one number: give all param groups the same rule, got {sorted(rules)}")
-        if self.num_perturbations < 2:
-            raise ValueError(
-                f"fzoo takes the deviation of losses: num_perturbations must be >= 2, got {self.num_perturbations}"
+    def _rule(self) -> Rule:
+        """The rule that says what a step measures; groups may differ in rules that measure both signs and no more."""
+        rules = {group["rule"]: _rule_of(group) for group in self.param_groups}
+        for rule in rules.values():
+            if len(rules) > 1 and (rule.one_sided or rule.compares):
+                names = sorted(rules)
+                raise ValueError(
+                    f"{rule.name} measures in its own way: give all param groups the same rule, got {names}"
+                )
+            refused = rule.refusals(
+                num_perturbations=self.num_perturbations,
+                weight_decay=max(group["weight_decay"] for group in self.param_groups),
+                normalise_z=self.normalise_z,
             )
-        return True
+            for option, why in refused:
+                raise ValueError(f"{option} {why}")
+        return next(iter(rules.values()))
 
     def _trainable(self) -> Iterator[tuple[dict, str, torch.Tensor]]:
         """(group, name, parameter) of every parameter that is perturbed."""
@@ -270,6 +322,12 @@ class MeZO(torch.optim.Optimizer):
         for group in self.param_groups:  # a state of an older version lacks what has come since
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+            if group["rule"] == "sgd" and group["momentum"]:
+                group["rule"] = "momentum"  # an option of sgd once
+            defaults = _defaults_of(group["rule"])
+            for name in _FIELD:  # every option stood there, of whatever rule
+                given = group[name] if name in defaults else None
+                group[name] = defaults.get(name) if given is None else given
 
     def state_dict(self) -> dict:
         """Everything a bitwise equal resumption needs: masters, momentum buffers, options, seed and step count."""
@@ -280,7 +338,7 @@ class MeZO(torch.optim.Optimizer):
         """Resume: restores what `state_dict` holds and sets the parameters to the masters."""
         super().load_state_dict(state_dict)
         for name in _SAVED:
-            setattr(self, name, state_dict["mezo"][name])
+            setattr(self, name, state_dict["mezo"].get(name, getattr(self, name)))
         params = [p for group in self.param_groups for p in group["params"]]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, p in zip(ids, params, strict=True):
@@ -292,10 +350,11 @@ class MeZO(torch.optim.Optimizer):
         self._follow()
 
 
-RULES = ("sgd", "adam", "adamw", "sign", "fzoo")
+_FIELD = {"momentum": "momentum", "betas": "beta1", "adam_eps": "adam_eps"}
+"""Options that some rules have, and the field by which these are known."""
 # as torch.optim's SGD and Adam call them
 _STATE = {"momentum": ("momentum_buffer",), "sign": ()} | dict.fromkeys(("adam", "adamw"), ("exp_avg", "exp_avg_sq"))
-_SAVED = ("seed", "num_perturbations", "distribution", "steps", "skipped_steps", "projected_grads")
+_SAVED = ("seed", "num_perturbations", "distribution", "normalise_z", "steps", "skipped_steps", "projected_grads")
 
 
 @dataclass
@@ -309,37 +368,50 @@ class _Group:
     minus: ParamLayout | None
     buffers: dict[str, ParamLayout] = field(default_factory=dict)
 
-    def moments(self, state, rule: Rule) -> list[ParamLayout]:
-        for name in _STATE[rule.kind]:
+    def moments(self, state: dict, kernel: Kernel) -> list[ParamLayout]:
+        """State of the fused rule, one layout a moment; zeros at first."""
+        for name in _STATE[kernel.kind]:
             if name not in self.buffers:
                 for p, theta in zip(self.params, self.theta.tensors, strict=True):
                     state[p].setdefault(name, torch.zeros_like(theta))
                 self.buffers[name] = self.theta.like([state[p][name] for p in self.params])
-        return [self.buffers[name] for name in _STATE[rule.kind]]
+        return [self.buffers[name] for name in _STATE[kernel.kind]]
 
 
-def _rule(options: dict) -> Rule | None:
-    """The fused rule of a group, or None for plain SGD."""
-    name, (beta1, beta2) = options["rule"], options["betas"]
-    if name in ("sgd", "fzoo"):
-        return Rule("momentum", options["momentum"]) if options["momentum"] else None
-    return Rule(name, beta1, beta2, options["adam_eps"], options["weight_decay"] if name == "adam" else 0.0)
+def _rule_of(group: dict) -> Rule:
+    """The rule of a param group, with the options it has there."""
+    options = {name: group[name] for name in ("momentum", "adam_eps") if group[name] is not None}
+    if group["betas"] is not None:
+        options["beta1"], options["beta2"] = group["betas"]
+    return RULES[group["rule"]](**options)
+
+
+def _defaults_of(rule: str) -> dict:
+    """What a rule has of the options `momentum`, `betas` and `adam_eps`, and their defaults."""
+    fields = {field.name: field.default for field in dataclasses.fields(RULES[rule])}
+    defaults = {name: fields[field] for name, field in _FIELD.items() if field in fields}
+    return defaults | ({"betas": (fields["beta1"], fields["beta2"])} if "betas" in defaults else {})
 
 
 def _check_options(group: dict) -> None:
+    """Fill in what the group's rule has by default; raise ValueError for what it cannot have."""
     for name, inside, text in (
         ("lr", lambda v: v >= 0, ">= 0"),
         ("eps", lambda v: v > 0, "> 0"),
         ("weight_decay", lambda v: v >= 0, ">= 0"),
-        ("momentum", lambda v: 0 <= v < 1, "in [0, 1)"),
     ):
         if not (math.isfinite(group[name]) and inside(group[name])):
             raise ValueError(f"{name} must be a finite number {text}, got {group[name]}")
     if group["rule"] not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}; got {group['rule']!r}")
-    if group["momentum"] and group["rule"] != "sgd":
-        raise ValueError(f"momentum is of the rule sgd, not of {group['rule']}: leave it out")
-    _rule(group)
+        raise ValueError(f"rule must be one of {', '.join(sorted(RULES))}; got {group['rule']!r}")
+    defaults = _defaults_of(group["rule"])
+    for name, given in ((name, group[name]) for name in _FIELD):
+        if given is not None and name not in defaults:
+            rules = " or ".join(rule for rule in RULES if name in _defaults_of(rule))
+            raise ValueError(f"{name} is of the rule {rules}, not of {group['rule']}: leave it out, or give rule=")
+        group[name] = defaults.get(name) if given is None else given
+    for option, why in outside(_rule_of(group)):
+        raise ValueError(f"{option} {why}")
 
 
 def _scalar(loss: torch.Tensor | float) -> float:

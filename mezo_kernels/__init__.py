@@ -1,10 +1,11 @@
 """Fused zeroth-order parameter ops: z is regenerated from a counter, never stored, and the same bits everywhere."""
 
+from mezo_kernels.dispatch import available_backends
 from mezo_kernels.layout import ParamLayout, ParamSlot, canonical_name
-from mezo_kernels.ops import available_backends, perturb_, rademacher, standard_normal, step_, sum_of_squares
+from mezo_kernels.ops import perturb_, rademacher, rule_step_, standard_normal, step_
 from mezo_kernels.philox import Z_STREAM_VERSION, lora_init, perturbation_seed, tensor_id
 from mezo_kernels.rms import root_mean_square
-from mezo_kernels.rules import Rule, RuleUpdate, rule_step_
+from mezo_kernels.rules import Rule, RuleUpdate
 from mezo_kernels.verify import VerifyRow, verify
 
 __all__ = [
@@ -24,7 +25,6 @@ __all__ = [
     "rule_step_",
     "standard_normal",
     "step_",
-    "sum_of_squares",
     "tensor_id",
     "verify",
 ]

@@ -1,53 +1,18 @@
-"""What each op means: contract, validation, registration with torch.library, dispatch to a backend.
+"""What each op means: contract, validation, and the call to a backend by way of `dispatch`.
 
 Backends: `reference` (eager PyTorch, any device), `numba` (CPU), `triton` (CUDA, ROCm; CPU under TRITON_INTERPRET=1).
-All three give the same bits. The source of every formula is MeZO (Malladi et al. 2023, arXiv 2305.17333, algorithm 1).
+All give the same bits. The source of every formula is MeZO (Malladi et al. 2023, arXiv 2305.17333, algorithm 1).
 """
 
-import importlib
 import math
-import os
 from collections.abc import Sequence
-from importlib.metadata import version
 
-import numpy as np
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from mezo_kernels import dispatch
 from mezo_kernels.layout import ParamLayout, check_no_alias
 from mezo_kernels.philox import STREAMS, check_seed, tensor_id
-
-_MODULES = {"reference": "mezo_kernels.reference", "numba": "mezo_kernels.cpu", "triton": "mezo_kernels.triton"}
-_BY_DEVICE = {"cpu": "numba", "cuda": "triton"}
-_LIBRARY = torch.library.Library("mezo_kernels", "DEF")
-
-_LIBRARY.define(
-    "perturb_(Tensor(a!)[] theta, Tensor[] geometry, float scale, SymInt seed_low, SymInt seed_high,"
-    " str distribution, str? backend) -> ()"
-)
-_LIBRARY.define(
-    "step_(Tensor(a!)[] theta, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor[] geometry, SymInt[] update_seeds,"
-    " float[] coefficients, float[] decays, SymInt[] next_seeds, float eps, str distribution, str? backend) -> ()"
-)
-_LIBRARY.define(
-    "sum_of_squares(Tensor[] theta, Tensor[] geometry, SymInt seed_low, SymInt seed_high, str distribution,"
-    " str? backend) -> Tensor"
-)
-_LIBRARY.define(
-    "standard_normal(SymInt seed_low, SymInt seed_high, int tensor_id, SymInt start, SymInt n_elements,"
-    " str distribution, Device device, str? backend) -> Tensor"
-)
-_OPS = torch.ops.mezo_kernels
-
-
-def available_backends(device: str | torch.device = "cpu") -> list[str]:
-    """Names of the backends that run on a device.
-
-    >>> available_backends("cpu")[:2]
-    ['reference', 'numba']
-    """
-    device = torch.device(device)
-    return [name for name in _MODULES if _unavailable(name, device) is None]
+from mezo_kernels.rules import KINDS, Rule, RuleUpdate
 
 
 def perturb_(
@@ -75,7 +40,7 @@ def perturb_(
     _finite("scale", scale)
     check_seed(seed)
     low, high = seed & 0xFFFFFFFF, seed >> 32
-    _call("perturb_", layout.tensors, [layout.geometry], float(scale), low, high, distribution, backend)
+    dispatch.call("perturb_", layout.tensors, [layout.geometry], float(scale), low, high, distribution, backend)
     return layout
 
 
@@ -126,16 +91,16 @@ def step_(
         _finite("coefficient", coefficient)
         _finite("decay", factor)
     seeds, plus, minus = _pairs(layout, next_seed, eps, plus, minus)
-    _call(
+    dispatch.call(
         "step_",
         layout.tensors,
         [tensor for target in plus for tensor in target.tensors],
         [tensor for target in minus for tensor in target.tensors],
         [layout.geometry, *(target.geometry for target in (*plus, *minus))],
-        _halves([seed for seed, _, _ in passes]),
+        dispatch.halves([seed for seed, _, _ in passes]),
         [float(coefficient) for _, coefficient, _ in passes],
         [float(factor) for _, _, factor in passes],
-        _halves(seeds),
+        dispatch.halves(seeds),
         float(eps or 0.0),
         distribution,
         backend,
@@ -143,22 +108,70 @@ def step_(
     return layout
 
 
-def sum_of_squares(
-    layout: ParamLayout, seed: int, *, distribution: str = "normal", backend: str | None = None
-) -> float:
-    """Sum of z(seed)**2 over the layout's elements, in float64.
+def rule_step_(
+    layout: ParamLayout,
+    rule: Rule,
+    state: Sequence[ParamLayout],
+    updates: Sequence[RuleUpdate],
+    next_seed: int | Sequence[int] | None = None,
+    eps: float | None = None,
+    plus: ParamLayout | Sequence[ParamLayout] | None = None,
+    minus: ParamLayout | Sequence[ParamLayout] | None = None,
+    *,
+    distribution: str = "normal",
+    backend: str | None = None,
+) -> ParamLayout:
+    """`step_` by a rule with state: read master and state once, apply the updates, write all and the next plus, minus.
 
     Args:
-        layout: which elements; their storage is not read.
-        seed, distribution, backend: as in `perturb_`.
+        layout: the master theta, float32.
+        rule: what an update does.
+        state: `rule.states` layouts like the master, float32 (m; m and v), zeros at first.
+        updates: in order; with many this replays a run.
+        next_seed, eps, plus, minus, distribution, backend: as in `step_`.
+    Returns:
+        `layout`.
+    Raises:
+        ValueError: as `step_`; state that is not float32, or not of the same elements, or in the wrong number.
 
-    >>> round(sum_of_squares(ParamLayout({"w": torch.zeros(4)}), seed=0), 6)
-    3.316516
+    >>> w, m = torch.ones(2), torch.zeros(2)
+    >>> theta = ParamLayout({"w": w})
+    >>> _ = rule_step_(theta, Rule("sign"), [], [RuleUpdate([0], [0.5], lr=0.25, t=1)])
+    >>> w  # z(0) is (-0.2909, 0.3179, ...)
+    tensor([1.2500, 0.7500])
+    >>> _ = rule_step_(theta, Rule("momentum"), [theta.like([m])], [RuleUpdate([0], [2.0], lr=0.0, t=1)])
+    >>> m
+    tensor([-0.5817,  0.6358])
     """
     _check(distribution, backend, layout.device)
-    check_seed(seed)
-    halves = seed & 0xFFFFFFFF, seed >> 32
-    return _call("sum_of_squares", layout.tensors, [layout.geometry], *halves, distribution, backend).item()
+    _check_state(layout, rule, state)
+    numbers, all_seeds = [], []
+    for update in updates:
+        _check_update(update)
+        rate, root = rule.rate(update.lr, update.t)
+        _finite("learning rate", rate)
+        last = len(update.seeds) - 1
+        for k, (seed, weight) in enumerate(zip(update.seeds, update.weights, strict=True)):
+            all_seeds.append(check_seed(seed))
+            numbers += [float(weight), float(k == last), rate, float(update.decay), root]
+    seeds, plus, minus = _pairs(layout, next_seed, eps, plus, minus)
+    arguments = (
+        layout.tensors,
+        [tensor for one in state for tensor in one.tensors],
+        [tensor for target in plus for tensor in target.tensors],
+        [tensor for target in minus for tensor in target.tensors],
+        [layout.geometry, *(one.geometry for one in (*state, *plus, *minus))],
+        KINDS[rule.kind],
+        rule.constants,
+        dispatch.halves(all_seeds),
+        numbers,
+        dispatch.halves(seeds),
+        float(eps or 0.0),
+        distribution,
+        backend,
+    )
+    dispatch.call("rule_step_", *arguments)
+    return layout
 
 
 def standard_normal(
@@ -200,7 +213,7 @@ def _elements(seed, name, start, n_elements, distribution, device, backend) -> t
     if not 0 <= start <= start + n_elements < 2**63:
         raise ValueError(f"expected 0 <= start and 0 <= n_elements, got start {start}, n_elements {n_elements}")
     halves = seed & 0xFFFFFFFF, seed >> 32
-    return _call("standard_normal", *halves, tensor_id(name), start, n_elements, distribution, device, backend)
+    return dispatch.call("standard_normal", *halves, tensor_id(name), start, n_elements, distribution, device, backend)
 
 
 def _pairs(layout, next_seed, eps, plus, minus):
@@ -239,19 +252,29 @@ def _check_targets(layout: ParamLayout, targets: Sequence[ParamLayout]) -> None:
             raise ValueError(f"plus and minus must be on {layout.device} like theta, got {target.device}")
 
 
-def _call(op: str, *arguments):
-    """The op by torch.library where somebody traces, and directly where nobody does: boxing 448 tensors costs 65 us."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return getattr(_OPS, op)(*arguments)
-    return _IMPLEMENTATIONS[op](*arguments)
+def _check_update(update: RuleUpdate) -> None:
+    if not len(update.seeds) == len(update.weights) >= 1:
+        raise ValueError(f"an update needs a weight for each seed, got {len(update.seeds)} and {len(update.weights)}")
+    if update.t < 1:
+        raise ValueError(f"t counts updates from 1, got {update.t}")
+    for weight in update.weights:
+        _finite("weight", weight)
+    _finite("decay", update.decay)
 
 
-def _halves(seeds: list[int]) -> list[int]:
-    return [half for seed in seeds for half in (seed & 0xFFFFFFFF, seed >> 32)]
-
-
-def _seeds(halves: Sequence[int]) -> list[int]:
-    return [low | high << 32 for low, high in zip(halves[::2], halves[1::2], strict=True)]
+def _check_state(layout: ParamLayout, rule: Rule, state: Sequence[ParamLayout]) -> None:
+    if len(state) != rule.states:
+        raise ValueError(f"the rule {rule.kind} keeps {rule.states} layouts of state, got {len(state)}")
+    key = ("state", *(one.serial for one in state))
+    if key in layout.checked_targets:
+        return
+    for slot in (slot for one in (layout, *state) for slot in one.slots):
+        if slot.tensor.dtype != torch.float32:
+            raise ValueError(f"{slot.name}: a rule needs a float32 master and state, got {slot.tensor.dtype}")
+    _check_targets(layout, state)
+    if not torch.compiler.is_compiling():
+        check_no_alias([slot for one in (layout, *state) for slot in one.slots])
+        layout.checked_targets.add(key)
 
 
 def _finite(what: str, value: float) -> None:
@@ -262,93 +285,4 @@ def _finite(what: str, value: float) -> None:
 def _check(distribution: str, backend: str | None, device: torch.device) -> None:
     if distribution not in STREAMS:
         raise ValueError(f"distribution must be one of {', '.join(STREAMS)}; got {distribution!r}")
-    if backend is None:
-        if device.type not in _BY_DEVICE and device.type != "meta":
-            raise ValueError(f"no compiled backend for device {device}; pass backend='reference'")
-        return
-    if backend not in _MODULES:
-        raise ValueError(f"backend must be one of {', '.join(_MODULES)}; got {backend!r}")
-    reason = _unavailable(backend, device)
-    if reason:
-        raise ValueError(f"backend {backend!r} is not available on {device}: {reason}")
-
-
-def _unavailable(backend: str, device: torch.device) -> str | None:
-    """Why a backend cannot run on a device, or None."""
-    if backend == "numba" and device.type != "cpu":
-        return "it runs on CPU tensors only"
-    if backend == "triton":
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return "it needs a CUDA or ROCm device, or TRITON_INTERPRET=1 set before Python starts"
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed"
-        if device.type != "cuda" and _interpreter_is_broken():
-            return "Triton's interpreter before 3.7 does not run with numpy 2.4 or later"
-    return None
-
-
-def _interpreter_is_broken() -> bool:
-    """Triton 3.6's `tl.range` converts an array of one element to a number, which numpy has stopped to do."""
-    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
-    return triton < (3, 7) and numpy >= (2, 4)
-
-
-def _module(backend: str | None, device: torch.device):
-    return importlib.import_module(_MODULES[backend or _BY_DEVICE[device.type]])
-
-
-def _float32(value: float) -> float:
-    return float(np.float32(value))
-
-
-def _perturb(theta, geometry, scale, seed_low, seed_high, distribution, backend):
-    seed = seed_low | seed_high << 32
-    _module(backend, theta[0].device).perturb_(theta, geometry, _float32(scale), seed, distribution)
-
-
-def _step(
-    theta, plus, minus, geometry, update_seeds, coefficients, decays, next_seeds, eps, distribution, backend
-):  # fmt: skip
-    updates = [
-        (seed, _float32(coefficient), _float32(decay))
-        for seed, coefficient, decay in zip(_seeds(update_seeds), coefficients, decays, strict=True)
-    ]
-    run = _module(backend, theta[0].device).step_
-    run(theta, plus, minus, geometry, updates, _seeds(next_seeds), _float32(eps), distribution)
-
-
-def _sum_of_squares(theta, geometry, seed_low, seed_high, distribution, backend):
-    seed = seed_low | seed_high << 32
-    total = _module(backend, theta[0].device).sum_of_squares(theta, geometry, seed, distribution)
-    return torch.as_tensor(total, dtype=torch.float64, device=theta[0].device)
-
-
-def _standard_normal(seed_low, seed_high, tensor_id, start, n_elements, distribution, device, backend):
-    seed = seed_low | seed_high << 32
-    return _module(backend, device).standard_normal(seed, tensor_id, start, n_elements, distribution, device)
-
-
-_IMPLEMENTATIONS = {
-    "perturb_": _perturb,
-    "step_": _step,
-    "sum_of_squares": _sum_of_squares,
-    "standard_normal": _standard_normal,
-}
-for _name, _impl in _IMPLEMENTATIONS.items():
-    _LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("mezo_kernels::perturb_")
-@torch.library.register_fake("mezo_kernels::step_")
-def _fake_in_place(*arguments):
-    return None
-
-
-@torch.library.register_fake("mezo_kernels::sum_of_squares")
-def _fake_sum(theta, *arguments):
-    return theta[0].new_empty((), dtype=torch.float64)
-
-
-@torch.library.register_fake("mezo_kernels::standard_normal")
-def _fake_standard_normal(seed_low, seed_high, tensor_id, start, n_elements, distribution, device, backend):
-    return torch.empty(n_elements, dtype=torch.float32, device=device)
+    dispatch.check_backend(backend, device)

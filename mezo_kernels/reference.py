@@ -126,12 +126,3 @@ def _apply_rule(kind, constants, theta, moments, g, rate, decay, root):
         step = (g > 0).float() - (g < 0).float()
     theta = theta * decay if decay != 1 else theta
     return theta - rate * step, moments
-
-
-def sum_of_squares(theta: list[torch.Tensor], geometry: list[torch.Tensor], seed: int, distribution: str) -> float:
-    """Sum over all elements of z**2, in float64."""
-    total = 0.0
-    for tensor, row in zip(theta, geometry[0].tolist(), strict=True):
-        for _, index in _blocks(tensor, row):
-            total += z_at(seed, row[TENSOR_ID], index, distribution).double().square().sum().item()
-    return total

@@ -18,8 +18,7 @@ def root_mean_square(
     """sqrt(sum z(seed)**2 / d) over the d elements of all parameters, under normal z.
 
     z over this number lies on the sphere of radius sqrt(d). Each square, exact in float64, is cut to a multiple of
-    2**-36, and integers are summed: no order of summation, device or backend changes a bit. (`sum_of_squares` is the
-    fused op; its backends agree to 1e-12.)
+    2**-36, and integers are summed: no order of summation, device or backend changes a bit.
 
     Args:
         shapes: full shape of each parameter by canonical name; their order does not matter.

@@ -50,7 +50,7 @@ def tiny_options(tiny_model, tiny_data, tmp_path):
 
 @pytest.fixture
 def tiny_config(tiny_options):
-    return Config(**tiny_options)
+    return Config.of(**tiny_options)
 
 
 @pytest.fixture

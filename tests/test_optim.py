@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from mezo import MeZO
-from mezo_kernels import ParamLayout, Rule, RuleUpdate, perturb_, perturbation_seed, rademacher, rule_step_, step_
+from mezo_kernels import (
+    ParamLayout,
+    Rule,
+    RuleUpdate,
+    perturb_,
+    perturbation_seed,
+    rademacher,
+    rule_step_,
+    standard_normal,
+    step_,
+)
 
 # the truncation error of a central difference of a smooth loss at eps 1e-2, and float32 rounding over 2 eps
 DERIVATIVE_TOLERANCE = 2e-3
@@ -45,7 +55,9 @@ def same(left, right):
     "options",
     [
         {},
-        {"momentum": 0.9, "lr": 0.002},
+        {"rule": "momentum", "lr": 0.002},
+        {"rule": "conservative", "lr": 0.02},
+        {"normalise_z": True},
         {"num_perturbations": 4},
         {"distribution": "rademacher"},
         {"rule": "adam", "lr": 0.1},
@@ -86,8 +98,7 @@ def test_step_is_the_formula_of_the_z_stream(dtype, rule):
     fused = None if rule == "sgd" else Rule(rule, l2=wd if rule == "adam" else 0.0)
     state = [layout.like([torch.zeros_like(t) for t in layout.tensors]) for _ in range(fused.states if fused else 0)]
     options = {"lr": lr, "weight_decay": wd, "num_perturbations": n, "seed": 5}
-    options |= {"momentum": 0.9} if rule == "momentum" else {"rule": rule}
-    optimizer = MeZO(model.named_parameters(), **options)
+    optimizer = MeZO(model.named_parameters(), rule=rule, **options)
     for step in range(2):
         train(model, optimizer, 1)
         seeds = [perturbation_seed(5, step, k) for k in range(n)]
@@ -156,6 +167,39 @@ def test_fzoo_leaves_theta_alone_where_losses_are_equal_and_skips_where_one_is_b
         assert optimizer.skipped_steps == skipped
     optimizer.step(lambda: next(answers))
     assert not torch.equal(theta, torch.ones(5))
+
+
+def test_conservative_keeps_the_best_of_three_thetas():
+    """The losses that it compares are those of theta, theta - c z and theta + c z, from one generator state."""
+    theta, seen, draws = torch.linspace(-1, 1, 50), [], []
+    before, target = theta.clone(), torch.linspace(1, 2, 50)
+
+    def closure():
+        seen.append(theta.clone())
+        draws.append(torch.rand(1).item())
+        return (theta - target).square().sum()
+
+    optimizer = MeZO([("w", theta)], lr=1e-2, rule="conservative", seed=4)
+    optimizer.step(closure)
+    assert len(set(draws)) == 1
+    _, _, *tried = seen
+    c = 1e-2 * optimizer.projected_grads[0]
+    z = standard_normal(perturbation_seed(4, 0), "w", 0, 50)
+    assert torch.equal(tried[0], before)
+    for moved, sign in zip(tried[1:], (-1, 1), strict=True):
+        assert (moved - (before + sign * c * z)).abs().max() < 1e-6
+    losses = [(moved - target).square().sum() for moved in tried]
+    assert torch.equal(theta, tried[losses.index(min(losses))])
+    assert losses.index(min(losses)) > 0
+
+
+def test_normalised_perturbations_have_one_length():
+    theta, seen, eps = torch.zeros(50), [], 1e-2
+    optimizer = MeZO([("w", theta)], lr=0.1, eps=eps, normalise_z=True, seed=4)
+    optimizer.step(lambda: seen.append(theta.clone()) or 0.0)
+    assert seen[0].norm().item() == pytest.approx(eps * 50**0.5, rel=1e-5)
+    optimizer.step(lambda: seen.append(theta.clone()) or theta.sum())
+    assert seen[2].norm().item() == pytest.approx(seen[0].norm().item(), rel=1e-5)
 
 
 def test_fzoo_is_of_all_groups():
@@ -236,7 +280,7 @@ def test_lr_schedulers_apply():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "rule",
-    [{}, {"momentum": 0.9}, {"rule": "adam"}, {"rule": "adamw"}, {"rule": "sign"}, {"rule": "fzoo", "lr": 1e-5}],
+    [{}, {"rule": "momentum"}, {"rule": "adam"}, {"rule": "adamw"}, {"rule": "sign"}, {"rule": "fzoo", "lr": 1e-5}],
     ids=str,
 )
 def test_resume_is_bitwise_equal(dtype, rule, tmp_path):
@@ -259,7 +303,7 @@ def test_resume_is_bitwise_equal(dtype, rule, tmp_path):
 
 def test_a_deep_copy_continues_alike():
     model = make_model()
-    optimizer = MeZO(model.parameters(), lr=0.05, momentum=0.5)
+    optimizer = MeZO(model.parameters(), lr=0.05, rule="momentum", momentum=0.5)
     train(model, optimizer, 2)
     twin, twin_optimizer = copy.deepcopy((model, optimizer))
     assert train(model, optimizer, 2) == train(twin, twin_optimizer, 2)
@@ -316,7 +360,7 @@ def test_memory_is_counted_and_shown():
     assert optimizer.memory_bytes == 400
     assert "memory_bytes: 400" in repr(optimizer)
     assert MeZO([theta.bfloat16()], lr=0.1).memory_bytes == 600
-    momentum = MeZO([theta], lr=0.1, momentum=0.9)
+    momentum = MeZO([theta], lr=0.1, rule="momentum")
     momentum.step(lambda: 0.0)
     assert momentum.memory_bytes == 800
     adam = MeZO([theta], lr=0.1, rule="adam")
@@ -330,11 +374,16 @@ def test_memory_is_counted_and_shown():
         ({"lr": -1.0}, "lr"),
         ({"lr": math.nan}, "lr"),
         ({"lr": 0.1, "eps": 0.0}, "eps"),
-        ({"lr": 0.1, "momentum": 1.0}, "momentum"),
-        ({"lr": 0.1, "rule": "lion"}, "rule must be one of sgd, adam, adamw, sign, fzoo; got 'lion'"),
+        ({"lr": 0.1, "rule": "momentum", "momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0"),
+        ({"lr": 0.1, "rule": "lion"}, "rule must be one of adam, adamw, .*, sign; got 'lion'"),
+        ({"lr": 0.1, "momentum": 0.9}, "momentum is of the rule momentum, not of sgd"),
+        ({"lr": 0.1, "rule": "conservative", "weight_decay": 0.1}, "weight_decay must be 0, got 0.1"),
         ({"lr": 0.1, "rule": "fzoo"}, "num_perturbations must be >= 2, got 1"),
-        ({"lr": 0.1, "rule": "fzoo", "num_perturbations": 2, "momentum": 0.9}, "momentum is of the rule sgd"),
-        ({"lr": 0.1, "rule": "adam", "momentum": 0.9}, "momentum is of the rule sgd"),
+        (
+            {"lr": 0.1, "rule": "fzoo", "num_perturbations": 2, "momentum": 0.9},
+            "momentum is of the rule momentum, not of",
+        ),
+        ({"lr": 0.1, "rule": "adam", "momentum": 0.9}, "momentum is of the rule momentum, not of"),
         ({"lr": 0.1, "rule": "adam", "betas": (0.9, 1.0)}, "beta2"),
         ({"lr": 0.1, "weight_decay": -0.1}, "weight_decay"),
         ({"lr": 0.1, "num_perturbations": 0}, "num_perturbations"),
@@ -363,13 +412,18 @@ def test_colliding_names_across_groups_are_refused():
         MeZO([{"params": [("w", torch.ones(2))]}, {"params": [("w", torch.ones(3))]}], lr=0.1)
 
 
-def test_a_state_of_an_older_version_is_loaded():
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_state_of_an_older_version_is_loaded(momentum):
+    """Once every option stood in every group, momentum was an option of sgd, and older ones knew no rule at all."""
     theta, same = (torch.nn.Parameter(torch.ones(5)) for _ in "ab")
-    old, new = MeZO([("theta", theta)], lr=0.1), MeZO([("theta", same)], lr=0.1)
+    rule = {"rule": "momentum", "momentum": momentum} if momentum else {}
+    old, new = MeZO([("theta", theta)], lr=0.1, **rule), MeZO([("theta", same)], lr=0.1)
     old.step(lambda: theta.square().sum())
     state = old.state_dict()
+    del state["mezo"]["normalise_z"]
     for group in state["param_groups"]:
-        for name in ("rule", "betas", "adam_eps", "updates"):
+        group["momentum"] = momentum
+        for name in ("rule", "betas", "adam_eps") if momentum else ("rule", "betas", "adam_eps", "updates"):
             del group[name]
     new.load_state_dict(state)
     for optimizer, p in ((old, theta), (new, same)):

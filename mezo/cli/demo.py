@@ -1,14 +1,14 @@
 """`mezo demo`: a small model, film reviews, from download to result."""
 
-import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
+from mezo.cli.parsing import parse
 
 
-@dataclasses.dataclass(frozen=True)
-class _DemoOptions:
+@dataclass(frozen=True)
+class Options:
     """Fetch a small model and labelled film reviews, fine-tune the last layer, and check the result.
 
     The first time about 100 MB are downloaded; after that it works offline.
@@ -25,7 +25,8 @@ class _DemoOptions:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(_DemoOptions, args=argv, prog="mezo demo")
+    """Run the command; return its exit code."""
+    options = parse(argv, "mezo demo", Options)
     from mezo.studies import demo
 
     return demo.run(options.prompt, options.steps, Path(options.output_dir), options.runtime)

@@ -1,16 +1,16 @@
 """`mezo export`: what a run kept, for others."""
 
-import dataclasses
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-import tyro
+from mezo.cli.parsing import POSITIONAL, parse
 
 
-@dataclasses.dataclass(frozen=True)
-class _ExportOptions:
+@dataclass(frozen=True)
+class Options:
     """Write a run's best adapter or model for others to use."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[str, POSITIONAL]
     """Run directory, or any adapter directory."""
     output_dir: str
     """Directory to create."""
@@ -22,7 +22,8 @@ class _ExportOptions:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(_ExportOptions, args=argv, prog="mezo export")
+    """Run the command; return its exit code."""
+    options = parse(argv, "mezo export", Options)
     from mezo.run.export import export
 
     export(options.run, options.output_dir, options.format, options.dtype)

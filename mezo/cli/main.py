@@ -1,4 +1,7 @@
-"""The `mezo` command, as USAGE lists it. Heavy imports wait until a command needs them."""
+"""The `mezo` command. A command's file is imported when it is called: `mezo --help` costs no library.
+
+Subcommands of a parser library would import the options of all commands, and what these import, for each call.
+"""
 
 import importlib
 import os
@@ -7,52 +10,53 @@ import warnings
 
 from mezo.errors import RunError, UserError
 
-USAGE = """usage: mezo COMMAND [options]
-
-  train    fine-tune a model with forward passes only; --resume RUN continues a run
-  eval     score a run's adapter, any adapter, or a model without one
-  replay   rebuild a run's adapter or model from its log
-  export   write a run's adapter, the base model with the adapter merged, or the trained model
-  import   make an adapter of someone else's ready for --adapter
-  trajectory show, verify or truncate a run's log
-  report   what finished runs did, and where time and tokens went; also as a web page with curves
-  tune     choose lr and eps by short runs; --resume DIR continues a sweep
-  tasks    list what --task takes: prompts, answers, objectives
-  verify   compare every backend with the reference on this machine, bit for bit
-  reproduce run a published experiment and print its figure beside ours
-  demo     fine-tune a small model on movie reviews, from download to plots
-
-mezo COMMAND --help lists a command's options."""
-
 COMMANDS = {
-    "train": "mezo.cli.train",
-    "eval": "mezo.cli.eval",
-    "replay": "mezo.cli.replay",
-    "export": "mezo.cli.export",
-    "import": "mezo.cli.import_",
-    "trajectory": "mezo.cli.trajectory",
-    "report": "mezo.cli.report",
-    "tune": "mezo.cli.tune",
-    "tasks": "mezo.cli.tasks",
-    "verify": "mezo.cli.verify",
-    "reproduce": "mezo.cli.reproduce",
-    "demo": "mezo.cli.demo",
+    "Start here": {
+        "demo": "fine-tune a small model on movie reviews, from download to plots",
+        "tasks": "list what --task takes: prompts, answers, objectives",
+    },
+    "Train": {
+        "train": "fine-tune a model with forward passes only; --resume RUN continues a run",
+        "tune": "choose lr and eps by short runs; --resume DIR continues a sweep",
+    },
+    "Look at runs": {
+        "eval": "score a run, any adapter, or a model without one",
+        "report": "what finished runs did, and where time and tokens went; also as a web page with curves",
+        "trajectory": "show, verify or truncate a run's log",
+    },
+    "Take results away": {
+        "export": "write a run's adapter, the base model with the adapter merged, or the trained model",
+        "replay": "rebuild a run's adapter or model from its log",
+    },
+    "Check": {
+        "verify": "compare every backend with the reference on this machine, bit for bit",
+        "reproduce": "run a published experiment and print its figure beside ours",
+    },
 }
-"""The file of each command: its `main(argv)` returns the exit code."""
+"""Commands by what they are for; the file of each is mezo/cli/NAME.py, whose `main(argv)` returns the exit code."""
+
+
+def usage() -> str:
+    """What `mezo --help` prints."""
+    lines = ["usage: mezo COMMAND [options]"]
+    for title, commands in COMMANDS.items():
+        lines += ["", f"{title}:", *(f"  {name:<11} {summary}" for name, summary in commands.items())]
+    return "\n".join([*lines, "", "mezo COMMAND --help lists a command's options."])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; exit code 0, 1 (the run or check failed), 2 (a mistake in the call) or 130 (Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
+        print(usage())
         return 0 if argv else 2
-    if argv[0] not in COMMANDS:
-        return _fail(f"unknown command {argv[0]!r}: expected one of {', '.join(COMMANDS)}", 2)
+    names = [name for commands in COMMANDS.values() for name in commands]
+    if argv[0] not in names:
+        return _fail(f"unknown command {argv[0]!r}: expected one of {', '.join(names)}", 2)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module="torchvision")  # SGLang brings it; nothing here looks at pictures
     try:
-        return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
+        return importlib.import_module(f"mezo.cli.{argv[0]}").main(argv[1:])
     except UserError as error:
         return _fail(str(error), 2)
     except RunError as error:

@@ -1,16 +1,16 @@
 """`mezo replay`: what a run's log gives."""
 
-import dataclasses
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-import tyro
+from mezo.cli.parsing import POSITIONAL, parse
 
 
-@dataclasses.dataclass(frozen=True)
-class _ReplayOptions:
+@dataclass(frozen=True)
+class Options:
     """Rebuild a run's adapter from its log alone, or its model from log and base model, bit for bit."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[str, POSITIONAL]
     """Run directory."""
     output_dir: str
     """Directory to create, of an adapter or a model."""
@@ -23,7 +23,8 @@ class _ReplayOptions:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(_ReplayOptions, args=argv, prog="mezo replay")
+    """Run the command; return its exit code."""
+    options = parse(argv, "mezo replay", Options)
     from mezo.api import replay
 
     backend = None if options.backend == "auto" else options.backend

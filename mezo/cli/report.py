@@ -1,23 +1,24 @@
 """`mezo report`: its options, and what it prints."""
 
-import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from mezo.cli.parsing import POSITIONAL, parse
 from mezo.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class _ReportOptions:
+@dataclass(frozen=True)
+class Options:
     """Print what finished runs did (results, noise, tokens, seconds by part), and write it with curves as a web page.
 
     The page is one file that opens offline: RUN/report.html, or --html. Several runs share a page if --html names one.
     """
 
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    runs: Annotated[tuple[str, ...], POSITIONAL] = ()
     """Run directories."""
     html: str = ""
     """The page; by default report.html in the run directory, of one run."""
@@ -25,7 +26,7 @@ class _ReportOptions:
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
-    options = tyro.cli(_ReportOptions, args=argv, prog="mezo report")
+    options = parse(argv, "mezo report", Options)
     if not options.runs:
         raise UserError("mezo report: give at least one run directory")
     from mezo.report import page, tables

@@ -1,25 +1,24 @@
 """Options and tables of `mezo reproduce`."""
 
-import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mezo.config import Config
+from mezo.cli.parsing import POSITIONAL, parse
 from mezo.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class ReproduceOptions:
+@dataclass(frozen=True)
+class Options:
     """Run a published experiment and print its figure beside ours; run again, it goes on where it was stopped.
 
     Without a name the experiments are listed. What is shortened or replaced is named below the table.
     """
 
-    name: tyro.conf.Positional[str] = ""
+    name: Annotated[str, POSITIONAL] = ""
     """The experiment, such as roberta-sst2-k16."""
     output_dir: str = ""
     """Directory of the runs, one for each data seed and learning rate; by default runs/reproduce/NAME."""
@@ -43,7 +42,7 @@ class ReproduceOptions:
 
 def main(argv: list[str]) -> int:
     """`mezo reproduce`; returns the exit code."""
-    options = tyro.cli(ReproduceOptions, args=argv, prog="mezo reproduce")
+    options = parse(argv, "mezo reproduce", Options)
     from mezo.studies import protocols, reproduce
 
     console = Console(highlight=False)
@@ -57,10 +56,7 @@ def main(argv: list[str]) -> int:
     if bool(options.train_file) != bool(options.test_file):
         raise UserError("--train-file and --test-file go together: give both, or neither for the hub's splits")
     named = ("steps", "model", "train_file", "dev_file", "test_file", "runtime", "dtype")
-    given = {name: getattr(options, name) for name in named}
-    changes = {name: value for name, value in given.items() if value and value != getattr(Config, name, None)}
-    if options.steps:
-        changes["steps"] = options.steps
+    changes = {name: value for name in named if (value := getattr(options, name)) not in ("", 0, "hf")}
     output_dir = options.output_dir or str(Path("runs/reproduce") / options.name)
     found = reproduce.run(protocol, output_dir, changes, options.seeds)
     if found is None:

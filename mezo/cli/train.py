@@ -1,30 +1,42 @@
 """`mezo train`: a new run, or one that goes on."""
 
-import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mezo.cli.parsing import parse, take_option
+from mezo.cli.parsing import given
 from mezo.cli.showing import show_result
-from mezo.config import MACHINE, Config
-from mezo.config.checks import ENGINE
-from mezo.errors import UserError
+from mezo.config import Config, refuse_contradiction
+from mezo.config.options import RESUMABLE
+
+
+@dataclass(frozen=True)
+class Options:
+    """Fine-tune a language model with forward passes only (MeZO, arXiv 2305.17333).
+
+    --model, --output-dir and --task or --train-file make a run; `mezo demo` shows one.
+    """
+
+    config: str = ""
+    """YAML file that may give any of the options below by name, such as batch_size: 8; flags win over it."""
+    resume: str = ""
+    """Directory of a run that was stopped: it goes on, to the same bits as if it had not been. Only options that say
+    where, how or how far it is computed may be given beside it."""
 
 
 def main(argv: list[str]) -> int:
-    path, rest = take_option(argv, "--resume")
-    if path is None:
-        config = parse(argv, "mezo train")
-        from mezo.api import fixed_by_adapter, refuse_other_adapter, resume, train
-
-        if config.adapter:  # what is given and happens to be a default is given all the same
-            fixed = fixed_by_adapter(config)
-            refuse_other_adapter(parse(argv, "mezo train", fixed), fixed, f"--adapter {config.adapter}")
-        result = train(config)
-    else:
-        machine = _machine_options(path, rest)
-        from mezo.api import fixed_by_adapter, refuse_other_adapter, resume, train
+    """Run the command; return its exit code."""
+    values = given(argv, "mezo train", Options, Config.options())
+    if path := values.pop("resume", ""):
+        machine = _resumable(path, values)
+        from mezo.api import resume
 
         result = resume(path, machine=machine)
+    else:
+        config = Config.of(**values)
+        from mezo.api import train
+
+        result = train(config)
     if result is None:
         return 130
     if result:
@@ -32,23 +44,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _machine_options(path: str, rest: list[str]) -> dict:
-    """Options given with --resume that say where the run goes on; all others are the run's own, and must agree."""
-    if not rest:
+def _resumable(path: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Of the options given with --resume those that say where, how or how far; all others are the run's own."""
+    if not values:
         return {}
-    saved = dataclasses.asdict(_saved_config(Path(path)))
-    if take_option(rest, "--runtime")[0] == "hf":
-        # the engine's options have no meaning there
-        saved |= {name: getattr(Config, name) for name in ENGINE}
-    asked = dataclasses.asdict(parse(rest, "mezo train", saved))
-    for name, value in asked.items():
-        if value != saved[name] and name not in MACHINE:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {value} contradicts the run, which has {saved[name]}: give --resume {path} alone")
-    return {name: asked[name] for name in MACHINE}
-
-
-def _saved_config(run: Path) -> Config:
     from mezo.run.directory import RunDirectory
 
-    return RunDirectory(run).read_config()
+    saved, options = RunDirectory(Path(path)).read_config().to_dict(), Config.options()
+    machine = {name: value for name, value in values.items() if RESUMABLE in options[name].marks}
+    others = {name: value for name, value in values.items() if name not in machine}
+    refuse_contradiction(others, {name: saved.get(name) for name in others}, "the run")
+    return machine

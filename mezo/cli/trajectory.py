@@ -1,25 +1,26 @@
 """`mezo trajectory`: a run's log shown, checked or cut back."""
 
-import dataclasses
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-import tyro
+from mezo.cli.parsing import POSITIONAL, parse
 
 
-@dataclasses.dataclass(frozen=True)
-class _TrajectoryOptions:
+@dataclass(frozen=True)
+class Options:
     """Show, check or cut back a run's log."""
 
-    action: tyro.conf.Positional[Literal["show", "verify", "truncate"]]
+    action: Annotated[Literal["show", "verify", "truncate"], POSITIONAL]
     """show: a summary; verify: that every line follows from the header and config; truncate: cut back to --step."""
-    run: tyro.conf.Positional[str]
+    run: Annotated[str, POSITIONAL]
     """Run directory."""
     step: int = -1
     """Steps to keep, for truncate; what is cut off is kept in the run directory."""
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(_TrajectoryOptions, args=argv, prog="mezo trajectory")
+    """Run the command; return its exit code."""
+    options = parse(argv, "mezo trajectory", Options)
     from mezo.run import logbook
 
     if options.action == "show":

@@ -1,48 +1,49 @@
 """`mezo tune`: its options, and what it prints."""
 
-import dataclasses
 import sys
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
-from mezo.cli.parsing import UncheckedConfig, option_values, take_option
+from mezo.cli.parsing import given
 from mezo.config import Config
 from mezo.errors import UserError
 
-OWN = "grid_lr", "grid_eps", "rungs", "trial_steps"
 
-
-@dataclasses.dataclass(frozen=True)
-class _TuneOptions(UncheckedConfig):
+@dataclass(frozen=True)
+class Options:
     """Choose lr and eps for a run: all its options as for `mezo train`, and --output-dir for the sweep.
 
     lr and eps are estimated from the noise and the curvature of the loss, then short runs around them are compared by
-    dev loss; at every rung half of them go on. --resume DIR, alone, continues a sweep.
+    dev loss; at every comparison (rung) half of them go on.
     """
 
+    config: str = ""
+    """YAML file that may give any of the options below by name; flags win over it."""
+    resume: str = ""
+    """Directory of a sweep that was stopped: it goes on; no other option may be given beside it."""
     grid_lr: tuple[float, ...] = ()
     """Learning rates to try; by default 0.1, 0.3, 1 and 3 times the estimated one."""
     grid_eps: tuple[float, ...] = ()
-    """Perturbation scales to try; by default the estimated one."""
+    """Perturbation scales (eps) to try; by default the estimated one."""
     rungs: int = 3
-    """Comparisons; each has twice the steps of the one before, and half of the trials."""
+    """Comparisons; each has twice the steps of the one before, and half of the runs."""
     trial_steps: int = 0
-    """Steps of the last rung; 0 is a quarter of --steps."""
+    """Steps at the last comparison; 0 is a quarter of --steps."""
 
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
-    path, rest = take_option(argv, "--resume")
-    if path is not None and rest:
-        raise UserError(f"mezo tune --resume {path} takes no other option, got {rest[0]}: the plan is fixed")
-    if path is None:
-        values = option_values(argv, "mezo tune", kind=_TuneOptions)
-        own = {name: values.pop(name) for name in OWN}
-        config = Config(**values)
+    values = given(argv, "mezo tune", Options, Config.options())
+    path = values.pop("resume", "")
+    if path and values:
+        raise UserError(f"mezo tune --resume {path} takes no other option, got {next(iter(values))}: the plan is fixed")
+    own = {name: values.pop(name) for name in ("grid_lr", "grid_eps", "rungs", "trial_steps") if name in values}
+    config = None if path else Config.of(**values)
     from mezo.studies import tune
 
-    result = tune.tune(config, **own) if path is None else tune.resume(path)
+    result = tune.resume(path) if path else tune.tune(config, **own)
     if result is None:
         return 130
     _show(result)

@@ -1,16 +1,16 @@
 """`mezo verify`: backends against the reference on this machine."""
 
-import dataclasses
+from dataclasses import dataclass
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from mezo.cli.parsing import parse
 from mezo.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class _VerifyOptions:
+@dataclass(frozen=True)
+class Options:
     """Compare every available backend with the reference and the frozen vectors on this machine, bit for bit."""
 
     device: str = ""
@@ -18,7 +18,8 @@ class _VerifyOptions:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(_VerifyOptions, args=argv, prog="mezo verify")
+    """Run the command; return its exit code."""
+    options = parse(argv, "mezo verify", Options)
     import mezo_kernels
 
     try:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from mezo.config import Config
+from mezo.config import Data
 from mezo.data.sampling import class_pool, take_balanced
 from mezo.data.task import Record
 from mezo.data.template import Template
@@ -18,7 +18,7 @@ SEPARATOR = "\n\n"
 log = logging.getLogger(__name__)
 
 
-def draw_demonstrations(train: Sequence[Record], config: Config) -> list[Record]:
+def draw_demonstrations(train: Sequence[Record], data: Data) -> list[Record]:
     """`num_demonstrations` records, balanced over classes where there are classes, in a shuffled order.
 
     A pure function of (data_seed, train).
@@ -26,11 +26,11 @@ def draw_demonstrations(train: Sequence[Record], config: Config) -> list[Record]
     Raises:
         UserError: more asked for than there are.
     """
-    number = config.num_demonstrations
+    number = data.num_demonstrations
     if number > len(train):
         raise UserError(f"--num-demonstrations is {number}, but train has {len(train)} examples: lower it")
-    pool = class_pool(train, config.data_seed, "demonstrations")
-    order = {i: hashlib.sha256(f"{config.data_seed}/order/{i}".encode()).digest() for i in range(len(train))}
+    pool = class_pool(train, data.data_seed, "demonstrations")
+    order = {i: hashlib.sha256(f"{data.data_seed}/order/{i}".encode()).digest() for i in range(len(train))}
     return [train[i] for i in sorted(take_balanced(pool, number), key=order.__getitem__)]
 
 

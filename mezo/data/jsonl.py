@@ -4,35 +4,35 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from mezo.config import Config
+from mezo.config import Data
 from mezo.data.task import Prompt, Task
 from mezo.errors import UserError
 
 
-def jsonl_task(config: Config) -> Task:
+def jsonl_task(data: Data) -> Task:
     """The task behind --train-file, --dev-file and --test-file.
 
     With --label-words a line is `{"text": ..., "label": index}`; without, it is
     `{"prompt": ..., "options": [...], "answer": index or text}`. The template may take any other field.
 
     Args:
-        config: names the files.
+        data: names the files.
 
     Returns:
         A task that reads them when it is loaded; it has no dev split unless a file is given.
     """
     # A prompt of the user's own ends with the question: cutting its end would cut what is asked.
-    prompt = Prompt("{text}") if config.label_words else Prompt("{prompt}", text_field=None)
-    return with_files(Task("jsonl", dict, prompt, dev_size=0), config)
+    prompt = Prompt("{text}") if data.label_words else Prompt("{prompt}", text_field=None)
+    return with_files(Task("jsonl", dict, prompt, dev_size=0), data)
 
 
-def with_files(task: Task, config: Config) -> Task:
+def with_files(task: Task, data: Data) -> Task:
     """The task with its rows taken from the files that the configuration names, and from nowhere else.
 
     Returns:
         A task that reads them when it is loaded; `task` itself where no file is named.
     """
-    files = {"train": config.train_file, "dev": config.dev_file, "test": config.test_file}
+    files = {"train": data.train_file, "dev": data.dev_file, "test": data.test_file}
     files = {split: path for split, path in files.items() if path}
     if not files:
         return task

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from mezo.config import Config
+from mezo.config import Data, Method
 from mezo.data.checking import records_of
 from mezo.data.demonstrations import draw_demonstrations, put_before
 from mezo.data.example import Example
@@ -16,15 +16,22 @@ from mezo.errors import UserError
 
 
 def examples_of(
-    task: Task, config: Config, tokenizer: PreTrainedTokenizerBase, masked: bool | None = None
+    task: Task,
+    data: Data,
+    method: Method,
+    tokenizer: PreTrainedTokenizerBase,
+    masked: bool | None = None,
+    pooled: bool = False,
 ) -> dict[str, list[Example]]:
     """The tokenised examples of a task: a pure function of its rows, the configuration and the tokenizer.
 
     Args:
         task: where the rows come from, and what a model is asked about each.
-        config: the prompt, the options, how many examples and the token budget; its objective is not "auto".
+        data: the prompt, the options, how many examples and the token budget.
+        method: its objectives, which are not "auto", say what of an example is read.
         tokenizer: the model's.
         masked: whether the model fills masks; None: it does if its tokenizer has a mask token.
+        pooled: a linear head scores the mean of the hidden states; the options are classes, not words.
 
     Returns:
         Examples by split: "train", and "dev" and "test" where there are any. Under lm_cross_entropy a training example
@@ -36,44 +43,43 @@ def examples_of(
     """
     if masked is None:
         masked = tokenizer.mask_token is not None
-    pooled = config.head == "linear"
     masked = masked and not pooled
-    prompt = _prompt(task, config, masked)
+    prompt = _prompt(task, data, masked)
     template = Template.parse(prompt.template, prompt.text_field)
-    right_alone = not any(name in config.objectives for name in ("cross_entropy", "accuracy"))
+    right_alone = not any(name in method.objectives for name in ("cross_entropy", "accuracy"))
     # a reward alone asks for no right answer
-    min_options = 0 if not config.scores and not _needs_references(config) else 1 if right_alone else 2
+    min_options = 0 if not method.scores and not _needs_references(method) else 1 if right_alone else 2
     records = {
         split: records_of(task, split, rows, template.fields, prompt.label_words, min_options)
         for split, rows in task.load().items()
     }
-    kept = sample(records, config, task.dev_size)
-    if config.num_demonstrations:
+    kept = sample(records, data, task.dev_size)
+    if data.num_demonstrations:
         if "train" not in kept or len(kept) == 1:
             missing = "test" if "train" in kept else "train"
             raise UserError(f"--num-demonstrations needs train and what is tested: give --{missing}-file")
-        drawn = draw_demonstrations(kept.pop("train"), config)
+        drawn = draw_demonstrations(kept.pop("train"), data)
         kept = {
-            split: put_before(own, drawn, template, tokenizer, config.max_length, masked) for split, own in kept.items()
+            split: put_before(own, drawn, template, tokenizer, data.max_length, masked) for split, own in kept.items()
         }
-    if "train" in kept and not (right_alone and config.eval_train):
+    if "train" in kept and not (right_alone and method.eval_train):
         kept["train"] = [_right_alone(r) if right_alone else _one_right(r) for r in kept["train"]]
-    judged, length = {split: _as_judged(own, config) for split, own in kept.items()}, config.max_length
+    judged, length = {split: _as_judged(own, method) for split, own in kept.items()}, data.max_length
     return {split: encode(own, template, tokenizer, length, masked, pooled) for split, own in judged.items()}
 
 
-def _prompt(task: Task, config: Config, masked: bool) -> Prompt:
+def _prompt(task: Task, data: Data, masked: bool) -> Prompt:
     """The task's prompt for the kind of model at hand, as far as the configuration does not replace it."""
     own, other = (task.masked, task.prompt) if masked else (task.prompt, task.masked)
-    if own is None and not config.prompt:
+    if own is None and not data.prompt:
         what = "fills a mask" if masked else "continues text"
         raise UserError(f"task {task.name} has no prompt for a model that {what}: give --prompt")
-    given = own or other or Prompt(config.prompt)
-    words = config.label_words or given.label_words
+    given = own or other or Prompt(data.prompt)
+    words = data.label_words or given.label_words
     if given.label_words and len(words) != len(given.label_words):
         count = len(given.label_words)
         raise UserError(f"--label-words has {len(words)} words, task {task.name} has {count} classes")
-    return Prompt(config.prompt or given.template, words, given.text_field)
+    return Prompt(data.prompt or given.template, words, given.text_field)
 
 
 def _right_alone(record: Record) -> Record:
@@ -92,13 +98,13 @@ def _one_right(record: Record) -> Record:
     return replace(record, options=options, names=names, label=kept.index(record.label))
 
 
-def _needs_references(config: Config) -> bool:
-    return config.generate == "on" or "f1" in config.objectives
+def _needs_references(method: Method) -> bool:
+    return method.generate == "on" or "f1" in method.objectives
 
 
-def _as_judged(records: list[Record], config: Config) -> list[Record]:
+def _as_judged(records: list[Record], method: Method) -> list[Record]:
     """Without what nobody reads: an example, and the hash of the data, hold what the run depends on."""
     made = records
-    if not _needs_references(config):
+    if not _needs_references(method):
         made = [replace(record, references=record.references if record.names else ()) for record in made]
-    return made if "reward" in config.objectives else [replace(record, row={}) for record in made]
+    return made if "reward" in method.objectives else [replace(record, row={}) for record in made]

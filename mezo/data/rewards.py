@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from mezo.config import Config
+from mezo.config import Method
 from mezo.data.answers import METRICS, best
 from mezo.data.example import Example
 from mezo.errors import UserError
@@ -19,20 +19,20 @@ Judge = Callable[[Example, str], float]
 """How good a text is as the answer to an example; more is better."""
 
 
-def judges(config: Config) -> dict[str, Judge]:
+def judges(method: Method) -> dict[str, Judge]:
     """What judges the texts of a run, by the name that it is reported under.
 
     Args:
-        config: f1 and exact_match are there if it generates for its task or trains f1, reward if it trains that.
+        method: f1 and exact_match are there if it generates for its task or trains f1, reward if it trains that.
 
     Raises:
         UserError: the reward cannot be loaded.
     """
     found: dict[str, Judge] = {}
-    if config.generate == "on" or "f1" in config.objectives:
+    if method.generate == "on" or "f1" in method.objectives:
         found |= {name: _against_references(metric) for name, metric in METRICS.items()}
-    if "reward" in config.objectives:
-        found["reward"] = Reward(config.reward)
+    if "reward" in method.objectives:
+        found["reward"] = Reward(method.reward)
     return found
 
 

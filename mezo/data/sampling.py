@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 
-from mezo.config import Config
+from mezo.config import Data
 from mezo.data.task import Record
 from mezo.errors import UserError
 
@@ -11,7 +11,7 @@ Pool = dict[int, list[int]]
 """Indices by class, each class in its shuffled order: a prefix of it is a random sample."""
 
 
-def sample(records: dict[str, list[Record]], config: Config, dev_size: int = 0) -> dict[str, list[Record]]:
+def sample(records: dict[str, list[Record]], data: Data, dev_size: int = 0) -> dict[str, list[Record]]:
     """The records that k_shot and num_* keep, in their original order.
 
     Where there is no dev split and `dev_size` is not 0, dev comes from train: the two take opposite ends of one
@@ -19,7 +19,7 @@ def sample(records: dict[str, list[Record]], config: Config, dev_size: int = 0) 
 
     Args:
         records: all records by split.
-        config: k_shot, num_train, num_dev, num_test, data_seed.
+        data: k_shot, num_train, num_dev, num_test, data_seed.
         dev_size: the most examples cut from train for dev where the configuration gives no number; 0: no dev.
 
     Raises:
@@ -27,13 +27,13 @@ def sample(records: dict[str, list[Record]], config: Config, dev_size: int = 0) 
     """
     cut_dev = "dev" not in records and "train" in records and dev_size > 0
     for split in ("dev", "test"):
-        number = getattr(config, f"num_{split}")
+        number = getattr(data, f"num_{split}")
         if number and split not in records and not (split == "dev" and cut_dev):
             raise UserError(f"--num-{split} is {number}, but there is no {split} set: give --{split}-file")
-    pools = {split: _pool(rows, config, split) for split, rows in records.items()}
-    kept = {split: _select(pool, config, split) for split, pool in pools.items()}
+    pools = {split: _pool(rows, data, split) for split, rows in records.items()}
+    kept = {split: _select(pool, data, split) for split, pool in pools.items()}
     if cut_dev:
-        kept |= _cut_dev(pools["train"], kept["train"], config, dev_size)
+        kept |= _cut_dev(pools["train"], kept["train"], data, dev_size)
     return {split: [records[split if split in records else "train"][i] for i in sorted(kept[split])] for split in kept}
 
 
@@ -94,35 +94,35 @@ def take_balanced(pool: Pool, number: int) -> list[int]:
     return [i for indices, quota in zip(pool.values(), quotas, strict=True) for i in indices[:quota]]
 
 
-def _pool(records: Sequence[Record], config: Config, split: str) -> Pool:
-    by_class = config.k_shot and split != "test"
+def _pool(records: Sequence[Record], data: Data, split: str) -> Pool:
+    by_class = data.k_shot and split != "test"
     if by_class and not share_options(records):
         raise UserError(f"--k-shot needs the same options in every record of {split}: use --num-{split}")
-    if not by_class and config.balance == "off":
-        return shuffled_classes([0] * len(records), 1, config.data_seed, split)
-    return class_pool(records, config.data_seed, split)
+    if not by_class and data.balance == "off":
+        return shuffled_classes([0] * len(records), 1, data.data_seed, split)
+    return class_pool(records, data.data_seed, split)
 
 
-def _select(pool: Pool, config: Config, split: str) -> list[int]:
-    number = getattr(config, f"num_{split}")
-    if config.k_shot and split != "test" and not number:
-        return _per_class(pool, config, 1, split)
+def _select(pool: Pool, data: Data, split: str) -> list[int]:
+    number = getattr(data, f"num_{split}")
+    if data.k_shot and split != "test" and not number:
+        return _per_class(pool, data, 1, split)
     return _balanced(pool, number or sum(map(len, pool.values())), split)
 
 
-def _cut_dev(pool: Pool, train: list[int], config: Config, dev_size: int) -> dict[str, list[int]]:
+def _cut_dev(pool: Pool, train: list[int], data: Data, dev_size: int) -> dict[str, list[int]]:
     """Dev from the far end of the train pool, and train without it."""
     far_end = {label: indices[::-1] for label, indices in pool.items()}
-    if config.k_shot and not config.num_dev:
-        dev = _per_class(far_end, config, 2, "train")
+    if data.k_shot and not data.num_dev:
+        dev = _per_class(far_end, data, 2, "train")
     else:
         size = sum(map(len, pool.values()))
-        number = config.num_dev or min(dev_size, size // 10)
+        number = data.num_dev or min(dev_size, size // 10)
         # half of a class at most, or its share where dev is more than half of all: train keeps some of each
         share = max(2 * number, size)
         far_end = {label: own[: -(-len(own) * share // (2 * size))] for label, own in far_end.items()}
         dev = _balanced(far_end if number <= size else pool, number, "dev")
-    if config.k_shot or config.num_train:
+    if data.k_shot or data.num_train:
         if shared := set(train) & set(dev):
             raise UserError(
                 f"dev is cut from train, and the two ask for {len(shared)} examples too many:"
@@ -135,10 +135,10 @@ def _cut_dev(pool: Pool, train: list[int], config: Config, dev_size: int) -> dic
     return {"train": train, "dev": dev} if dev else {"train": train}
 
 
-def _per_class(pool: Pool, config: Config, splits: int, split: str) -> list[int]:
+def _per_class(pool: Pool, data: Data, splits: int, split: str) -> list[int]:
     """k_shot of each class; with --balance off as many as there are, those of the last split what the first leaves."""
-    k = config.k_shot
-    if config.balance == "off":
+    k = data.k_shot
+    if data.balance == "off":
         return [i for indices in pool.values() for i in indices[: min(k, max(0, len(indices) - k * (splits - 1)))]]
     for label, indices in pool.items():
         if len(indices) < k * splits:

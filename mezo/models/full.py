@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from mezo.config import Config
+from mezo.config import Model
 from mezo.errors import UserError
 from mezo.models.load import load_base, load_tokenizer, weights_hash
 from mezo.models.spec import Attached
@@ -105,13 +105,13 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def with_own_parameters(config: Config, base: nn.Module, layers: nn.ModuleList, head: nn.Module) -> Attached:
+def with_own_parameters(model: Model, base: nn.Module, layers: nn.ModuleList, head: nn.Module) -> Attached:
     """Every parameter of the base under its own name; a tied one is one parameter, under the first of its names."""
     params = dict(base.named_parameters())
     for name, p in params.items():
         if p.dtype != base.dtype or not p.is_floating_point():
             raise UserError(
-                f"--tuning full: {config.model} holds {name} in {p.dtype}, the rest in {base.dtype}; use a model of"
+                f"--tuning full: {model.base} holds {name} in {p.dtype}, the rest in {base.dtype}; use a model of"
                 " one plain dtype, or --dtype float32"
             )
     return base, params, None

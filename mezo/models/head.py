@@ -7,17 +7,17 @@ from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
 )
 
-from mezo.config import Config
+from mezo.config import Model
 from mezo.errors import UserError
 
 LINEAR_HEAD = "score"
 """Name of the linear head, which PEFT saves whole beside the adapter (modules_to_save)."""
 
 
-def check_encoder(base: nn.Module, config: Config) -> None:
+def check_encoder(base: nn.Module, model: Model) -> None:
     if type(base.config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(base.config, "is_decoder", False):
         raise UserError(
-            f"--head linear: {config.model} is a {type(base).__name__}, not an encoder; use one, or --head model"
+            f"--head linear: {model.base} is a {type(base).__name__}, not an encoder; use one, or --head model"
         )
 
 

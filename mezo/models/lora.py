@@ -4,7 +4,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import nn
 
-from mezo.config import Config
+from mezo.config import Lora, Model
 from mezo.errors import UserError
 from mezo.models.head import LINEAR_HEAD
 from mezo.models.load import is_masked
@@ -12,24 +12,25 @@ from mezo.models.spec import Attached
 from mezo_kernels import canonical_name
 
 
-def with_lora(config: Config, base: nn.Module, layers: nn.ModuleList, head: nn.Module) -> Attached:
-    lora = _lora_config(config, base, layers, head)
-    model = get_peft_model(base, lora, autocast_adapter_dtype=False).eval()
-    params = {canonical_name(name): p for name, p in model.named_parameters() if ".lora_" in name}
+def with_lora(model: Model, base: nn.Module, layers: nn.ModuleList, head: nn.Module) -> Attached:
+    lora = _lora_config(model, base, layers, head)
+    adapted = get_peft_model(base, lora, autocast_adapter_dtype=False).eval()
+    params = {canonical_name(name): p for name, p in adapted.named_parameters() if ".lora_" in name}
     bad = [name for name in params if not name.endswith(("lora_A.weight", "lora_B.weight"))]
     if bad:
         raise UserError(f"--target-modules: only linear layers can be adapted, got {bad[0]}")
-    if config.head == "linear":
+    if model.tuning.head == "linear":
         head = getattr(base, LINEAR_HEAD).modules_to_save["default"]
         params[f"base_model.model.{LINEAR_HEAD}.weight"] = head.weight  # as PEFT's state dict calls it
-    return model, params, _peft_fields(lora, config.model)
+    return adapted, params, _peft_fields(lora, model.base)
 
 
-def _lora_config(config: Config, base: nn.Module, layers: nn.ModuleList, head: nn.Module) -> LoraConfig:
-    targets = list(config.target_modules) or DEFAULT_TARGETS.get(base.config.model_type)
+def _lora_config(model: Model, base: nn.Module, layers: nn.ModuleList, head: nn.Module) -> LoraConfig:
+    tuning: Lora = model.tuning
+    targets = list(tuning.target_modules) or DEFAULT_TARGETS.get(base.config.model_type)
     if not targets:
         raise UserError(f"--target-modules: no default for model type {base.config.model_type}; name the modules")
-    chosen, n_layers = sorted(config.layers_to_transform), len(layers)
+    chosen, n_layers = sorted(tuning.layers_to_transform), len(layers)
     for index in chosen:
         if not 0 <= index < n_layers:
             raise UserError(
@@ -37,7 +38,7 @@ def _lora_config(config: Config, base: nn.Module, layers: nn.ModuleList, head: n
             )
     path = {module: name for name, module in base.named_modules()}
     linear = {i: [path[m] for m in layer.modules() if isinstance(m, nn.Linear)] for i, layer in enumerate(layers)}
-    head_name = [path[head]] if isinstance(head, nn.Linear) and config.head == "model" else []
+    head_name = [path[head]] if isinstance(head, nn.Linear) and tuning.head == "model" else []
     matches = lambda name, target: name == target or name.endswith(f".{target}")  # noqa: E731
     inside = [name for names in linear.values() for name in names]
     for target in targets:
@@ -49,15 +50,15 @@ def _lora_config(config: Config, base: nn.Module, layers: nn.ModuleList, head: n
         allowed = [*(name for i in chosen for name in linear[i]), *head_name]
         targets, chosen = [name for name in allowed if any(matches(name, target) for target in targets)], None
     return LoraConfig(
-        r=config.r,
-        lora_alpha=config.lora_alpha,
+        r=tuning.r,
+        lora_alpha=tuning.lora_alpha,
         target_modules=sorted(targets),
         layers_to_transform=chosen or None,
         lora_dropout=0.0,
         bias="none",
-        modules_to_save=[LINEAR_HEAD] if config.head == "linear" else None,
-        task_type=None if config.head == "linear" or is_masked(config.model) else "CAUSAL_LM",
-        base_model_name_or_path=config.model,
+        modules_to_save=[LINEAR_HEAD] if tuning.head == "linear" else None,
+        task_type=None if tuning.head == "linear" or is_masked(model.base) else "CAUSAL_LM",
+        base_model_name_or_path=model.base,
     )
 
 

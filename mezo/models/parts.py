@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mezo.config import Config
+from mezo.config import Model
 from mezo.errors import UserError
 from mezo.models.families import KV_FREE, adapted_leaves, attention_window, layers_of
 from mezo.models.full import with_own_parameters
@@ -45,45 +45,52 @@ class ModelParts:
     prefix: Prefix | None = None
 
 
-def load_parts(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[ModelParts, TrainedSpec]:
+def load_parts(
+    model: Model, device: torch.device, dtype: torch.dtype, classes: int = 0
+) -> tuple[ModelParts, TrainedSpec]:
     """Load the base model, attach a fresh adapter unless its own parameters are trained, and describe what is.
 
     Under `head` "linear" the base is the bare encoder with a linear layer of that name beside its layers.
 
+    Args:
+        model: the base, and what is trained of it.
+        device: where it is put.
+        dtype: of the base.
+        classes: outputs of a linear head.
     Raises:
         UserError: the model cannot be loaded, or has no such layers or modules, or cannot be trained so.
     """
-    linear = config.head == "linear"
-    causal = not linear and not is_masked(config.model)
-    base = load_base(config.model, dtype, bare=linear).to(device)
+    linear = model.tuning.head == "linear"
+    causal = not linear and not is_masked(model.base)
+    base = load_base(model.base, dtype, bare=linear).to(device)
     if linear:
-        check_encoder(base, config)
+        check_encoder(base, model)
         base.pooler = None  # not read, and drawn anew at each load where the checkpoint has none
     weights, body = weights_hash(base), base.base_model
     if linear:
-        add_linear_head(base, len(config.label_words))
+        add_linear_head(base, classes)
     heads = [getattr(base, LINEAR_HEAD)] if linear else [child for child in base.children() if child is not body]
     layers = layers_of(body, base.config.num_hidden_layers)
     if len(heads) != 1 or layers is None:
-        raise UserError(f"--model {config.model}: {type(base).__name__} is not one body of layers and one head")
-    attach = {"lora": with_lora, "full": with_own_parameters, "prefix": with_prefix}[config.tuning]
-    model, params, peft = attach(config, base, layers, heads[0])
-    model.requires_grad_(False)
+        raise UserError(f"--model {model.base}: {type(base).__name__} is not one body of layers and one head")
+    attach = {"lora": with_lora, "full": with_own_parameters, "prefix": with_prefix}[model.tuning.name]
+    trained, params, peft = attach(model, base, layers, heads[0])
+    trained.requires_grad_(False)
     if linear:
         head = getattr(base, LINEAR_HEAD).modules_to_save["default"]
     else:
         head = next(child for child in base.children() if child is not body)  # an adapted one is another module
-    trained = set(map(id, params.values()))
-    touched = [i for i, layer in enumerate(layers) if not trained.isdisjoint(map(id, layer.parameters()))]
+    ids = set(map(id, params.values()))
+    touched = [i for i, layer in enumerate(layers) if not ids.isdisjoint(map(id, layer.parameters()))]
     last = len(layers) - 1
     prefix = Prefix(params[PROMPT], len(layers), peft["num_attention_heads"]) if PROMPT in params else None
     every = peft is None or prefix is not None
     kv_free = not every and set(touched) <= {last} and adapted_leaves(layers[-1]) <= KV_FREE
     first = 0 if prefix else min(touched, default=last)
     shapes = {name: tuple(p.shape) for name, p in params.items()}
-    spec = TrainedSpec(peft, shapes, config.model, weights, str(dtype).split(".")[1])
+    spec = TrainedSpec(peft, shapes, model.base, weights, str(dtype).split(".")[1])
     window = attention_window(base.config)
-    return ModelParts(model, body, layers, head, params, causal, first, kv_free, window, prefix), spec
+    return ModelParts(trained, body, layers, head, params, causal, first, kv_free, window, prefix), spec
 
 
 def position_limit(parts: ModelParts) -> int | None:

@@ -13,7 +13,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from torch import nn
 from transformers import DynamicCache
 
-from mezo.config import Config
+from mezo.config import Model
 from mezo.errors import UserError
 from mezo.models.load import is_masked
 from mezo.models.spec import Attached
@@ -150,7 +150,7 @@ def _unfit(body: nn.Module, why: str) -> str:
     return f"--tuning prefix: {type(body).__name__} has no place for a prefix, {why}; use --tuning lora"
 
 
-def with_prefix(config: Config, base: nn.Module, layers: nn.ModuleList, head: nn.Module) -> Attached:
-    tokens, causal = config.num_prefix_tokens, not is_masked(config.model)
-    model, weight, fields = attach_prefix(base, base.base_model, len(layers), tokens, config.model, causal)
-    return model, {PROMPT: weight}, fields
+def with_prefix(model: Model, base: nn.Module, layers: nn.ModuleList, head: nn.Module) -> Attached:
+    tokens, causal = model.tuning.num_prefix_tokens, not is_masked(model.base)
+    adapted, weight, fields = attach_prefix(base, base.base_model, len(layers), tokens, model.base, causal)
+    return adapted, {PROMPT: weight}, fields

@@ -89,7 +89,7 @@ def binned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def _series(axes, run: Curves, values, label: str, **style) -> None:
-    done = [record for record in run.records if not record.skipped]
+    done = [record for record in run.records if not record.update.skipped]
     steps = np.array([record.step for record in done])
     at, mean, least, greatest = binned(steps, np.array([values(record) for record in done]))
     (line,) = axes.plot(at, mean, linewidth=1, label=label, **style)
@@ -98,8 +98,8 @@ def _series(axes, run: Curves, values, label: str, **style) -> None:
 
 def _loss(axes, runs) -> bool:
     for i, run in enumerate(runs):
-        if not all(record.skipped for record in run.records):
-            _series(axes, run, lambda r: np.mean(r.loss_plus + r.loss_minus), run.name, color=f"C{i}")
+        if not all(record.update.skipped for record in run.records):
+            _series(axes, run, lambda r: r.losses.mean, run.name, color=f"C{i}")
         dev = run.points("dev", "loss")
         if dev:
             axes.plot(*zip(*dev, strict=True), "o", markersize=4, color=f"C{i}", label=f"{run.name}, dev")
@@ -129,7 +129,7 @@ def _projected_grad(axes, runs) -> bool:
         ("spread", "over_perturbations"): ("v", "spread over perturbations"),
     }
     for i, run in enumerate(runs):
-        done = [record for record in run.records if not record.skipped and any(record.projected_grads)]
+        done = [record for record in run.records if not record.update.skipped and any(record.projected_grads)]
         if done:
             steps, squares = (
                 np.array([f(record) for record in done])

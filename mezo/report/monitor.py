@@ -63,8 +63,8 @@ class Monitor:
 
     def step(self, record: StepRecord, rate: float) -> None:
         """Show one step; `rate` in steps a second."""
-        n = len(record.seeds)
-        loss = sum(record.loss_plus + record.loss_minus) / (2 * n)
+        n = len(record.projected_grads)
+        loss = record.losses.mean
         grad = sum(map(abs, record.projected_grads)) / n
         self.progress.update(self.task, completed=record.step + 1, loss=loss, grad=grad, rate=rate)
         if self.writer and record.step % LOG_EVERY == 0:

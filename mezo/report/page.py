@@ -1,6 +1,5 @@
 """A report as one HTML page that opens anywhere: figures inline, nothing fetched, no script."""
 
-import dataclasses
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -93,13 +92,14 @@ def _table(title: str, rows: Sequence[Sequence[str]]) -> str:
 def _options(names: Sequence[str], configs: Sequence[Config]) -> str:
     """Every option, a column for each run; those that differ from the default in bold."""
     lines = []
-    for field in dataclasses.fields(Config):
-        values = [getattr(config, field.name) for config in configs]
+    flat = [config.to_dict() for config in configs]
+    for option in (option for option in Config.options().values() if any(option.name in own for own in flat)):
+        values = [own.get(option.name, option.default) for own in flat]
         cells = (
-            f'<td class="given">{escape(_shown(v))}</td>' if v != field.default else f"<td>{escape(_shown(v))}</td>"
+            f'<td class="given">{escape(_shown(v))}</td>' if v != option.default else f"<td>{escape(_shown(v))}</td>"
             for v in values
         )
-        lines.append(f"<tr><td>{field.name}</td>{''.join(cells)}</tr>\n")
+        lines.append(f"<tr><td>{option.name}</td>{''.join(cells)}</tr>\n")
     head = "".join(f"<th>{escape(name)}</th>" for name in names) if len(names) > 1 else ""
     head = f"<tr><th></th>{head}</tr>\n" if head else ""
     return f"<details>\n<summary>configuration</summary>\n<table>\n{head}{''.join(lines)}</table>\n</details>\n"

@@ -14,9 +14,9 @@ from mezo.run.trajectory import StepRecord
 def draw(directory: Path, records: list[StepRecord], metrics: list[dict]) -> None:
     """Write training_loss.png, dev_accuracy.png (or what dev has instead), projected_grad.png, zero_gradients.png."""
     directory.mkdir(exist_ok=True)
-    done = [record for record in records if not record.skipped]
+    done = [record for record in records if not record.update.skipped]
     steps = np.array([record.step for record in done])
-    losses = np.array([np.mean(record.loss_plus + record.loss_minus) for record in done])
+    losses = np.array([record.losses.mean for record in done])
     grads = np.array([np.mean(np.abs(record.projected_grads)) for record in done])
     zero = np.array([np.mean(np.array(record.projected_grads) == 0) for record in done])
     _curve(directory / "training_loss.png", steps, losses, "training loss (mean of both signs)")

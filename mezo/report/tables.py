@@ -35,7 +35,7 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
         ("model", first["model"]),
         ("runtime", result["runtime"]),
         ("steps", f"{len(records)}{early}, best {result['best_step']}, {result['skipped_steps']} skipped"),
-        ("speed", f"{result['steps_per_second']:.2f} steps/s at batch {config.batch_size}"),
+        ("speed", f"{result['steps_per_second']:.2f} steps/s at batch {config.method.batch_size}"),
         ("zero projected_grads", f"{100 * result['zero_gradient_share']:.1f} %"),
         *_instruments(result),
     ]

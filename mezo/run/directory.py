@@ -68,7 +68,7 @@ class RunDirectory:
     def read_config(self) -> Config:
         """The configuration the run was started with."""
         try:
-            return Config.from_dict(json.loads(self.config.read_text()))
+            return Config.of_run(json.loads(self.config.read_text()))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path}: not a run directory with a readable config.json ({error})") from error
 

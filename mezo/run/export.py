@@ -24,7 +24,7 @@ def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -
     if (model := RunDirectory(Path(run)).model).is_dir():
         if form != "merged":
             raise UserError(f"--format {form}: {run} trained the whole model, there is no adapter; use merged")
-        cast(model, RunDirectory(Path(run)).read_config().model, Path(output_dir), dtype)
+        cast(model, RunDirectory(Path(run)).read_config().model.base, Path(output_dir), dtype)
         return
     adapter = Path(run) / "adapter" if (Path(run) / "adapter").is_dir() else Path(run)
     peft = read_peft_config(adapter)

@@ -13,7 +13,6 @@ from mezo.config import Config
 from mezo.data.example import Example
 from mezo.data.rewards import reward_hash
 from mezo.errors import UserError
-from mezo.method.rules.base import UpdateRule
 from mezo.models.spec import TrainedSpec
 from mezo.run.adapter import WEIGHTS, load_adapter
 from mezo.run.trajectory import FORMAT, VERSIONS
@@ -42,9 +41,9 @@ def starting_file(config: Config, runtime: Runtime) -> Path | bytes | None:
 
     It is that of --adapter, or holds a prefix of real tokens.
     """
-    if config.adapter:
-        return Path(config.adapter) / WEIGHTS
-    return save(runtime.initial_theta(config.seed)) if config.tuning == "prefix" else None
+    if config.model.tuning.adapter:
+        return Path(config.model.tuning.adapter) / WEIGHTS
+    return save(runtime.initial_theta(config.method.seed)) if config.model.tuning.name == "prefix" else None
 
 
 def content_of(initial: Path | bytes) -> bytes:
@@ -58,10 +57,10 @@ def make_header(
     init = {"kind": "stream" if spec.peft else "base"}
     if initial is not None:
         init = {"kind": "file", "file": INITIAL, "sha256": hashlib.sha256(content_of(initial)).hexdigest()}
-    extra = {"reward_hash": reward_hash(config.reward)} if config.reward else {}
-    rule = UpdateRule.of(config, spec.shapes).header()
+    extra = {"reward_hash": reward_hash(config.method.reward)} if config.method.reward else {}
+    rule = config.method.logged_rule.header()
     extra |= {"rule": rule} if rule else {}
-    return header(config.seed, data_hash(splits), init, {**extra, **asdict(spec)})
+    return header(config.method.seed, data_hash(splits), init, {**extra, **asdict(spec)})
 
 
 def initial_theta(first_line: dict, initial: Path | bytes | None = None) -> dict[str, torch.Tensor]:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from rich.progress import track
 
-from mezo.config.checks import STATEFUL
 from mezo.errors import UserError
-from mezo.method.estimator import best_of_three, planned, projected_grad
+from mezo.method.schedule import learning_rate
+from mezo.method.step import Step, Update
 from mezo.run import outcome
 from mezo.run.directory import RunDirectory, best_step
 from mezo.run.files import drop_torn_line, replace_file
 from mezo.run.replay import rebuild
 from mezo.run.trajectory import read_trajectory
-from mezo_kernels import perturbation_seed, root_mean_square
+from mezo_kernels import root_mean_square
 
 
 def summary(run: str) -> dict:
@@ -27,14 +27,14 @@ def summary(run: str) -> dict:
     start = {"stream": "from the z stream", "base": "from the base model", "file": f"from {first['init'].get('file')}"}
     what = "model in float32" if first["peft"] is None else "adapter"
     torn = len(data) - data.rfind(b"\n") - 1
-    grads = [abs(g) for record in records if not record.skipped for g in record.projected_grads]
+    grads = [abs(g) for record in records if not record.update.skipped for g in record.projected_grads]
     return {
         "format": f"{first['format']} version {first['version']}, z stream {first['z_stream']}",
         "model": f"{first['model']} (weights {first['model_hash'][:12]})",
         "parameters": f"{elements:,} in {len(first['shapes'])} tensors",
         "start": start[first["init"]["kind"]],
         "run seed": str(first["run_seed"]),
-        "steps": f"{len(records)} ({sum(record.skipped for record in records)} skipped)",
+        "steps": f"{len(records)} ({sum(record.update.skipped for record in records)} skipped)",
         "|projected_grad|": f"mean {sum(grads) / max(len(grads), 1):.4g}, {grads.count(0)} of {len(grads)} zero",
         "size": f"{len(data):,} bytes, {len(gzip.compress(data)):,} compressed; the {what} is {4 * elements:,}",
         "torn last line": f"{torn} bytes, to be dropped" if torn else "no",
@@ -50,31 +50,46 @@ def verify(run: str) -> int:
     directory = RunDirectory(Path(run))
     first, records = read_trajectory(directory.trajectory)
     config = directory.read_config()
-    quick = not config.normalise_z or not sys.stderr.isatty()  # else every z is drawn for its length
+    quick = not config.method.normalise_z or not sys.stderr.isatty()  # else every z is drawn for its length
+    rule, norm = (
+        config.method.rule,
+        (lambda seed: root_mean_square(first["shapes"], seed)) if config.method.normalise_z else None,
+    )
     for record in track(records, "verify", transient=True, disable=quick):
-        line = f"{directory.trajectory}: line {record.step + 2}"
-        seeds = tuple(perturbation_seed(first["run_seed"], record.step, k) for k in range(len(record.seeds)))
-        if record.seeds != seeds:
-            raise UserError(f"{line}: seeds {record.seeds} are not those of step {record.step}, {seeds}")
-        if record.skipped:
-            if any(record.coefficients) or record.decay != 1:
+        line, update = f"{directory.trajectory}: line {record.step + 2}", record.update
+        step = Step.of_run(first["run_seed"], record.step, len(update.seeds), config.method.eps)
+        if update.seeds != step.seeds:
+            raise UserError(f"{line}: seeds {update.seeds} are not those of step {record.step}, {step.seeds}")
+        if update.skipped:
+            if any(update.coefficients) or update.decay != 1:
                 raise UserError(f"{line}: a skipped step must change nothing")
             continue
-        pairs = zip(record.loss_plus, record.loss_minus, strict=True)
-        grads = tuple(projected_grad(plus, minus, config.half_distance) for plus, minus in pairs)
-        norms = [root_mean_square(first["shapes"], seed) for seed in seeds] if config.normalise_z else []
-        expected, decay, lr = planned(config, record.step, grads, record.loss_plus, norms)
-        if config.update_rule == "conservative":
-            expected, _ = best_of_three(expected[0], record.tried)
-        # another machine's cosine may differ in its last bit, which counts for more the nearer lr comes to 0
-        near = 1e-12 + (1e-15 * config.lr / lr if lr else 0.0)
-        pairs = [*zip(record.coefficients, expected, strict=True), (record.decay, decay)]
-        pairs += [(record.lr or 0.0, lr)] if config.update_rule in STATEFUL else []
-        if record.projected_grads != grads or not all(math.isclose(a, b, rel_tol=near) for a, b in pairs):
+        grads = record.losses.projected_grads(config.method.half_distance)
+        lr = learning_rate(
+            record.step, config.method.steps, config.method.lr, config.method.lr_schedule, config.method.warmup_steps
+        )
+        norms = list(map(norm, step.seeds)) if norm else []
+        expected = rule.plan(
+            step.seeds, grads, record.losses, lr, config.method.weight_decay, config.method.clip, norms
+        )
+        expected = rule.choose(expected, record.tried) if rule.compares else expected
+        if record.projected_grads != grads or not _near(update, expected, 1e-15 * config.method.lr / lr if lr else 0.0):
             raise UserError(
                 f"{line}: the estimates or coefficients do not follow from the losses and the configuration"
             )
     return len(records)
+
+
+def _near(update: Update, expected: Update, slack: float) -> bool:
+    """Whether an update is the expected one: another machine's cosine may differ in its last bit.
+
+    Args:
+        update: of the log.
+        expected: what the losses give here.
+        slack: relative error of lr, which counts for more the nearer lr comes to 0.
+    """
+    numbers = [(*one.coefficients, one.decay, one.lr or 0.0) for one in (update, expected)]
+    return all(math.isclose(a, b, rel_tol=1e-12 + slack) for a, b in zip(*numbers, strict=True))
 
 
 def truncate(run: str, step: int) -> Path:

@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.progress import track
 
 from mezo.errors import UserError
-from mezo.method.rules.base import UpdateRule
-from mezo.method.step import update_of
+from mezo.method.rules.logged import LoggedRule
+from mezo.method.step import Update
 from mezo.run.directory import RunDirectory, best_step
 from mezo.run.header import INITIAL, initial_theta
 from mezo.run.trajectory import StepRecord, read_trajectory
@@ -18,15 +18,16 @@ from mezo_kernels import ParamLayout
 RECORDS_PER_PASS = 256
 
 
-def replay_records(step: Callable, records: Sequence[StepRecord]) -> None:
+def replay_records(update: Callable[[list[Update]], None], records: Sequence[StepRecord]) -> None:
     """Apply records to the initial theta, many to a pass; the same bits as step after step, and the rule's state.
 
     Args:
-        step: `Runtime.step` or `PerturbedTheta.step`, of a new run's theta.
+        update: `Runtime.update` or `PerturbedTheta.update`, of a new run's theta.
+        records: of all steps, in order.
     """
     starts = range(0, len(records), RECORDS_PER_PASS)
     for start in track(starts, "replay", transient=True, disable=len(starts) < 4 or not sys.stderr.isatty()):
-        step([update_of(record) for record in records[start : start + RECORDS_PER_PASS]], [], 1.0)
+        update([record.update for record in records[start : start + RECORDS_PER_PASS]])
 
 
 def rebuild(
@@ -56,6 +57,6 @@ def rebuild(
     steps = len(records) if until == "last" else best if until == "best" else int(until)
     steps = len(records) if steps is None else steps
     theta = {name: tensor.float() for name, tensor in initial_theta(first_line, directory / INITIAL).items()}
-    rebuilt = PerturbedTheta(ParamLayout(theta), [], backend, UpdateRule.of_header(first_line))
-    replay_records(rebuilt.step, records[:steps])
+    rebuilt = PerturbedTheta(ParamLayout(theta), [], backend, LoggedRule.of_header(first_line))
+    replay_records(rebuilt.update, records[:steps])
     return theta, first_line, steps

@@ -26,7 +26,7 @@ def loss_ratio(records: Sequence[StepRecord]) -> float | None:
         None below two windows, where a window has no finite loss, and where the loss is not positive (the accuracy).
     """
     windows = [records[:WINDOW], records[: len(records) // WINDOW * WINDOW][-WINDOW:]]
-    losses = [[x for r in part if not r.skipped for x in r.loss_plus + r.loss_minus] for part in windows]
+    losses = [[x for r in part if not r.update.skipped for x in r.losses.plus + r.losses.minus] for part in windows]
     if len(records) < 2 * WINDOW or not all(losses):
         return None
     first, last = (sum(part) / len(part) for part in losses)

@@ -4,11 +4,13 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from mezo.config.checks import STATEFUL
 from mezo.errors import UserError
+from mezo.method.estimator import Losses
+from mezo.method.rules import RULES
+from mezo.method.step import Update
 from mezo.run.files import read_lines, write_line
 from mezo_kernels import Z_STREAM_VERSION
 
@@ -18,6 +20,8 @@ FORMAT, VERSIONS = "mezo-trajectory", (1, 2)  # version 2 adds the rule of runs 
 HEADER = ("z_stream", "run_seed", "data_hash", "init", "peft", "shapes", "model", "model_hash", "dtype")
 
 
+LISTS = ("seeds", "projected_grads", "coefficients", "loss_plus", "loss_minus")  # of a line: one item a perturbation
+LINE = ("step", *LISTS, "decay", "skipped")
 OPTIONAL = ("lr", "tried")  # fields that version 1 has not
 
 
@@ -26,63 +30,60 @@ FSYNC_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a step did: theta <- theta * decay - sum_k coefficients[k] z(seeds[k]).
+    """A line of the log: what a step measured, and the update it made.
 
     Args:
         step: number of the step, from 0.
-        seeds: one per perturbation.
+        update: what was done to theta: theta <- theta * decay - sum_k coefficients[k] z(seeds[k]).
+        losses: of the step's batch, at the two copies of each perturbation.
         projected_grads: (loss_plus - loss_minus) / (2 eps) of each; over eps where the rule is one-sided.
-        coefficients: lr * projected_grad / n of each, over what the rule or --normalise-z divides it by; zero in a
-            skipped step.
-        decay: 1 - lr * weight_decay; 1 in a skipped step.
-        loss_plus, loss_minus: losses of each; one-sided, loss_minus is that of theta itself, for each.
-        skipped: a loss was not finite, so nothing was changed.
-        lr: learning rate, where a rule of the header applies it to the estimate sum_k coefficients[k] z(seeds[k]),
-            whose coefficients are projected_grad / n then; else None, and left out of the line.
-        tried: losses at theta, theta - c z and theta + c z, of which a conservative step kept the least; else left out.
+        tried: losses at theta, theta - c z and theta + c z, of which a rule that compares kept the least; else ().
     """
 
     step: int
-    seeds: tuple[int, ...]
+    update: Update
+    losses: Losses
     projected_grads: tuple[float, ...]
-    coefficients: tuple[float, ...]
-    decay: float
-    loss_plus: tuple[float, ...]
-    loss_minus: tuple[float, ...]
-    skipped: bool = False
-    lr: float | None = None
     tried: tuple[float, ...] = ()
 
     def to_line(self) -> str:
         """One line of JSON; floats round-trip, and those that are not finite are strings."""
-        return (
-            json.dumps(
-                {k: _encode(v) for k, v in asdict(self).items() if k not in OPTIONAL or v not in (None, ())},
-                allow_nan=False,
-            )
-            + "\n"
-        )
+        update, losses = self.update, self.losses
+        values = {
+            "step": self.step,
+            "seeds": update.seeds,
+            "projected_grads": self.projected_grads,
+            "coefficients": update.coefficients,
+            "decay": update.decay,
+            "loss_plus": losses.plus,
+            "loss_minus": losses.minus,
+            "skipped": update.skipped,
+        }
+        values |= {} if update.lr is None else {"lr": update.lr}
+        values |= {"tried": self.tried} if self.tried else {}
+        return json.dumps({key: _encode(value) for key, value in values.items()}, allow_nan=False) + "\n"
 
     @classmethod
     def from_dict(cls, values: dict) -> "StepRecord":
         """Inverse of `to_line`. Raises TypeError or ValueError if the values are not a record's."""
-        record = cls(**{k: _decode(v) for k, v in values.items()})
-        lists = (record.seeds, record.projected_grads, record.coefficients, record.loss_plus, record.loss_minus)
-        if not all(isinstance(v, tuple) for v in lists) or len({len(v) for v in lists}) != 1 or not record.seeds:
+        given = {key: _decode(value) for key, value in values.items()}
+        odd = [*(key for key in LINE if key not in given), *(key for key in given if key not in (*LINE, *OPTIONAL))]
+        if odd:
+            raise ValueError(f"{odd[0]} is missing, or is no field of a step")
+        lists = [given[key] for key in LISTS]
+        if not all(isinstance(v, tuple) for v in lists) or len({len(v) for v in lists}) != 1 or not given["seeds"]:
             raise ValueError("expected lists of equal length, one item a perturbation")
-        if not all(type(seed) is int and 0 <= seed < 2**64 for seed in record.seeds):
-            raise ValueError(f"expected seeds in [0, 2**64), got {record.seeds}")
-        numbers = [
-            record.decay,
-            *record.tried,
-            *([] if record.lr is None else [record.lr]),
-            *(v for values in lists[1:] for v in values),
-        ]
-        if type(record.step) is not int or not all(type(v) in (int, float) for v in numbers):
+        if not all(type(seed) is int and 0 <= seed < 2**64 for seed in given["seeds"]):
+            raise ValueError(f"expected seeds in [0, 2**64), got {given['seeds']}")
+        lr, tried = given.get("lr"), given.get("tried", ())
+        numbers = [given["decay"], *tried, *([] if lr is None else [lr]), *(v for own in lists[1:] for v in own)]
+        if type(given["step"]) is not int or not all(type(v) in (int, float) for v in numbers):
             raise ValueError("expected numbers")
-        if not all(map(math.isfinite, (record.decay, record.lr or 0.0, *record.coefficients))):
+        if not all(map(math.isfinite, (given["decay"], lr or 0.0, *given["coefficients"]))):
             raise ValueError("expected finite coefficients, decay and lr")
-        return record
+        update = Update(given["seeds"], given["coefficients"], given["decay"], lr, given["skipped"])
+        losses = Losses(given["loss_plus"], given["loss_minus"])
+        return cls(given["step"], update, losses, given["projected_grads"], tried)
 
 
 def _encode(value):
@@ -139,13 +140,14 @@ def read_trajectory(path: Path) -> tuple[dict, list[StepRecord]]:
         raise UserError(f"{path}: the header lacks {missing[0]}; restore the file from a copy")
     if first["z_stream"] != Z_STREAM_VERSION:
         raise UserError(f"{path}: written with z stream {first['z_stream']}, this program has {Z_STREAM_VERSION}")
-    records, stateful = [], first.get("rule", {}).get("name") in STATEFUL
+    rule = RULES.get(first.get("rule", {}).get("name", "sgd"))
+    records, needs_lr = [], rule is not None and rule().kernel() is not None
     for number, values in lines:
         try:
             records.append(StepRecord.from_dict(values))
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: line {number} is not a step record ({error})") from error
-        if stateful and records[-1].lr is None and not records[-1].skipped:
+        if needs_lr and records[-1].update.lr is None and not records[-1].update.skipped:
             raise UserError(f"{path}: line {number} lacks lr, which its rule needs; restore the file from a copy")
         if records[-1].step != len(records) - 1:
             raise UserError(f"{path}: line {number} holds step {records[-1].step}, expected {len(records) - 1}")

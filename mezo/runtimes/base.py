@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from mezo.data.example import Example
-from mezo.method.step import StepUpdate
+from mezo.method.step import Step, Update
 from mezo.models.spec import TrainedSpec
 
 
@@ -56,7 +56,7 @@ class Runtime(Protocol):
     def load(self, theta: dict[str, torch.Tensor]) -> None:
         """Set theta from tensors by canonical name, float32 or of the base's dtype.
 
-        The perturbed copies are stale until `step`.
+        The perturbed copies are stale until `perturb` or `update`.
         """
 
     def initial_theta(self, run_seed: int) -> dict[str, torch.Tensor]:
@@ -68,13 +68,17 @@ class Runtime(Protocol):
     def theta(self) -> dict[str, torch.Tensor]:
         """Copies of theta on the CPU, float32, by canonical name."""
 
-    def step(
-        self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float | Sequence[float], *, watch: bool = False
-    ) -> None:
-        """Apply the updates and write theta + eps z(seed) and theta - eps z(seed) for each seed, in one pass.
+    def update(self, updates: Sequence[Update], then: Step | None = None, *, watch: bool = False) -> None:
+        """Apply the updates and write the perturbed copies of a step, theta +- eps_k z(seed_k), in one pass.
 
-        At most `pairs` seeds; eps is one for all or one a seed. With `watch`, keep what `verify` needs.
+        Args:
+            updates: in order.
+            then: at most `pairs` perturbations; None writes none, and the copies are stale.
+            watch: keep what `verify` needs.
         """
+
+    def perturb(self, step: Step, *, watch: bool = False) -> None:
+        """Write the perturbed copies of a step, at most `pairs` perturbations; theta stays as it is."""
 
     def verify(self) -> str | None:
         """Rebuild with the reference backend what the watched step wrote; name the first difference, or None."""
@@ -83,7 +87,7 @@ class Runtime(Protocol):
         """Write theta, rounded once, to every perturbed copy: what `score_pairs` then differs by is noise."""
 
     def score_pairs(self, split: str, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Option scores at theta + eps z and theta - eps z of each seed of the last step; under a one-sided rule at
+        """Option scores at theta + eps z and theta - eps z of each perturbation of the last step; one-sided at
         theta + eps z of each and theta itself, which is scored once a batch.
 
         Each is float64 (len(indices), options), padded with -inf.
@@ -106,7 +110,7 @@ class Runtime(Protocol):
     def generate_pairs(
         self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]
     ) -> list[tuple[list[str], list[str]]]:
-        """As `generate`, at theta + eps z and theta - eps z of each seed of the last step."""
+        """As `generate`, at theta + eps z and theta - eps z of each perturbation of the last step."""
 
     def gradient(
         self, split: str, indices: Sequence[int], loss: Callable[[torch.Tensor], torch.Tensor]

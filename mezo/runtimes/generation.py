@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
-from mezo.config import Config
+from mezo.config import Workload
 from mezo.data.example import Example
 from mezo.errors import UserError
 from mezo.models.load import load_tokenizer
@@ -54,21 +54,23 @@ class Writing:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def refuse_too_long(config: Config, splits: dict[str, Sequence[Example]], longest: int, limit: int | None) -> None:
+def refuse_too_long(
+    work: Workload, splits: dict[str, Sequence[Example]], longest: int, limit: int | None, prefix: int = 0
+) -> None:
     """Raise UserError if a row, or a prompt with what is generated after it, has no room in the model.
 
     Args:
-        config: the run's.
+        work: what the run asks for.
         splits: examples by split.
         longest: tokens of the longest row that is scored.
         limit: tokens that the model takes, None if any number.
     """
-    new = config.max_new_tokens if config.generates else 0
+    new = work.max_new_tokens
     prompt = max(len(example.prompt) for examples in splits.values() for example in examples)
     tokens = max(longest, prompt + new)
     if limit is not None and tokens > limit:
         what = f"a prompt with --max-new-tokens {new}" if new else "a prompt"
-        after = f" after a prefix of {config.num_prefix_tokens}" if config.tuning == "prefix" else ""
+        after = f" after a prefix of {prefix}" if prefix else ""
         if limit <= new:
             option = "--num-prefix-tokens" if after else "--max-new-tokens"
             raise UserError(

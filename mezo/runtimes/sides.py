@@ -1,16 +1,16 @@
 """Which copies of theta a step scores: both signs of every perturbation, or one sign of each and theta once."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import TypeVar
 
-Found = TypeVar("Found")
+Read = TypeVar("Read")
 
 
 class Sides:
-    """Pairs of what is found at the copies of theta that a runtime holds, named plus0, minus0, plus1, ...
+    """Reads scores or texts at the copies of theta that a runtime holds, plus0, minus0, plus1, ..., in pairs.
 
-    One-sided, the second of each pair is what is found at theta itself, which minus0 holds: n perturbations cost n + 1
-    forward passes of a batch, in however many calls they are held.
+    One-sided, the second of each pair is what was read at theta itself, which minus0 holds: n perturbations cost n + 1
+    forward passes of a batch, in however many calls they are read.
 
     Args:
         one_sided: of the rule.
@@ -28,12 +28,12 @@ class Sides:
     def __init__(self, one_sided: bool):
         self.one_sided = one_sided
         self._at_theta: dict[Hashable, object] = {}
-        self._equal = False
+        self._all_theta = False
 
-    def stepped(self, updates: Sequence) -> None:
-        """The perturbed copies were written anew; what is known of theta holds until there is an update."""
-        self._equal = False
-        if updates:
+    def written(self, theta_changed: bool) -> None:
+        """The perturbed copies were written anew; what was read at theta stays true until theta changes."""
+        self._all_theta = False
+        if theta_changed:
             self._at_theta.clear()
 
     def loaded(self) -> None:
@@ -41,22 +41,22 @@ class Sides:
         self._at_theta.clear()
 
     def equalised(self) -> None:
-        """All copies hold theta, to be scored as often as is asked."""
-        self._equal = True
+        """Every copy holds theta itself: both of each pair are read, as often as is asked, to show the noise."""
+        self._all_theta = True
 
-    def pairs(self, held: int, batch: Hashable, read: Callable[[list[str]], list[Found]]) -> list[tuple[Found, Found]]:
-        """(found at plus k, found at minus k or theta) of each perturbation.
+    def pairs(self, count: int, batch: Hashable, read: Callable[[list[str]], list[Read]]) -> list[tuple[Read, Read]]:
+        """(what was read at plus k, what was read at minus k or at theta) of each perturbation k.
 
         Args:
-            held: perturbations.
-            batch: names what is read; theta is read once for each.
-            read: what is found at the copies of these names, in order.
+            count: perturbations whose copies are held.
+            batch: names what is read; one-sided, theta is read once for each name.
+            read: names of copies -> scores or texts at each, in order.
         """
-        if not self.one_sided or self._equal:
-            found = read([f"{sign}{k}" for k in range(held) for sign in ("plus", "minus")])
-            return list(zip(found[::2], found[1::2], strict=True))
-        names, known = [f"plus{k}" for k in range(held)], batch in self._at_theta
-        found = list(read(names if known else [*names, "minus0"]))
+        if not self.one_sided or self._all_theta:
+            read_at = read([f"{sign}{k}" for k in range(count) for sign in ("plus", "minus")])
+            return list(zip(read_at[::2], read_at[1::2], strict=True))
+        names, known = [f"plus{k}" for k in range(count)], batch in self._at_theta
+        read_at = list(read(names if known else [*names, "minus0"]))
         if not known:
-            self._at_theta[batch] = found.pop()
-        return [(plus, self._at_theta[batch]) for plus in found]
+            self._at_theta[batch] = read_at.pop()
+        return [(plus, self._at_theta[batch]) for plus in read_at]

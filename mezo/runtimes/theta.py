@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from mezo.method.rules.base import UpdateRule
-from mezo.method.step import StepUpdate, passes
+from mezo.method.rules.logged import LoggedRule
+from mezo.method.step import Step, Update
 from mezo_kernels import ParamLayout, RuleUpdate, rule_step_, step_
 
 Pairs = list[tuple[ParamLayout, ParamLayout]]
@@ -34,19 +34,22 @@ class PerturbedTheta:
         master: ParamLayout,
         pairs: Sequence[tuple[ParamLayout, ParamLayout]],
         backend: str | None = None,
-        rule: UpdateRule | None = None,
+        rule: LoggedRule | None = None,
         watched: int | None = None,
     ):
-        self.master, self.pairs, self.backend, self.rule = master, list(pairs), backend, rule or UpdateRule()
-        self.state = [master.like([torch.zeros_like(t) for t in master.tensors]) for _ in range(self.rule.bytes // 4)]
+        self.master, self.pairs, self.backend = master, list(pairs), backend
+        self.logged = rule or LoggedRule()
+        self.rule = self.logged.rule
+        moments = self.rule.state_bytes // 4
+        self.state = [master.like([torch.zeros_like(t) for t in master.tensors]) for _ in range(moments)]
         self.count = 0  # updates applied, as Adam counts them
         self._groups = self._grouped()
         self.watched, self._watched, self._watches = watched, None, 0
-        self._perturbation: tuple[list[int], float | Sequence[float]] | None = None
+        self._held: Step | None = None
 
     def _grouped(self) -> list[tuple[bool, ParamLayout, list[ParamLayout], Pairs]]:
         """(whether they decay, master, state, pairs) of the parameters that decay, and of the others: a pass each."""
-        decays = [self.rule.decays(name) for name in self.master.names]
+        decays = [self.logged.decays(name) for name in self.master.names]
         if len(set(decays)) == 1:
             return [(decays[0], self.master, self.state, self.pairs)]
 
@@ -65,43 +68,59 @@ class PerturbedTheta:
         for layout in self.state:
             torch._foreach_zero_(layout.tensors)
 
-    def step(
-        self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float | Sequence[float], *, watch: bool = False
-    ) -> None:
-        """Apply the updates, then write theta +- eps z(seeds[k]) to pair k, in one pass; with `watch`, keep what
-        `verify` needs. Pairs that differ in eps take a pass for each eps.
+    def update(self, updates: Sequence[Update], then: Step | None = None, *, watch: bool = False) -> None:
+        """Apply the updates, then write theta +- eps_k z(seed_k) of a step to pair k: one pass over all parameters.
+
+        Perturbations that differ in eps take a pass for each eps.
+
+        Args:
+            updates: in order; one that is skipped changes nothing, state neither.
+            then: the perturbations to write, at most as many as there are pairs; None writes none.
+            watch: keep what `verify` needs.
         """
         if watch:
-            windows = _windows(self.master, self.watched, self._watches)
-            before = [_within(layout, windows) for layout in (self.master, *self.state)]
-            before = [layout.like([t.clone() for t in layout.tensors]) for layout in before]
-            self._watched = windows, before, self.count, list(updates), list(seeds), eps
-            self._watches += 1
-        self._perturbation = list(seeds), eps
-        used = [update for update in updates if not update.skipped]
-        for first, after, distance in _runs(eps, len(seeds)):
-            self._pass(used if first == 0 else [], seeds[first:after], distance, slice(first, after))
-        self.count += len(used)
-        if seeds and self.rule.one_sided:
-            self.show([self.pairs[0][1]])
+            self._watch(updates, then)
+        applied = [update for update in updates if not update.skipped]
+        if then is None or not len(then):
+            self._pass(applied)
+        else:
+            self._held = then
+            for k, places in enumerate(_of_one_eps(then)):
+                self._pass([] if k else applied, then.part(places), slice(places[0], places[-1] + 1))
+            if self.rule.one_sided:
+                self.show([self.pairs[0][1]])
+        self.count += len(applied)
 
-    def _pass(self, used: Sequence[StepUpdate], seeds: Sequence[int], eps: float, held: slice) -> None:
-        """One fused pass: updates, then the pairs `held` at one eps."""
+    def perturb(self, step: Step, *, watch: bool = False) -> None:
+        """Write the perturbed copies of a step; theta stays as it is. See `update`."""
+        self.update([], step, watch=watch)
+
+    def _watch(self, updates: Sequence[Update], then: Step | None) -> None:
+        windows = _windows(self.master, self.watched, self._watches)
+        before = [_within(layout, windows) for layout in (self.master, *self.state)]
+        before = [layout.like([t.clone() for t in layout.tensors]) for layout in before]
+        self._watched = windows, before, self.count, list(updates), then
+        self._watches += 1
+
+    def _pass(self, updates: Sequence[Update], step: Step | None = None, places: slice = slice(0)) -> None:
+        """One fused pass: updates, then the pairs at `places`, whose perturbations have one eps."""
         options = {"distribution": self.rule.distribution, "backend": self.backend}
         for decays, master, state, pairs in self._groups:
-            plus, minus = ([pair[sign] for pair in pairs[held]] for sign in (0, 1))
-            own = used if decays else [_without_decay(update) for update in used]
-            targets = (list(seeds), eps, plus, minus)
-            rule = self.rule.fused(decays)
-            if rule is None:
-                step_(master, passes(own), 1.0, *targets, **options)
+            plus, minus = ([pair[sign] for pair in pairs[places]] for sign in (0, 1))
+            applied = updates if decays else [dataclasses.replace(update, decay=1.0) for update in updates]
+            targets = (list(step.seeds), step.eps[0], plus, minus) if step else ()
+            kernel = self.logged.kernel(decays)
+            if kernel is None:
+                directions = [direction for update in applied for direction in update.directions()]
+                step_(master, directions, 1.0, *targets, **options)
                 continue
-            steps = [RuleUpdate(u.seeds, u.coefficients, u.lr, t, u.decay) for t, u in enumerate(own, self.count + 1)]
-            rule_step_(master, rule, state, steps, *targets, **options)
+            numbered = enumerate(applied, self.count + 1)
+            steps = [RuleUpdate(u.seeds, u.coefficients, u.lr, t, u.decay) for t, u in numbered]
+            rule_step_(master, kernel, state, steps, *targets, **options)
 
     def restore(self) -> None:
         """Write the perturbed copies of the last step anew: the same bits, whatever is there now."""
-        self.step([], *self._perturbation)
+        self.perturb(self._held)
 
     def show(self, copies: Sequence[ParamLayout]) -> None:
         """Write theta itself, rounded once, where perturbed copies are; `restore` undoes it."""
@@ -116,21 +135,22 @@ class PerturbedTheta:
         Args:
             used: tensors that the model reads, two lists for each pair; by default those that were written to.
         """
-        windows, (master, *state), count, updates, seeds, eps = self._watched
-        copies = [copy for pair in self.pairs[: len(seeds)] for copy in pair]
+        windows, (master, *state), count, updates, then = self._watched
+        n = len(then) if then else 0
+        copies = [copy for pair in self.pairs[:n] for copy in pair]
         fresh = [_within(copy, windows) for copy in copies]
         fresh = [copy.like([torch.empty_like(t) for t in copy.tensors]) for copy in fresh]
         master = master.like([t.clone() for t in master.tensors])
-        again = PerturbedTheta(master, list(zip(fresh[::2], fresh[1::2], strict=True)), "reference", self.rule)
+        again = PerturbedTheta(master, list(zip(fresh[::2], fresh[1::2], strict=True)), "reference", self.logged)
         again.count = count
         for layout, own in zip(again.state, state, strict=True):
             layout.copy_(own)
-        again.step(updates, seeds, eps)
+        again.update(updates, then)
         seen = [layout.tensors for layout in (self.master, *self.state)]
         seen += used if used is not None else [copy.tensors for copy in copies]
         seen = [[_rows(t, own) for t, own in zip(tensors, windows, strict=True)] for tensors in seen]
         kinds = ["theta", *("first moment", "second moment")[: len(self.state)]]
-        kinds += [f"{sign}{_of(k, len(seeds))}" for k in range(len(seeds)) for sign in ("plus", "minus")]
+        kinds += [f"{sign}{_of(k, n)}" for k in range(n) for sign in ("plus", "minus")]
         for kind, expected, got in zip(kinds, (master, *again.state, *fresh), seen, strict=True):
             for name, a, b, own in zip(expected.names, expected.tensors, got, windows, strict=True):
                 bits = torch.int32 if a.dtype == torch.float32 else torch.int16
@@ -170,24 +190,13 @@ def _rows(tensor: torch.Tensor, window: slice) -> torch.Tensor:
     return tensor[window] if tensor.dim() else tensor
 
 
-def _runs(eps: float | Sequence[float], n: int) -> list[tuple[int, int, float]]:
-    """(first, after, eps) of the pairs, of n, that follow each other and have one eps; one empty run of none.
+def _of_one_eps(step: Step) -> list[list[int]]:
+    """Places of the perturbations that follow each other and have one eps.
 
-    >>> _runs(0.1, 2), _runs([0.1, 0.2, 0.2], 3)
-    ([(0, 2, 0.1)], [(0, 1, 0.1), (1, 3, 0.2)])
+    >>> _of_one_eps(Step([7, 8, 9], [0.1, 0.2, 0.2]))
+    [[0], [1, 2]]
     """
-    if not isinstance(eps, Sequence) or not n:
-        return [(0, n, eps if not isinstance(eps, Sequence) else 1.0)]
-    runs, first = [], 0
-    for value, own in itertools.groupby(eps):
-        after = first + len(list(own))
-        runs.append((first, after, value))
-        first = after
-    return runs
-
-
-def _without_decay(update: StepUpdate) -> StepUpdate:
-    return dataclasses.replace(update, decay=1.0)
+    return [list(places) for _, places in itertools.groupby(range(len(step)), step.eps.__getitem__)]
 
 
 def _of(k: int, n: int) -> str:

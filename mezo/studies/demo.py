@@ -1,6 +1,5 @@
 """The demo: a 135M-parameter model learns to tell good film reviews from bad, with forward passes only."""
 
-import dataclasses
 import itertools
 from pathlib import Path
 
@@ -36,8 +35,8 @@ def run(prompt: str = "it-was", steps: int = 0, output_dir: Path = Path("runs/de
         Exit code: 0, 1 if the log does not replay to the adapter, 130 after Ctrl-C.
     """
     wanted = demo_config(prompt, steps or STEPS[runtime], output_dir)
-    config = _free_or_unfinished(dataclasses.replace(wanted, runtime=runtime))
-    directory = Path(config.output_dir)
+    config = _free_or_unfinished(wanted.replace(runtime=runtime))
+    directory = Path(config.machine.output_dir)
     result = resume(str(directory)) if directory.exists() else train(config)
     if result is None:
         return 130
@@ -52,7 +51,7 @@ def demo_config(prompt: str, steps: int, output_dir: Path) -> Config:
     """The demo's run: LoRA on the last layer's query, output and MLP projections, 69,120 parameters."""
     data = assets.write_demo_data(assets.cache_root() / "demo-data")
     template, words = PROMPTS[prompt]
-    return Config(
+    return Config.of(
         model=str(assets.fetch_model()),
         output_dir=str(output_dir),
         train_file=str(data["train"]),
@@ -72,13 +71,13 @@ def demo_config(prompt: str, steps: int, output_dir: Path) -> Config:
 
 def _free_or_unfinished(wanted: Config) -> Config:
     """`wanted` in the first of its directory, directory-2, ... that is free, or holds this very run unfinished."""
-    names = (wanted.output_dir if n == 1 else f"{wanted.output_dir}-{n}" for n in itertools.count(1))
-    configs = (dataclasses.replace(wanted, output_dir=name) for name in names)
+    names = (wanted.machine.output_dir if n == 1 else f"{wanted.machine.output_dir}-{n}" for n in itertools.count(1))
+    configs = (wanted.replace(output_dir=name) for name in names)
     return next(config for config in configs if _is_free_or_unfinished(config))
 
 
 def _is_free_or_unfinished(config: Config) -> bool:
-    run = RunDirectory(Path(config.output_dir))
+    run = RunDirectory(Path(config.machine.output_dir))
     unfinished = run.config.is_file() and not run.result.is_file()
     return not run.path.exists() or (unfinished and run.read_config() == with_objective(config.absolute()))
 

@@ -52,7 +52,7 @@ def configs(protocol: Protocol, output_dir: str, changes: dict, seeds: tuple[int
     }
     folder = lambda seed, lr: str(Path(output_dir) / f"seed-{seed}-lr-{lr}")  # noqa: E731
     return [
-        [Config(**common, data_seed=seed, seed=seed, lr=lr, output_dir=folder(seed, lr)) for lr in protocol.lrs]
+        [Config.of(**common, data_seed=seed, seed=seed, lr=lr, output_dir=folder(seed, lr)) for lr in protocol.lrs]
         for seed in seeds or protocol.data_seeds
     ]
 
@@ -98,14 +98,14 @@ def run(protocol: Protocol, output_dir: str, changes: dict, seeds: tuple[int, ..
 
 
 def _refuse_other(config: Config) -> None:
-    directory = RunDirectory(Path(config.output_dir))
+    directory = RunDirectory(Path(config.machine.output_dir))
     wanted = with_objective(with_adapter_options(config).absolute())
     if directory.path.exists() and directory.read_config() != wanted:
         raise UserError(f"{directory.path} holds a run with other options: choose another --output-dir")
 
 
 def _carry_through(config: Config) -> dict | None:
-    directory = RunDirectory(Path(config.output_dir))
+    directory = RunDirectory(Path(config.machine.output_dir))
     if directory.result.is_file():
         return directory.read_result()
     return resume(str(directory.path)) if directory.path.exists() else train(config)
@@ -113,20 +113,20 @@ def _carry_through(config: Config) -> dict | None:
 
 def _best(own: list[Config], results: list[dict]) -> dict:
     """The run of a data seed whose kept step dev prefers by the task's metric; the first of equals."""
-    metric = find_task(own[0]).metric
+    metric = find_task(own[0].data).metric
     dev = {i: score for i, result in enumerate(results) if (score := _kept_score(result, metric)) is not None}
     if not dev:
         why = results[0].get("diverged", f"no finite {metric} on dev")
-        raise RunError(f"{own[0].output_dir} and the other learning rates of its seed: {why}")
+        raise RunError(f"{own[0].machine.output_dir} and the other learning rates of its seed: {why}")
     at = max(dev, key=dev.__getitem__)
     return {
         "data_seed": own[at].data_seed,
-        "lr": own[at].lr,
+        "lr": own[at].method.lr,
         "best_step": results[at]["best_step"],
         "dev": dev[at],
         "test_before": results[at]["test"]["before"][metric],
         "test": results[at]["test"]["after"][metric],
-        "diverged": [config.lr for i, config in enumerate(own) if i not in dev],
+        "diverged": [config.method.lr for i, config in enumerate(own) if i not in dev],
     }
 
 

@@ -9,6 +9,7 @@ from mezo.config import Config
 from mezo.data.example import Example
 from mezo.data.rewards import Judge
 from mezo.method.estimator import projected_grad
+from mezo.method.step import Step
 from mezo.runtimes.base import Runtime
 from mezo.training.instruments import rms, spread_over_batch
 from mezo.training.measurement import Measurement
@@ -66,19 +67,22 @@ def estimate(
         judged: judges of generated text, by the name of the objective.
     """
     probe = _Probe(config, runtime, examples, judged or {})
-    fine = config.eps * FINE.get(runtime.spec.dtype, 0.1)
+    fine = config.method.eps * FINE.get(runtime.spec.dtype, 0.1)
     noise = [n for k in range(NOISE_DIRECTIONS) for n in fourth_differences(probe.line(k, fine, 3))]
-    lines = [probe.line(k, config.eps, 2) for k in range(DIRECTIONS)]
-    loss, slopes, curvatures, thirds = zip(*(derivatives(line, config.eps) for line in lines), strict=True)
+    lines = [probe.line(k, config.method.eps, 2) for k in range(DIRECTIONS)]
+    loss, slopes, curvatures, thirds = zip(*(derivatives(line, config.method.eps) for line in lines), strict=True)
     sigma = max(rms(noise) / math.sqrt(70), 2**-53 * abs(loss[0]))
     slope, third = rms(slopes), max(rms(thirds), 1e-30)
     error = (
-        spread_over_batch(probe.kept, probe.measurement.labels, probe.objective, config.eps, config.batch_size) or 0.0
+        spread_over_batch(
+            probe.kept, probe.measurement.labels, probe.objective, config.method.eps, config.method.batch_size
+        )
+        or 0.0
     )
     signal = max(1 - (error / slope) ** 2, LEAST_SHARE) if slope else LEAST_SHARE
     curvature = rms(curvatures)
     eps = min(max((3 * sigma / (math.sqrt(2) * third)) ** (1 / 3), EPS_RANGE[0]), EPS_RANGE[1])
-    lr = rounded(config.num_perturbations * signal / curvature) if curvature and slope else None
+    lr = rounded(config.method.num_perturbations * signal / curvature) if curvature and slope else None
     return StepSizes(sum(loss) / len(loss), sigma, slope, signal, curvature, third, rounded(eps), lr)
 
 
@@ -93,19 +97,18 @@ class _Probe:
 
     def line(self, k: int, distance: float, reach: int) -> list[float]:
         """Losses at theta + i distance z, i = -reach .. reach, on the batch of step k."""
-        batch, seed = self.measurement.batches(k), perturbation_seed(self.config.seed, k, 0)
+        batch, seed = self.measurement.batches(k), perturbation_seed(self.config.method.seed, k, 0)
         above, below = [], []
         for i in range(1, reach + 1):
-            self.runtime.step([], [seed], i * distance)
+            self.runtime.perturb(Step([seed], i * distance))
             self.measurement.recent.clear()
-            plus, minus = self.measurement.mean_losses(batch)[0]
-            if distance == self.config.eps and i == 1:
+            losses = self.measurement.held_losses(1, batch)
+            if distance == self.config.method.eps and i == 1:
                 self.kept += self.measurement.recent
-            above.append(plus)
-            below.append(minus)
+            above += losses.plus
+            below += losses.minus
         self.runtime.equalise()
-        centre = self.measurement.mean_losses(batch)[0][0]
-        return [*below[::-1], centre, *above]
+        return [*below[::-1], *self.measurement.held_losses(1, batch).plus, *above]
 
 
 def fourth_differences(losses: list[float]) -> list[float]:

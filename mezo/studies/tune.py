@@ -15,7 +15,7 @@ from rich.console import Console
 
 from mezo.api import carry_on, loaded, start, with_adapter_options
 from mezo.config import Config
-from mezo.config.checks import ONE_SIDED, STATEFUL
+from mezo.config.options import flag_of
 from mezo.data.example import Example
 from mezo.data.rewards import judges
 from mezo.errors import Diverged, RunError, UserError
@@ -63,32 +63,42 @@ def tune(
         UserError: before anything is written.
     """
     _refuse_ranks()
-    refuse_existing(config.output_dir)
+    refuse_existing(config.machine.output_dir)
     config = with_objective(with_adapter_options(config).absolute())
-    steps = rung_steps(rungs, trial_steps or max(2 ** (rungs - 1), config.steps // 4))
-    if not (grid_lr and grid_eps) and not config.objectives.keys() <= SMOOTH:
-        raise UserError(f"--objective {config.objective} has no slope to estimate: give --grid-lr and --grid-eps")
-    if not (grid_lr and grid_eps) and config.update_rule in ONE_SIDED:
-        rule = config.update_rule
+    steps = rung_steps(rungs, trial_steps or max(2 ** (rungs - 1), config.method.steps // 4))
+    if not (grid_lr and grid_eps) and not config.method.objectives.keys() <= SMOOTH:
+        raise UserError(
+            f"--objective {config.method.objective} has no slope to estimate: give --grid-lr and --grid-eps"
+        )
+    if not (grid_lr and grid_eps) and config.method.rule.one_sided:
+        rule = config.method.rule.name
         raise UserError(
             f"--update-rule {rule}: lr and eps are estimated for two-sided steps: give --grid-lr and --grid-eps"
         )
-    if not grid_lr and config.update_rule in STATEFUL:
-        raise UserError(f"--update-rule {config.update_rule}: lr is estimated for steps of plain SGD: give --grid-lr")
-    if config.follows:
+    if not grid_lr and config.method.rule.kernel():
+        raise UserError(
+            f"--update-rule {config.method.rule.name}: lr is estimated for steps of plain SGD: give --grid-lr"
+        )
+    if config.machine.follows:
         raise UserError("--engine-arg node_rank: a sweep is run by the first machine; start the others with mezo train")
-    for lr in grid_lr or (config.lr,):  # values that cannot be are refused before the model is loaded
-        for eps in grid_eps or (config.eps,):
+    for lr in grid_lr or (config.method.lr,):  # values that cannot be are refused before the model is loaded
+        for eps in grid_eps or (config.method.eps,):
             trial_config(config, steps, "trial", lr, eps)
-    with loaded(trial_config(config, steps, "trial", config.lr, config.eps), need="train") as (runtime, splits, _):
+    with loaded(trial_config(config, steps, "trial", config.method.lr, config.method.eps), need="train") as (
+        runtime,
+        splits,
+        _,
+    ):
         _check_dev(splits)
         found = None if grid_lr and grid_eps else _estimate(config, runtime, splits)
-        lrs = grid_lr or [float(f"{x * ((found.lr if found else None) or config.lr):.1g}") for x in AROUND]
+        lrs = grid_lr or [float(f"{x * ((found.lr if found else None) or config.method.lr):.1g}") for x in AROUND]
         trials = {f"lr-{lr:g}-eps-{eps:g}": {"lr": lr, "eps": eps} for eps in grid_eps or (found.eps,) for lr in lrs}
-        plan = Plan(dataclasses.asdict(config), steps, trials, dataclasses.asdict(found) if found else None)
-        Path(config.output_dir).mkdir(parents=True)
-        replace_file(Path(config.output_dir) / "plan.json", json.dumps(dataclasses.asdict(plan), indent=2).encode())
-        return _climb(Path(config.output_dir), plan, runtime, splits)
+        plan = Plan(config.to_dict(), steps, trials, dataclasses.asdict(found) if found else None)
+        Path(config.machine.output_dir).mkdir(parents=True)
+        replace_file(
+            Path(config.machine.output_dir) / "plan.json", json.dumps(dataclasses.asdict(plan), indent=2).encode()
+        )
+        return _climb(Path(config.machine.output_dir), plan, runtime, splits)
 
 
 def resume(path: str) -> dict | None:
@@ -97,13 +107,17 @@ def resume(path: str) -> dict | None:
     directory = Path(path)
     try:
         plan = Plan(**json.loads((directory / "plan.json").read_text()))
-        config = Config.from_dict(plan.config)
+        config = Config.of_run(plan.config)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--resume {path}: not a sweep of mezo tune, no readable plan.json there ({error})") from error
     if (directory / "result.json").is_file():
         return json.loads((directory / "result.json").read_text())
-    config = dataclasses.replace(config, output_dir=path)
-    with loaded(trial_config(config, plan.rungs, "trial", config.lr, config.eps), need="train") as (runtime, splits, _):
+    config = config.replace(output_dir=path)
+    with loaded(trial_config(config, plan.rungs, "trial", config.method.lr, config.method.eps), need="train") as (
+        runtime,
+        splits,
+        _,
+    ):
         return _climb(directory, plan, runtime, splits)
 
 
@@ -123,12 +137,11 @@ def rung_steps(rungs: int, longest: int) -> list[int]:
 
 def trial_config(config: Config, rungs: Sequence[int], name: str, lr: float, eps: float) -> Config:
     """A trial's run: as long as the last rung, evaluated on dev at every rung, never on test."""
-    return dataclasses.replace(
-        config,
-        output_dir=str(Path(config.output_dir) / name),
+    return config.replace(
+        output_dir=str(Path(config.machine.output_dir) / name),
         steps=rungs[-1],
         eval_every=rungs[0],
-        warmup_steps=min(config.warmup_steps, rungs[-1]),
+        warmup_steps=min(config.method.warmup_steps, rungs[-1]),
         lr=lr,
         eps=eps,
         eval_test=False,
@@ -141,25 +154,23 @@ def trial_config(config: Config, rungs: Sequence[int], name: str, lr: float, eps
 def command(config: Config, lr: float, eps: float) -> str:
     """The `mezo train` call of the run that was tuned for.
 
-    >>> command(Config(model="m", output_dir="o", task="sst2", layers_to_transform=(3, 4), noise=False), 0.1, 0.01)
-    'mezo train --model m --output-dir RUN --task sst2 --layers-to-transform 3 4 --lr 0.1 --no-noise'
+    >>> command(Config.of(model="m", output_dir="o", task="sst2", layers_to_transform=(3, 4), noise=False), 0.1, 0.01)
+    'mezo train --task sst2 --model m --layers-to-transform 3 4 --lr 0.1 --no-noise --output-dir RUN'
     """
-    chosen = dataclasses.replace(config, lr=lr, eps=eps, output_dir="RUN")
+    chosen = config.replace(lr=lr, eps=eps, output_dir="RUN")
     words = ["mezo", "train"]
-    for field in dataclasses.fields(Config):
-        value, flag = getattr(chosen, field.name), field.name.replace("_", "-")
-        if value == field.default:
-            continue
+    for name, value in chosen.changes().items():
+        flag = flag_of(name)
         if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
+            words.append(flag if value else flag.replace("--", "--no-", 1))
         else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+            words += [flag, *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join(words)
 
 
 def compared_by(config: Config) -> tuple[int, str]:
     """Which figure of dev ranks trials, and its sign: the loss, or what a run of generated text is for."""
-    return best_by(config) if config.generates else (-1, "loss")
+    return best_by(config) if config.method.generates else (-1, "loss")
 
 
 def order(rows: Sequence[dict], sign: int = -1, key: str = "loss") -> list[dict]:
@@ -172,7 +183,7 @@ def _estimate(config: Config, runtime: Runtime, splits: dict[str, Sequence[Examp
     initial = starting_file(config, runtime)
     first_line = make_header(config, runtime.spec, splits, initial)
     runtime.load(initial_theta(first_line, initial))
-    return estimate(config, runtime, splits["train"], judges(config))
+    return estimate(config, runtime, splits["train"], judges(config.method))
 
 
 def _climb(directory: Path, plan: Plan, runtime: Runtime, splits: dict) -> dict | None:
@@ -181,7 +192,7 @@ def _climb(directory: Path, plan: Plan, runtime: Runtime, splits: dict) -> dict 
     if log.exists():
         drop_torn_line(log)
     rows = [row for _, row in read_lines(log)] if log.exists() else []
-    config, names = dataclasses.replace(Config.from_dict(plan.config), output_dir=str(directory)), list(plan.trials)
+    config, names = Config.of_run(plan.config).replace(output_dir=str(directory)), list(plan.trials)
     for number, steps in enumerate(plan.rungs):
         say.rule(f"rung {number + 1} of {len(plan.rungs)}: {len(names)} trials to step {steps}")
         known = {row["trial"] for row in rows if row["rung"] == number}
@@ -201,7 +212,7 @@ def _climb(directory: Path, plan: Plan, runtime: Runtime, splits: dict) -> dict 
     best = ordered[0]
     found = {
         "best": best,
-        "command": command(Config.from_dict(plan.config), best["lr"], best["eps"]),
+        "command": command(Config.of_run(plan.config), best["lr"], best["eps"]),
         "estimate": plan.estimate,
         "rungs": rows,
     }
@@ -213,10 +224,10 @@ def _run(config: Config, steps: int, runtime: Runtime, splits: dict) -> dict | N
     """Carry a trial on to the end of a rung; its dev scores there, or None after Ctrl-C."""
     for count in (runtime.tokens, runtime.eval_tokens):
         count.scored, count.computed = 0, 0.0
-    run, figures = RunDirectory(Path(config.output_dir)), {"loss", "accuracy", compared_by(config)[1]}
+    run, figures = RunDirectory(Path(config.machine.output_dir)), {"loss", "accuracy", compared_by(config)[1]}
     try:
         if run.config.is_file():
-            carry_on(RunDirectory.open(config.output_dir), config, runtime, splits, until=steps)
+            carry_on(RunDirectory.open(config.machine.output_dir), config, runtime, splits, until=steps)
         else:
             start(config, runtime, splits, until=steps)
     except Diverged as error:

@@ -1,10 +1,8 @@
 """Tasks: what a run is trained and tested on. `load_splits` turns a configuration into tokenised examples."""
 
-from dataclasses import replace
-
 from transformers import PreTrainedTokenizerBase
 
-from mezo.config import Config
+from mezo.config import Config, Data
 from mezo.data.example import Example
 from mezo.data.jsonl import jsonl_task, with_files
 from mezo.data.load import examples_of
@@ -50,27 +48,27 @@ def register(task: Task) -> Task:
     return task
 
 
-def find_task(config: Config) -> Task:
-    """The task that the configuration names, or the one behind its files; with both, the task on the files' rows.
+def find_task(data: Data) -> Task:
+    """The task that is named, or the one behind the files; with both, the task on the files' rows.
 
     Raises:
         UserError: no task has that name.
     """
-    if not config.task:
-        return jsonl_task(config)
-    if config.task not in TASKS:
-        raise UserError(f"--task {config.task!r} is unknown: choose from {', '.join(TASKS)} or give --train-file")
-    return with_files(TASKS[config.task], config)
+    if not data.task:
+        return jsonl_task(data)
+    if data.task not in TASKS:
+        raise UserError(f"--task {data.task!r} is unknown: choose from {', '.join(TASKS)} or give --train-file")
+    return with_files(TASKS[data.task], data)
 
 
 def with_objective(config: Config) -> Config:
     """The configuration with what is trained and how it is judged settled: "auto" is the task's own."""
-    if "auto" not in (config.objective, config.generate):
+    if "auto" not in (config.method.objective, config.method.generate):
         return config
-    task = find_task(config)
-    objective = task.objective if config.objective == "auto" else config.objective
-    generate = config.generate if config.generate != "auto" else "on" if task.generate else "off"
-    return replace(config, objective=objective, generate=generate)
+    task = find_task(config.data)
+    objective = task.objective if config.method.objective == "auto" else config.method.objective
+    generate = config.method.generate if config.method.generate != "auto" else "on" if task.generate else "off"
+    return config.replace(objective=objective, generate=generate)
 
 
 def load_splits(
@@ -86,4 +84,5 @@ def load_splits(
     Raises:
         UserError: bad data or a configuration that does not fit it; nothing has been written.
     """
-    return examples_of(find_task(config), with_objective(config), tokenizer, masked)
+    method, pooled = with_objective(config).method, config.model.tuning.head == "linear"
+    return examples_of(find_task(config.data), config.data, method, tokenizer, masked, pooled)

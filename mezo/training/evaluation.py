@@ -52,11 +52,11 @@ class Evaluations:
         self.config, self.runtime, self.splits, self.judges, self.run = config, runtime, splits, judges, run
         self.clock, self.instruments = clock, Instruments(config, runtime, measurement, clock)
         self.metrics = [row for row in run.read_metrics() if row["step"] <= done]
-        self.every = config.eval_every or max(1, config.steps // TENTHS)
+        self.every = config.method.eval_every or max(1, config.method.steps // TENTHS)
 
     def due(self, step: int) -> bool:
         """Whether anything is to be looked at after so many steps."""
-        return step % self.every == 0 or step == self.config.steps
+        return step % self.every == 0 or step == self.config.method.steps
 
     def make(self, records: Sequence[StepRecord], monitor: Monitor) -> None:
         """Evaluate dev, and test and train before the first step; keep theta if it is the best."""
@@ -85,7 +85,7 @@ class Evaluations:
         return row
 
     def _before_and_after(self) -> list[str]:
-        splits = ["test", "train"] if self.config.eval_train else ["test"]
+        splits = ["test", "train"] if self.config.method.eval_train else ["test"]
         known = {row["split"] for row in self.metrics}
         return [split for split in splits if split in self.splits and split not in known]
 
@@ -110,13 +110,13 @@ def best_by(config: Config) -> tuple[int, str]:
     Unless the run asks for the loss: the reward if one is trained, F1 where text is generated, the loss where the
     objective has no options to be right about, else the accuracy.
     """
-    if config.best_metric == "loss":
+    if config.method.best_metric == "loss":
         return -1, "loss"
-    if "reward" in config.objectives:
+    if "reward" in config.method.objectives:
         return 1, "reward"
-    if config.generates:
+    if config.method.generates:
         return 1, "f1"
-    return (-1, "loss") if "lm_cross_entropy" in config.objectives else (1, "accuracy")
+    return (-1, "loss") if "lm_cross_entropy" in config.method.objectives else (1, "accuracy")
 
 
 def evaluate_split(
@@ -135,11 +135,11 @@ def evaluate_split(
         As `evaluate`; where the options are answers with names f1 and exact_match are those of the chosen one, and
         accuracy takes every right one; where text is generated, the mean of what each judge says of it.
     """
-    size, n = config.eval_batch_size or config.batch_size, len(examples)
+    size, n = config.machine.eval_batch_size or config.method.batch_size, len(examples)
     found = dict.fromkeys(("accuracy", "loss", "f1", "auc"))
     if all(example.options for example in examples):
         scores = score_split(runtime, split, n, size)
-        alone = "lm_cross_entropy" in config.objectives or scores.shape[1] == 1
+        alone = "lm_cross_entropy" in config.method.objectives or scores.shape[1] == 1
         labels = torch.tensor([example.label for example in examples])
         found = evaluate(scores, labels, "lm_cross_entropy" if alone else "cross_entropy")
         if all(example.names for example in examples) and found["accuracy"] is not None:
@@ -147,7 +147,9 @@ def evaluate_split(
     if judges:
         parts = [range(i, min(n, i + size)) for i in range(0, n, size)]
         outputs = [
-            text for part in parts for text in runtime.generate(split, part, config.max_new_tokens, config.stops)
+            text
+            for part in parts
+            for text in runtime.generate(split, part, config.method.max_new_tokens, config.method.stops)
         ]
         for name, judge in judges.items():
             found[name] = sum(map(judge, examples, outputs)) / n

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from mezo.config import Config
-from mezo.config.checks import ONE_SIDED
 from mezo.run.trajectory import StepRecord
 from mezo.runtimes.base import Runtime
 from mezo.training.clock import Clock
@@ -44,7 +43,11 @@ class Instruments:
         """
         step = len(records)
         known = {row["split"] for row in metrics if row["step"] == step}
-        wanted = {"gradient": self.config.true_gradient, "spread": self.config.noise, "noise": self.config.noise}
+        wanted = {
+            "gradient": self.config.method.true_gradient,
+            "spread": self.config.method.noise,
+            "noise": self.config.method.noise,
+        }
         since = max((row["step"] for row in metrics if row["split"] == "noise"), default=0)
         for kind, measure in (("spread", self._spread), ("noise", self._noise), ("gradient", self._gradient)):
             if wanted[kind] and kind not in known and (step or kind == "gradient"):
@@ -57,11 +60,12 @@ class Instruments:
 
     def _noise(self, step: int, records: Sequence[StepRecord]) -> dict:
         """Score the last batch twice with theta in every copy: what differs is noise, here of projected_grad."""
-        eps = self.config.half_distance
+        eps = self.config.method.half_distance
         self.runtime.equalise()
         batch = self.measurement.batches(step - 1)
-        (plus, minus), (plus_again, minus_again) = [self.measurement.mean_losses(batch)[0] for _ in range(2)]
+        once, again = (self.measurement.held_losses(1, batch) for _ in range(2))
         self._restore(step)
+        plus, minus, plus_again, minus_again = (*once.plus, *once.minus, *again.plus, *again.minus)
         differences = (plus - minus, plus_again - minus_again, plus - plus_again, minus - minus_again)
         noise = rms([d / (2 * eps) for d in differences])
         if not math.isfinite(noise):  # theta at which the loss is not finite is reported as a skipped step
@@ -73,33 +77,37 @@ class Instruments:
 
     def _spread(self, step: int, records: Sequence[StepRecord]) -> dict:
         measurement, config = self.measurement, self.config
-        (seed,), half = measurement.first_seeds(step)[:1], config.half_distance
-        eps, one_sided = config.eps / (measurement.norms([seed]) or (1.0,))[0], config.update_rule in ONE_SIDED
+        first, rule = measurement.first(measurement.step(step)), config.method.rule
         theta, dtype = self.runtime.theta(), getattr(torch, self.runtime.spec.dtype.split(",")[0])
         return {
             "over_perturbations": spread_over_perturbations(records),
             "over_batch": spread_over_batch(
-                measurement.recent, measurement.labels, measurement.objective, half, config.batch_size
+                measurement.recent,
+                measurement.labels,
+                measurement.objective,
+                config.method.half_distance,
+                config.method.batch_size,
             ),
-            **realised_perturbation(theta, dtype, seed, eps, config.distribution, one_sided),
+            **realised_perturbation(theta, dtype, first.seeds[0], first.eps[0], rule.distribution, rule.one_sided),
         }
 
     def _gradient(self, step: int, records: Sequence[StepRecord]) -> dict:
         """The next step's estimate beside autograd's gradient of its batch at the same theta."""
         measurement, batch = self.measurement, self.measurement.batches(step)
-        seeds, grads = measurement.estimate(step)
+        mine, grads = measurement.estimate(measurement.step(step))
         self._restore(step)
-        size, total = self.config.micro_batch_size or len(batch), None
+        size, total = self.config.machine.micro_batch_size or len(batch), None
         for i in range(0, len(batch), size):
             part = batch[i : i + size]
             share, labels = len(part) / len(batch), measurement.labels[part]
             found = self.runtime.gradient("train", part, lambda s, n=share, y=labels: n * measurement.objective(s, y))
             total = found if total is None else {name: total[name] + found[name] for name in found}
-        return against_gradient(seeds, grads, total, self.config.distribution, measurement.norms(seeds))
+        norms = measurement.norms(mine.seeds)
+        return against_gradient(mine.seeds, grads, total, self.config.method.rule.distribution, norms)
 
     def _restore(self, step: int) -> None:
         """Write the next step's perturbations again."""
-        self.measurement.step([], self.measurement.first_seeds(step))
+        self.runtime.perturb(self.measurement.first(self.measurement.step(step)))
 
 
 def spread_over_perturbations(records: Sequence[StepRecord]) -> float | None:
@@ -108,7 +116,10 @@ def spread_over_perturbations(records: Sequence[StepRecord]) -> float | None:
     Divided by sqrt(n) it is the standard error of their mean. Under normal z it is |grad| to first order (MeZO, arXiv
     2305.17333, section 4): most of it is no fault of the losses.
 
-    >>> spread_over_perturbations([StepRecord(0, (1, 2), (3.0, 1.0), (0.0, 0.0), 1.0, (1.0, 1.0), (1.0, 1.0))]) ** 2
+    >>> from mezo.method.estimator import Losses
+    >>> from mezo.method.step import Update
+    >>> record = StepRecord(0, Update((1, 2), (0.0, 0.0)), Losses((1.0, 1.0), (1.0, 1.0)), (3.0, 1.0))
+    >>> spread_over_perturbations([record]) ** 2
     2.0000000000000004
     """
     groups = [record.projected_grads for record in used(records) if len(record.projected_grads) > 1]
@@ -235,7 +246,7 @@ def against_gradient(
 
 def used(records: Sequence[StepRecord]) -> list[StepRecord]:
     """The records that changed theta."""
-    return [record for record in records if not record.skipped]
+    return [record for record in records if not record.update.skipped]
 
 
 def rms(values: Sequence[float]) -> float:

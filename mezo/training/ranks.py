@@ -19,6 +19,8 @@ PATIENCE = datetime.timedelta(hours=12)  # rank 0 evaluates while the others wai
 class Ranks:
     """The processes of one run: as many as torchrun started, or this one alone.
 
+    `interrupted` is set by this process when it is asked to stop.
+
     >>> Ranks().gather([1.0, 2.0])
     [[1.0, 2.0]]
     """
@@ -27,6 +29,7 @@ class Ranks:
         self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self.bytes_exchanged = 0
+        self.interrupted = self._stopping = False
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("gloo", timeout=PATIENCE, rank=self.rank, world_size=self.size, store=self._store())
 
@@ -47,11 +50,16 @@ class Ranks:
         """True in the one process that writes the run directory and evaluates."""
         return self.rank == 0
 
+    @property
+    def stopping(self) -> bool:
+        """True once any rank was interrupted; all ranks learn of it in the same exchange, and stop after one step."""
+        return self._stopping or (self.size == 1 and self.interrupted)
+
     def gather(self, values: Sequence[float]) -> list[list[float]]:
-        """The values of every rank, in the order of ranks; as many from each."""
+        """The values of every rank, in the order of ranks; as many from each. `interrupted` travels with them."""
         if self.size == 1:
             return [list(values)]
-        own = torch.tensor(values, dtype=torch.float64)
+        own = torch.tensor([float(self.interrupted), *values], dtype=torch.float64)
         parts = [torch.empty_like(own) for _ in range(self.size)]
         try:
             dist.all_gather(parts, own)
@@ -60,7 +68,9 @@ class Ranks:
                 f"rank {self.rank} lost another rank ({str(error).splitlines()[0]}); resume the run"
             ) from error
         self.bytes_exchanged += own.nbytes * self.size
-        return [part.tolist() for part in parts]
+        gathered = [part.tolist() for part in parts]
+        self._stopping |= any(interrupted for interrupted, *_ in gathered)
+        return [values for _, *values in gathered]
 
     def close(self) -> None:
         """Wait for the other ranks and part; a rank that leaves early takes the connections of the others down."""

@@ -47,14 +47,14 @@ def result(
         ranks: what they exchanged.
     """
     before = {split: next(r for r in metrics if r["split"] == split) for split in after}
-    grads = [g for record in records if not record.skipped for g in record.projected_grads]
+    grads = [g for record in records if not record.update.skipped for g in record.projected_grads]
     tokens, eval_tokens, seconds = clock.runtime.tokens, clock.runtime.eval_tokens, clock.seconds
     return {
         **{s: {"before": _take(before[s], METRICS), "after": _take(after[s], METRICS)} for s in after},
         "dev": [_take(row, ("step", *METRICS)) for row in metrics if row["split"] == "dev"],
         "best_step": best,
         "steps": len(records),
-        "stopped_early": len(records) < config.steps,
+        "stopped_early": len(records) < config.method.steps,
         "steps_counted": clock.steps,
         "seconds_training": seconds["training"],
         "seconds_of_training": {**clock.parts, "bookkeeping": seconds["training"] - sum(clock.parts.values())},
@@ -63,7 +63,7 @@ def result(
         "seconds_compilation": seconds["compilation"],
         "seconds_evaluation": seconds["evaluation"],
         "steps_per_second": clock.rate,
-        "runtime": config.runtime,
+        "runtime": config.machine.runtime.name,
         "ranks": ranks.size,
         "bytes_exchanged_per_step": ranks.bytes_exchanged / max(clock.steps_here, 1),
         "tokens_scored": tokens.scored,
@@ -74,9 +74,11 @@ def result(
         "eval_tokens_reused": round(eval_tokens.reused),
         **_instruments(metrics),
         "zero_gradient_share": sum(g == 0 for g in grads) / max(len(grads), 1),
-        "clipped_share": sum(abs(g) > config.clip for g in grads) / max(len(grads), 1) if config.clip else 0.0,
-        "zero_steps": sum(not record.skipped and not any(record.coefficients) for record in records),
-        "skipped_steps": sum(record.skipped for record in records),
+        "clipped_share": sum(abs(g) > config.method.clip for g in grads) / max(len(grads), 1)
+        if config.method.clip
+        else 0.0,
+        "zero_steps": sum(not record.update.skipped and not any(record.update.coefficients) for record in records),
+        "skipped_steps": sum(record.update.skipped for record in records),
     }
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from mezo.config import Config
 from mezo.data.example import Example
 from mezo.data.rewards import judges
-from mezo.errors import Diverged, RunError
-from mezo.method.step import StepUpdate, update_of
+from mezo.errors import Diverged
+from mezo.method.step import Update
 from mezo.report import plots
 from mezo.report.monitor import Monitor
 from mezo.run import outcome
@@ -20,7 +20,7 @@ from mezo.run.trajectory import StepRecord, TrajectoryWriter
 from mezo.runtimes.base import Runtime
 from mezo.training.clock import Clock
 from mezo.training.evaluation import TENTHS, Evaluations
-from mezo.training.measurement import Measurement
+from mezo.training.measurement import Measurement, check_kernels
 from mezo.training.ranks import Ranks
 from mezo.training.result import result
 
@@ -52,12 +52,12 @@ class Trainer:
     ):
         self.config, self.runtime, self.run, self.ranks = config, runtime, run, ranks or Ranks()
         self.records = list(records)
-        self.clock, judged = Clock(runtime, seconds_loading), judges(config)
+        self.clock, judged = Clock(runtime, seconds_loading), judges(config.method)
         self.measurement = Measurement(config, runtime, splits["train"], judged, self.ranks)
         measured = (self.clock, self.measurement)
         self.evaluations = Evaluations(config, runtime, splits, judged, run, len(records), *measured)
-        self.verify_every = config.verify_every or max(1, config.steps // TENTHS)
-        self.due, self.interrupted, self.stopping, self.warned = False, False, False, False
+        self.verify_every = config.machine.verify_every or max(1, config.method.steps // TENTHS)
+        self.due, self.warned = False, False
 
     def train(self, until: int | None = None) -> dict | None:
         """Run to the last step, or until dev has not improved for long.
@@ -67,11 +67,13 @@ class Trainer:
         Returns:
             What result.json holds, {} on ranks above 0, None if stopped by Ctrl-C or paused.
         """
-        start, end = len(self.records), min(until or self.config.steps, self.config.steps)
+        start, end = len(self.records), min(until or self.config.method.steps, self.config.method.steps)
         handler = signal.signal(signal.SIGINT, self._interrupt) if _main_thread() else None
         self.log = TrajectoryWriter(self.run.trajectory) if self.ranks.leads else None
         try:
-            with Monitor(self.run.tensorboard, self.config.steps, start, quiet=not self.ranks.leads) as self.monitor:
+            with Monitor(
+                self.run.tensorboard, self.config.method.steps, start, quiet=not self.ranks.leads
+            ) as self.monitor:
                 self.monitor.say(self.runtime.describe())
                 if self.records and self.evaluations.metrics:
                     self.clock.restore(self.evaluations.metrics[-1]["clock"])
@@ -80,14 +82,14 @@ class Trainer:
                 self._give_up_if_stuck()
                 self._give_up_if_diverged()
                 ends = self._ends_early()
-                for step in range(start, end):
+                for _ in range(start, end):
                     if ends:
                         break
-                    self._step(step)
-                    if self.stopping or (self.interrupted and self.ranks.size == 1):
+                    self._step()
+                    if self.ranks.stopping:
                         return self._stop()
                     ends = self._ends_early()
-                if len(self.records) < self.config.steps and not ends:
+                if len(self.records) < self.config.method.steps and not ends:
                     return self._stop()
                 return self._finish() if self.ranks.leads else {}
         finally:
@@ -100,11 +102,11 @@ class Trainer:
         """Write the first step's perturbations; the first call of a fused op is compiled or read from a cache."""
         with self.clock.measuring("compilation"):
             self.due = self.verify_every > 0
-            self._write_next(start, [])
+            self._write_next(start)
 
-    def _step(self, step: int) -> None:
+    def _step(self) -> None:
         with self.clock.measuring_step():
-            record, self.stopping = self.measurement.record(step, self.due, self._verify, self.interrupted)
+            record = self.measurement.record(self.next, self.due)
             if self.log:
                 self.log.append(record)
             self._apply(record)
@@ -118,32 +120,26 @@ class Trainer:
         """Update theta and write both signs of the next step, in one pass."""
         self.records.append(record)
         self.due = self.verify_every > 0 and len(self.records) % self.verify_every == 0
-        self._write_next(record.step + 1, [update_of(record)])
-        if len(self.records) == self.config.steps:
-            self._verify()
+        self._write_next(record.step + 1, record.update)
+        if self.due and len(self.records) == self.config.method.steps:
+            check_kernels(self.runtime, len(self.records))
         if self.due and self.ranks.size > 1:
             self.ranks.check_equal(self.runtime.theta(), len(self.records))
 
-    def _write_next(self, step: int, updates: list[StepUpdate]) -> None:
-        self.measurement.step(updates, self.measurement.first_seeds(step), self.due)
-
-    def _verify(self) -> None:
-        """In a step that is due, compare what the model used with the reference."""
-        difference = self.runtime.verify() if self.due else None
-        if difference:
-            step = len(self.records)
-            raise RunError(f"step {step}: the kernels disagree with the reference: {difference}; run `mezo verify`")
+    def _write_next(self, number: int, *updates: Update) -> None:
+        self.next = self.measurement.step(number)
+        self.runtime.update(updates, self.measurement.first(self.next), watch=self.due)
 
     def _give_up_if_stuck(self) -> None:
         last = self.records[-MAX_SKIPPED:]
-        if len(last) == MAX_SKIPPED and all(record.skipped for record in last):
+        if len(last) == MAX_SKIPPED and all(record.update.skipped for record in last):
             raise Diverged(
                 f"the loss was not finite in {MAX_SKIPPED} steps in a row; lower --lr or --eps, or use --dtype float32"
             )
 
     def _give_up_if_diverged(self) -> None:
         """End a run whose loss is far above where it began, as --max-loss-ratio says; else warn of it, once."""
-        ratio, limit = loss_ratio(self.records), self.config.max_loss_ratio
+        ratio, limit = loss_ratio(self.records), self.config.method.max_loss_ratio
         if ratio is None or ratio <= (limit or WARNED):
             return
         found = f"the mean loss of {WINDOW} steps is {ratio:.3g} times that of the first {WINDOW}"
@@ -160,7 +156,7 @@ class Trainer:
 
     def _ends_early(self) -> bool:
         """Whether dev has not improved for --early-stopping evaluations: rank 0 knows, and all ranks end together."""
-        patience = self.config.early_stopping
+        patience = self.config.method.early_stopping
         if not patience or not self.evaluations.due(len(self.records)):
             return False
         own = self.ranks.leads and stalled(self.evaluations.metrics, patience)
@@ -187,9 +183,9 @@ class Trainer:
         return found
 
     def _interrupt(self, number, frame) -> None:
-        if self.interrupted:
+        if self.ranks.interrupted:
             raise KeyboardInterrupt
-        self.interrupted = True
+        self.ranks.interrupted = True
 
     def _stop(self) -> None:
         self._keep()

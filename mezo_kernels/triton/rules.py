@@ -79,7 +79,7 @@ def _rule_tile(
 
 
 @triton.jit(do_not_specialize=["columns", "n_rows", "n_pairs"])
-def _rule_kernel(
+def _rule_step_kernel(
     slots_ptr, tiles_ptr, columns, values_ptr, n_rows, n_pairs, eps, beta1, rest1, beta2, rest2, adam_eps, l2,
     RULE: tl.constexpr, STATES: tl.constexpr, STREAM: tl.constexpr, TARGET: tl.constexpr,
     MODE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, PART: tl.constexpr,
@@ -118,6 +118,6 @@ def rule_step_(theta, state, plus, minus, geometry, kind, constants, updates, ne
     numbers[:, :5] = np.array([update[1:] for update in updates], np.float32).reshape(-1, 5)
     values[: len(updates), 1:] = numbers.view(np.uint64)
     made.launch(
-        _rule_kernel, table.values_on(values, theta[0].device), len(updates), len(next_seeds), eps, *constants,
+        _rule_step_kernel, table.values_on(values, theta[0].device), len(updates), len(next_seeds), eps, *constants,
         RULE=kind, STATES=states, STREAM=STREAMS[distribution], TARGET=made.target,
     )  # fmt: skip

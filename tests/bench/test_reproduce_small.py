@@ -34,7 +34,7 @@ def small(monkeypatch, tmp_path):
     def demo_config(prompt, steps, output_dir):
         own = {"target_modules": ("q_proj", "o_proj"), "layers_to_transform": (2,), "objective": "cross_entropy"}
         words = {"prompt": "{text} It was", "label_words": (" terrible", " great"), "train_file": "replaced"}
-        return Config(model=llama, output_dir=str(output_dir), steps=steps, batch_size=4, lr=1e-3, **own, **words)
+        return Config.of(model=llama, output_dir=str(output_dir), steps=steps, batch_size=4, lr=1e-3, **own, **words)
 
     monkeypatch.setattr(demo, "demo_config", demo_config)
     monkeypatch.setattr(reproduce_decoder, "fetch_sentences", ratings)

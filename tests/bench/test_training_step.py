@@ -1,6 +1,5 @@
 """The benches of a whole step: the original's step and the gradients' are the work they are said to be."""
 
-import dataclasses
 import json
 import os
 
@@ -20,7 +19,7 @@ from tests.tiny_models import save
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     model = save("llama", tmp_path_factory.mktemp("bench") / "llama")
-    return Config(model=model, output_dir="unused", task="sst2", objective="cross_entropy", batch_size=4, steps=1000)
+    return Config.of(model=model, output_dir="unused", task="sst2", objective="cross_entropy", batch_size=4, steps=1000)
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def data():
 
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_the_original_scores_what_the_runtime_scores(config, data, everywhere):
-    runtime = HFRuntime(config)
+    runtime = HFRuntime(*config.for_runtime)
     runtime.prepare({"train": data})
     runtime.load({name: lora_init(3, name, shape) for name, shape in runtime.spec.shapes.items()})
     expected = cross_entropy(runtime.score("train", range(4)), torch.tensor([0, 1, 0, 1])).item()
@@ -41,8 +40,8 @@ def test_the_original_scores_what_the_runtime_scores(config, data, everywhere):
 
 def test_the_originals_step_is_a_step_of_mezo(config, data):
     """z is put on, taken off twice and put on again; what stays is -lr g z."""
-    runtime = HFRuntime(config)
-    still, moving = (OriginalStep(runtime, dataclasses.replace(config, lr=lr), data, True) for lr in (1e-30, 1e-2))
+    runtime = HFRuntime(*config.for_runtime)
+    still, moving = (OriginalStep(runtime, config.replace(lr=lr), data, True) for lr in (1e-30, 1e-2))
     start = [w.clone() for w in still.weights]
     for step in (still, moving):
         step()
@@ -53,7 +52,7 @@ def test_the_originals_step_is_a_step_of_mezo(config, data):
 
 
 def test_our_step_is_logged_and_moves_theta(config, data, tmp_path):
-    runtime = HFRuntime(config)
+    runtime = HFRuntime(*config.for_runtime)
     step = OurStep(runtime, config, data, tmp_path / "log")
     before = runtime.theta()
     step()

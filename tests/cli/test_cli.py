@@ -19,8 +19,8 @@ def write(path, rows):
 MISTAKES = {
     "equal label words": ({"label_words": (" great", " great")}, "--label-words must differ"),
     "one label word": ({"label_words": (" great",)}, "--label-words needs at least two words"),
-    "eps 0": ({"eps": 0.0}, "--eps must be a finite number > 0, got 0.0"),
-    "lr nan": ({"lr": float("nan")}, "--lr must be a finite number > 0, got nan"),
+    "eps 0": ({"eps": 0.0}, "--eps must be a float32 number above 0, got 0.0"),
+    "lr nan": ({"lr": float("nan")}, "--lr must be a float32 number above 0, got nan"),
     "no steps": ({"steps": 0}, "--steps must be at least 1, got 0"),
     "unknown module": ({"target_modules": ("q_proj", "w_proj")}, "--target-modules: no linear layer named w_proj"),
     "unknown layer": ({"layers_to_transform": (7,)}, "layer 7 does not exist; the model has layers 0 to 2"),
@@ -30,7 +30,7 @@ MISTAKES = {
     "field not in data": ({"prompt": "{sentence} It was"}, "sentence"),
     "both limits": ({"k_shot": 2, "num_train": 4}, "--k-shot and --num-train exclude each other"),
     "prompt without a field": ({"prompt": "It was"}, "takes no field, so every example would be the same"),
-    "eps below float32": ({"eps": 1e-50}, "--eps must be within float32"),
+    "eps below float32": ({"eps": 1e-50}, "--eps must be a float32 number above 0, got 1e-50"),
     "micro-batch": ({"micro_batch_size": 9}, "--micro-batch-size must be at most --batch-size, 8; got 9"),
     "no such adapter": ({"adapter": "./gone"}, "./gone is neither a run nor an adapter"),
     "no such device": ({"device": "gpu"}, "--device must be cpu, cuda or cuda:N, got gpu"),
@@ -116,7 +116,7 @@ def test_train_eval_replay_resume(tiny_options, as_flags, tmp_path, capfd):
     [
         ({"adapter": "elsewhere"}, "--adapter elsewhere: mezo eval takes an adapter in front of its options"),
         ({"lora_alpha": 64}, "--lora-alpha 64 contradicts {target}, which has 16: leave it out"),
-        ({"target_modules": ("q_proj",)}, "--target-modules ('q_proj',) contradicts {target}"),
+        ({"target_modules": ("q_proj",)}, "--target-modules q_proj contradicts {target}, which has"),
     ],
     ids=["adapter", "scale", "modules"],
 )
@@ -204,8 +204,12 @@ def test_config_file_with_flags_on_top(tiny_options, tmp_path, capfd):
     options = {**tiny_options, "steps": 4, "target_modules": ["q_proj"], "label_words": [" terrible", " great"]}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
     assert main(["train", "--config", str(tmp_path / "run.yaml"), "--steps", "2"]) == 0
-    saved = Config.from_dict(json.loads((Path(tiny_options["output_dir"]) / "config.json").read_text()))
-    assert (saved.steps, saved.target_modules, saved.lr) == (2, ("q_proj",), tiny_options["lr"])
+    saved = Config.of(**json.loads((Path(tiny_options["output_dir"]) / "config.json").read_text()))
+    assert (saved.method.steps, saved.model.tuning.target_modules, saved.method.lr) == (
+        2,
+        ("q_proj",),
+        tiny_options["lr"],
+    )
     (tmp_path / "bad.yaml").write_text("stepz: 3\n")
     assert main(["train", "--config", str(tmp_path / "bad.yaml")]) == 2
     assert "unknown configuration key 'stepz'" in capfd.readouterr().err
@@ -230,8 +234,8 @@ def test_yaml_values_are_checked(line, tmp_path, capfd):
 
 def test_yaml_means_what_it_looks_like(tmp_path):
     values = {"model": "m", "output_dir": "o", "task": "sst2", "lr": "1e-3", "layers_to_transform": 2, "eps": 1}
-    config = Config.from_dict(values)
-    assert (config.lr, config.layers_to_transform, config.eps) == (1e-3, (2,), 1.0)
+    config = Config.of(**values)
+    assert (config.method.lr, config.model.tuning.layers_to_transform, config.method.eps) == (1e-3, (2,), 1.0)
 
 
 def test_verify_on_this_machine(capfd):

@@ -76,7 +76,7 @@ def make(tmp_path):
     def build(train, dev=None, test=None, **fields):
         files = {"train": train, "dev": dev, "test": test}
         paths = {f"{name}_file": write(name, rows) for name, rows in files.items() if rows is not None}
-        return Config(model="m", output_dir="o", **paths, **fields)
+        return Config.of(model="m", output_dir="o", **paths, **fields)
 
     return build
 

@@ -15,7 +15,7 @@ def labelled(number, classes=2):
 
 
 def sst2_config(**fields):
-    return Config(model="m", output_dir="o", task="sst2", **fields)
+    return Config.of(model="m", output_dir="o", task="sst2", **fields)
 
 
 OK = {"text": "a film", "label": 0}
@@ -144,7 +144,7 @@ def test_unreadable_file(bpe, make, tmp_path):
 
 
 def test_unknown_task_and_wrong_number_of_words(bpe, hub):
-    refuses(Config(model="m", output_dir="o", task="sst3"), bpe, r"'sst3' is unknown: choose from sst2")
+    refuses(Config.of(model="m", output_dir="o", task="sst3"), bpe, r"'sst3' is unknown: choose from sst2")
     refuses(sst2_config(label_words=(" a", " b", " c")), bpe, r"has 3 words, task sst2 has 2 classes")
 
 

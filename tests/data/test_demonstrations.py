@@ -1,7 +1,5 @@
 """In-context learning: what stands in front of a tested prompt, what is left out, and that nothing is cut for it."""
 
-import dataclasses
-
 import pytest
 
 from mezo.data.demonstrations import draw_demonstrations
@@ -36,7 +34,7 @@ def test_right_answers_in_front_of_each_tested_prompt(bpe, make):
     assert all(word == ("terrible", "great")[number % 2] for number, word in shown)
     assert [word for _, word in shown].count("great") == 2
     assert len(set(shown)) == 4
-    plain = load_splits(dataclasses.replace(config, num_demonstrations=0), bpe)["test"]
+    plain = load_splits(config.replace(num_demonstrations=0), bpe)["test"]
     assert [e.options for e in splits["test"]] == [e.options for e in plain]
     assert [e.label for e in splits["test"]] == [1, 0]
 
@@ -59,22 +57,22 @@ def test_answers_of_several_tokens(bpe, make):
 
 def test_drawn_by_data_seed_and_from_the_kept_training_examples(bpe, make):
     config = make(TRAIN, test=TEST, prompt="{text} It was", label_words=WORDS, num_demonstrations=4, num_train=6)
-    kept = {text(e, bpe) for e in load_splits(dataclasses.replace(config, num_demonstrations=0), bpe)["train"]}
+    kept = {text(e, bpe) for e in load_splits(config.replace(num_demonstrations=0), bpe)["train"]}
     first = load_splits(config, bpe)["test"]
     before, _ = parts(first[0], bpe)
     assert {demo.rpartition(" ")[0] for demo in before} <= kept
     assert load_splits(config, bpe)["test"] == first
-    others = [load_splits(dataclasses.replace(config, data_seed=seed), bpe)["test"] for seed in range(1, 6)]
+    others = [load_splits(config.replace(data_seed=seed), bpe)["test"] for seed in range(1, 6)]
     assert any(other != first for other in others)
 
 
 def test_classes_are_balanced_and_options_of_their_own_are_not_classes(make):
     config = make(TRAIN, test=TEST, num_demonstrations=5)
     records = [Record({"text": str(i)}, (" a", " b", " c"), 0 if i < 12 else 1 + i % 2, "") for i in range(16)]
-    labels = [record.label for record in draw_demonstrations(records, config)]
+    labels = [record.label for record in draw_demonstrations(records, config.data)]
     assert sorted(labels) == [0, 0, 1, 2, 2]  # class 1 and 2 have two each
     own = [Record({}, (f" {i}",), 0, "") for i in range(9)]
-    assert len({record.options for record in draw_demonstrations(own, config)}) == 5
+    assert len({record.options for record in draw_demonstrations(own, config.data)}) == 5
 
 
 @pytest.mark.parametrize("max_length", range(30, 60))
@@ -97,7 +95,7 @@ def test_what_does_not_fit_is_left_out_and_said(bpe, make, caplog, max_length):
 def test_a_text_that_is_cut_anyway_has_no_demonstrations(bpe, make, caplog):
     rows = [{"text": "a film " * 90, "label": 1}]
     config = make(TRAIN, test=rows, prompt="{text} It was", label_words=WORDS, num_demonstrations=4, max_length=40)
-    plain = load_splits(dataclasses.replace(config, num_demonstrations=0), bpe)["test"]
+    plain = load_splits(config.replace(num_demonstrations=0), bpe)["test"]
     assert load_splits(config, bpe)["test"] == plain
     assert "(the least: 0) at --max-length 40" in caplog.text
 

@@ -1,6 +1,5 @@
 """From files and hub rows to token ids."""
 
-import dataclasses
 import re
 import time
 
@@ -147,9 +146,9 @@ def test_numbers_are_balanced_and_depend_on_data_seed_alone(bpe, make):
     first = load_splits(config, bpe)
     assert sum(example.label for example in first["train"]) == 5
     assert sorted(example.label for example in first["dev"]) == [0] * 3 + [1] * 4
-    assert load_splits(dataclasses.replace(config, seed=9, lr=1e-6), bpe) == first
-    assert load_splits(dataclasses.replace(config, data_seed=1), bpe)["train"] != first["train"]
-    larger = load_splits(dataclasses.replace(config, num_train=12), bpe)
+    assert load_splits(config.replace(seed=9, lr=1e-6), bpe) == first
+    assert load_splits(config.replace(data_seed=1), bpe)["train"] != first["train"]
+    larger = load_splits(config.replace(num_train=12), bpe)
     assert set(texts(first["train"], bpe)) < set(texts(larger["train"], bpe))
     assert larger["dev"] == first["dev"]
 
@@ -161,9 +160,9 @@ def test_without_balance_a_number_is_a_random_sample(bpe, make):
     splits = load_splits(config, bpe)
     assert (len(splits["train"]), len(splits["test"])) == (40, 400)
     assert 20 < sum(example.label for example in splits["test"]) < 60
-    balanced = load_splits(dataclasses.replace(config, balance="on"), bpe)
+    balanced = load_splits(config.replace(balance="on"), bpe)
     assert sum(example.label for example in balanced["test"]) == 100, "all there are"
-    larger = load_splits(dataclasses.replace(config, num_train=50), bpe)
+    larger = load_splits(config.replace(num_train=50), bpe)
     assert set(texts(splits["train"], bpe)) < set(texts(larger["train"], bpe))
 
 
@@ -190,7 +189,7 @@ def test_options_of_their_own_are_sampled_without_classes(bpe, make):
 
 
 def sst2_config(**fields):
-    return Config(model="m", output_dir="o", task="sst2", **fields)
+    return Config.of(model="m", output_dir="o", task="sst2", **fields)
 
 
 def test_sst2(hub, bpe):
@@ -237,7 +236,7 @@ def test_a_task_of_your_own(monkeypatch, bpe):
     monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
     rows = [{"premise": "a dull film", "options": [" great", " terrible"], "answer": 1}]
     register(Task("mine", lambda: {"train": rows}, Prompt("{premise} so it was"), dev_size=0))
-    (example,) = load_splits(Config(model="m", output_dir="o", task="mine"), bpe)["train"]
+    (example,) = load_splits(Config.of(model="m", output_dir="o", task="mine"), bpe)["train"]
     assert bpe.decode(example.prompt[1:] + example.options[1]) == "a dull film so it was terrible"
     with pytest.raises(ValueError, match="'mine' exists"):
         register(Task("mine", lambda: {}))

@@ -24,7 +24,7 @@ def source(tmp_path):
 
 
 def options(**fields):
-    return Config(**{"model": "m", "output_dir": "o", "task": "squad", **fields})
+    return Config.of(**{"model": "m", "output_dir": "o", "task": "squad", **fields})
 
 
 def test_a_reward_gets_the_fields_and_the_text(source):
@@ -93,15 +93,15 @@ def test_the_hash_is_that_of_the_file(source, tmp_path):
 
 def test_judges_of_a_run(source):
     reward = source("return -len(output)")
-    made = judges(options(objective="cross_entropy:1,reward:0.5", reward=reward, generate="on"))
+    made = judges(options(objective="cross_entropy:1,reward:0.5", reward=reward, generate="on").method)
     assert {name: judge(EXAMPLE, "snow") for name, judge in made.items()} == {
         "f1": 1.0,
         "exact_match": 1.0,
         "reward": -4.0,
     }
-    assert list(judges(options(objective="f1"))) == ["f1", "exact_match"]
-    assert list(judges(options(objective="reward", reward=reward))) == ["reward"]
-    assert judges(options(objective="accuracy", generate="off")) == {}
+    assert list(judges(options(objective="f1").method)) == ["f1", "exact_match"]
+    assert list(judges(options(objective="reward", reward=reward).method)) == ["reward"]
+    assert judges(options(objective="accuracy", generate="off").method) == {}
 
 
 @pytest.mark.parametrize(
@@ -125,9 +125,9 @@ def test_options_that_do_not_fit(fields, message):
 
 def test_a_mixture_has_weights():
     config = options(objective="cross_entropy, reward:0.5", reward="a.py:f", stop=(r"\n", "."))
-    assert config.objectives == {"cross_entropy": 1.0, "reward": 0.5}
-    assert config.scores
-    assert config.generates
-    assert config.stops == ("\n", ".")
-    assert config.absolute().reward.endswith("/a.py:f")
-    assert config.absolute().reward.startswith("/")
+    assert config.method.objectives == {"cross_entropy": 1.0, "reward": 0.5}
+    assert config.method.scores
+    assert config.method.generates
+    assert config.method.stops == ("\n", ".")
+    assert config.absolute().method.reward.endswith("/a.py:f")
+    assert config.absolute().method.reward.startswith("/")

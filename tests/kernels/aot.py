@@ -102,10 +102,6 @@ def normal(start: int) -> None:
     ops.standard_normal(5, 9, start, 4096, "normal", "cpu")
 
 
-def squares(layout: mk.ParamLayout, seed: int = 5) -> None:
-    ops.sum_of_squares(layout.tensors, [layout.geometry], seed, "normal")
-
-
 # name -> (call, payload bytes an element read, and written); None where slow paths stand beside the fast one
 VARIANTS = {
     **{f"perturb_{NAMES[d]}": (lambda d=d: perturb(flat(d)), d.itemsize, d.itemsize) for d in NAMES},
@@ -125,11 +121,9 @@ VARIANTS = {
     },
     "any_adam_bf16": (lambda: rule_step(ragged(FP32), [BF16], mk.Rule("adam")), None, None),
     "standard_normal": (lambda: normal(0), 0, 4),
-    "sum_of_squares": (lambda: squares(flat(FP32)), None, None),
     "any_perturb_mixed": (lambda: perturb(ragged(*NAMES)), None, None),
     "any_step_bf16": (lambda: step(ragged(FP32), [BF16]), None, None),
     "any_standard_normal": (lambda: normal(1), None, None),
-    "any_sum_of_squares": (lambda: squares(ragged(FP32)), None, None),
 }
 
 
@@ -238,7 +232,6 @@ def variants_of_a_run() -> dict[str, int]:
         betas = (0.5, 0.25) if seed % 2 else (0.9, 0.0)
         rule = mk.Rule("adam", *betas, eps=1e-8 * (1 + seed % 4), l2=float(seed % 3))
         rule_step(layout, [FP32] * len(layout.tensors), rule, len(updates), seed, [seed] * (1 + seed % 2), seed + 1.0)
-        squares(layout, seed)
         ops.standard_normal(seed, seed % 2**32, 4 * (seed % 2**60), 4096 + 4 * (seed % 5), "normal", "cpu")
     return Counter(name for name, _ in {(kernel.metadata.name, id(kernel)) for kernel in compiled})
 

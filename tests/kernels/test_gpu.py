@@ -1,11 +1,13 @@
 """What only a real GPU can show. The parity of every op with the reference on the GPU is in test_triton.py."""
 
 import importlib
+import pkgutil
 
 import pytest
 import torch
 
 import mezo_kernels as mk
+from mezo_kernels import dispatch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,9 +16,10 @@ pytestmark = [
 
 
 def kernels() -> dict:
-    """The kernels by name; `mezo_kernels.triton.step` may be the module or an op of the same name."""
-    names = ("perturb", "step", "sum_of_squares", "standard_normal")
-    return {name: getattr(importlib.import_module(f"mezo_kernels.triton.{name}"), f"_{name}_kernel") for name in names}
+    """Every Triton kernel by name, wherever it stands in the backend."""
+    package = importlib.import_module("mezo_kernels.triton")
+    modules = [importlib.import_module(m.name) for m in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")]
+    return {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
 
 
 def compiled() -> dict[str, int]:
@@ -31,7 +34,29 @@ def master(n: int = 5000) -> mk.ParamLayout:
 
 
 def targets(theta: mk.ParamLayout, dtype=torch.bfloat16) -> tuple[mk.ParamLayout, mk.ParamLayout]:
-    return tuple(theta.like([torch.zeros_like(t, dtype=dtype) for t in theta.tensors]) for _ in range(2))
+    return tuple(theta.like([torch.full_like(t, torch.nan, dtype=dtype) for t in theta.tensors]) for _ in range(2))
+
+
+def moments_of(theta: mk.ParamLayout) -> list[mk.ParamLayout]:
+    """State of Adam, zeros."""
+    return [theta.like([torch.zeros_like(t) for t in theta.tensors]) for _ in "mv"]
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_every_case_of_every_op_is_the_reference(op):
+    """The cases that `mezo verify` runs, on the device and on the CPU."""
+    for (label, ours), (_, theirs) in zip(dispatch.OPS[op].cases("cuda"), dispatch.OPS[op].cases("cpu"), strict=True):
+        results = [dispatch.OPS[op](*ours, "triton"), dispatch.OPS[op](*theirs, "reference")]
+        for a, b in zip(flat((*ours, results[0])), flat((*theirs, results[1])), strict=True):
+            views = {4: torch.int32, 2: torch.int16, 8: torch.int64}
+            a, b = (t.cpu().contiguous().view(views[t.element_size()]) for t in (a, b))
+            assert torch.equal(a, b), label
+
+
+def flat(arguments) -> list[torch.Tensor]:
+    """The tensors among an op's arguments, in order."""
+    lists = (value if isinstance(value, list) else [value] for value in arguments)
+    return [value for own in lists for value in own if isinstance(value, torch.Tensor)]
 
 
 def test_the_default_backend_is_triton():
@@ -45,11 +70,15 @@ def test_the_default_backend_is_triton():
 def test_no_per_step_value_compiles_a_second_variant():
     theta = master()
     plus, minus = targets(theta)
+    moments = moments_of(theta)
 
     def step(seed, updates):
         mk.perturb_(theta, 1e-3 * (seed % 7), seed)
         mk.step_(theta, updates, next_seed=seed, eps=1e-3 + seed % 3, plus=plus, minus=minus)
-        mk.sum_of_squares(theta, seed)
+        mk.standard_normal(seed, "w", seed % 2**60, 4096 + 4 * (seed % 5), device="cuda")
+        rule = mk.Rule("adam", *((0.5, 0.25) if seed % 2 else (0.9, 0.0)), l2=float(seed % 3))
+        estimate = mk.RuleUpdate([u[0] for u in updates], [u[1] for u in updates], 1e-3, 1 + seed % 9)
+        mk.rule_step_(theta, rule, moments, [estimate], next_seed=seed, eps=1e-3, plus=plus, minus=minus)
 
     step(0, [(0, 0.0)])
     before = compiled()
@@ -66,6 +95,8 @@ def test_steps_replay_in_a_cuda_graph():
     def step(layout, plus, minus):
         mk.perturb_(layout, 1e-3, 5)
         mk.step_(layout, [(2**64 - 1, 0.1), (7, 0.2, 0.9)], next_seed=2**63, eps=1e-3, plus=plus, minus=minus)
+        update = mk.RuleUpdate([9, 10], [0.1, -0.2], 1e-3, 1)
+        mk.rule_step_(layout, mk.Rule("sign"), [], [update], next_seed=11, eps=1e-3, plus=plus, minus=minus)
 
     for _ in range(3):
         step(expected, *results[0])
@@ -88,9 +119,13 @@ def test_ops_do_not_synchronise():
     theta = master()
     plus, minus = targets(theta)
 
+    moments = moments_of(theta)
+
     def step():
         mk.perturb_(theta, 1e-3, 5)
         mk.step_(theta, [(6, 0.1)], next_seed=7, eps=1e-3, plus=plus, minus=minus)
+        update = mk.RuleUpdate([8, 9], [0.1, 0.2], 1e-3, 1)
+        mk.rule_step_(theta, mk.Rule("adam"), moments, [update], next_seed=7, eps=1e-3, plus=plus, minus=minus)
 
     step()
     torch.cuda.synchronize()

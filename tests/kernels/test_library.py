@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import mezo_kernels
-from mezo_kernels import ParamLayout, cpu, perturb_, standard_normal, step_, sum_of_squares
+from mezo_kernels import ParamLayout, dispatch, perturb_, standard_normal, step_
+from mezo_kernels.numba import step as cpu
 
 OPS = torch.ops.mezo_kernels
 
@@ -20,35 +21,16 @@ def make_layout(dtype=torch.float32):
 
 
 def targets_of(layout):
-    return [layout.like([torch.zeros_like(t, dtype=torch.bfloat16) for t in layout.tensors]) for _ in range(2)]
+    return [
+        layout.like([torch.full_like(t, torch.nan, dtype=torch.bfloat16) for t in layout.tensors]) for _ in range(2)
+    ]
 
 
-def arguments_of(name):
-    layout = make_layout()
-    plus, minus = targets_of(layout)
-    tail = ("normal", None)
-    return {
-        "perturb_": (layout.tensors, [layout.geometry], 0.1, 1, 2, *tail),
-        "step_": (
-            *(layout.tensors, plus.tensors, minus.tensors),
-            *(
-                [layout.geometry, plus.geometry, minus.geometry],
-                [1, 2, 3, 4],
-                [0.1, 0.2],
-                [1.0, 0.9],
-                [5, 6],
-                1e-3,
-                *tail,
-            ),
-        ),
-        "sum_of_squares": (layout.tensors, [layout.geometry], 1, 2, *tail),
-        "standard_normal": (1, 2, 3, 0, 100, "normal", torch.device("cpu"), None),
-    }[name]
-
-
-@pytest.mark.parametrize("name", ["perturb_", "step_", "sum_of_squares", "standard_normal"])
+@pytest.mark.parametrize("name", dispatch.OPS)
 def test_opcheck(name):
-    torch.library.opcheck(getattr(OPS, name).default, arguments_of(name))
+    """torch.library's own checks, of the schema, the fake and tracing, on the first case of each op."""
+    _, arguments = next(dispatch.OPS[name].cases("cpu"))
+    torch.library.opcheck(getattr(OPS, name).default, (*arguments, None))
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
@@ -79,7 +61,7 @@ def test_per_step_values_compile_nothing():
     for seed in (0, 2**64 - 1):
         perturb_(layout, 0.5 * seed, seed)
         step_(layout, [(seed, 1e-9 * k) for k in range(5)], 0.5, [seed], 1.0, plus, minus, distribution="rademacher")
-        sum_of_squares(layout, seed)
+        standard_normal(seed, "w", seed % 1000, 300 + seed % 3)
     assert len(cpu._step_items.signatures) == before
 
 
@@ -114,11 +96,11 @@ def test_a_freed_address_given_to_another_layout_is_another_table():
 
 
 def test_compiled_code_on_disk_is_that_of_every_module(tmp_path):
-    """numba looks at a function's own file alone: code of cpu.py would outlive the cpu_draw.py inside it."""
+    """numba looks at a function's own file alone: code of step.py would outlive the draw.py inside it."""
     shutil.copytree(Path(mezo_kernels.__file__).parent, tmp_path / "mezo_kernels")
     code = "import torch; from mezo_kernels import ParamLayout, perturb_; w = torch.zeros(8)"
     code += "; perturb_(ParamLayout({'w': w}), 1.0, 0); print(w[0].item())"
-    drawing, found = tmp_path / "mezo_kernels" / "cpu_draw.py", []
+    drawing, found = tmp_path / "mezo_kernels" / "numba" / "draw.py", []
     for change in ("F(1), F(-2)", "F(1), F(-8)"):  # the second draws z of twice the size
         drawing.write_text(drawing.read_text().replace("F(1), F(-2)", change))
         run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

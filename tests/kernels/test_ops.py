@@ -5,10 +5,7 @@ import math
 import pytest
 import torch
 
-from mezo_kernels import ParamLayout, ParamSlot, perturb_, rademacher, standard_normal, step_, sum_of_squares
-
-# float64 sums of up to a million squares in different orders: well below 1e-12 relative
-SUM_TOLERANCE = 1e-12
+from mezo_kernels import ParamLayout, ParamSlot, perturb_, rademacher, standard_normal, step_
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 3, 1024, 1027, 5000]
@@ -38,7 +35,8 @@ def values(*shape, dtype=torch.float32, seed=0):
 
 def pairs(layout, dtypes):
     """Plus and minus layouts for each dtype."""
-    made = [[layout.like([torch.zeros_like(t, dtype=d) for t in layout.tensors]) for d in dtypes] for _ in range(2)]
+    unwritten = lambda d: layout.like([torch.full_like(t, torch.nan, dtype=d) for t in layout.tensors])  # noqa: E731
+    made = [[unwritten(d) for d in dtypes] for _ in range(2)]
     return {"plus": made[0], "minus": made[1], "next_seed": list(range(7, 7 + len(dtypes))), "eps": 1e-2}
 
 
@@ -222,21 +220,6 @@ def test_the_number_of_threads_changes_no_bit():
     finally:
         torch.set_num_threads(threads)
     assert equal(one, two)
-
-
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_sum_of_squares_over_backends_and_shards(distribution):
-    theta = torch.zeros(300, 1001)
-    options = {"distribution": distribution}
-    expected = sum_of_squares(ParamLayout({"w": theta}), 5, **options, backend="reference")
-    shards = [ParamSlot("w", theta[:, c : c + 143], (300, 1001), 0, c) for c in range(0, 1001, 143)]
-    parts = [sum_of_squares(ParamLayout([shard]), 5, **options, backend="numba") for shard in shards]
-    assert sum_of_squares(ParamLayout({"w": theta}), 5, **options, backend="numba") == pytest.approx(
-        expected, rel=SUM_TOLERANCE
-    )
-    assert math.fsum(parts) == pytest.approx(expected, rel=SUM_TOLERANCE)
-    z = (standard_normal if distribution == "normal" else rademacher)(5, "w", 0, theta.numel()).double()
-    assert expected == pytest.approx(z.square().sum().item(), rel=SUM_TOLERANCE)
 
 
 def test_perturb_is_a_multiply_and_an_add():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mezo_kernels import ParamLayout, ParamSlot, Rule, RuleUpdate, available_backends, rule_step_, standard_normal
-from tests.kernels.test_triton import assert_same_bits, layout, shapes
+from tests.kernels.test_triton import assert_same_bits, layout, shapes, unwritten
 
 RULES = {
     "momentum": Rule("momentum", beta1=0.9),
@@ -36,7 +36,7 @@ def run(slots, rule, updates, backend, dtypes=(), distribution="normal", passes=
     """All that is written: theta, state, plus and minus of every pair."""
     theta = layout(slots, torch.float32, "cpu")
     state = zeros(theta, rule)
-    targets = [layout(slots, dtype, "cpu") for dtype in dtypes for _ in "+-"]
+    targets = [unwritten(slots, dtype, "cpu") for dtype in dtypes for _ in "+-"]
     pairs = {}
     if targets:
         seeds = list(range(90, 90 + len(dtypes)))

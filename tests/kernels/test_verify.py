@@ -1,14 +1,16 @@
 """`verify` passes here, and fails where a backend is wrong by one bit."""
 
 import importlib
+import sys
+import types
 
 import pytest
 import torch
 
 import mezo_kernels as mk
-from mezo_kernels import ops
+from mezo_kernels import dispatch, reference
 
-CPU = importlib.import_module("mezo_kernels.cpu")
+CPU = importlib.import_module("mezo_kernels.numba")
 
 
 def failed(rows) -> set[tuple[str, str]]:
@@ -20,15 +22,15 @@ def test_every_backend_of_this_machine_is_right():
     assert failed(rows) == set()
     assert {row.backend for row in rows} >= {"reference", "numba", *mk.available_backends("cpu")}
     checks = {row.check for row in rows if row.backend == "numba"}
-    for op in ("perturb", "step"):
-        for dtype in ("float32", "bfloat16", "float16"):
-            assert f"{op} {dtype}" in checks
+    assert {check.split()[0] for check in checks} >= set(dispatch.OPS)
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert {f"perturb_ {dtype} normal", f"step_ {dtype}"} <= checks
 
 
 @pytest.fixture
 def numba_rows(monkeypatch):
     """Rows of the numba backend alone: the others take seconds in an interpreter, and are not broken here."""
-    monkeypatch.setattr(ops, "available_backends", lambda device: ["numba"])
+    monkeypatch.setattr(dispatch, "available_backends", lambda device: ["numba"])
     return lambda: mk.verify("cpu")
 
 
@@ -47,9 +49,9 @@ def test_one_bit_of_a_perturbation(monkeypatch, numba_rows):
 
     monkeypatch.setattr(CPU, "perturb_", wrong)
     rows = numba_rows()
-    assert failed(rows) == {("numba", "perturb bfloat16"), ("numba", "perturb bfloat16 rademacher")}
+    assert failed(rows) == {("numba", "perturb_ bfloat16 normal"), ("numba", "perturb_ bfloat16 rademacher")}
     detail = next(row.detail for row in rows if not row.ok)
-    assert "theta contiguous: 1 of 4096 elements differ, first at 4095" in detail
+    assert "theta[0]: 1 of 4096 elements differ, first at 4095" in detail
 
 
 def test_one_bit_of_a_step(monkeypatch, numba_rows):
@@ -60,7 +62,7 @@ def test_one_bit_of_a_step(monkeypatch, numba_rows):
         flip_last_bit(minus[-1][0], 3)
 
     monkeypatch.setattr(CPU, "step_", wrong)
-    assert failed(numba_rows()) == {("numba", f"step {d}") for d in ("float32", "bfloat16", "float16")}
+    assert failed(numba_rows()) == {("numba", f"step_ {d}") for d in ("float32", "bfloat16", "float16")}
 
 
 def test_one_bit_of_z(monkeypatch, numba_rows):
@@ -73,13 +75,50 @@ def test_one_bit_of_z(monkeypatch, numba_rows):
 
     monkeypatch.setattr(CPU, "standard_normal", wrong)
     checks = {check for backend, check in failed(numba_rows()) if backend == "numba"}
-    assert {"z vector, seed 42", "z vector, seed 0", "rademacher vector, seed 42", "standard_normal"} <= checks
+    assert {"z vector, seed 42", "z vector, seed 0", "rademacher vector, seed 42"} <= checks
+    assert "standard_normal normal from 0" in checks
 
 
-def test_a_sum_off_by_a_rounding_of_float32(monkeypatch, numba_rows):
-    right = CPU.sum_of_squares
-    monkeypatch.setattr(CPU, "sum_of_squares", lambda *arguments: right(*arguments) * (1 + 1e-8))
-    assert failed(numba_rows()) == {("numba", "sum_of_squares")}
+def test_one_bit_of_a_moment(monkeypatch, numba_rows):
+    """Rules with state are looked at too, and their state as well as theta."""
+    right = CPU.rule_step_
+
+    def wrong(theta, state, *arguments):
+        right(theta, state, *arguments)
+        if len(state) == 2 * len(theta):
+            flip_last_bit(state[-1][0], 3)
+
+    monkeypatch.setattr(CPU, "rule_step_", wrong)
+    assert failed(numba_rows()) == {("numba", "rule_step_ adam bfloat16"), ("numba", "rule_step_ adamw float32")}
+
+
+def test_an_element_that_is_not_written(monkeypatch, numba_rows):
+    """plus and minus are NaN at first."""
+    monkeypatch.setattr(CPU, "step_", lambda theta, plus, *rest: None)
+    rows = [row for row in numba_rows() if not row.ok]
+    assert {row.check for row in rows} == {f"step_ {d}" for d in ("float32", "bfloat16", "float16")}
+
+
+def test_a_toy_backend_is_a_module_and_an_entry(monkeypatch):
+    """It is checked, and taken by name, as soon as the table has it."""
+    module = types.ModuleType("toy_backend")
+    vars(module).update({name: getattr(reference, name) for name in dispatch.OPS})
+    module.perturb_ = lambda *arguments: None  # does nothing, which is wrong
+    monkeypatch.setitem(sys.modules, "toy_backend", module)
+    monkeypatch.setitem(dispatch.BACKENDS, "toy", dispatch.Backend("toy_backend", lambda device: None))
+    monkeypatch.setattr(dispatch, "available_backends", lambda device: ["toy"])  # the others take seconds
+    rows = [row for row in mk.verify("cpu") if row.backend == "toy"]
+    assert {row.check.split()[0] for row in rows if not row.ok} == {"perturb_"}
+    assert {row.check.split()[0] for row in rows if row.ok} >= {"step_", "rule_step_", "standard_normal"}
+    w = torch.zeros(4)
+    mk.step_(mk.ParamLayout({"w": w}), [(0, 1.0)], backend="toy")
+    assert torch.equal(w, -mk.standard_normal(0, "w", 0, 4))
+
+
+def test_every_backend_has_every_op():
+    for name in mk.available_backends("cpu"):
+        module = importlib.import_module(dispatch.BACKENDS[name].module)
+        assert all(callable(getattr(module, op)) for op in dispatch.OPS), name
 
 
 def test_a_backend_that_raises_fails_its_checks(monkeypatch, numba_rows):

@@ -33,4 +33,4 @@ def test_schedules_are_those_of_transformers(schedule, theirs, warmup):
 )
 def test_values_that_cannot_be_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        Config(model="m", output_dir="o", task="sst2", steps=10, **options)
+        Config.of(model="m", output_dir="o", task="sst2", steps=10, **options)

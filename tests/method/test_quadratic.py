@@ -3,12 +3,11 @@
 import torch
 
 from mezo.config import Config
-from mezo.config.checks import STATEFUL
-from mezo.method.estimator import best_of_three, planned, projected_grad
-from mezo.method.rules.base import UpdateRule
-from mezo.method.step import StepUpdate
+from mezo.method.estimator import Losses
+from mezo.method.schedule import learning_rate
+from mezo.method.step import Step
 from mezo.runtimes.theta import PerturbedTheta
-from mezo_kernels import ParamLayout, perturbation_seed, root_mean_square
+from mezo_kernels import ParamLayout, root_mean_square
 from tests.training.test_update_rules import OPTIONS, each_rule
 
 D, STEPS = 20, 300
@@ -27,29 +26,33 @@ def descend(rule, steps=STEPS, factor=1.0, start=3.0, **changes):
     options |= {"weight_decay": 0.0, "no_decay": (), "warmup_steps": 0, "adam_eps": 1e-8, **changes}
     if options["update_rule"] not in ("adam", "adamw"):
         options.pop("adam_eps")
-    config = Config(model="m", output_dir="o", task="sst2", steps=STEPS, **options)
+    config = Config.of(model="m", output_dir="o", task="sst2", steps=STEPS, **options)
     master = ParamLayout({"w": torch.full((D,), start)})
-    copies = [master.like([torch.empty(D)]) for _ in range(2 * config.num_perturbations)]
+    copies = [master.like([torch.empty(D)]) for _ in range(2 * config.method.num_perturbations)]
     pairs = list(zip(copies[::2], copies[1::2], strict=True))
-    theta, updates = PerturbedTheta(master, pairs, None, UpdateRule.of(config, ["w"])), []
-    measured = lambda copy: factor * loss(copy.tensors[0])  # noqa: E731
-    for step in range(steps):
-        seeds = [perturbation_seed(0, step, k) for k in range(config.num_perturbations)]
-        norms = [root_mean_square({"w": (D,)}, seed) for seed in seeds] if config.normalise_z else []
-        theta.step(updates, seeds, [config.eps / norm for norm in norms] or config.eps)
-        if config.half_distance < config.eps:
+    theta, updates = PerturbedTheta(master, pairs, None, config.method.logged_rule), []
+    measured, rule = lambda copy: factor * loss(copy.tensors[0]), config.method.rule
+    norm = (lambda seed: root_mean_square({"w": (D,)}, seed)) if config.method.normalise_z else None
+    for number in range(steps):
+        step = Step.of_run(0, number, config.method.num_perturbations, config.method.eps, norm)
+        theta.update(updates, step)
+        if rule.one_sided:
             assert torch.equal(pairs[0][1].tensors[0], master.tensors[0]), "one-sided: theta itself"
-        here, one_sided = measured(pairs[0][1]), config.half_distance < config.eps
-        losses = [(measured(plus), here if one_sided else measured(minus)) for plus, minus in pairs]
-        grads = tuple(projected_grad(*pair, config.half_distance) for pair in losses)
-        steps_, decay, lr = planned(config, step, grads, [plus for plus, _ in losses], norms)
-        if config.update_rule == "conservative":
-            c = abs(steps_[0])
-            theta.step([], seeds, c)
-            tried = factor * loss(master.tensors[0]), measured(pairs[0][1]), measured(pairs[0][0])
-            steps_, _ = best_of_three(steps_[0], tried if steps_[0] > 0 else (tried[0], *tried[:0:-1]))
-        updates = [StepUpdate(seeds, steps_, decay, lr if config.update_rule in STATEFUL else None)]
-    theta.step(updates, [], 1.0)
+        minus = [measured(pairs[0][1])] * len(pairs) if rule.one_sided else [measured(minus) for _, minus in pairs]
+        losses = Losses(tuple(measured(plus) for plus, _ in pairs), tuple(minus))
+        lr = learning_rate(
+            number, config.method.steps, config.method.lr, config.method.lr_schedule, config.method.warmup_steps
+        )
+        norms = [norm(seed) for seed in step.seeds] if norm else []
+        grads = losses.projected_grads(config.method.half_distance)
+        update = rule.plan(step.seeds, grads, losses, lr, config.method.weight_decay, config.method.clip, norms)
+        if rule.compares:
+            (c,) = update.coefficients
+            theta.perturb(Step(step.seeds, abs(c)))
+            above, below = (measured(copy) for copy in (pairs[0] if c > 0 else pairs[0][::-1]))
+            update = rule.choose(update, (factor * loss(master.tensors[0]), below, above))
+        updates = [update]
+    theta.update(updates)
     return master.tensors[0]
 
 

@@ -13,6 +13,7 @@ import torch
 from mezo.config import Config
 from mezo.method.estimator import projected_grad
 from mezo.method.objectives import cross_entropy
+from mezo.method.step import Step
 from mezo.models.load import load_tokenizer
 from mezo.runtimes.hf.runtime import HFRuntime
 from mezo.tasks import load_splits
@@ -160,16 +161,16 @@ SMALL, FLOAT32 = 2e-3, 1e-3  # eps, and what eps^2 and the rounding of two losse
 def test_what_a_run_measures_is_the_directional_derivative(family, cache, tiny_data, tmp_path):
     """The runtime's own losses, in float32 and through the trunk cache, against its autograd, at an adapter with B."""
     options = dict(model=save(family, tmp_path), **tiny_data, output_dir="unused", batch_size=48, trunk_cache=cache)
-    config = Config(**options, prompt="{text} It was", label_words=(" terrible", " great"),
+    config = Config.of(**options, prompt="{text} It was", label_words=(" terrible", " great"),
                     target_modules=LAST_LAYER[family], layers_to_transform=(2,))  # fmt: skip
-    runtime, splits = HFRuntime(config), load_splits(config, load_tokenizer(config.model))
+    runtime, splits = HFRuntime(*config.for_runtime), load_splits(config, load_tokenizer(config.model.base))
     runtime.prepare(splits)
     runtime.load({name: 0.3 * lora_init(3, name, shape) for name, shape in runtime.spec.shapes.items()})
     labels = torch.tensor([example.label for example in splits["train"]])
     batch = range(len(labels))
     gradient = runtime.gradient("train", batch, lambda scores: cross_entropy(scores, labels))
     for seed in range(4):
-        runtime.step([], [seed], SMALL)
+        runtime.perturb(Step([seed], SMALL))
         ((plus, minus),) = runtime.score_pairs("train", batch)
         got = projected_grad(cross_entropy(plus, labels).item(), cross_entropy(minus, labels).item(), SMALL)
         parts = {name: standard_normal(seed, name, 0, part.numel()) for name, part in gradient.items()}

@@ -12,7 +12,8 @@ import math
 import pytest
 import torch
 
-from mezo.method.estimator import deviation, projected_grad
+from mezo.method.estimator import projected_grad
+from mezo.method.rules.fzoo import deviation
 from mezo_kernels import perturbation_seed, rademacher, root_mean_square, standard_normal
 from tests.method.test_theory import DIMENSION, DRAWS, EPS, assert_mean, quadratic
 

@@ -1,6 +1,5 @@
 """The report as a web page: whole, self-contained, and shown by a real browser that is offline."""
 
-import dataclasses
 import json
 import re
 import shutil
@@ -24,13 +23,13 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 def runs(tmp_path_factory, tiny_model, tiny_data):
     """Two finished runs: one with every instrument and a prompt that is HTML, one plain."""
     directory = tmp_path_factory.mktemp("runs")
-    config = Config(
+    config = Config.of(
         model=tiny_model, **tiny_data, output_dir=str(directory / "full"), prompt="<b>{text}</b> & It was",
         label_words=(" terrible", " great"), target_modules=("q_proj", "o_proj"), layers_to_transform=(2,), steps=40,
         batch_size=8, lr=1e-2, eval_every=10, num_perturbations=2, true_gradient=True, eval_train=True,
     )  # fmt: skip
     plain = {"output_dir": str(directory / "plain"), "num_perturbations": 1, "true_gradient": False, "noise": False}
-    for each in (config, dataclasses.replace(config, dev_file="", **plain)):
+    for each in (config, config.replace(dev_file="", **plain)):
         train(each)
     return directory / "full", directory / "plain"
 

@@ -1,6 +1,5 @@
 """What a machine can do to a run: a full disk, a place that cannot be written."""
 
-import dataclasses
 import os
 import shutil
 import subprocess
@@ -19,12 +18,9 @@ LIMIT = 12_000  # bytes a file may have: more than an adapter, a little more tha
 
 def test_a_full_disk_loses_nothing_that_was_logged(tiny_config, tmp_path, as_flags):
     """A limit on the size of files stands for the disk: the write that crosses it is cut short, as on a full one."""
-    config = dataclasses.replace(tiny_config, steps=80)
-    train(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    changed = {
-        field.name: values[field.name] for field in dataclasses.fields(config) if values[field.name] != field.default
-    }
+    config = tiny_config.replace(steps=80)
+    train(config.replace(output_dir=str(tmp_path / "whole")))
+    changed = config.changes()
     limited = (
         "import resource, signal, sys\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from mezo.report import monitor\nmonitor.LOG_EVERY = 10**9\n"
@@ -35,16 +31,16 @@ def test_a_full_disk_loses_nothing_that_was_logged(tiny_config, tmp_path, as_fla
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1, done.stderr
     assert "the log could not be written" in done.stderr
-    log = Path(tiny_config.output_dir) / "trajectory.jsonl"
+    log = Path(tiny_config.machine.output_dir) / "trajectory.jsonl"
     assert log.read_bytes().endswith(b"}\n")
     assert 10 < len(read_trajectory(log)[1]) < 80
-    resume(tiny_config.output_dir)
+    resume(tiny_config.machine.output_dir)
     assert log.read_bytes() == (tmp_path / "whole" / "trajectory.jsonl").read_bytes()
 
 
 def test_a_place_that_cannot_be_written_is_refused(tiny_config, tmp_path):
     (tmp_path / "file").write_text("")
-    config = dataclasses.replace(tiny_config, output_dir=str(tmp_path / "file" / "run"))
+    config = tiny_config.replace(output_dir=str(tmp_path / "file" / "run"))
     with pytest.raises(UserError, match="cannot be created: Not a directory; choose another"):
         train(config)
 
@@ -58,14 +54,12 @@ def as_ordinary_user(argv):
 def test_a_read_only_directory_is_refused_and_a_read_only_run_loses_nothing(tiny_config, tmp_path, as_flags):
     places = {"parent": tmp_path / "parent", "run": tmp_path / "run"}
     places["parent"].mkdir()
-    train(dataclasses.replace(tiny_config, steps=4, output_dir=str(places["run"])))
+    train(tiny_config.replace(steps=4, output_dir=str(places["run"])))
     (places["run"] / "result.json").unlink()
     log = (places["run"] / "trajectory.jsonl").read_bytes()
     for place in places.values():
         place.chmod(0o555)
-    values = {f.name: getattr(tiny_config, f.name) for f in dataclasses.fields(tiny_config)}
-    changed = {f.name: values[f.name] for f in dataclasses.fields(tiny_config) if values[f.name] != f.default}
-    changed["output_dir"] = str(places["parent"] / "run")
+    changed = tiny_config.changes() | {"output_dir": str(places["parent"] / "run")}
     mezo = [sys.executable, "-m", "mezo", "train"]
     new, old = (
         subprocess.run(as_ordinary_user(argv), capture_output=True, text=True, timeout=120, check=False)
@@ -83,12 +77,12 @@ def test_a_read_only_directory_is_refused_and_a_read_only_run_loses_nothing(tiny
 
 
 def test_a_run_keeps_the_adapter_it_started_from_and_names_it_if_lost(tiny_config, tmp_path):
-    train(dataclasses.replace(tiny_config, steps=2))
-    started = dataclasses.replace(
-        tiny_config, adapter=tiny_config.output_dir + "/adapter", output_dir=str(tmp_path / "second"), steps=2
+    train(tiny_config.replace(steps=2))
+    started = tiny_config.replace(
+        adapter=tiny_config.machine.output_dir + "/adapter", output_dir=str(tmp_path / "second"), steps=2
     )
     train(started)
-    shutil.rmtree(tiny_config.output_dir)
+    shutil.rmtree(tiny_config.machine.output_dir)
     replay(str(tmp_path / "second"), str(tmp_path / "replayed"))
     whole = (tmp_path / "second" / "trajectory.jsonl").read_bytes()
     logbook.truncate(str(tmp_path / "second"), 1)

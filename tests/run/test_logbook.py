@@ -28,7 +28,7 @@ IDS = torch.tensor([[3, 11, 12, 16, 4]])
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_model, tiny_data):
     run = tmp_path_factory.mktemp("runs") / "run"
-    config = Config(
+    config = Config.of(
         model=tiny_model, **tiny_data, output_dir=str(run), prompt="{text} It was", label_words=(" terrible", " great"),
         target_modules=("q_proj", "o_proj"), layers_to_transform=(2,), steps=30, batch_size=8, lr=3e-2, eval_every=10,
     )  # fmt: skip
@@ -131,7 +131,7 @@ def test_imported_adapter_is_a_start(finished, tmp_path, tiny_options):
     assert {tensor.dtype for tensor in start.values()} == {torch.float32}
     assert all(torch.equal(start[name], halves[name].float()) for name in start)
     options = {**tiny_options, "target_modules": ("q_proj", "o_proj"), "adapter": str(tmp_path / "start"), "steps": 3}
-    train(Config(**options))
+    train(Config.of(**options))
     theta, _, _ = rebuild(options["output_dir"], until="0")
     assert all(torch.equal(theta[name], start[name]) for name in start)
 

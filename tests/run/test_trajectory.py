@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mezo.errors import UserError
+from mezo.method.estimator import Losses
+from mezo.method.step import Update
 from mezo.run.adapter import read_adapter, same_bits
 from mezo.run.files import drop_torn_line
 from mezo.run.header import header
@@ -23,7 +25,8 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
 def record(step, skipped=False, grad=0.1):
-    return StepRecord(step, (2**64 - 1 - step,), (grad,), (1e-3 * grad,), 0.999, (1 / 3,), (math.pi,), skipped)
+    update = Update((2**64 - 1 - step,), (1e-3 * grad,), 0.999, skipped=skipped)
+    return StepRecord(step, update, Losses((1 / 3,), (math.pi,)), (grad,))
 
 
 @pytest.fixture
@@ -47,14 +50,15 @@ def test_round_trip(log):
 @given(grads=st.lists(finite, min_size=1, max_size=3), loss=floats, seed=st.integers(0, 2**64 - 1))
 def test_every_float_and_seed_round_trips(grads, loss, seed):
     n = len(grads)
-    written = StepRecord(0, (seed,) * n, tuple(grads), tuple(grads), grads[0], (loss,) * n, (-loss,) * n)
+    update = Update((seed,) * n, tuple(grads), grads[0], lr=loss if math.isfinite(loss) else None)
+    written = StepRecord(0, update, Losses((loss,) * n, (-loss,) * n), tuple(grads), (loss, 1.0, 2.0))
     assert StepRecord.from_dict(json.loads(written.to_line())) == written
 
 
 def test_a_loss_that_is_not_finite_round_trips():
-    written = StepRecord(0, (1,), (math.nan,), (0.0,), 1.0, (math.inf,), (-math.inf,), skipped=True)
+    written = StepRecord(0, Update.skip((1,)), Losses((math.inf,), (-math.inf,)), (math.nan,))
     again = StepRecord.from_dict(json.loads(written.to_line()))
-    assert (again.loss_plus, again.loss_minus) == ((math.inf,), (-math.inf,))
+    assert (again.losses.plus, again.losses.minus) == ((math.inf,), (-math.inf,))
     assert math.isnan(again.projected_grads[0])
 
 

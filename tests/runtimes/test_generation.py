@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 from mezo.config import Config
 from mezo.data.example import Example
 from mezo.errors import UserError
-from mezo.method.step import StepUpdate
+from mezo.method.step import Step, Update
 from mezo.runtimes.generation import Writing
 from mezo.runtimes.hf.runtime import HFRuntime
 from mezo_kernels import lora_init
@@ -26,7 +26,7 @@ def model(request, tmp_path_factory):
 def runtime(model, data, seed=3, ends=False, **others):
     """A prepared runtime whose adapter has an effect; unless `ends`, no token ends a text."""
     fields = {"model": model, "output_dir": "unused", "task": "squad", "generate": "on", "max_new_tokens": NEW}
-    built = HFRuntime(Config(**{**fields, "objective": "f1", **others}))
+    built = HFRuntime(*Config.of(**{**fields, "objective": "f1", **others}).for_runtime)
     built.prepare({"train": data})
     built.load({name: lora_init(seed, name, shape) for name, shape in built.spec.shapes.items()})
     if not ends:
@@ -62,7 +62,7 @@ def test_texts_are_those_of_transformers(model, data, adapted):
 
 def test_both_signs_are_texts_of_their_own_theta(model, data):
     built = runtime(model, data)
-    built.step([], [7], 0.3)
+    built.perturb(Step([7], 0.3))
     ((plus, minus),) = built.generate_pairs("train", range(8), NEW, ())
     again = runtime(model, data)
     again.load({name: tensor.clone() for name, tensor in zip(built.spec.shapes, built.plus.tensors, strict=True)})
@@ -70,7 +70,7 @@ def test_both_signs_are_texts_of_their_own_theta(model, data):
     assert plus != minus
     assert plus != built.generate("train", range(8), NEW, ())
     assert ((plus, minus),) == tuple(built.generate_pairs("train", range(8), NEW, ())), "evaluation leaves the copies"
-    built.step([StepUpdate([5], [0.5])], [7], 0.3)
+    built.update([Update([5], [0.5])], Step([7], 0.3))
     assert built.generate_pairs("train", range(8), NEW, ())[0][0] != plus
 
 
@@ -110,7 +110,7 @@ def test_the_trunk_cache_is_for_scores(tmp_path, data):
     mixed, plain = (runtime(model, data, objective=kind, **LAST) for kind in ("cross_entropy:1,f1:1", "f1"))
     assert mixed.trunk is not None
     for one in (mixed, plain):
-        one.step([], [7], 0.5)
+        one.perturb(Step([7], 0.5))
     mixed.score_pairs("train", range(12))
     texts = mixed.generate_pairs("train", range(12), NEW, ())
     assert texts == plain.generate_pairs("train", range(12), NEW, ())

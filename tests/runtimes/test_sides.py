@@ -17,7 +17,7 @@ def test_two_sided_reads_both_signs_every_time():
 
 def test_theta_is_read_anew_where_it_or_the_batch_is_another():
     sides, asked, read = reading(True)
-    for change in (lambda: None, lambda: sides.stepped([]), lambda: sides.stepped(["update"]), sides.loaded):
+    for change in (lambda: None, lambda: sides.written(False), lambda: sides.written(True), sides.loaded):
         change()
         sides.pairs(1, "batch", read)
     sides.pairs(1, "other", read)
@@ -29,7 +29,7 @@ def test_noise_is_measured_in_both_copies():
     sides.equalised()
     for _ in range(2):
         sides.pairs(1, "batch", read)
-    sides.stepped([])
+    sides.written(theta_changed=False)
     sides.pairs(1, "batch", read)
     sides.pairs(1, "batch", read)
     assert asked == [["plus0", "minus0"]] * 3 + [["plus0"]]

@@ -1,6 +1,5 @@
 """The demo's run directory; the demo itself is `make demo`."""
 
-import dataclasses
 import os
 import signal
 
@@ -11,7 +10,7 @@ from mezo.studies import demo
 def test_an_unfinished_demo_is_resumed_and_a_finished_one_kept(tiny_config, monkeypatch):
     from mezo.report.monitor import Monitor
 
-    config = dataclasses.replace(tiny_config, objective="cross_entropy")
+    config = tiny_config.replace(objective="cross_entropy")
     assert demo._free_or_unfinished(config) == config
     shown, presses = Monitor.step, iter([False] * 5 + [True])
 
@@ -24,7 +23,7 @@ def test_an_unfinished_demo_is_resumed_and_a_finished_one_kept(tiny_config, monk
         patch.setattr(Monitor, "step", press)
         assert train(config) is None
     assert demo._free_or_unfinished(config) == config, "to be resumed"
-    other = demo._free_or_unfinished(dataclasses.replace(config, steps=50))
-    assert other.output_dir == config.output_dir + "-2"
-    resume(config.output_dir)
-    assert demo._free_or_unfinished(config).output_dir == config.output_dir + "-2"
+    other = demo._free_or_unfinished(config.replace(steps=50))
+    assert other.machine.output_dir == config.machine.output_dir + "-2"
+    resume(config.machine.output_dir)
+    assert demo._free_or_unfinished(config).output_dir == config.machine.output_dir + "-2"

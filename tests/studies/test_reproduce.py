@@ -145,8 +145,8 @@ def test_a_protocol_names_a_task_and_makes_valid_runs(protocol):
     task, masked = TASKS[protocol.task], protocol.name.startswith("roberta")
     assert (task.masked if masked else task.prompt) is not None
     grid = configs(protocol, "unused", {})
-    assert [[config.lr for config in own] for own in grid] == [list(protocol.lrs)] * len(protocol.data_seeds)
+    assert [[config.method.lr for config in own] for own in grid] == [list(protocol.lrs)] * len(protocol.data_seeds)
     config = grid[0][0]
-    assert config.steps % config.eval_every == 0
-    assert (config.batch_size, config.steps) == ((64, 100_000) if masked else (16, 20_000))
-    assert Path(config.output_dir).parent == Path("unused")
+    assert config.method.steps % config.method.eval_every == 0
+    assert (config.method.batch_size, config.method.steps) == ((64, 100_000) if masked else (16, 20_000))
+    assert Path(config.machine.output_dir).parent == Path("unused")

@@ -1,6 +1,5 @@
 """The sweep: what it estimates, that trials are ordinary runs, that it halves, resumes and refuses."""
 
-import dataclasses
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from mezo.config import Config
 from mezo.errors import RunError, UserError
 from mezo.method.estimator import projected_grad
 from mezo.method.objectives import cross_entropy
+from mezo.method.step import Step
 from mezo.models.load import load_tokenizer
 from mezo.report.monitor import Monitor
 from mezo.runtimes.hf.runtime import HFRuntime
@@ -36,7 +36,7 @@ GRID = {"grid_lr": (1e-3, 1e-2, 3e-2), "grid_eps": (1e-2,), "rungs": 2, "trial_s
 def sweep(tmp_path_factory, tiny_model, tiny_data):
     """(directory, config, result) of a finished sweep; tests must copy it before they change it."""
     directory = tmp_path_factory.mktemp("sweeps") / "sweep"
-    config = Config(
+    config = Config.of(
         model=tiny_model, **tiny_data, output_dir=str(directory), prompt="{text} It was",
         label_words=(" terrible", " great"), target_modules=LAST_LAYER["llama"], layers_to_transform=(2,), steps=64,
         batch_size=8,
@@ -60,9 +60,14 @@ def test_a_trial_is_the_run_that_mezo_train_makes(sweep, tmp_path):
     """Paused at a rung and resumed, beside other trials in one process: the same log as alone and in one piece."""
     directory, _, result = sweep
     trial = directory / result["best"]["trial"]
-    saved = Config.from_dict(json.loads((trial / "config.json").read_text()))
-    assert (saved.lr, saved.steps, saved.eval_every, saved.eval_test) == (result["best"]["lr"], 16, 8, False)
-    train(dataclasses.replace(saved, output_dir=str(tmp_path / "alone")))
+    saved = Config.of(**json.loads((trial / "config.json").read_text()))
+    assert (saved.method.lr, saved.method.steps, saved.method.eval_every, saved.method.eval_test) == (
+        result["best"]["lr"],
+        16,
+        8,
+        False,
+    )
+    train(saved.replace(output_dir=str(tmp_path / "alone")))
     assert (trial / "trajectory.jsonl").read_bytes() == (tmp_path / "alone" / "trajectory.jsonl").read_bytes()
     assert follows(trial) == 16
     alone, own = (json.loads((run / "result.json").read_text()) for run in (tmp_path / "alone", trial))
@@ -87,10 +92,8 @@ def test_the_command_is_the_run_that_was_tuned_for(sweep, tmp_path):
     assert main([*words[1:], "--steps", "2"]) == 0
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     best = {"lr": result["best"]["lr"], "eps": result["best"]["eps"]}
-    wanted = dataclasses.replace(
-        config, **best, steps=2, objective="cross_entropy", generate="off", output_dir=saved["output_dir"]
-    )
-    assert Config.from_dict(saved) == wanted.absolute()
+    wanted = config.replace(**best, steps=2, objective="cross_entropy", generate="off", output_dir=saved["output_dir"])
+    assert Config.of(**saved) == wanted.absolute()
 
 
 def as_stopped(directory, target, rows):
@@ -117,8 +120,8 @@ def test_a_sweep_resumes_to_the_same_result(sweep, tmp_path, rows):
 
 def test_a_sweep_resumes_from_any_directory(sweep, tmp_path, monkeypatch):
     _, config, result = sweep
-    paths = {name: os.path.relpath(getattr(config, name)) for name in ("model", "train_file", "dev_file", "test_file")}
-    here, config = Path.cwd(), dataclasses.replace(config, output_dir=str(tmp_path / "sweep"), **paths)
+    paths = {name: os.path.relpath(config.to_dict()[name]) for name in ("model", "train_file", "dev_file", "test_file")}
+    here, config = Path.cwd(), config.replace(output_dir=str(tmp_path / "sweep"), **paths)
     tune.tune(config, **GRID)
     lost = as_stopped(tmp_path / "sweep", tmp_path / "copy", 1)
     for row in lost:
@@ -131,7 +134,7 @@ def test_a_sweep_resumes_from_any_directory(sweep, tmp_path, monkeypatch):
 def test_an_engine_that_dies_is_no_failed_trial(sweep, tmp_path, monkeypatch):
     """Its trials are not to be dropped for good: the sweep ends, and resumes."""
     _, config, result = sweep
-    config = dataclasses.replace(config, output_dir=str(tmp_path / "sweep"))
+    config = config.replace(output_dir=str(tmp_path / "sweep"))
 
     def die(*args):
         raise RunError("the engine died")
@@ -140,7 +143,7 @@ def test_an_engine_that_dies_is_no_failed_trial(sweep, tmp_path, monkeypatch):
         patch.setattr(HFRuntime, "score_pairs", die)
         with pytest.raises(RunError, match="the engine died"):
             tune.tune(config, **GRID)
-    assert tune.resume(config.output_dir)["rungs"] == result["rungs"]
+    assert tune.resume(config.machine.output_dir)["rungs"] == result["rungs"]
 
 
 def test_ctrl_c_ends_the_sweep_and_it_resumes(sweep, tmp_path, monkeypatch, capsys):
@@ -153,7 +156,7 @@ def test_ctrl_c_ends_the_sweep_and_it_resumes(sweep, tmp_path, monkeypatch, caps
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Monitor, "step", press)
-    stopped = dataclasses.replace(config, output_dir=str(tmp_path / "stopped"))
+    stopped = config.replace(output_dir=str(tmp_path / "stopped"))
     assert tune.tune(stopped, **GRID) is None
     assert "continue with: mezo tune --resume" in capsys.readouterr().err
     assert len((tmp_path / "stopped" / "rungs.jsonl").read_text().splitlines()) == 1
@@ -165,7 +168,7 @@ def test_ctrl_c_ends_the_sweep_and_it_resumes(sweep, tmp_path, monkeypatch, caps
 
 def test_a_trial_that_fails_is_dropped(sweep, tmp_path):
     _, config, _ = sweep
-    config = dataclasses.replace(config, output_dir=str(tmp_path / "sweep"))
+    config = config.replace(output_dir=str(tmp_path / "sweep"))
     result = tune.tune(config, grid_lr=(1e37, 1e-2), grid_eps=(1e-2,), rungs=1, trial_steps=16)
     failed, done = result["rungs"]
     assert "not finite in 10 steps in a row" in failed["failed"]
@@ -181,10 +184,10 @@ def test_order():
     assert tune.order(rows) == rows[::-1]
     text = [{"dev_f1": f1, "dev_accuracy": None, "failed": None} for f1 in (None, 0.1, 0.3)]
     assert (
-        tune.order(text, *tune.compared_by(Config(model="m", output_dir="o", task="squad", generate="on")))
+        tune.order(text, *tune.compared_by(Config.of(model="m", output_dir="o", task="squad", generate="on")))
         == text[::-1]
     )
-    assert tune.compared_by(Config(model="m", output_dir="o", task="sst2")) == (-1, "loss")
+    assert tune.compared_by(Config.of(model="m", output_dir="o", task="sst2")) == (-1, "loss")
 
 
 MISTAKES = {
@@ -202,8 +205,8 @@ MISTAKES = {
 def test_mistakes(tiny_config, mistake):
     options, own, message = MISTAKES[mistake]
     with pytest.raises(UserError, match=message):
-        tune.tune(dataclasses.replace(tiny_config, **options), **own)
-    assert not Path(tiny_config.output_dir).exists()
+        tune.tune(tiny_config.replace(**options), **own)
+    assert not Path(tiny_config.machine.output_dir).exists()
 
 
 def test_command_line(tiny_options, as_flags, tmp_path, capsys):
@@ -256,8 +259,8 @@ def test_derivatives_along_z_are_those_of_autograd():
 @pytest.fixture
 def at_start(tiny_config):
     """(config, runtime, examples, labels) of a run whose adapter has a B, so that every derivative is there."""
-    config = dataclasses.replace(tiny_config, batch_size=48, objective="cross_entropy")
-    runtime, splits = HFRuntime(config), load_splits(config, load_tokenizer(config.model))
+    config = tiny_config.replace(batch_size=48, objective="cross_entropy")
+    runtime, splits = HFRuntime(*config.for_runtime), load_splits(config, load_tokenizer(config.model.base))
     runtime.prepare(splits)
     runtime.load({name: 0.3 * lora_init(3, name, shape) for name, shape in runtime.spec.shapes.items()})
     return config, runtime, splits["train"], torch.tensor([example.label for example in splits["train"]])
@@ -283,7 +286,7 @@ def test_the_estimated_eps_is_near_the_best(at_start):
     def error(eps):
         off = []
         for seed in range(24):
-            runtime.step([], [seed], eps)
+            runtime.perturb(Step([seed], eps))
             losses = [cross_entropy(scores, labels).item() for scores in runtime.score_pairs("train", range(48))[0]]
             slope = sum((standard_normal(seed, n, 0, g.numel()) @ g.flatten()).item() for n, g in gradient.items())
             off.append(projected_grad(*losses, eps) - slope)

@@ -1,7 +1,5 @@
 """Every built-in task asks what the paper asks, from a row as the hub stores it to the tokens of prompt and options."""
 
-import dataclasses
-
 import datasets
 import pytest
 
@@ -88,7 +86,7 @@ def any_hub(monkeypatch):
 
 
 def config_of(name, **fields):
-    return Config(model="m", output_dir="o", task=name, **fields)
+    return Config.of(model="m", output_dir="o", task=name, **fields)
 
 
 def written(example, tokenizer):
@@ -150,10 +148,10 @@ def test_the_passage_is_cut_and_never_the_question(make, bpe):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_objective_of_the_task_unless_the_run_names_another(name):
-    assert with_objective(config_of(name)).objective == (
+    assert with_objective(config_of(name)).method.objective == (
         "lm_cross_entropy" if name in TEXT_ANSWERS else "cross_entropy"
     )
-    assert with_objective(config_of(name, objective="accuracy")).objective == "accuracy"
+    assert with_objective(config_of(name, objective="accuracy")).method.objective == "accuracy"
 
 
 def test_lm_training_has_the_right_option_alone(any_hub, bpe):
@@ -175,10 +173,10 @@ def test_every_name_of_the_right_entity_is_right(any_hub, bpe):
 @pytest.mark.parametrize(("name", "answers"), [("squad", ("Ice", "Ice is")), ("drop", ("3", "three"))])
 def test_generated_answers_are_judged_by_every_reference(any_hub, bpe, name, answers):
     config = with_objective(config_of(name))
-    assert (config.generate, config.generates, TASKS[name].metric) == ("on", True, "f1")
+    assert (config.method.generate, config.method.generates, TASKS[name].metric) == ("on", True, "f1")
     assert load_splits(config, bpe)["test"][0].references == answers
     assert load_splits(config_of(name, generate="off"), bpe)["test"][0].references == ()
-    assert with_objective(config_of("boolq")).generate == "off"
+    assert with_objective(config_of("boolq")).method.generate == "off"
 
 
 def test_the_answer_of_a_label_is_its_word(any_hub, bpe):
@@ -288,7 +286,7 @@ def test_trec_with_512_of_each_class_where_there_are_as_many(make, roberta):
     counts = {split: [[e.label for e in own].count(label) for label in range(6)] for split, own in splits.items()}
     assert counts == {"train": [512, 512, 86, 512, 512, 512], "dev": [512, 512, 0, 512, 323, 384]}
     with pytest.raises(UserError, match=r"class 2 has 86 examples, k_shot asks for 512.* with --balance off"):
-        load_splits(dataclasses.replace(config, balance="on"), roberta)
+        load_splits(config.replace(balance="on"), roberta)
 
 
 def test_copa_with_the_papers_100_dev_examples(make, bpe):

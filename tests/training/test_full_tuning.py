@@ -35,7 +35,7 @@ FULL = {"tuning": "full", "target_modules": (), "layers_to_transform": (), "lr":
 def finished(request, tmp_path_factory, tiny_model, tiny_data):
     """A finished run; tests must copy it before they change it."""
     run, masked = tmp_path_factory.mktemp("runs") / "run", request.param == "roberta"
-    config = Config(
+    config = Config.of(
         model=save("roberta", tmp_path_factory.mktemp("roberta")) if masked else tiny_model,
         **tiny_data, output_dir=str(run), prompt="{text} It was<mask>" if masked else "{text} It was",
         label_words=(" terrible", " great"), steps=20, batch_size=8, eval_every=2, weight_decay=0.1,
@@ -61,19 +61,19 @@ def test_the_run_leaves_a_model_that_scores_as_the_run_did(finished):
     assert (first["version"], first["init"], first["peft"]) == (2, {"kind": "base"}, None)
     assert not (run / "adapter").exists()
     assert "mezo" not in (run / "model" / "config.json").read_text()
-    masked = "mask" in config.prompt
+    masked = "mask" in config.data.prompt
     auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     model = auto.from_pretrained(run / "model").eval()
-    assert str(model.dtype) == f"torch.{config.dtype}"
-    assert AutoTokenizer.from_pretrained(run / "model").get_vocab() == load_tokenizer(config.model).get_vocab()
-    test, right = load_splits(config, load_tokenizer(config.model), masked=masked)["test"], 0
+    assert str(model.dtype) == f"torch.{config.model.dtype}"
+    assert AutoTokenizer.from_pretrained(run / "model").get_vocab() == load_tokenizer(config.model.base).get_vocab()
+    test, right = load_splits(config, load_tokenizer(config.model.base), masked=masked)["test"], 0
     for example in test:
         at = len(example.prompt) - 1 if example.mask is None else example.mask
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([example.prompt])).logits[0, at]
         right += int(logits[[option for (option,) in example.options]].argmax()) == example.label
     assert right / len(test) == result["test"]["after"]["accuracy"]
-    base = dict(auto.from_pretrained(config.model).named_parameters())
+    base = dict(auto.from_pretrained(config.model.base).named_parameters())
     moved = [name for name, p in model.named_parameters() if not torch.equal(p.float(), base[name].float())]
     assert len(moved) == len(base)
 
@@ -86,7 +86,7 @@ def test_the_log_gives_the_model(finished, tmp_path):
         assert replay(str(run), str(out), backend=backend) == result["best_step"]
         assert same_bits(weights(out), weights(run / "model"))
     replay(str(run), str(tmp_path / "start"), until="0")
-    start = {name: tensor.to(getattr(torch, config.dtype)) for name, tensor in weights(config.model).items()}
+    start = {name: tensor.to(getattr(torch, config.model.dtype)) for name, tensor in weights(config.model.base).items()}
     assert same_bits(weights(tmp_path / "start"), start)
     shown = logbook.summary(str(run))
     assert shown["start"] == "from the base model"
@@ -133,7 +133,14 @@ def test_eval_and_export_take_the_run(finished, tmp_path, capsys):
 
 
 def flags(config):
-    return ["--test-file", config.test_file, "--prompt", config.prompt, "--label-words", *config.label_words]
+    return [
+        "--test-file",
+        config.data.test_file,
+        "--prompt",
+        config.data.prompt,
+        "--label-words",
+        *config.data.label_words,
+    ]
 
 
 def test_a_model_that_is_not_what_the_log_gives_is_named(finished, tmp_path):
@@ -155,29 +162,29 @@ def test_a_model_that_is_not_what_the_log_gives_is_named(finished, tmp_path):
 def test_another_base_is_refused(tiny_options, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(tiny_options["model"], base)
-    config = Config(**{**tiny_options, **FULL, "model": str(base), "steps": 3})
+    config = Config.of(**{**tiny_options, **FULL, "model": str(base), "steps": 3})
     train(config)
     changed = build("llama")
     with torch.no_grad():
         changed.get_input_embeddings().weight[0, 0] += 1
     changed.save_pretrained(base)
     with pytest.raises(UserError, match="other weights than the run started from"):
-        replay(config.output_dir, str(tmp_path / "again"))
+        replay(config.machine.output_dir, str(tmp_path / "again"))
     assert not (tmp_path / "again").exists()
-    Path(config.output_dir, "result.json").unlink()
-    logbook_path = Path(config.output_dir, "trajectory.jsonl")
+    Path(config.machine.output_dir, "result.json").unlink()
+    logbook_path = Path(config.machine.output_dir, "trajectory.jsonl")
     logbook_path.write_bytes(b"".join(logbook_path.read_bytes().splitlines(keepends=True)[:2]))
     with pytest.raises(UserError, match="model_hash of the log and of the model at hand differ"):
-        resume(config.output_dir)
+        resume(config.machine.output_dir)
 
 
 def test_a_base_that_moved_is_named(tiny_options, tmp_path, capsys):
     base, moved = tmp_path / "base", tmp_path / "moved"
     shutil.copytree(tiny_options["model"], base)
-    config = Config(**{**tiny_options, **FULL, "model": str(base), "steps": 3})
+    config = Config.of(**{**tiny_options, **FULL, "model": str(base), "steps": 3})
     train(config)
     base.rename(moved)
-    run = config.output_dir
+    run = config.machine.output_dir
     assert main(["replay", run, "--output-dir", str(tmp_path / "again")]) == 2
     assert main(["replay", run, "--output-dir", str(tmp_path / "again"), "--model", str(moved)]) == 0
     assert same_bits(weights(tmp_path / "again"), weights(Path(run, "model")))
@@ -191,33 +198,33 @@ def test_a_base_that_moved_is_named(tiny_options, tmp_path, capsys):
 
 
 def test_an_adapter_is_rebuilt_from_its_log_alone(tiny_options, tmp_path):
-    config = Config(**{**tiny_options, "steps": 2})
+    config = Config.of(**{**tiny_options, "steps": 2})
     train(config)
     with pytest.raises(UserError, match="trained an adapter, which the log rebuilds alone: leave it out"):
-        replay(config.output_dir, str(tmp_path / "again"), model=config.model)
+        replay(config.machine.output_dir, str(tmp_path / "again"), model=config.model.base)
     assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize("rule", ["momentum", "adam", "conservative"])
 def test_rules_with_state_resume_to_the_bit(rule, tiny_options, tmp_path):
-    config = Config(**{**tiny_options, **FULL, "update_rule": rule, "lr": 1e-4, "steps": 12, "verify_every": 1})
+    config = Config.of(**{**tiny_options, **FULL, "update_rule": rule, "lr": 1e-4, "steps": 12, "verify_every": 1})
     train(config)
-    whole = Path(config.output_dir, "trajectory.jsonl").read_bytes()
-    kept = weights(Path(config.output_dir, "model"))
-    logbook.truncate(config.output_dir, 5)
-    resume(config.output_dir)
-    assert Path(config.output_dir, "trajectory.jsonl").read_bytes() == whole
-    assert same_bits(weights(Path(config.output_dir, "model")), kept)
+    whole = Path(config.machine.output_dir, "trajectory.jsonl").read_bytes()
+    kept = weights(Path(config.machine.output_dir, "model"))
+    logbook.truncate(config.machine.output_dir, 5)
+    resume(config.machine.output_dir)
+    assert Path(config.machine.output_dir, "trajectory.jsonl").read_bytes() == whole
+    assert same_bits(weights(Path(config.machine.output_dir, "model")), kept)
 
 
 def test_the_loss_falls_and_what_is_better_replaces_the_model_whole(tiny_options):
     changes = {"steps": 150, "batch_size": 16, "lr": 3e-4, "eval_every": 150, "true_gradient": True}
-    config = Config(**{**tiny_options, **FULL, **changes})
+    config = Config.of(**{**tiny_options, **FULL, **changes})
     result = train(config)
     assert result["test"]["after"]["loss"] < 0.7 * result["test"]["before"]["loss"]
-    rows = map(json.loads, Path(config.output_dir, "metrics.jsonl").read_text().splitlines())
+    rows = map(json.loads, Path(config.machine.output_dir, "metrics.jsonl").read_text().splitlines())
     assert sum(row.get("is_best", False) for row in rows) > 1
-    assert not [path.name for path in Path(config.output_dir).iterdir() if path.name.startswith("model.")]
+    assert not [path.name for path in Path(config.machine.output_dir).iterdir() if path.name.startswith("model.")]
     assert result["projected_grad_error"] < 0.05
     assert result["gradient_expected_cosine"] < 0.01
 
@@ -237,14 +244,14 @@ def test_the_loss_falls_and_what_is_better_replaces_the_model_whole(tiny_options
 )
 def test_what_has_no_meaning_is_refused(changes, message, tiny_options):
     with pytest.raises(UserError, match=message):
-        Config(**{**tiny_options, **FULL, **changes})
+        Config.of(**{**tiny_options, **FULL, **changes})
 
 
 def test_published_runs_of_every_parameter():
     (first, second), *_ = configs(PROTOCOLS["opt13b-rte-full"], "unused", {})
-    assert (first.tuning, first.lr, second.lr, first.eps) == ("full", 1e-6, 1e-7, 1e-3)
+    assert (first.model.tuning.name, first.method.lr, second.method.lr, first.method.eps) == ("full", 1e-6, 1e-7, 1e-3)
     own = [config for grid in configs(PROTOCOLS["roberta-sst2-k16-full"], "unused", {}) for config in grid]
-    assert {(config.lr, config.weight_decay) for config in own} == {(1e-7, 0.0), (1e-6, 0.0), (1e-5, 0.0)}
+    assert {(config.method.lr, config.method.weight_decay) for config in own} == {(1e-7, 0.0), (1e-6, 0.0), (1e-5, 0.0)}
     assert dataclasses.asdict(PROTOCOLS["roberta-trec-k512-full"])["mean"] == 94.3
 
 
@@ -272,12 +279,12 @@ def test_a_model_is_written_whatever_lies_beside_it(tmp_path):
 
 def test_truncate_moves_nothing_before_it_can_rebuild(tiny_options, tmp_path):
     base = shutil.copytree(tiny_options["model"], tmp_path / "base")
-    config = Config(**tiny_options | FULL | {"model": str(base), "output_dir": str(tmp_path / "run"), "steps": 4})
+    config = Config.of(**tiny_options | FULL | {"model": str(base), "output_dir": str(tmp_path / "run"), "steps": 4})
     train(config)
     base.rename(tmp_path / "moved")
     before = sorted(p.name for p in (tmp_path / "run").iterdir())
     with pytest.raises(UserError, match="could not be loaded"):
-        logbook.truncate(config.output_dir, 2)
+        logbook.truncate(config.machine.output_dir, 2)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
 
 

@@ -12,7 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mezo.api import train
 from mezo.config import Config
 from mezo.errors import UserError
+from mezo.method.estimator import Losses
 from mezo.method.objectives import OBJECTIVES, cross_entropy
+from mezo.method.step import Update
 from mezo.report.monitor import Monitor
 from mezo.run.trajectory import StepRecord, read_trajectory
 from mezo.training.instruments import (
@@ -26,12 +28,12 @@ from tests.tiny_models import LAST_LAYER
 
 
 def rows(config, split):
-    lines = Path(config.output_dir, "metrics.jsonl").read_text().splitlines()
+    lines = Path(config.machine.output_dir, "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["split"] == split]
 
 
 def log_of(config):
-    return Path(config.output_dir, "trajectory.jsonl").read_bytes()
+    return Path(config.machine.output_dir, "trajectory.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -41,8 +43,8 @@ def log_of(config):
 )
 def test_they_leave_the_run_alone(tiny_config, tmp_path, options):
     """The same log, byte for byte, with all instruments and with none."""
-    config = dataclasses.replace(tiny_config, num_perturbations=2, true_gradient=True, steps=20, **options)
-    plain = dataclasses.replace(config, noise=False, true_gradient=False, output_dir=str(tmp_path / "plain"))
+    config = tiny_config.replace(num_perturbations=2, true_gradient=True, steps=20, **options)
+    plain = config.replace(noise=False, true_gradient=False, output_dir=str(tmp_path / "plain"))
     result, without = train(config), train(plain)
     assert log_of(config) == log_of(plain)
     assert [row["step"] for row in rows(config, "spread")] == [10, 20]
@@ -55,27 +57,28 @@ def test_they_leave_the_run_alone(tiny_config, tmp_path, options):
 def test_the_estimate_of_a_run_points_along_the_gradient(tiny_config):
     """Many directions in few dimensions: the cosine is what theory expects, and each projected_grad is z . grad."""
     few = {"target_modules": ("q_proj",), "r": 1, "num_perturbations": 128, "batch_size": 48, "eps": 1e-3}
-    config = dataclasses.replace(tiny_config, steps=2, eval_every=2, true_gradient=True, **few)
+    config = tiny_config.replace(steps=2, eval_every=2, true_gradient=True, **few)
     result = train(config)
     row = rows(config, "gradient")[-1]
     assert row["expected_cosine"] == math.sqrt(128 / (128 + 64 + 1))
     assert row["cosine"] == pytest.approx(row["expected_cosine"], abs=0.15)
     assert row["projected_grad_error"] < 5e-3
     assert result["gradient_norm"] > 0
-    records = read_trajectory(Path(config.output_dir, "trajectory.jsonl"))[1]
+    records = read_trajectory(Path(config.machine.output_dir, "trajectory.jsonl"))[1]
     assert row["gradient_norm"] == pytest.approx(torch.tensor(records[1].projected_grads).std().item(), rel=0.5)
 
 
 def test_spread_over_perturbations_is_the_standard_deviation_of_the_log(tiny_config):
-    config = dataclasses.replace(tiny_config, num_perturbations=4, steps=10)
+    config = tiny_config.replace(num_perturbations=4, steps=10)
     train(config)
-    records = read_trajectory(Path(config.output_dir, "trajectory.jsonl"))[1]
+    records = read_trajectory(Path(config.machine.output_dir, "trajectory.jsonl"))[1]
     deviations = [torch.tensor(record.projected_grads, dtype=torch.float64).std() for record in records]
     expected = torch.stack(deviations).square().mean().sqrt().item()
     assert rows(config, "spread")[0]["over_perturbations"] == pytest.approx(expected, rel=1e-12)
-    skipped = dataclasses.replace(records[0], skipped=True)
+    skipped = dataclasses.replace(records[0], update=Update.skip(records[0].update.seeds))
     assert spread_over_perturbations([skipped]) is None
-    assert spread_over_perturbations([StepRecord(0, (1,), (1.0,), (0.0,), 1.0, (1.0,), (1.0,))]) is None
+    alone = StepRecord(0, Update((1,), (0.0,)), Losses((1.0,), (1.0,)), (1.0,))
+    assert spread_over_perturbations([alone]) is None
 
 
 def test_spread_over_the_batch_foretells_how_batches_differ():
@@ -118,7 +121,7 @@ def test_rounding_takes_a_small_perturbation_from_a_large_weight():
 
 
 def test_a_run_in_bfloat16_says_what_rounding_takes(tiny_config):
-    result = train(dataclasses.replace(tiny_config, dtype="bfloat16", steps=10))
+    result = train(tiny_config.replace(dtype="bfloat16", steps=10))
     assert 1e-3 < result["perturbation_error"] < 0.2
     assert 0.95 < result["perturbation_cosine"] < 1
 
@@ -134,9 +137,9 @@ def test_a_lost_perturbation_is_warned_of(tmp_path, capsys):
 
 
 def test_curves_of_the_instruments_are_in_tensorboard(tiny_config):
-    config = dataclasses.replace(tiny_config, num_perturbations=2, true_gradient=True, steps=10)
+    config = tiny_config.replace(num_perturbations=2, true_gradient=True, steps=10)
     train(config)
-    events = EventAccumulator(str(Path(config.output_dir, "tensorboard")))
+    events = EventAccumulator(str(Path(config.machine.output_dir, "tensorboard")))
     events.Reload()
     names = ("projected_grad_noise", "projected_grad_spread", "projected_grad_batch_error", "perturbation_error",
              "perturbation_cosine", "gradient_cosine", "gradient_norm", "projected_grad_error")  # fmt: skip
@@ -167,12 +170,12 @@ def test_the_true_gradient_of_two_directions_is_their_combination():
 )
 def test_the_true_gradient_is_refused_where_there_is_none(options, message):
     with pytest.raises(UserError, match=message):
-        Config(model="m", output_dir="o", task="sst2", true_gradient=True, **options)
+        Config.of(model="m", output_dir="o", task="sst2", true_gradient=True, **options)
 
 
 def test_gradient_is_of_the_model_itself(tiny_config):
     """Every layer adapted, no cache: autograd through PEFT's own forward pass gives the same."""
     everywhere = {"target_modules": LAST_LAYER["llama"], "layers_to_transform": (), "trunk_cache": "off"}
-    config = dataclasses.replace(tiny_config, steps=1, true_gradient=True, **everywhere)
+    config = tiny_config.replace(steps=1, true_gradient=True, **everywhere)
     train(config)
     assert rows(config, "gradient")[-1]["projected_grad_error"] < 0.1

@@ -1,6 +1,5 @@
 """A linear head over the mean of an encoder's hidden states: exact with and without the trunk, loaded by PEFT."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ def encoder(request, tmp_path_factory):
 
 @pytest.fixture
 def config(encoder, tiny_data, tmp_path):
-    return Config(
+    return Config.of(
         model=encoder,
         **tiny_data,
         output_dir=str(tmp_path / "run"),
@@ -55,8 +54,8 @@ def pooled_logits(model, head, example):
 @pytest.mark.parametrize("cache", ["auto", "off"])
 @torch.no_grad()
 def test_scores_are_the_head_on_the_mean_hidden_state(config, cache):
-    splits = load_splits(config, load_tokenizer(config.model))
-    runtime = HFRuntime(dataclasses.replace(config, trunk_cache=cache))
+    splits = load_splits(config, load_tokenizer(config.model.base))
+    runtime = HFRuntime(*config.replace(trunk_cache=cache).for_runtime)
     runtime.prepare(splits)
     assert (runtime.trunk is None) == (cache == "off")
     theta = {name: lora_init(3, name, shape) for name, shape in runtime.spec.shapes.items()}
@@ -73,15 +72,15 @@ def test_a_run_trains_the_head_and_its_adapter_is_pefts(config):
     result = train(config)
     assert result["test"]["before"]["accuracy"] == 0.5  # a head of zeros
     assert result["test"]["after"]["accuracy"] >= 0.8
-    run = RunDirectory.open(config.output_dir)
+    run = RunDirectory.open(config.machine.output_dir)
     run.release()
     first, _ = read_trajectory(run.trajectory)
     assert first["shapes"]["base_model.model.score.weight"] == [2, 32]
-    assert resume(config.output_dir)["checked_steps"] == result["best_step"]
-    base = AutoModel.from_pretrained(config.model).eval()
+    assert resume(config.machine.output_dir)["checked_steps"] == result["best_step"]
+    base = AutoModel.from_pretrained(config.model.base).eval()
     base.score = torch.nn.Linear(32, 2, bias=False)
     model = PeftModel.from_pretrained(base, run.adapter).eval()
-    test = load_splits(config, load_tokenizer(config.model))["test"]
+    test = load_splits(config, load_tokenizer(config.model.base))["test"]
     with torch.no_grad():
         guesses = [int(pooled_logits(model, model.get_base_model().score, e).argmax()) for e in test]
     right = sum(guess == e.label for guess, e in zip(guesses, test, strict=True)) / len(test)
@@ -89,16 +88,16 @@ def test_a_run_trains_the_head_and_its_adapter_is_pefts(config):
 
 
 def test_a_run_goes_on_from_its_adapter_and_is_scored_alone(config, capsys):
-    train(dataclasses.replace(config, steps=20))
-    adapter = f"{config.output_dir}/adapter"
-    before = train(dataclasses.replace(config, steps=1, adapter=adapter, output_dir=config.output_dir + "2"))
+    train(config.replace(steps=20))
+    adapter = f"{config.machine.output_dir}/adapter"
+    before = train(config.replace(steps=1, adapter=adapter, output_dir=config.machine.output_dir + "2"))
     own = evaluate(config, Path(adapter))
     assert before["test"]["before"]["loss"] == pytest.approx(own["test"]["loss"], abs=ROUNDING)
-    assert main(["eval", config.output_dir]) == 0
+    assert main(["eval", config.machine.output_dir]) == 0
     assert f"{own['test']['accuracy']:.4f}" in capsys.readouterr().out
-    assert main(["import", adapter, "--output-dir", config.output_dir + "3"]) == 0
+    assert main(["import", adapter, "--output-dir", config.machine.output_dir + "3"]) == 0
     with pytest.raises(UserError, match="linear head"):
-        export(config.output_dir, config.output_dir + "4", "merged")
+        export(config.machine.output_dir, config.machine.output_dir + "4", "merged")
 
 
 @pytest.mark.parametrize(
@@ -114,11 +113,11 @@ def test_a_run_goes_on_from_its_adapter_and_is_scored_alone(config, capsys):
 )
 def test_what_a_linear_head_cannot_do_is_refused(config, changes, message):
     with pytest.raises(UserError, match=message):
-        dataclasses.replace(config, **changes)
+        config.replace(**changes)
 
 
 def test_a_mask_or_a_decoder_is_refused(config, tiny_model):
     with pytest.raises(UserError, match="reads no mask"):
-        train(dataclasses.replace(config, prompt="{text} It was<mask>."))
+        train(config.replace(prompt="{text} It was<mask>."))
     with pytest.raises(UserError, match="not an encoder"):
-        train(dataclasses.replace(config, model=tiny_model))
+        train(config.replace(model=tiny_model))

@@ -1,6 +1,5 @@
 """Runs of --tuning prefix: they learn, resume and replay to the bit, and leave an adapter that PEFT loads."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -36,26 +35,26 @@ LORA = ("target_modules", "layers_to_transform")
 def config(tiny_options):
     """40 steps of a prefix of 5 tokens."""
     options = {name: value for name, value in tiny_options.items() if name not in LORA}
-    return Config(**{**options, "tuning": "prefix", "eps": 1e-1, "lr": 1e-2})
+    return Config.of(**{**options, "tuning": "prefix", "eps": 1e-1, "lr": 1e-2})
 
 
 def log_of(config):
-    return RunDirectory(Path(config.output_dir)).trajectory.read_bytes()
+    return RunDirectory(Path(config.machine.output_dir)).trajectory.read_bytes()
 
 
 def adapter_of(config):
-    return read_adapter(Path(config.output_dir) / "adapter")
+    return read_adapter(Path(config.machine.output_dir) / "adapter")
 
 
 def test_a_run_learns_and_its_adapter_is_pefts(config):
-    result = train(dataclasses.replace(config, steps=700, batch_size=16, lr=1e-1, eval_every=100))
+    result = train(config.replace(steps=700, batch_size=16, lr=1e-1, eval_every=100))
     assert result["test"]["before"]["accuracy"] < 0.7
     assert result["test"]["after"]["accuracy"] >= 0.85
     assert result["test"]["after"]["loss"] < 0.5 * result["test"]["before"]["loss"]
-    run = Path(config.output_dir)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model), run / "adapter").eval()
+    run = Path(config.machine.output_dir)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model.base), run / "adapter").eval()
     right = []
-    for example in load_splits(config, load_tokenizer(config.model))["test"]:
+    for example in load_splits(config, load_tokenizer(config.model.base))["test"]:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([example.prompt])).logits[0, -1]
         right.append(int(logits[[option[0] for option in example.options]].argmax()) == example.label)
@@ -64,7 +63,7 @@ def test_a_run_learns_and_its_adapter_is_pefts(config):
 
 def test_an_encoder_learns(tmp_path, tiny_data):
     model = save("roberta", tmp_path / "model")
-    config = Config(
+    config = Config.of(
         **{"model": model, **tiny_data, "output_dir": str(tmp_path / "run"), "prompt": "{text} It was<mask> ."},
         **{"label_words": (" terrible", " great"), "tuning": "prefix", "eps": 1e-1, "lr": 3e-1},
         **{"steps": 600, "batch_size": 16, "eval_every": 100},
@@ -79,33 +78,33 @@ def test_an_encoder_learns(tmp_path, tiny_data):
 @pytest.mark.parametrize("rule", ["sgd", "adam", "conservative"])
 def test_a_stopped_run_resumes_to_the_bit_and_replays(config, rule):
     options = {"update_rule": rule, "num_perturbations": 1 if rule == "conservative" else 2}
-    whole = dataclasses.replace(config, output_dir=config.output_dir + "-whole", **options)
+    whole = config.replace(output_dir=config.machine.output_dir + "-whole", **options)
     train(whole)
-    stopped = dataclasses.replace(config, **options)
+    stopped = config.replace(**options)
     assert train(stopped, until=17) is None
-    resume(stopped.output_dir)
+    resume(stopped.machine.output_dir)
     assert log_of(stopped) == log_of(whole)
     assert same_bits(adapter_of(stopped), adapter_of(whole)) is None
-    last, _, steps = rebuild(stopped.output_dir, "last")
+    last, _, steps = rebuild(stopped.machine.output_dir, "last")
     assert steps == 40
-    assert same_bits(last, rebuild(stopped.output_dir, "last", "reference")[0]) is None
-    assert same_bits(rebuild(stopped.output_dir)[0], adapter_of(whole)) is None
-    assert "checked_steps" in resume(stopped.output_dir)
+    assert same_bits(last, rebuild(stopped.machine.output_dir, "last", "reference")[0]) is None
+    assert same_bits(rebuild(stopped.machine.output_dir)[0], adapter_of(whole)) is None
+    assert "checked_steps" in resume(stopped.machine.output_dir)
 
 
 def test_theta_0_is_in_the_run_so_that_replay_needs_no_model(config, tmp_path):
     moved = str(tmp_path / "model")
-    shutil.copytree(config.model, moved)
-    config = dataclasses.replace(config, model=moved)
+    shutil.copytree(config.model.base, moved)
+    config = config.replace(model=moved)
     train(config)
-    run = Path(config.output_dir)
+    run = Path(config.machine.output_dir)
     first, _ = read_trajectory(run / "trajectory.jsonl")
     assert first["init"]["kind"] == "file"
     assert first["version"] == 1
     theta = load_adapter(run / INITIAL, {PROMPT: (5, 96)})
-    other = dataclasses.replace(config, output_dir=config.output_dir + "-other", seed=1, steps=1)
+    other = config.replace(output_dir=config.machine.output_dir + "-other", seed=1, steps=1)
     train(other)
-    assert not torch.equal(read_adapter(Path(other.output_dir) / INITIAL)[PROMPT], theta[PROMPT])
+    assert not torch.equal(read_adapter(Path(other.machine.output_dir) / INITIAL)[PROMPT], theta[PROMPT])
     shutil.rmtree(moved)
     assert main(["replay", str(run), "--output-dir", str(tmp_path / "again"), "--until", "0"]) == 0
     assert same_bits(read_adapter(tmp_path / "again"), theta) is None
@@ -118,48 +117,55 @@ def test_theta_0_is_in_the_run_so_that_replay_needs_no_model(config, tmp_path):
 
 def test_a_run_goes_on_from_its_adapter_and_is_scored_alone(config, capsys):
     train(config)
-    adapter = f"{config.output_dir}/adapter"
-    plain = dataclasses.replace(config, tuning="lora", steps=1, adapter=adapter, output_dir=config.output_dir + "2")
+    adapter = f"{config.machine.output_dir}/adapter"
+    plain = config.replace(tuning="lora", steps=1, adapter=adapter, output_dir=config.machine.output_dir + "2")
     before = train(plain)["test"]["before"]
-    assert RunDirectory(Path(plain.output_dir)).read_config().tuning == "prefix"
+    assert RunDirectory(Path(plain.machine.output_dir)).read_config().model.tuning.name == "prefix"
     assert before == evaluate(config, Path(adapter))["test"]
-    assert main(["eval", config.output_dir]) == 0
+    assert main(["eval", config.machine.output_dir]) == 0
     assert f"{before['loss']:.4f}" in capsys.readouterr().out
-    data = ["--test-file", config.test_file, "--prompt", config.prompt, "--label-words", *config.label_words]
+    data = [
+        "--test-file",
+        config.data.test_file,
+        "--prompt",
+        config.data.prompt,
+        "--label-words",
+        *config.data.label_words,
+    ]
     assert main(["eval", adapter, *data]) == 0
     assert f"{before['loss']:.4f}" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"--num-prefix-tokens 6 contradicts --adapter .*, which has 5: leave it out"):
-        with_adapter_options(dataclasses.replace(config, num_prefix_tokens=6, adapter=adapter))
+        with_adapter_options(config.replace(num_prefix_tokens=6, adapter=adapter))
     with pytest.raises(UserError, match=r"--r 4 contradicts|--r 4 is of LoRA"):
-        with_adapter_options(dataclasses.replace(config, tuning="lora", r=4, adapter=adapter))
+        with_adapter_options(config.replace(tuning="lora", r=4, adapter=adapter))
 
 
 def test_an_adapter_of_pefts_own_is_imported(config, tmp_path):
     torch.manual_seed(1)
-    base = AutoModelForCausalLM.from_pretrained(config.model)
+    base = AutoModelForCausalLM.from_pretrained(config.model.base)
     model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     model.save_pretrained(tmp_path / "theirs")
     assert main(["import", str(tmp_path / "theirs"), "--output-dir", str(tmp_path / "ours")]) == 0
-    started = dataclasses.replace(config, adapter=str(tmp_path / "ours"), num_prefix_tokens=3, steps=1)
+    started = config.replace(adapter=str(tmp_path / "ours"), num_prefix_tokens=3, steps=1)
     train(started)
-    start = read_adapter(Path(config.output_dir) / INITIAL)[PROMPT]
+    start = read_adapter(Path(config.machine.output_dir) / INITIAL)[PROMPT]
     assert torch.equal(start, model.prompt_encoder["default"].embedding.weight)
 
 
 def test_a_prefix_is_exported_as_an_adapter_alone(config, tmp_path):
-    train(dataclasses.replace(config, steps=2))
-    export(config.output_dir, str(tmp_path / "peft"))
+    train(config.replace(steps=2))
+    export(config.machine.output_dir, str(tmp_path / "peft"))
     assert same_bits(read_adapter(tmp_path / "peft"), adapter_of(config)) is None
     for form in ("merged", "sglang"):
         with pytest.raises(UserError, match=f"--format {form}: the adapter is a prefix.*use peft"):
-            export(config.output_dir, str(tmp_path / form), form)
+            export(config.machine.output_dir, str(tmp_path / form), form)
         assert not (tmp_path / form).exists()
 
 
 def test_instruments_and_gradient_look_at_a_prefix(config):
-    result = train(dataclasses.replace(config, true_gradient=True, steps=10, eps=1e-2))
+    result = train(config.replace(true_gradient=True, steps=10, eps=1e-2))
     assert result["projected_grad_noise"] == 0  # the same rows in the same batch
-    rows = RunDirectory(Path(config.output_dir)).read_metrics()
+    rows = RunDirectory(Path(config.machine.output_dir)).read_metrics()
     for row in (row for row in rows if row["split"] == "gradient"):
         assert row["expected_cosine"] == pytest.approx((1 / 482) ** 0.5)
         assert row["projected_grad_error"] < 1e-2  # of a finite eps
@@ -167,7 +173,7 @@ def test_instruments_and_gradient_look_at_a_prefix(config):
 
 def test_trials_of_a_sweep_start_from_one_prefix(config):
     found = tune.tune(config, grid_lr=(1e-2, 1e-3), rungs=1, trial_steps=2)
-    starts = [path.read_bytes() for path in Path(config.output_dir).glob(f"*/{INITIAL}")]
+    starts = [path.read_bytes() for path in Path(config.machine.output_dir).glob(f"*/{INITIAL}")]
     assert len(starts) == 2
     assert starts[0] == starts[1]
     assert "--tuning prefix" in found["command"]
@@ -188,7 +194,7 @@ def test_trials_of_a_sweep_start_from_one_prefix(config):
 )
 def test_what_a_prefix_cannot_be_is_refused(config, changes, message):
     with pytest.raises(UserError, match=message):
-        dataclasses.replace(config, **changes)
+        config.replace(**changes)
 
 
 def test_a_model_has_no_prefix_to_score(config):
@@ -197,8 +203,8 @@ def test_a_model_has_no_prefix_to_score(config):
 
 
 def test_ranks_that_share_perturbations_are_one_process_to_the_bit(config, tmp_path, as_flags):
-    one = dataclasses.replace(config, steps=12, eval_every=6, num_perturbations=2, parallel="perturbations")
-    several = dataclasses.replace(one, output_dir=str(tmp_path / "several"))
+    one = config.replace(steps=12, eval_every=6, num_perturbations=2, parallel="perturbations")
+    several = one.replace(output_dir=str(tmp_path / "several"))
     train(one)
     done = torchrun(several, 2, as_flags)
     assert done.returncode == 0, done.stderr
@@ -208,9 +214,14 @@ def test_ranks_that_share_perturbations_are_one_process_to_the_bit(config, tmp_p
 
 def test_the_published_runs_are_those_of_the_paper():
     masked, text = (configs(PROTOCOLS[f"{n}-prefix"], "unused", {})[0] for n in ("roberta-mnli-k512", "opt13b-drop"))
-    assert [config.lr for config in masked] == [1e-2, 5e-3, 1e-3]
-    assert [config.lr for config in text] == [5e-2, 1e-2, 5e-3]
+    assert [config.method.lr for config in masked] == [1e-2, 5e-3, 1e-3]
+    assert [config.method.lr for config in text] == [5e-2, 1e-2, 5e-3]
     for config in (*masked, *text):
-        assert (config.tuning, config.num_prefix_tokens, config.eps, config.weight_decay) == ("prefix", 5, 0.1, 0.0)
+        assert (
+            config.model.tuning.name,
+            config.model.tuning.num_prefix_tokens,
+            config.method.eps,
+            config.method.weight_decay,
+        ) == ("prefix", 5, 0.1, 0.0)
     assert (PROTOCOLS["roberta-mnli-k512-prefix"].mean, PROTOCOLS["opt13b-rte-prefix"].mean) == (79.8, 70.8)
     assert PROTOCOLS["opt13b-squad"].lrs == (1e-4, 5e-5, 1e-5)

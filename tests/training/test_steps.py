@@ -1,6 +1,5 @@
 """What a step is made of: the schedule and clipping of its coefficients, and the noise of its projected_grad."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -16,29 +15,29 @@ from tests.log_by_formula import follows
 
 def test_schedule_and_clipping_act_on_every_step(tiny_config):
     changes = {"lr_schedule": "linear", "warmup_steps": 10, "clip": 0.2, "weight_decay": 0.5, "num_perturbations": 2}
-    config = dataclasses.replace(tiny_config, **changes)
+    config = tiny_config.replace(**changes)
     result = train(config)
-    records = read_trajectory(Path(config.output_dir, "trajectory.jsonl"))[1]
-    rates = [config.lr * (t / 10 if t < 10 else (40 - t) / 30) for t in range(40)]
+    records = read_trajectory(Path(config.machine.output_dir, "trajectory.jsonl"))[1]
+    rates = [config.method.lr * (t / 10 if t < 10 else (40 - t) / 30) for t in range(40)]
     for record, lr in zip(records, rates, strict=True):
-        assert record.decay == pytest.approx(1 - lr * 0.5, rel=1e-12)
+        assert record.update.decay == pytest.approx(1 - lr * 0.5, rel=1e-12)
         wanted = [lr * max(-0.2, min(0.2, g)) / 2 for g in record.projected_grads]
-        assert record.coefficients == pytest.approx(wanted, rel=1e-12)
+        assert record.update.coefficients == pytest.approx(wanted, rel=1e-12)
     clipped = [abs(g) > 0.2 for record in records for g in record.projected_grads]
     assert 0 < sum(clipped) < len(clipped)
     assert result["clipped_share"] == sum(clipped) / len(clipped)
-    assert follows(config.output_dir) == 40
+    assert follows(config.machine.output_dir) == 40
 
 
 def test_noise_is_measured_and_restores_the_copies(tiny_config, tmp_path):
     """Measuring must not touch the run: the same log with and without it. On a CPU the noise is zero."""
-    quiet = dataclasses.replace(tiny_config, noise=False, output_dir=str(tmp_path / "quiet"))
+    quiet = tiny_config.replace(noise=False, output_dir=str(tmp_path / "quiet"))
     result, without = train(tiny_config), train(quiet)
-    logs = [Path(c.output_dir, "trajectory.jsonl").read_bytes() for c in (tiny_config, quiet)]
+    logs = [Path(c.machine.output_dir, "trajectory.jsonl").read_bytes() for c in (tiny_config, quiet)]
     assert logs[0] == logs[1]
     assert result["projected_grad_noise"] == 0 < result["projected_grad_rms"]
     assert "projected_grad_noise" not in without
-    rows = [json.loads(line) for line in Path(tiny_config.output_dir, "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(tiny_config.machine.output_dir, "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["split"] == "noise"] == [10, 20, 30, 40]
 
 
@@ -56,7 +55,7 @@ def test_noise_is_the_spread_of_losses_over_two_eps(tiny_config, monkeypatch):
         return [(plus, minus)]
 
     monkeypatch.setattr(HFRuntime, "score_pairs", noisy)
-    result = train(dataclasses.replace(tiny_config, steps=10))
+    result = train(tiny_config.replace(steps=10))
     # about half of a thousandth on two of the four differences, over 2 eps
     assert 0.3 * 1e-3 / 2e-2 / 2 < result["projected_grad_noise"] < 1e-3 / 2e-2
 

@@ -15,6 +15,7 @@ from mezo.data.example import Example
 from mezo.errors import UserError
 from mezo.method.batches import Batches
 from mezo.method.objectives import cross_entropy, standardised
+from mezo.method.step import Step
 from mezo.report import tables
 from mezo.run.adapter import load_adapter
 from mezo.run.header import initial_theta
@@ -56,7 +57,7 @@ def config(text_model, write, tmp_path):
     rows = [{"prompt": f"{a} {n} was", "options": [f" {w}", " awful"], "answer": 0}
             for a in ("the", "a") for n in nouns for w in words]  # fmt: skip
     (tmp_path / "mine.py").write_text(SHARE)
-    return Config(
+    return Config.of(
         model=text_model, output_dir=str(tmp_path / "run"), train_file=write("train", rows),
         dev_file=write("dev", rows), test_file=write("test", rows[:6]), objective="reward",
         reward=f"{tmp_path / 'mine.py'}:share", steps=20,
@@ -65,12 +66,12 @@ def config(text_model, write, tmp_path):
 
 
 def test_a_reward_rises(config):
-    result = train(dataclasses.replace(config, steps=150, eval_every=30))
+    result = train(config.replace(steps=150, eval_every=30))
     rewards = {row["step"]: row["reward"] for row in result["dev"]}
     assert rewards[0] < 0.1
     assert rewards[result["best_step"]] == max(rewards.values()) > 0.3
     assert result["test"]["after"]["reward"] > result["test"]["before"]["reward"] + 0.2
-    assert (Path(config.output_dir) / "plots" / "dev_accuracy.png").is_file()
+    assert (Path(config.machine.output_dir) / "plots" / "dev_accuracy.png").is_file()
 
 
 CONFIGURATIONS = {
@@ -85,9 +86,9 @@ CONFIGURATIONS = {
 
 @pytest.mark.parametrize("name", list(CONFIGURATIONS))
 def test_resume_is_exact(config, tmp_path, name):
-    config = dataclasses.replace(config, **CONFIGURATIONS[name])
+    config = config.replace(**CONFIGURATIONS[name])
     result = train(config)
-    run, copy = Path(config.output_dir), tmp_path / "copy"
+    run, copy = Path(config.machine.output_dir), tmp_path / "copy"
     assert result["zero_gradient_share"] < 0.9, "texts differ, or nothing is proved"
     interrupted_copy(run, copy, 13)
     again = resume(str(copy))
@@ -97,8 +98,8 @@ def test_resume_is_exact(config, tmp_path, name):
 
 
 def test_a_resume_with_another_reward_is_refused(config, tmp_path):
-    train(dataclasses.replace(config, steps=4))
-    run, copy = Path(config.output_dir), tmp_path / "copy"
+    train(config.replace(steps=4))
+    run, copy = Path(config.machine.output_dir), tmp_path / "copy"
     assert len(read_trajectory(run / "trajectory.jsonl")[0]["reward_hash"]) == 64
     interrupted_copy(run, copy, 2)
     (tmp_path / "mine.py").write_text(SHARE.replace("great", "poor"))
@@ -113,30 +114,30 @@ def test_what_a_reward_reads_is_of_the_data_hash(config, write):
     hashes = []
     for year in (1999, 2000):
         rows = [{"prompt": "the film was", "year": year, "options": [" good", " bad"], "answer": 0}] * 8
-        changed = dataclasses.replace(
-            config, train_file=write("years", rows), steps=1, output_dir=f"{config.output_dir}-{year}"
+        changed = config.replace(
+            train_file=write("years", rows), steps=1, output_dir=f"{config.machine.output_dir}-{year}"
         )
         train(changed)
-        hashes.append(read_trajectory(Path(changed.output_dir) / "trajectory.jsonl")[0]["data_hash"])
+        hashes.append(read_trajectory(Path(changed.machine.output_dir) / "trajectory.jsonl")[0]["data_hash"])
     assert hashes[0] != hashes[1]
 
 
 @pytest.mark.parametrize("z_score", [False, True])
 def test_losses_are_those_of_the_formula(config, z_score):
     """Two perturbations, a mixture: recomputed from scores and texts at the same theta."""
-    config = dataclasses.replace(
-        config, objective="cross_entropy:2,reward:0.5", z_score_rewards=z_score, num_perturbations=2, steps=1
+    config = config.replace(
+        objective="cross_entropy:2,reward:0.5", z_score_rewards=z_score, num_perturbations=2, steps=1
     )
     train(config)
-    first, (record,) = read_trajectory(Path(config.output_dir) / "trajectory.jsonl")
-    splits, runtime = load_splits(config, tokenizer()), HFRuntime(config)
+    first, (record,) = read_trajectory(Path(config.machine.output_dir) / "trajectory.jsonl")
+    splits, runtime = load_splits(config, tokenizer()), HFRuntime(*config.for_runtime)
     runtime.prepare(splits)
     runtime.load(initial_theta(first, Path()))
     batch = Batches(24, 8, 0)(0)
     labels = torch.tensor([splits["train"][i].label for i in batch])
     losses, rewards = [], []
-    for seed in record.seeds:
-        runtime.step([], [seed], config.eps)
+    for seed in record.update.seeds:
+        runtime.perturb(Step([seed], config.method.eps))
         losses.append([cross_entropy(scores, labels).item() for scores in runtime.score_pairs("train", batch)[0]])
         texts = runtime.generate_pairs("train", batch, NEW, ("\n",))[0]
         rewards.append([[text.split().count("great") / NEW for text in own] for own in texts])
@@ -144,13 +145,13 @@ def test_losses_are_those_of_the_formula(config, z_score):
     assert len(values.unique()) > 1
     values = standardised(values) if z_score else values
     expected = 2 * torch.tensor(losses, dtype=torch.float64) - 0.5 * values.mean(-1)
-    assert record.loss_plus == pytest.approx(expected[:, 0].tolist(), abs=1e-6)
-    assert record.loss_minus == pytest.approx(expected[:, 1].tolist(), abs=1e-6)
+    assert record.losses.plus == pytest.approx(expected[:, 0].tolist(), abs=1e-6)
+    assert record.losses.minus == pytest.approx(expected[:, 1].tolist(), abs=1e-6)
 
 
 def test_equal_rewards_move_nothing(config, tmp_path):
     (tmp_path / "mine.py").write_text("def share(example, output):\n    return 0.1\n")
-    result = train(dataclasses.replace(config, z_score_rewards=True, steps=3))
+    result = train(config.replace(z_score_rewards=True, steps=3))
     assert result["zero_gradient_share"] == 1.0
     assert result["skipped_steps"] == 0
 
@@ -158,14 +159,14 @@ def test_equal_rewards_move_nothing(config, tmp_path):
 @pytest.mark.parametrize("parallel", ["data", "perturbations"])
 def test_ranks_equal_one_process(config, tmp_path, as_flags, parallel):
     """Rewards of the whole batch are standardised together, wherever they were given: to the bit."""
-    one = dataclasses.replace(
-        config, steps=6, parallel=parallel, num_perturbations=2, z_score_rewards=True, dev_file="", test_file=""
+    one = config.replace(
+        steps=6, parallel=parallel, num_perturbations=2, z_score_rewards=True, dev_file="", test_file=""
     )
-    several = dataclasses.replace(one, output_dir=str(tmp_path / "several"))
+    several = one.replace(output_dir=str(tmp_path / "several"))
     train(one)
-    done = torchrun(dataclasses.replace(several, noise=True), 2, as_flags)
+    done = torchrun(several.replace(noise=True), 2, as_flags)
     assert done.returncode == 0, done.stderr
-    assert outcome(several.output_dir)[0] == outcome(one.output_dir)[0]
+    assert outcome(several.machine.output_dir)[0] == outcome(one.machine.output_dir)[0]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_a_reward_that_fails_is_found_before_anything_is_written(config, tmp_pat
     (tmp_path / "mine.py").write_text(f"def share(example, output):\n    return {body}\n")
     with pytest.raises(UserError, match=message):
         train(config)
-    assert not Path(config.output_dir).exists()
+    assert not Path(config.machine.output_dir).exists()
 
 
 def test_a_reward_that_fails_in_a_run_names_the_example(config, tmp_path):
@@ -193,22 +194,22 @@ SQUAD = {"id": "1", "title": "film", "context": "the film was great", "question"
 def test_squad_is_judged_by_text_and_keeps_the_best_f1(config, write, capsys):
     words = ("great", "good", "nice", "poor", "film", "story")
     rows = [{**SQUAD, "answers": {"text": [w, "story acting"], "answer_start": [0, 0]}} for w in words * 2]
-    changed = dataclasses.replace(
-        config, task="squad", train_file=write("squad", rows), dev_file=write("dev", rows), objective="auto", reward="",
+    changed = config.replace(
+        task="squad", train_file=write("squad", rows), dev_file=write("dev", rows), objective="auto", reward="",
         test_file=write("test", rows), prompt="{title} {context} {question} is", steps=20,
     )  # fmt: skip
     result = train(changed)
     dev = {row["step"]: row for row in result["dev"]}
     assert dev[result["best_step"]]["f1"] == max(row["f1"] for row in dev.values())
     assert set(result["test"]["after"]) == {"accuracy", "loss", "f1", "auc", "exact_match"}
-    assert best_by(dataclasses.replace(changed, objective="lm_cross_entropy", generate="on")) == (1, "f1")
-    scored = evaluate(dataclasses.replace(changed, objective="auto"), Path(config.output_dir) / "adapter")
+    assert best_by(changed.replace(objective="lm_cross_entropy", generate="on")) == (1, "f1")
+    scored = evaluate(changed.replace(objective="auto"), Path(config.machine.output_dir) / "adapter")
     assert scored["test"] == pytest.approx(result["test"]["after"], abs=1e-6)
-    assert main(["eval", config.output_dir]) == 0
+    assert main(["eval", config.machine.output_dir]) == 0
     assert "exact match" in capsys.readouterr().out
-    labels = [row[0] for row in tables.tables(config.output_dir)["before, after"]]
+    labels = [row[0] for row in tables.tables(config.machine.output_dir)["before, after"]]
     assert "test exact_match" in labels
-    off = dataclasses.replace(changed, generate="off", output_dir=config.output_dir + "-off", steps=1)
+    off = changed.replace(generate="off", output_dir=config.machine.output_dir + "-off", steps=1)
     assert "exact_match" not in train(off)["test"]["after"]
 
 
@@ -227,15 +228,15 @@ def test_record_counts_every_right_name(config, write):
     row = {"passage": "the film was poor", "query": "It was @placeholder", "idx": 0}
     names = ["good", "great film", "story", "plot"]
     rows = [{**row, "entities": names, "answers": answers} for answers in (["great film", "good"], ["story"], ["film"])]
-    changed = dataclasses.replace(
-        config, task="record", train_file=write("record", rows), dev_file="", test_file=write("test", rows),
+    changed = config.replace(
+        task="record", train_file=write("record", rows), dev_file="", test_file=write("test", rows),
         objective="auto", reward="", prompt="{passage} and", steps=1,
     )  # fmt: skip
     after = train(changed)["test"]["after"]
-    settled = dataclasses.replace(changed, objective="lm_cross_entropy")
+    settled = changed.replace(objective="lm_cross_entropy")
     test, runtime = load_splits(settled, tokenizer())["test"], HFRuntime(settled)
     runtime.prepare({"test": test})
-    runtime.load(load_adapter(Path(config.output_dir) / "adapter", runtime.spec.shapes))
+    runtime.load(load_adapter(Path(config.machine.output_dir) / "adapter", runtime.spec.shapes))
     scores = runtime.score("test", range(3))
     chosen = [test[i].names[int(scores[i].argmax())] for i in range(3)]
     right = [name in references for name, references in zip(chosen, (e.references for e in test), strict=True)]
@@ -246,10 +247,8 @@ def test_record_counts_every_right_name(config, write):
 
 def test_the_run_says_what_it_cannot_do(config, tmp_path):
     masked = save("bert", tmp_path / "bert")
-    shutil.copy(config.train_file, tmp_path / "again.jsonl")
+    shutil.copy(config.data.train_file, tmp_path / "again.jsonl")
     with pytest.raises(UserError, match="fills masks and generates no text"):
         train(
-            dataclasses.replace(
-                config, model=masked, prompt="{prompt}<mask>", target_modules=("query",), dev_file="", test_file=""
-            )
+            config.replace(model=masked, prompt="{prompt}<mask>", target_modules=("query",), dev_file="", test_file="")
         )

@@ -1,6 +1,5 @@
 """Whole runs on a tiny model: what they write, that they resume and replay to the bit, and how they stop."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -34,7 +33,7 @@ from tests.tiny_models import LAST_LAYER, build
 def finished(tmp_path_factory, tiny_model, tiny_data):
     """A finished run; tests must copy it before they change it."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    config = Config(
+    config = Config.of(
         model=tiny_model, **tiny_data, output_dir=str(run), prompt="{text} It was", label_words=(" terrible", " great"),
         target_modules=("q_proj", "o_proj", "up_proj"), layers_to_transform=(2,), steps=40, batch_size=8,
         lr=1e-2, eps=1e-2, eval_every=10, weight_decay=0.1, num_perturbations=2, eval_train=True,
@@ -56,12 +55,12 @@ def test_run_directory(finished):
     assert first["run_seed"] == 0
     assert len(first["model_hash"]) == 64
     assert [record.step for record in records] == list(range(40))
-    assert {len(record.seeds) for record in records} == {2}
-    assert {record.decay for record in records} == {1 - 1e-2 * 0.1}
+    assert {len(record.update.seeds) for record in records} == {2}
+    assert {record.update.decay for record in records} == {1 - 1e-2 * 0.1}
     for record in records:
-        pairs = zip(record.loss_plus, record.loss_minus, strict=True)
-        assert record.projected_grads == tuple((plus - minus) / (2 * config.eps) for plus, minus in pairs)
-        assert record.coefficients == tuple(config.lr * g / 2 for g in record.projected_grads)
+        pairs = zip(record.losses.plus, record.losses.minus, strict=True)
+        assert record.projected_grads == tuple((plus - minus) / (2 * config.method.eps) for plus, minus in pairs)
+        assert record.update.coefficients == tuple(config.method.lr * g / 2 for g in record.projected_grads)
     assert json.loads((run / "result.json").read_text()) == result
     assert [row["step"] for row in result["dev"]] == [0, 10, 20, 30, 40]
     best = max(result["dev"], key=lambda row: (row["accuracy"], -row["step"]))
@@ -151,9 +150,9 @@ CONFIGURATIONS = {
 
 @pytest.mark.parametrize("name", list(CONFIGURATIONS))
 def test_resume_is_exact_in_every_configuration(tiny_config, tmp_path, name):
-    config = dataclasses.replace(tiny_config, steps=20, **CONFIGURATIONS[name])
+    config = tiny_config.replace(steps=20, **CONFIGURATIONS[name])
     train(config)
-    run, copy = Path(config.output_dir), tmp_path / "copy"
+    run, copy = Path(config.machine.output_dir), tmp_path / "copy"
     interrupted_copy(run, copy, 13)
     result = resume(str(copy))
     assert (copy / "trajectory.jsonl").read_bytes() == (run / "trajectory.jsonl").read_bytes()
@@ -171,7 +170,7 @@ def test_lm_cross_entropy_keeps_the_lowest_dev_loss(tiny_config, tmp_path):
         files[f"{split}_file"] = str(tmp_path / f"{split}.jsonl")
         Path(files[f"{split}_file"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
     plain = {"prompt": "", "label_words": (), "test_file": "", "objective": "lm_cross_entropy", "batch_size": 3}
-    result = train(dataclasses.replace(tiny_config, **files, **plain))
+    result = train(tiny_config.replace(**files, **plain))
     losses = {row["step"]: row["loss"] for row in result["dev"]}
     assert losses[result["best_step"]] == min(losses.values()) < losses[0]
 
@@ -194,7 +193,7 @@ def test_resume_refuses_other_data(finished, tiny_config, tmp_path):
     run, config, _ = finished
     copy = tmp_path / "copy"
     interrupted_copy(run, copy, 20)
-    lines = Path(config.train_file).read_text().splitlines(keepends=True)
+    lines = Path(config.data.train_file).read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(reversed(lines)))
     saved = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**saved, "train_file": str(tmp_path / "train.jsonl")}))
@@ -202,32 +201,33 @@ def test_resume_refuses_other_data(finished, tiny_config, tmp_path):
         resume(str(copy))
 
 
-def test_an_adapter_brings_its_own_scale(finished, tiny_config):
+def test_an_adapter_brings_its_own_scale(finished, tiny_options):
     run, _, _ = finished
-    start = dataclasses.replace(tiny_config, adapter=str(run / "adapter"), steps=1, target_modules=(), lora_alpha=16)
+    own = {"adapter": str(run / "adapter"), "steps": 1, "lora_alpha": 16}
+    start = Config.of(**{name: v for name, v in tiny_options.items() if name != "target_modules"}, **own)
     train(start)
-    assert RunDirectory(Path(start.output_dir)).read_config().target_modules == (
+    assert RunDirectory(Path(start.machine.output_dir)).read_config().model.tuning.target_modules == (
         "o_proj",
         "q_proj",
         "up_proj",
     )
     with pytest.raises(UserError, match=r"--lora-alpha 64 contradicts --adapter .*, which has 16: leave it out"):
-        train(dataclasses.replace(start, lora_alpha=64, output_dir=start.output_dir + "-2"))
+        train(start.replace(lora_alpha=64, output_dir=start.machine.output_dir + "-2"))
     with pytest.raises(UserError, match=r"is a run directory: give .*adapter"):
-        train(dataclasses.replace(start, adapter=str(run), output_dir=start.output_dir + "-2"))
+        train(start.replace(adapter=str(run), output_dir=start.machine.output_dir + "-2"))
 
 
 def test_every_perturbation_of_a_step_is_verified(tiny_config, monkeypatch):
-    written = HFRuntime.step
+    update = HFRuntime.update
 
-    def flip_second(self, updates, next_seed, eps, watch=False):
-        written(self, updates, next_seed, eps, watch=watch)
+    def flip_second(self, updates, then=None, *, watch=False):
+        update(self, updates, then, watch=watch)
         if not updates and self.tokens.scored:
             self.plus.tensors[0].view(torch.int32)[0, 0] ^= 1
 
-    monkeypatch.setattr(HFRuntime, "step", flip_second)
+    monkeypatch.setattr(HFRuntime, "update", flip_second)
     with pytest.raises(RunError, match=r"plus of .*lora_A.weight at index 0"):
-        train(dataclasses.replace(tiny_config, num_perturbations=2, verify_every=1))
+        train(tiny_config.replace(num_perturbations=2, verify_every=1))
 
 
 def test_best_needs_the_evaluations(finished, tmp_path):
@@ -254,21 +254,21 @@ def test_resume_of_a_finished_run_checks_it(finished, tmp_path):
 def test_resume_refuses_another_base_model(finished, tmp_path):
     """Altered in its place, so that nothing but its hash tells."""
     _, config, _ = finished
-    shutil.copytree(config.model, tmp_path / "model")
-    config = dataclasses.replace(config, model=str(tmp_path / "model"), output_dir=str(tmp_path / "run"))
+    shutil.copytree(config.model.base, tmp_path / "model")
+    config = config.replace(model=str(tmp_path / "model"), output_dir=str(tmp_path / "run"))
     train(config, until=5)
     model = build("llama")
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="model_hash of the log and of the model at hand differ"):
-        resume(config.output_dir)
+        resume(config.machine.output_dir)
 
 
 def test_sigkill_loses_nothing(finished, tmp_path, as_flags):
     """A process killed at full speed, then resumed, ends where the uninterrupted one did."""
     run, config, _ = finished
-    values = {k: v for k, v in dataclasses.asdict(config).items() if v not in ("", (), 0, 0.0, True)}
+    values = {k: v for k, v in config.to_dict().items() if v not in ("", (), 0, 0.0, True)}
     values["output_dir"] = str(tmp_path / "killed")
     log = tmp_path / "killed" / "trajectory.jsonl"
     command = [sys.executable, "-m", "mezo", "train", *as_flags(values), "--eval-train"]
@@ -286,7 +286,7 @@ def test_sigkill_loses_nothing(finished, tmp_path, as_flags):
 
 
 def test_ctrl_c_finishes_the_step_and_resumes(tiny_config, monkeypatch, tmp_path):
-    whole = train(dataclasses.replace(tiny_config, output_dir=str(tmp_path / "whole")))
+    whole = train(tiny_config.replace(output_dir=str(tmp_path / "whole")))
     shown = Monitor.step
 
     def press(self, record, rate):
@@ -296,31 +296,31 @@ def test_ctrl_c_finishes_the_step_and_resumes(tiny_config, monkeypatch, tmp_path
 
     monkeypatch.setattr(Monitor, "step", press)
     assert train(tiny_config) is None
-    assert len(read_trajectory(Path(tiny_config.output_dir) / "trajectory.jsonl")[1]) == 14
+    assert len(read_trajectory(Path(tiny_config.machine.output_dir) / "trajectory.jsonl")[1]) == 14
     monkeypatch.setattr(Monitor, "step", shown)
-    assert resume(tiny_config.output_dir)["test"] == whole["test"]
-    assert same_bits(adapter(tiny_config.output_dir), adapter(tmp_path / "whole"))
+    assert resume(tiny_config.machine.output_dir)["test"] == whole["test"]
+    assert same_bits(adapter(tiny_config.machine.output_dir), adapter(tmp_path / "whole"))
 
 
 def test_training_learns(tiny_config):
     everywhere = {"target_modules": LAST_LAYER["llama"], "layers_to_transform": ()}
-    result = train(dataclasses.replace(tiny_config, steps=200, batch_size=16, eval_every=50, **everywhere))
+    result = train(tiny_config.replace(steps=200, batch_size=16, eval_every=50, **everywhere))
     assert result["test"]["before"]["accuracy"] < 0.6
     assert result["test"]["after"]["accuracy"] >= 0.9
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_micro_batches_give_the_losses_of_the_batch(tiny_config, tmp_path, size):
-    whole = dataclasses.replace(tiny_config, steps=3)
-    parts = dataclasses.replace(whole, micro_batch_size=size, output_dir=str(tmp_path / "parts"))
+    whole = tiny_config.replace(steps=3)
+    parts = whole.replace(micro_batch_size=size, output_dir=str(tmp_path / "parts"))
     logs = []
     for config in (whole, parts):
         train(config)
-        logs.append(read_trajectory(Path(config.output_dir) / "trajectory.jsonl")[1])
+        logs.append(read_trajectory(Path(config.machine.output_dir) / "trajectory.jsonl")[1])
     for a, b in zip(*logs, strict=True):
         # float32 forward passes of other shapes; the mean itself is float64
-        assert b.loss_plus == pytest.approx(a.loss_plus, abs=1e-6)
-        assert b.loss_minus == pytest.approx(a.loss_minus, abs=1e-6)
+        assert b.losses.plus == pytest.approx(a.losses.plus, abs=1e-6)
+        assert b.losses.minus == pytest.approx(a.losses.minus, abs=1e-6)
 
 
 def nan_at(steps):
@@ -333,10 +333,10 @@ def test_a_loss_that_is_not_finite_skips_the_step(tiny_config, monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "cross_entropy", nan_at({3, 4}))
     result = train(tiny_config)
     assert result["skipped_steps"] == 2
-    records = read_trajectory(Path(tiny_config.output_dir) / "trajectory.jsonl")[1]
-    assert [record.step for record in records if record.skipped] == [3, 4]
-    assert records[3].coefficients == (0.0,)
-    before, after = (rebuild(tiny_config.output_dir, until=str(n))[0] for n in (3, 5))
+    records = read_trajectory(Path(tiny_config.machine.output_dir) / "trajectory.jsonl")[1]
+    assert [record.step for record in records if record.update.skipped] == [3, 4]
+    assert records[3].update.coefficients == (0.0,)
+    before, after = (rebuild(tiny_config.machine.output_dir, until=str(n))[0] for n in (3, 5))
     assert same_bits(before, after)
 
 
@@ -344,22 +344,22 @@ def test_ten_bad_losses_in_a_row_stop_the_run(tiny_config, monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "cross_entropy", nan_at(range(5, 10**6)))
     with pytest.raises(RunError, match="not finite in 10 steps in a row; lower --lr or --eps"):
         train(tiny_config)
-    log = Path(tiny_config.output_dir) / "trajectory.jsonl"
+    log = Path(tiny_config.machine.output_dir) / "trajectory.jsonl"
     before = log.read_bytes()
     assert len(read_trajectory(log)[1]) == 15
     with pytest.raises(RunError, match="not finite in 10 steps in a row"):
-        resume(tiny_config.output_dir)
+        resume(tiny_config.machine.output_dir)
     assert log.read_bytes() == before
 
 
 def test_a_wrong_kernel_stops_the_run(tiny_config, monkeypatch):
-    written = HFRuntime.step
+    update = HFRuntime.update
 
-    def flip(self, updates, next_seed, eps, watch=False):
-        written(self, updates, next_seed, eps, watch=watch)
+    def flip(self, updates, then=None, *, watch=False):
+        update(self, updates, then, watch=watch)
         self.minus.tensors[1].view(torch.int32)[0, 0] ^= 1
 
-    monkeypatch.setattr(HFRuntime, "step", flip)
+    monkeypatch.setattr(HFRuntime, "update", flip)
     with pytest.raises(RunError, match=r"step 0: .*minus of .*lora_B.weight at index 0: expected"):
         train(tiny_config)
 
@@ -375,10 +375,10 @@ def test_a_run_directory_has_one_process(finished, tmp_path):
 
 def test_start_from_an_adapter(finished, tiny_config):
     run, _, result = finished
-    started = dataclasses.replace(tiny_config, adapter=str(run / "adapter"), steps=5, eval_every=5)
+    started = tiny_config.replace(adapter=str(run / "adapter"), steps=5, eval_every=5)
     again = train(started)
     assert again["test"]["before"] == pytest.approx(result["test"]["after"], abs=1e-6)
-    theta, _, _ = rebuild(started.output_dir, until="0")
+    theta, _, _ = rebuild(started.machine.output_dir, until="0")
     assert same_bits(theta, adapter(run))
 
 

@@ -1,96 +1,138 @@
-"""The update rule of a run: what is done with an estimate, and which parameters weight decay leaves alone."""
+"""What every update rule is: the z it draws, the losses it compares, its state, and the update it plans of them."""
 
-import dataclasses
-from collections.abc import Iterable
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, ClassVar
 
-from mezo.config import Config
-from mezo.config.checks import ONE_SIDED, STATEFUL
-from mezo.errors import UserError
-from mezo_kernels import Rule
-from mezo_kernels.philox import STREAMS
+from mezo.method.estimator import Losses
+from mezo.method.step import Update
+from mezo.ranges import LARGEST
+
+if TYPE_CHECKING:  # torch: `mezo train --help` does without
+    from mezo_kernels import Rule as Kernel
+
+
+RULES: dict[str, type["Rule"]] = {}
+"""Every rule by the name that `--update-rule` and `MeZO(rule=...)` take."""
 
 
 @dataclass(frozen=True)
-class UpdateRule:
-    """How the updates of a log move theta; written to the header of a log that has another rule than plain SGD.
+class Rule:
+    """How the losses of a step move theta. A rule is a subclass with a `name`: defining it makes it known to `RULES`.
 
-    Args:
-        name: as --update-rule has it. "conservative" and "fzoo" move theta as "sgd" does, by other coefficients.
-        beta1, beta2, eps, l2: of `mezo_kernels.Rule`.
-        no_decay: patterns of canonical names that weight decay leaves alone, as a shell has them.
-        distribution: of z.
-        normalised: coefficients are over the root mean square of z, as the perturbations were; replay takes them as
-            they are.
+    The fields of a subclass are its options: on the command line (`--momentum 0.9`) and of `mezo.MeZO`.
 
-    >>> UpdateRule("adam").bytes, UpdateRule().bytes
-    (8, 0)
+    Class attributes:
+        name: what `--update-rule` and `MeZO(rule=...)` take.
+        summary: one line for `--help`.
+        distribution: of z, "normal" or "rademacher".
+        one_sided: an estimate compares theta + eps z with theta itself, so n of them cost n + 1 forward passes.
+        compares: a step also scores theta and theta a step to either side, and `choose` keeps the best of the three.
+        logged_as: option -> key of the log's header, for options that a replay needs.
     """
 
-    name: str = "sgd"
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    l2: float = 0.0
-    no_decay: tuple[str, ...] = ()
-    distribution: str = "normal"
-    normalised: bool = False
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    distribution: ClassVar[str] = "normal"
+    one_sided: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
+    logged_as: ClassVar[dict[str, str]] = {}
 
-    @classmethod
-    def of(cls, config: Config, names: Iterable[str]) -> "UpdateRule":
-        """The rule of a run that trains parameters of these names. Raises UserError for a pattern that fits none."""
-        for pattern in config.no_decay:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise UserError(f"--no-decay {pattern} fits no trained parameter; {next(iter(names))} is one")
-        l2 = config.weight_decay if config.update_rule == "adam" else 0.0
-        beta1 = config.momentum if config.update_rule == "momentum" else config.beta1
-        z = config.distribution, config.normalise_z
-        return cls(config.update_rule, beta1, config.beta2, config.adam_eps, l2, config.no_decay, *z)
+    def __init_subclass__(cls):
+        if "name" in vars(cls):
+            RULES[cls.name] = cls
 
-    @classmethod
-    def of_header(cls, first_line: dict) -> "UpdateRule":
-        """The rule of a log. Raises UserError if this program does not know it."""
-        values = first_line.get("rule", {})
-        try:
-            rule = cls(**{**values, "no_decay": tuple(values.get("no_decay", ()))})
-            if rule.name in STATEFUL:
-                rule.fused(True)
-            elif rule.name not in ("sgd", "conservative", "fzoo"):
-                raise ValueError(f"unknown rule {rule.name!r}")
-            if rule.distribution not in STREAMS:
-                raise ValueError(f"unknown distribution {rule.distribution!r}")
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"the log's update rule cannot be applied ({error}); use the program that wrote it"
-            ) from error
-        return rule
+    def refusals(
+        self, *, num_perturbations: int = 1, weight_decay: float = 0.0, normalise_z: bool = False, z_score: bool = False
+    ) -> Iterator[tuple[str, str]]:
+        """(option, why it must be otherwise) of options that this rule cannot go with.
 
-    def header(self) -> dict | None:
-        """What the header of a log holds of it; None of plain SGD, whose logs are those of version 1."""
-        if self.name == "sgd" and not (self.no_decay or self.normalised):
-            return None
-        values = {**dataclasses.asdict(self), "no_decay": list(self.no_decay)}
-        own = {"distribution": self.distribution != "normal", "normalised": self.normalised}
-        return {name: value for name, value in values.items() if own.get(name, True)}
+        Args:
+            num_perturbations: directions a step averages.
+            weight_decay: of the run.
+            normalise_z: each z is divided by its root mean square.
+            z_score: rewards are standardised over a step.
+        """
+        yield from ()
 
-    def fused(self, decays: bool) -> Rule | None:
-        """The fused rule with state, or None where `step_` does it all; `decays`: for parameters that decay."""
-        if self.name not in STATEFUL:
-            return None
-        return Rule(self.name, self.beta1, self.beta2, self.eps, self.l2 if decays else 0.0)
+    def kernel(self, l2: float = 0.0) -> "Kernel | None":
+        """The fused op's rule, where this one keeps state or acts on the whole estimate; None where `step_` does all.
+
+        Args:
+            l2: weight decay as part of the gradient, of Adam alone.
+        """
+        return None
+
+    def l2(self, weight_decay: float) -> float:
+        """Weight decay that is part of the gradient, where the rule has it there: Adam's; else 0."""
+        return 0.0
 
     @property
-    def bytes(self) -> int:
-        """Bytes of state for each trained parameter."""
-        rule = self.fused(True)
-        return 4 * rule.states if rule else 0
+    def state_bytes(self) -> int:
+        """Bytes of state for each trained parameter: 4 for a float32 moment."""
+        kernel = self.kernel()
+        return 4 * kernel.states if kernel else 0
 
-    @property
-    def one_sided(self) -> bool:
-        """Whether an estimate compares theta + eps z with theta itself."""
-        return self.name in ONE_SIDED
+    def half_distance(self, eps: float) -> float:
+        """Half the way, in units of z, between the two thetas of a projected_grad."""
+        return eps / 2 if self.one_sided else eps
 
-    def decays(self, name: str) -> bool:
-        """Whether weight decay acts on the parameter of this canonical name."""
-        return not any(fnmatchcase(name, pattern) for pattern in self.no_decay)
+    def scale(self, lr: float, losses: Losses) -> float | None:
+        """What multiplies the mean estimate: lr for plain descent. None: theta stays as it is.
+
+        Args:
+            lr: learning rate of the step.
+            losses: of the step.
+        """
+        return lr
+
+    def decay(self, lr: float, weight_decay: float) -> float:
+        """What theta is multiplied by first: 1 - lr * weight_decay (decoupled weight decay)."""
+        return 1 - lr * weight_decay
+
+    def plan(
+        self,
+        seeds: Sequence[int],
+        projected_grads: Sequence[float],
+        losses: Losses,
+        lr: float,
+        weight_decay: float = 0.0,
+        clip: float = 0.0,
+        norms: Sequence[float] = (),
+    ) -> Update:
+        """The update of a step: coefficients[k] = scale * projected_grad_k / n, over the norm of z_k if there are any.
+
+        A step with a loss or coefficient that is no finite float32 is skipped: it must change nothing.
+
+        Args:
+            seeds: of z, one a perturbation.
+            projected_grads: the estimate along each.
+            losses: of the step.
+            lr: learning rate of the step.
+            weight_decay: of the run.
+            clip: each projected_grad is first brought into [-clip, clip]; 0 leaves it as it is.
+            norms: root mean square of each z, which perturbations were divided by; () leaves z as it is.
+        """
+        scale, n = self.scale(lr, losses), len(seeds)
+        clipped = [max(-clip, min(clip, g)) for g in projected_grads] if clip else projected_grads
+        coefficients = tuple(0.0 if scale is None else scale * g / n for g in clipped)
+        coefficients = tuple(c / norm for c, norm in zip(coefficients, norms, strict=True)) if norms else coefficients
+        if not _usable((*losses.plus, *losses.minus, *coefficients)):
+            return Update.skip(seeds)
+        decay = 1.0 if scale is None else self.decay(lr, weight_decay)
+        return Update(tuple(seeds), coefficients, decay, lr if self.kernel() else None)
+
+    def choose(self, update: Update, tried: Sequence[float]) -> Update:
+        """Of a rule that `compares`: the update to make, by the losses of the three thetas it decides between.
+
+        Args:
+            update: as planned, of one perturbation, c its coefficient.
+            tried: losses at theta, theta - c z and theta + c z; () where c is below any float32.
+        """
+        raise NotImplementedError(f"{self.name} compares no thetas")
+
+
+def _usable(numbers: Sequence[float]) -> bool:
+    """Whether every loss and coefficient is a finite float32."""
+    return all(math.isfinite(number) and abs(number) < LARGEST for number in numbers)

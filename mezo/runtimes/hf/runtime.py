@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 
-from mezo.config import Config
+from mezo.config import HF, Machine, Model, Workload
 from mezo.data.example import Example
 from mezo.errors import UserError
-from mezo.method.rules.base import UpdateRule
-from mezo.method.step import StepUpdate
+from mezo.method.step import Step, Update
 from mezo.models.full import save_model
 from mezo.models.head import head_logits
 from mezo.models.parts import load_parts, position_limit
@@ -43,14 +42,15 @@ class HFRuntime:
 
     pairs = 1
 
-    def __init__(self, config: Config, pad: int = 0):
-        self.device = _device(config.device)
-        self.dtype = _dtype(config.dtype, self.device)
-        self.backend = None if config.backend == "auto" else config.backend
+    def __init__(self, model: Model, machine: Machine, work: Workload, pad: int = 0):
+        self.device = _device(machine.device)
+        self.dtype = _dtype(model.dtype, self.device)
+        self.backend = None if machine.backend == "auto" else machine.backend
         _check_backend(self.backend, self.device)
-        self.parts, self.spec = load_parts(config, self.device, self.dtype)
+        self.parts, self.spec = load_parts(model, self.device, self.dtype, work.classes)
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
-        self.pad, self.config = pad, config
+        self.pad, self.work, self.source = pad, work, model.base
+        self.options: HF = machine.runtime
         self.params = list(self.parts.params.values())
         self.whole = self.spec.peft is None
         empty = lambda dtype: [torch.zeros_like(p, dtype=dtype) for p in self.params]  # noqa: E731
@@ -58,17 +58,18 @@ class HFRuntime:
         self.master = ParamLayout(dict(zip(self.spec.shapes, start, strict=True)))
         self.plus, self.minus = self.master.like(empty(self.dtype)), self.master.like(empty(self.dtype))
         self.copies = {"plus0": self.plus, "minus0": self.minus}
-        rule = UpdateRule.of(config, self.master.names)
+        rule = work.rule
+        rule.check_patterns(self.master.names)
         watched = WATCHED if self.whole else None
         self.perturbed = PerturbedTheta(self.master, [(self.plus, self.minus)], self.backend, rule, watched)
-        self.sides = Sides(rule.one_sided)
+        self.sides = Sides(rule.rule.one_sided)
         self.seconds = dict.fromkeys(("kernels", "forward"), 0.0)
         self.examples: dict[str, Sequence[Example]] = {}
         self.trunk: Trunk | None = None
-        self.writing = Writing.of(config.model) if config.generates else None
-        self.vocabulary = "lm_cross_entropy" in config.objectives
-        if config.generates and not self.parts.causal:
-            raise UserError(f"--model {config.model} fills masks and generates no text: use another model")
+        self.writing = Writing.of(model.base) if work.max_new_tokens else None
+        self.vocabulary = "lm_cross_entropy" in work.objectives
+        if self.writing and not self.parts.causal:
+            raise UserError(f"--model {model.base} fills masks and generates no text: use another model")
 
     def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
         """See `Runtime.prepare`. Raises UserError if the trunk cache is not exact on this model."""
@@ -79,13 +80,14 @@ class HFRuntime:
         options = [example.options for examples in splits.values() for example in examples]
         # scores up to a constant compare options of one token each; longer ones, or one alone, need log-probabilities
         self.vocabulary |= any(len(own) == 1 or any(len(option) > 1 for option in own) for own in options)
-        needless = self.parts.first == 0 or not self.config.scores
-        if self.config.trunk_cache in ("cpu", "device") and needless:
+        needless = self.parts.first == 0 or not self.work.scores
+        if self.options.trunk_cache in ("cpu", "device") and needless:
             why = "layer 0 is adapted, nothing lies below it; use --layers-to-transform or auto"
-            if not self.config.scores:
-                why = f"--objective {self.config.objective} generates text, which takes nothing from it; use auto"
+            if not self.work.scores:
+                names = ", ".join(self.work.objectives)
+                why = f"--objective {names} generates text, which takes nothing from it; use auto"
             raise UserError(f"--trunk-cache: {why}")
-        if self.config.trunk_cache == "off" or needless:
+        if self.options.trunk_cache == "off" or needless:
             self._prove(
                 "--model", "the model changes its hidden states or logits after its layers or head, unsupported"
             )
@@ -93,7 +95,10 @@ class HFRuntime:
             self._prepare_trunk()
 
     def _check_lengths(self) -> None:
-        refuse_too_long(self.config, self.examples, self._longest(), position_limit(self.parts))
+        refuse_too_long(self.work, self.examples, self._longest(), position_limit(self.parts), self._prefix())
+
+    def _prefix(self) -> int:
+        return self.parts.prefix.tokens if self.parts.prefix else 0
 
     def _longest(self) -> int:
         return max(len(row.ids) for nested in self.rows.values() for own in nested for row in own)
@@ -102,7 +107,7 @@ class HFRuntime:
         """Prove the trunk exact, then fill it; a training set too large to be seen once is filled as it is drawn."""
         self.trunk = self._trunk()
         rows = {split: [row for own in nested for row in own] for split, nested in self.rows.items()}
-        drawn = self.config.steps * self.config.batch_size
+        drawn = self.work.steps * self.work.batch_size
         later = {split for split in rows if split == "train" and drawn < len(self.examples[split])}
         for split in rows:
             self.trunk.register(split, rows[split], group=1 if split in later else GROUP)
@@ -134,13 +139,15 @@ class HFRuntime:
         tensors = (t.detach().to("cpu", copy=True) for t in self.master.tensors)
         return dict(zip(self.master.names, tensors, strict=True))
 
-    def step(
-        self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float | Sequence[float], *, watch: bool = False
-    ) -> None:
-        """See `Runtime.step`: one fused pass."""
+    def update(self, updates: Sequence[Update], then: Step | None = None, *, watch: bool = False) -> None:
+        """See `Runtime.update`: one fused pass."""
         with self._timed("kernels"):
-            self.perturbed.step(updates, seeds, eps, watch=watch)
-        self.sides.stepped(updates)
+            self.perturbed.update(updates, then, watch=watch)
+        self.sides.written(theta_changed=bool(updates))
+
+    def perturb(self, step: Step, *, watch: bool = False) -> None:
+        """See `Runtime.perturb`."""
+        self.update([], step, watch=watch)
 
     def equalise(self) -> None:
         """See `Runtime.equalise`."""
@@ -218,7 +225,7 @@ class HFRuntime:
     def save_model(self, directory: Path) -> None:
         """See `Runtime.save_model`."""
         self._point([t.to(self.dtype) for t in self.master.tensors])
-        save_model(self.parts.model, self.config.model, directory)
+        save_model(self.parts.model, self.source, directory)
 
     def describe(self) -> str:
         """See `Runtime.describe`."""
@@ -308,7 +315,7 @@ class HFRuntime:
         return (logits.gather(-1, targets).double() - log_z).cpu()
 
     def _trunk(self) -> Trunk:
-        parts, choice = self.parts, self.config.trunk_cache
+        parts, choice = self.parts, self.options.trunk_cache
         on_device = choice == "device" or (choice == "auto" and self.device.type != "cpu")
         return Trunk(
             parts.body,
@@ -319,7 +326,7 @@ class HFRuntime:
             pad=self.pad,
             device=self.device,
             storage=self.device if on_device else torch.device("cpu"),
-            limit=self.config.trunk_cache_bytes,
+            limit=self.options.trunk_cache_bytes,
         )
 
     @torch.no_grad()
@@ -356,7 +363,7 @@ class HFRuntime:
 
     def _point_at_noise(self, seed: int) -> None:
         if self.whole:
-            self.perturbed.step([], [seed], PROOF_NOISE)
+            self.perturbed.perturb(Step([seed], PROOF_NOISE))
             self._use(self.plus)
             return
         noise = {name: lora_init(seed, name, shape) for name, shape in self.spec.shapes.items()}

@@ -13,8 +13,8 @@ from packaging.version import Version
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from mezo.config import Config
-from mezo.config.checks import engine_argument
+from mezo.config import Machine, SGLang, Workload
+from mezo.config.machine import engine_argument
 from mezo.errors import UserError
 from mezo.models.families import complete_fields, complete_stacks
 from mezo.models.spec import TrainedSpec
@@ -44,14 +44,14 @@ def check_version() -> None:
         raise UserError(f"--runtime sglang: SGLang {found} is installed, {OLDEST} or later is needed; upgrade it")
 
 
-def engine_options(config: Config) -> dict:
+def engine_options(runtime: SGLang) -> dict:
     """--engine-arg key=value ..., parsed and checked.
 
     Raises:
         UserError: no such argument, one that belongs to an option of ours, or more than one replica.
     """
     options = {}
-    for text in config.engine_arg:
+    for text in runtime.engine_arg:
         key, value = engine_argument(text)
         if "=" not in text or not key:
             raise UserError(f"--engine-arg must be key=value, got {text!r}")
@@ -66,17 +66,17 @@ def engine_options(config: Config) -> dict:
             near = difflib.get_close_matches(key, known, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise UserError(f"--engine-arg {key}: SGLang's engine has no such argument{hint}")
-    _check_nodes(config, options)
+    _check_nodes(runtime.tp, options)
     return options
 
 
-def _check_nodes(config: Config, options: dict) -> None:
+def _check_nodes(tp: int, options: dict) -> None:
     """Raise UserError if several machines are asked for in a way that they could not find each other."""
     nodes, node = options.get("nnodes", 1), options.get("node_rank", 0)
     if not (isinstance(nodes, int) and nodes >= 1 and isinstance(node, int) and 0 <= node < nodes):
         raise UserError(f"--engine-arg node_rank must be from 0 to nnodes - 1, got node_rank={node} nnodes={nodes}")
-    if config.tp % nodes:
-        raise UserError(f"--tp {config.tp} cannot be divided among nnodes={nodes}: use a multiple of it")
+    if tp % nodes:
+        raise UserError(f"--tp {tp} cannot be divided among nnodes={nodes}: use a multiple of it")
     if nodes > 1 and not options.get("dist_init_addr"):
         raise UserError(
             "--engine-arg nnodes: give dist_init_addr=HOST:PORT, an address of the first machine that all reach"
@@ -89,21 +89,21 @@ def _known_arguments() -> list[str]:
     return [name for name in ServerArgs.__struct_fields__ if not name.startswith("_")]
 
 
-def check_heads(config: Config) -> None:
+def check_heads(base: str, tp: int) -> None:
     """Raise UserError if a model's heads or MLP cannot be divided by --tp."""
-    if config.tp == 1:
+    if tp == 1:
         return
-    model = AutoConfig.from_pretrained(config.model)
+    model = AutoConfig.from_pretrained(base)
     heads = model.num_attention_heads
     kv = getattr(model, "num_key_value_heads", None) or heads
-    for what, n in (("attention heads", heads), ("MLP columns", getattr(model, "intermediate_size", config.tp))):
-        if n % config.tp:
-            raise UserError(f"--tp {config.tp}: {config.model} has {n} {what}, which {config.tp} ranks cannot share")
-    if kv % config.tp and config.tp % kv:
-        raise UserError(f"--tp {config.tp}: {config.model} has {kv} key-value heads, which do not divide or hold it")
+    for what, n in (("attention heads", heads), ("MLP columns", getattr(model, "intermediate_size", tp))):
+        if n % tp:
+            raise UserError(f"--tp {tp}: {base} has {n} {what}, which {tp} ranks cannot share")
+    if kv % tp and tp % kv:
+        raise UserError(f"--tp {tp}: {base} has {kv} key-value heads, which do not divide or hold it")
 
 
-def pairs_of(config: Config, options: dict) -> int:
+def pairs_of(num_perturbations: int, options: dict) -> int:
     """Perturbations whose two signs are resident at once: all of a step's, as far as the engine's slots go."""
     if "max_loras_per_batch" in options:
         slots = int(options["max_loras_per_batch"])
@@ -111,8 +111,8 @@ def pairs_of(config: Config, options: dict) -> int:
             raise UserError(
                 f"--engine-arg max_loras_per_batch must be at least 3 (both signs and the base), got {slots}"
             )
-        return min(config.num_perturbations, (slots - 1) // 2)
-    return min(config.num_perturbations, MAX_PAIRS)
+        return min(num_perturbations, (slots - 1) // 2)
+    return min(num_perturbations, MAX_PAIRS)
 
 
 def check_device(device: str) -> None:
@@ -131,17 +131,18 @@ def call_tokens(tokens: int) -> int:
     return min(rounded, MAX_CALL_TOKENS) if accelerated() else rounded
 
 
-def largest_call(config: Config, rows: dict[str, list[list]], pairs: int) -> tuple[int, int]:
+def largest_call(machine: Machine, work: Workload, rows: dict[str, list[list]], pairs: int) -> tuple[int, int]:
     """Requests, and tokens, of the largest batch that training or evaluation may ask for.
 
     Args:
-        config: the run's.
+        machine: how many examples a forward pass has.
+        work: what the run asks for.
         rows: of each split's examples, each a list.
         pairs: perturbations held at once.
     """
-    sizes = {"train": 2 * pairs * (config.micro_batch_size or config.batch_size)}
-    evaluated = config.eval_batch_size or config.batch_size
-    requests, tokens, new = 1, 1, config.max_new_tokens if config.generates else 0
+    sizes = {"train": 2 * pairs * (machine.micro_batch_size or work.batch_size)}
+    evaluated = machine.eval_batch_size or work.batch_size
+    requests, tokens, new = 1, 1, work.max_new_tokens
     for split, nested in rows.items():
         copies, own = max(sizes.get(split, 1), evaluated), max(len(mine) for mine in nested)
         requests = max(requests, copies * own)
@@ -150,7 +151,8 @@ def largest_call(config: Config, rows: dict[str, list[list]], pairs: int) -> tup
 
 
 def engine_arguments(
-    config: Config,
+    runtime: SGLang,
+    seed: int,
     options: dict,
     dtype: str,
     spec: TrainedSpec,
@@ -162,7 +164,8 @@ def engine_arguments(
     """Arguments of `sglang.Engine`.
 
     Args:
-        config: the run's.
+        runtime: the options of the engine.
+        seed: of the run.
         options: the user's own, which win.
         dtype: of the base model.
         spec: what is trained.
@@ -172,15 +175,15 @@ def engine_arguments(
         rows: requests of the largest call.
     """
     arguments = {
-        "model_path": config.model,
+        "model_path": spec.model,
         "dtype": dtype,
-        "tp_size": config.tp,
+        "tp_size": runtime.tp,
         "lora_paths": adapters,
         "max_loras_per_batch": len(adapters) + 1,
         "max_lora_rank": spec.peft["r"],
-        "random_seed": config.seed % 2**31,
+        "random_seed": seed % 2**31,
         "schedule_policy": "fcfs",
-        "disable_radix_cache": config.radix == "off",
+        "disable_radix_cache": runtime.radix == "off",
         "disable_overlap_schedule": True,  # nothing is decoded, and slots change between forward passes
         "disable_cuda_graph": True,  # of decoding
         "skip_server_warmup": True,
@@ -189,12 +192,12 @@ def engine_arguments(
     }
     if dtype != "float32":
         arguments["enable_fp32_lm_head"] = True  # 16-bit logits near 20 come in steps of an eighth
-    if config.deterministic:
+    if runtime.deterministic:
         arguments["enable_deterministic_inference"] = True
     if accelerated():
         # under torchrun every rank drives an engine of its own; a call is one forward pass, both signs of it alike
         arguments |= {
-            "base_gpu_id": int(os.environ.get("LOCAL_RANK", "0")) * config.tp,
+            "base_gpu_id": int(os.environ.get("LOCAL_RANK", "0")) * runtime.tp,
             "chunked_prefill_size": tokens,
             "max_prefill_tokens": tokens,
         }

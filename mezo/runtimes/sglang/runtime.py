@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mezo.config import Config
+from mezo.config import Machine, Model, SGLang, Workload
 from mezo.data.example import Example
 from mezo.errors import RunError, UserError
-from mezo.method.rules.base import UpdateRule
-from mezo.method.step import StepUpdate
+from mezo.method.step import Step, Update
 from mezo.models.families import why_kv_depends
 from mezo.models.parts import load_parts
 from mezo.runtimes.base import TokenCount
@@ -55,29 +54,28 @@ class SGLangRuntime:
     all versions and both signs share one namespace, and a prompt seen before costs one token.
     """
 
-    def __init__(self, config: Config, pad: int = 0):
-        if config.trunk_cache in ("cpu", "device"):
-            raise UserError(
-                f"--trunk-cache {config.trunk_cache} is of the hf runtime: with sglang use --radix auto or off"
-            )
+    def __init__(self, model: Model, machine: Machine, work: Workload, pad: int = 0):
         check_version()
-        check_device(config.device)
-        self.config, self.pad = config, pad
-        self.options = engine_options(config)
-        check_heads(config)
-        self.pairs = pairs_of(config, self.options)
-        self.backend = backend_of(config.backend)
-        dtype = getattr(torch, config.dtype) if config.dtype != "auto" else default_dtype()
-        self._parts, self.spec = load_parts(config, torch.device("cpu"), dtype)
+        check_device(machine.device)
+        self.model, self.machine, self.work, self.pad = model, machine, work, pad
+        self.runtime: SGLang = machine.runtime
+        self.options = engine_options(self.runtime)
+        check_heads(model.base, self.runtime.tp)
+        self.pairs = pairs_of(work.num_perturbations, self.options)
+        self.backend = backend_of(machine.backend)
+        dtype = getattr(torch, model.dtype) if model.dtype != "auto" else default_dtype()
+        self._parts, self.spec = load_parts(model, torch.device("cpu"), dtype)
         self.dtype = self.spec.dtype
         if self.options.get("quantization"):  # another base: a run is not resumed without it
             self.spec = dataclasses.replace(self.spec, dtype=f"{self.dtype}, quantised {self.options['quantization']}")
         if not self._parts.causal:
-            raise UserError(f"--model {config.model} fills masks, which SGLang does not score: use --runtime hf")
+            raise UserError(f"--model {model.base} fills masks, which SGLang does not score: use --runtime hf")
         self.kv_depends = why_kv_depends(self.spec.shapes, len(self._parts.layers))
-        rule = UpdateRule.of(config, self.spec.shapes)
-        self.rule, self.sides, self.device = json.dumps(rule.header() or {}), Sides(rule.one_sided), torch.device("cpu")
-        self.shared = self.kv_depends is None and config.radix == "auto"
+        rule = work.rule
+        rule.check_patterns(self.spec.shapes)
+        self.rule, self.sides = json.dumps(rule.header() or {}), Sides(rule.rule.one_sided)
+        self.device = torch.device("cpu")
+        self.shared = self.kv_depends is None and self.runtime.radix == "auto"
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
         self.seconds = dict.fromkeys(("kernels", "rpc", "engine"), 0.0)
         self.seconds_filling = 0.0
@@ -88,14 +86,14 @@ class SGLangRuntime:
         self._versions, self._salt = itertools.count(), ""
         self._visited: set[tuple[int, ...]] = set()
         self._held = 1
-        self.writing = Writing.of(config.model) if config.generates else None
+        self.writing = Writing.of(model.base) if work.max_new_tokens else None
 
     def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
         """See `Runtime.prepare`. Starts the engine and proves that it scores as the model itself does."""
         self.examples = splits
         self.rows = {split: [rows_of(example) for example in examples] for split, examples in splits.items()}
         self._check_lengths()
-        if self.config.follows:  # the first machine proves and scores
+        if self.runtime.follows:  # the first machine proves and scores
             self._launch()
             return
         proof = StartProof(self._parts, self.spec, self._all_rows(), self.pad)
@@ -111,7 +109,7 @@ class SGLangRuntime:
     def _check_lengths(self) -> None:
         limit = getattr(self._parts.model.config, "max_position_embeddings", None)
         # the engine keeps a place for a token after the prompt
-        refuse_too_long(self.config, self.examples, self._longest(), None if limit is None else limit - 1)
+        refuse_too_long(self.work, self.examples, self._longest(), None if limit is None else limit - 1)
 
     def _all_rows(self) -> list[Row]:
         return [row for nested in self.rows.values() for own in nested for row in own]
@@ -123,17 +121,25 @@ class SGLangRuntime:
         held = sum(len(row.ids) for row in self._all_rows()) if self.shared else 0
         adapters = write_placeholders(self._scratch, self.options, self.spec, self.pairs)
         self._placeholder = adapters[0]["lora_path"]
-        requests, tokens = largest_call(self.config, self.rows, self.pairs)
+        requests, tokens = largest_call(self.machine, self.work, self.rows, self.pairs)
         self.call_tokens = call_tokens(tokens)
         arguments = engine_arguments(
-            self.config, self.options, self.dtype, self.spec, adapters, self.call_tokens, held, requests
+            self.runtime,
+            self.work.seed,
+            self.options,
+            self.dtype,
+            self.spec,
+            adapters,
+            self.call_tokens,
+            held,
+            requests,
         )
         try:
             self.engine = EngineHandle(arguments, self._scratch)
         except UserError:
             self._keep_log = True
             raise
-        if self.config.follows:
+        if self.runtime.follows:
             return
         shapes = json.dumps({name: list(shape) for name, shape in self.spec.shapes.items()})
         options = {"pairs": self.pairs, "share": self.shared, "backend": self.backend, "rule": self.rule}
@@ -160,18 +166,21 @@ class SGLangRuntime:
         path.unlink()
         return {name: full[name] for name in self.spec.shapes}
 
-    def step(
-        self, updates: Sequence[StepUpdate], seeds: Sequence[int], eps: float | Sequence[float], *, watch: bool = False
-    ) -> None:
-        """See `Runtime.step`: one call with scalars, one fused pass in every worker."""
-        lists = json.dumps([[list(u.seeds), list(u.coefficients), u.decay, u.lr, u.skipped] for u in updates])
-        answers = self._call("step", updates=lists, seeds=json.dumps(list(seeds)), eps=eps, watch=watch)
+    def update(self, updates: Sequence[Update], then: Step | None = None, *, watch: bool = False) -> None:
+        """See `Runtime.update`: one call with scalars, one fused pass in every worker."""
+        step = None if then is None else dataclasses.asdict(then)
+        message = json.dumps({"updates": [dataclasses.asdict(update) for update in updates], "then": step})
+        answers = self._call("update", message=message, watch=watch)
         slowest = max(answer["seconds"] for answer in answers)
         self.seconds["kernels"] += slowest
         self.seconds["rpc"] -= slowest
-        self._held = len(seeds)
-        self.sides.stepped(updates)
+        self._held = len(then or ())
+        self.sides.written(theta_changed=bool(updates))
         self._changed("perturbed")
+
+    def perturb(self, step: Step, *, watch: bool = False) -> None:
+        """See `Runtime.perturb`."""
+        self.update([], step, watch=watch)
 
     def equalise(self) -> None:
         """See `Runtime.equalise`. One pair tells as much as all."""
@@ -214,7 +223,7 @@ class SGLangRuntime:
 
     def _pairs_shown(self) -> TokenCount:
         """Have the slots show the pairs they hold; returns where their tokens count."""
-        assert self._showing != "stale", "load() leaves the copies behind: step() first"
+        assert self._showing != "stale", "load() leaves the copies behind: perturb() first"
         if self._showing == "theta":
             self._show("perturbed")
         if self._showing == "equal":
@@ -224,13 +233,13 @@ class SGLangRuntime:
     def describe(self) -> str:
         """See `Runtime.describe`."""
         n = sum(rows * cols for rows, cols in self.spec.shapes.values())
-        if self.config.radix == "off":
+        if self.runtime.radix == "off":
             cache = "radix cache off"
         elif self.shared:
             cache = "one radix namespace for all: no key or value depends on theta"
         else:
             cache = f"a radix namespace for each version of theta ({self.kv_depends})"
-        ranks = f"tensor parallel {self.config.tp}" if self.config.tp > 1 else "one rank"
+        ranks = f"tensor parallel {self.runtime.tp}" if self.runtime.tp > 1 else "one rank"
         return f"{n:,} LoRA parameters, {self.spec.dtype} base in SGLang, {ranks}, {cache}"
 
     def close(self) -> None:
@@ -336,7 +345,7 @@ class SGLangRuntime:
 
     def _warm(self, groups: Sequence[Sequence[Row]], names: Sequence[str], count: TokenCount) -> None:
         """Send what the requests to come share ahead of them."""
-        for wave in self._waves(groups) if self.config.radix == "auto" else []:
+        for wave in self._waves(groups) if self.runtime.radix == "auto" else []:
             # in a shared namespace one slot warms the cache of all
             owners = names[:1] if self.shared else names
             self._generate([(name, ids) for name in owners for ids in wave], count)

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from mezo.config import Config
 from mezo.data.example import Example
 from mezo.errors import UserError
-from mezo.method.step import StepUpdate
+from mezo.method.step import Step, Update
 from mezo.models.full import read_parameters
 from mezo.models.parts import load_parts
 from mezo.runtimes.hf.runtime import HFRuntime
@@ -28,8 +28,8 @@ def family(request, tmp_path_factory):
 
 
 def runtime(model, data, **options):
-    config = Config(**{"model": model, "output_dir": "unused", "task": "sst2", "tuning": "full", **options})
-    built = HFRuntime(config)
+    config = Config.of(**{"model": model, "output_dir": "unused", "task": "sst2", "tuning": "full", **options})
+    built = HFRuntime(*config.for_runtime)
     built.prepare({"train": data})
     return built
 
@@ -63,7 +63,7 @@ def test_scores_are_those_of_models_perturbed_by_hand(family):
     name, model = family
     data = examples(6, name in ENCODERS)
     built = runtime(model, data)
-    built.step([], seeds=[7], eps=EPS)
+    built.perturb(Step([7], EPS))
     plus, minus = built.score_pairs("train", range(6))[0]
     for got, scale in ((built.score("train", range(6)), 0.0), (plus, EPS), (minus, -EPS)):
         by_hand = perturbed_by_hand(plain(name, model), scale, seed=7)
@@ -77,7 +77,7 @@ def test_a_tied_parameter_is_perturbed_once_and_rounded_once(family, dtype):
     built = runtime(model, examples(3, name in ENCODERS), dtype=dtype)
     by_hand = plain(name, model, getattr(torch, dtype))
     assert list(built.spec.shapes) == [own for own, _ in by_hand.named_parameters()]
-    built.step([], seeds=[7], eps=EPS, watch=True)
+    built.perturb(Step([7], EPS), watch=True)
     assert built.verify() is None
     for copy, scale in ((built.plus, EPS), (built.minus, -EPS)):
         want = dict(perturbed_by_hand(plain(name, model, getattr(torch, dtype)), scale, 7).named_parameters())
@@ -92,7 +92,7 @@ def test_a_tied_parameter_is_perturbed_once_and_rounded_once(family, dtype):
 def test_an_update_is_theta_minus_the_sum(family):
     name, model = family
     built = runtime(model, examples(3, name in ENCODERS))
-    built.step([StepUpdate([5], [1e-3]), StepUpdate([6], [-2e-3])], seeds=[7], eps=EPS)
+    built.update([Update([5], [1e-3]), Update([6], [-2e-3])], Step([7], EPS))
     want = perturbed_by_hand(perturbed_by_hand(plain(name, model), -1e-3, 5), 2e-3, 6)
     got = built.theta()
     assert all(torch.equal(got[own], p) for own, p in want.named_parameters())
@@ -117,7 +117,7 @@ def test_a_base_trained_on_is_read_as_it_was(family):
     name, model = family
     built = runtime(model, examples(3, name in ENCODERS))
     before = built.theta()
-    built.step([StepUpdate([5], [0.1])], seeds=[7], eps=EPS)
+    built.update([Update([5], [0.1])], Step([7], EPS))
     built.load(read_parameters(model, "float32", built.spec.model_hash))
     assert all(torch.equal(before[own], tensor) for own, tensor in built.theta().items())
     with pytest.raises(UserError, match="other weights than the run started from"):
@@ -127,12 +127,12 @@ def test_a_base_trained_on_is_read_as_it_was(family):
 def test_a_model_of_two_dtypes_is_refused(tmp_path_factory):
     """A parameter that transformers keeps in float32 cannot be pointed at a copy in 16 bits."""
     model = save("llama", tmp_path_factory.mktemp("mixed"))
-    config = Config(model=model, output_dir="unused", task="sst2", tuning="full", dtype="bfloat16")
+    config = Config.of(model=model, output_dir="unused", task="sst2", tuning="full", dtype="bfloat16")
     kept = AutoModelForCausalLM.from_pretrained(model).__class__
     before, kept._keep_in_fp32_modules_strict = kept._keep_in_fp32_modules_strict, {"norm"}
     try:
         with pytest.raises(UserError, match=r"holds .*norm.weight in torch.float32, the rest in torch.bfloat16"):
-            load_parts(config, torch.device("cpu"), torch.bfloat16)
+            load_parts(config.model.base, torch.device("cpu"), torch.bfloat16)
     finally:
         kept._keep_in_fp32_modules_strict = before
 
@@ -143,12 +143,12 @@ def test_rows_of_a_large_theta_are_compared_in_turn():
     params = {name: torch.ones(shape) for name, shape in shapes.items()}
     watched, places = PerturbedTheta(ParamLayout(params), [], watched=60), set()
     for turn in range(10):
-        watched.step([StepUpdate([turn], [0.5], 0.9)], [], 1.0, watch=True)
+        watched.update([Update([turn], [0.5], 0.9)], watch=True)
         assert watched.verify() is None
         places |= set(range(20)[watched._watched[0][0]])
         assert sum(tensor.numel() for tensor in watched._watched[1][0].tensors) < 100
     assert places == set(range(20))
-    watched.step([StepUpdate([1], [0.5])], [], 1.0, watch=True)
+    watched.update([Update([1], [0.5])], watch=True)
     at = watched._watched[0][0].start
     assert at > 0
     watched.master.tensors[0][at, 3] += 1

@@ -18,6 +18,7 @@ from transformers import (
 
 from mezo.data.example import Example
 from mezo.errors import UserError
+from mezo.method.step import Step
 from mezo.models.prefix import PROMPT, Prefix, vocabulary_tokens
 from mezo.run.adapter import save_adapter
 from mezo.runtimes.generation import greedy
@@ -94,7 +95,7 @@ def test_both_signs_are_those_of_a_prefix_perturbed_by_hand(family):
     name, model = family
     data = examples(8, name in ENCODERS)
     built = runtime(model, data)
-    built.step([], [7], 0.1)
+    built.perturb(Step([7], 0.1))
     ((plus, minus),) = built.score_pairs("train", range(8))
     theta = noise(built, 3)[PROMPT]
     z = standard_normal(7, PROMPT, 0, theta.numel()).view_as(theta)
@@ -188,7 +189,7 @@ def test_texts_of_both_signs_are_their_own(llama, tmp_path):
     data = [Example(tuple(t % len(WORDS) + 3 for t in e.prompt), ((5,), (9,)), 0) for e in examples(8)]
     built = writing_runtime(model, data, tuning="prefix")
     built.load(noise(built, 3))
-    built.step([], [7], 0.5)
+    built.perturb(Step([7], 0.5))
     ((plus, minus),) = built.generate_pairs("train", range(8), NEW, ())
     assert plus != minus
     built.load({PROMPT: built.plus.tensors[0].clone()})
@@ -200,7 +201,7 @@ def test_the_gradient_is_the_slope_of_the_loss(family):
     built = runtime(model, examples(8, name in ENCODERS))
     loss = lambda scores: -scores.log_softmax(-1)[:, 0].mean()  # noqa: E731
     gradient = built.gradient("train", range(8), loss)[PROMPT]
-    built.step([], [7], 1e-2)
+    built.perturb(Step([7], 1e-2))
     plus, minus = built.score_pairs("train", range(8))[0]
     z = standard_normal(7, PROMPT, 0, gradient.numel()).view_as(gradient)
     slope = float((gradient.double() * z).sum())
@@ -210,7 +211,7 @@ def test_the_gradient_is_the_slope_of_the_loss(family):
 
 def test_in_16_bits_both_signs_are_one_rounding_of_the_master(llama):
     built = runtime(llama, examples(8), dtype="bfloat16")
-    built.step([], [7], 0.1, watch=True)
+    built.perturb(Step([7], 0.1), watch=True)
     assert built.verify() is None
     assert built.parts.prefix.weight.data_ptr() == built.minus.tensors[0].data_ptr()
     z = standard_normal(7, PROMPT, 0, built.master.n_elements).view_as(built.master.tensors[0])

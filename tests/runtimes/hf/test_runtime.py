@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 from mezo.config import Config
 from mezo.data.example import Example
 from mezo.errors import UserError
-from mezo.method.step import StepUpdate
+from mezo.method.step import Step, Update
 from mezo.models.families import layer_of
 from mezo.models.merge import merge
 from mezo.run.adapter import save_adapter
@@ -44,8 +44,8 @@ def examples(n, masked=False, several=False):
 
 def runtime(model, data, **options):
     """A prepared runtime whose adapter has an effect."""
-    config = Config(**{"model": model, "output_dir": "unused", "task": "sst2", **options})
-    built = HFRuntime(config)
+    config = Config.of(**{"model": model, "output_dir": "unused", "task": "sst2", **options})
+    built = HFRuntime(*config.for_runtime)
     built.prepare({"train": data})
     built.load({name: lora_init(3, name, shape) for name, shape in built.spec.shapes.items()})
     return built
@@ -81,7 +81,7 @@ def test_trunk_cache_is_exact(family, adapted, several):
     cached = runtime(model, data, **options)
     plain = runtime(model, data, trunk_cache="off", **options)
     for one in (cached, plain):
-        one.step([], seeds=[7], eps=1e-2)
+        one.perturb(Step([7], 1e-2))
     batch = [0, 33, 5, 17]
     for a, b in zip(cached.score_pairs("train", batch)[0], plain.score_pairs("train", batch)[0], strict=True):
         assert torch.allclose(a, b, atol=ROUNDING, rtol=0)
@@ -116,7 +116,7 @@ def test_key_adapters_keep_whole_rows(llama):
 
 def test_trunk_cache_wrongly_planned_is_refused(llama, monkeypatch):
     """Keys of the last layer do depend on a k_proj adapter: forcing their reuse must be caught at start-up."""
-    monkeypatch.setattr("mezo.runtimes.peft_model.KV_FREE", {"q_proj", "k_proj"})
+    monkeypatch.setattr("mezo.models.parts.KV_FREE", {"q_proj", "k_proj"})
     with pytest.raises(UserError, match=r"not exact.*differ by.*--trunk-cache off"):
         runtime(llama, examples(8), layers_to_transform=(2,), target_modules=("q_proj", "k_proj"))
 
@@ -188,7 +188,7 @@ def test_eviction_changes_no_bit(llama, adapted):
     for step in range(6):
         batch = random.Random(step).sample(range(100), 16)
         for one in (whole, small):
-            one.step([], seeds=[step], eps=1e-2)
+            one.perturb(Step([step], 1e-2))
         for a, b in zip(whole.score_pairs("train", batch)[0], small.score_pairs("train", batch)[0], strict=True):
             assert torch.equal(a, b)
         assert small.trunk.nbytes <= limit or len(small.trunk.groups) == 1
@@ -199,7 +199,7 @@ def test_large_training_sets_are_cached_as_they_are_drawn(llama):
     data, options = examples(40), {"steps": 2, "batch_size": 4, **ADAPTED["last layer"]("llama")}
     built = runtime(llama, data, **options)
     assert built.tokens.computed == 0
-    built.step([], seeds=[1], eps=1e-2)
+    built.perturb(Step([1], 1e-2))
     drawn = [3, 9, 27, 3]
     plus, _ = built.score_pairs("train", drawn)[0]
     assert len(built.trunk.groups) == 3
@@ -211,7 +211,7 @@ def test_tokens_are_counted(llama):
     built = runtime(llama, data, **ADAPTED["last layer"]("llama"))
     total = sum(len(example.prompt) for example in data)
     assert built.tokens.computed == pytest.approx(total), "filling the cache runs every layer once"
-    built.step([], seeds=[1], eps=1e-2)
+    built.perturb(Step([1], 1e-2))
     built.score_pairs("train", range(10))
     scored = 2 * sum(len(example.prompt) for example in data[:10])
     assert built.tokens.scored == scored
@@ -265,7 +265,7 @@ def test_an_adapted_head_is_merged_and_the_embeddings_are_left_alone(tmp_path, t
 
 def test_verify_names_a_flipped_bit(llama):
     built = runtime(llama, examples(4), **ADAPTED["last layer"]("llama"))
-    built.step([StepUpdate([5], [1e-3], 0.999)], seeds=[6], eps=1e-2, watch=True)
+    built.update([Update([5], [1e-3], 0.999)], Step([6], 1e-2), watch=True)
     assert built.verify() is None
     name = built.plus.names[3]
     built.plus.tensors[3].view(torch.int32)[1, 2] ^= 1
@@ -275,7 +275,7 @@ def test_verify_names_a_flipped_bit(llama):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bit_base_uses_single_roundings(llama, dtype):
     built = runtime(llama, examples(8), dtype=dtype, **ADAPTED["last layer"]("llama"))
-    built.step([StepUpdate([5], [1e-3])], seeds=[6], eps=1e-2, watch=True)
+    built.update([Update([5], [1e-3])], Step([6], 1e-2), watch=True)
     assert {t.dtype for t in built.plus.tensors} == {getattr(torch, dtype)}
     assert {t.dtype for t in built.master.tensors} == {torch.float32}
     plus, minus = built.score_pairs("train", range(4))[0]
@@ -286,7 +286,7 @@ def test_sixteen_bit_base_uses_single_roundings(llama, dtype):
 
 def test_evaluation_leaves_the_perturbed_copies(llama):
     built = runtime(llama, examples(8), **ADAPTED["last layer"]("llama"))
-    built.step([], seeds=[6], eps=1e-2)
+    built.perturb(Step([6], 1e-2))
     before = built.score_pairs("train", range(4))[0]
     built.score("train", range(8))
     for a, b in zip(before, built.score_pairs("train", range(4))[0], strict=True):

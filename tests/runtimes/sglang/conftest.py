@@ -38,7 +38,7 @@ def examples(n, several=False, prefix=(), low=5, high=20):
 
 
 def options(model, **others):
-    return Config(**{"model": model, "output_dir": "unused", "task": "sst2", "batch_size": 8, **others})
+    return Config.of(**{"model": model, "output_dir": "unused", "task": "sst2", "batch_size": 8, **others})
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def engine(model, data, hooks="1", interpret="0", **others):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEZO_TEST_HOOKS", hooks)
         patch.setenv("TRITON_INTERPRET", interpret)
-        runtime = SGLangRuntime(options(model, runtime="sglang", **others))
+        runtime = SGLangRuntime(*options(model, runtime="sglang", **others).for_runtime)
         try:
             runtime.prepare({"train": data})
             yield runtime
@@ -61,7 +61,7 @@ def reference(model, data, **others):
     """The same in transformers and PEFT, without any cache."""
     from mezo.runtimes.hf.runtime import HFRuntime
 
-    runtime = HFRuntime(options(model, trunk_cache="off", **others))
+    runtime = HFRuntime(*options(model, trunk_cache="off", **others).for_runtime)
     runtime.prepare({"train": data})
     return runtime
 

@@ -1,13 +1,11 @@
 """Update rules inside the engine: state on the shards of two ranks, fzoo's one batch of n + 1, normalised z."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from mezo.api import resume, train
 from mezo.config import Config
-from mezo.method.step import StepUpdate
+from mezo.method.step import Step, Update
 from mezo.run import logbook
 from mezo.run.adapter import read_adapter, same_bits
 from mezo.run.replay import rebuild
@@ -18,7 +16,7 @@ from tests.runtimes.sglang.conftest import ALL, engine, examples, noisy, referen
 from tests.tiny_data import write_jsonl
 
 ROUNDING, EPS, N = 5e-5, 1e-2, 3
-UPDATES = [StepUpdate([3 * t, 3 * t + 1], [0.5, -0.2 * t], 0.99, lr=1e-3) for t in range(6)]
+UPDATES = [Update([3 * t, 3 * t + 1], [0.5, -0.2 * t], 0.99, lr=1e-3) for t in range(6)]
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +34,19 @@ def test_adam_on_two_ranks_is_adam_of_one_process(llama, data):
     rule = {"target_modules": ALL, "update_rule": "adamw", "weight_decay": 0.5, "no_decay": ("*lora_B*",)}
     plain = reference(llama, data, **rule)
     plain.load(noisy(plain))
-    plain.step(UPDATES, [7], EPS)
+    plain.update(UPDATES, Step([7], EPS))
     with engine(llama, data, tp=2, **rule) as runtime:
         runtime.load(noisy(runtime))
-        runtime.step([], [0], EPS)
+        runtime.perturb(Step([0], EPS))
         for i, update in enumerate(UPDATES):
-            runtime.step([update, StepUpdate([1], [0.0], skipped=True)], [7], EPS, watch=i == 3)
+            runtime.update([update, Update([1], [0.0], skipped=True)], Step([7], EPS), watch=i == 3)
             if i == 3:
                 assert runtime.verify() is None
         assert torch_equal(runtime.theta(), plain.theta())
         for got, want in zip(*(one.score_pairs("train", range(8))[0] for one in (runtime, plain)), strict=True):
             assert worst(got, want) < ROUNDING
-        runtime.step(UPDATES[:1], [8], EPS)  # the seventh update: the moments were equal too
-        plain.step(UPDATES[:1], [8], EPS)
+        runtime.update(UPDATES[:1], Step([8], EPS))  # the seventh update: the moments were equal too
+        plain.update(UPDATES[:1], Step([8], EPS))
         assert torch_equal(runtime.theta(), plain.theta())
 
 
@@ -58,7 +56,7 @@ def test_fzoo_scores_n_copies_and_theta_in_one_batch(llama, data, monkeypatch):
     plain.load(noisy(plain))
     with engine(llama, data, **rule) as runtime:
         runtime.load(noisy(runtime))
-        runtime.step([], [7, 8, 9], EPS, watch=True)
+        runtime.perturb(Step([7, 8, 9], EPS), watch=True)
         asked, generate = [], runtime.engine.generate
 
         def listen(**request):
@@ -70,7 +68,7 @@ def test_fzoo_scores_n_copies_and_theta_in_one_batch(llama, data, monkeypatch):
         assert [sorted(set(names)) for names in asked] == [["minus0", "plus0", "plus1", "plus2"]]
         assert runtime.verify() is None
         for seed, (plus, here) in zip((7, 8, 9), pairs, strict=True):
-            plain.step([], [seed], EPS)
+            plain.perturb(Step([seed], EPS))
             want, theta = plain.score_pairs("train", range(4))[0]
             assert worst(plus, want) < ROUNDING
             assert worst(here, theta) < ROUNDING
@@ -90,7 +88,7 @@ def config(tmp_path, model):
     words = {"prompt": "{text} It was", "label_words": (" terrible", " great")}
     shape = {"target_modules": ("q_proj", "o_proj", "up_proj"), "layers_to_transform": (2,)}
     steps = {"steps": 12, "batch_size": 8, "eps": EPS, "eval_every": 6, "num_perturbations": N, "verify_every": 1}
-    return Config(model=model("llama"), **files, **words, **shape, **steps, output_dir=str(tmp_path / "hf"))
+    return Config.of(model=model("llama"), **files, **words, **shape, **steps, output_dir=str(tmp_path / "hf"))
 
 
 @pytest.mark.parametrize(
@@ -99,26 +97,26 @@ def config(tmp_path, model):
 def test_a_run_is_the_hf_runtimes(rule, config, tmp_path, monkeypatch):
     """Header, losses and log; replay gives the bits of its adapter, and the other runtime carries it on."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    hf = dataclasses.replace(config, **rule)
-    ours = dataclasses.replace(hf, runtime="sglang", output_dir=str(tmp_path / "sglang"))
+    hf = config.replace(**rule)
+    ours = hf.replace(runtime="sglang", output_dir=str(tmp_path / "sglang"))
     train(hf)
     result = train(ours)
     (first, theirs), (header, records) = (read_trajectory(tmp_path / n / "trajectory.jsonl") for n in ("hf", "sglang"))
     assert header == first
     for a, b in zip(theirs, records, strict=True):
-        assert b.loss_plus + b.loss_minus == pytest.approx(a.loss_plus + a.loss_minus, abs=1e-5)
-    assert follows(ours.output_dir) == 12
+        assert b.losses.plus + b.losses.minus == pytest.approx(a.losses.plus + a.losses.minus, abs=1e-5)
+    assert follows(ours.machine.output_dir) == 12
     kept = read_adapter(tmp_path / "sglang" / "adapter")
-    assert same_bits(rebuild(ours.output_dir)[0], kept) is None
+    assert same_bits(rebuild(ours.machine.output_dir)[0], kept) is None
     forwards = N + 1 if rule["update_rule"] == "fzoo" else 2 * N
     asked = 12 * 8 * forwards
     assert asked <= result["tokens_computed"] < asked + 48 * 8  # a token a request, and each prompt's first visit
 
-    logbook.truncate(ours.output_dir, 6)
-    resume(ours.output_dir, machine={"runtime": "hf"})
+    logbook.truncate(ours.machine.output_dir, 6)
+    resume(ours.machine.output_dir, machine={"runtime": "hf"})
     again = read_trajectory(tmp_path / "sglang" / "trajectory.jsonl")[1]
     assert again[:6] == records[:6]
-    assert again[6].loss_plus == pytest.approx(records[6].loss_plus, abs=1e-5)
+    assert again[6].losses.plus == pytest.approx(records[6].losses.plus, abs=1e-5)
 
 
 def test_normalised_pairs_that_are_held_together_differ_in_eps(llama, data):
@@ -128,12 +126,12 @@ def test_normalised_pairs_that_are_held_together_differ_in_eps(llama, data):
     with engine(llama, data, tp=2, **rule) as runtime:
         runtime.load(noisy(runtime))
         eps = [EPS / root_mean_square(runtime.spec.shapes, seed) for seed in (7, 8)]
-        runtime.step([StepUpdate([1], [1e-3])], [7, 8], eps, watch=True)
-        plain.step([StepUpdate([1], [1e-3])], [], 1.0)
+        runtime.update([Update([1], [1e-3])], Step([7, 8], eps), watch=True)
+        plain.update([Update([1], [1e-3])])
         pairs = runtime.score_pairs("train", range(4))
         assert runtime.verify() is None
         for seed, own, pair in zip((7, 8), eps, pairs, strict=True):
-            plain.step([], [seed], own)
+            plain.perturb(Step([seed], own))
             for got, want in zip(pair, plain.score_pairs("train", range(4))[0], strict=True):
                 assert worst(got, want) < ROUNDING
         assert torch_equal(runtime.theta(), plain.theta())

@@ -8,7 +8,7 @@ from mezo.api import train
 from mezo.config import Config
 from mezo.data.example import Example
 from mezo.errors import RunError
-from mezo.method.step import StepUpdate
+from mezo.method.step import Step, Update
 from mezo.run.trajectory import read_trajectory
 from mezo.runtimes.base import TokenCount
 from tests.runtimes.sglang.conftest import ALL, LAST, engine, examples, noisy, reference
@@ -55,7 +55,7 @@ def test_both_signs_of_all_perturbations_are_one_batch(both, monkeypatch):
     calls = []
     generate = running.engine.generate
     monkeypatch.setattr(running.engine, "generate", lambda **request: calls.append(request) or generate(**request))
-    running.step([], [7, 8], 0.3)
+    running.perturb(Step([7, 8], 0.3))
     pairs = running.generate_pairs("train", range(6), NEW, ())
     written = [request for request in calls if request["sampling_params"]["max_new_tokens"]]
     assert len(written) == 1
@@ -63,7 +63,7 @@ def test_both_signs_of_all_perturbations_are_one_batch(both, monkeypatch):
         ("plus0", "minus0", "plus1", "minus1"), 6
     )
     for seed, pair in zip((7, 8), pairs, strict=True):
-        plain.step([], [seed], 0.3)
+        plain.perturb(Step([seed], 0.3))
         assert [pair] == plain.generate_pairs("train", range(6), NEW, ())
         assert pair[0] != pair[1]
 
@@ -71,7 +71,7 @@ def test_both_signs_of_all_perturbations_are_one_batch(both, monkeypatch):
 def test_an_update_changes_the_texts_and_evaluation_leaves_the_slots(both):
     running, plain = both
     for one in (running, plain):
-        one.step([StepUpdate([5], [0.5])], [7], 0.3)
+        one.update([Update([5], [0.5])], Step([7], 0.3))
     pair = running.generate_pairs("train", range(6), NEW, ())
     assert pair == plain.generate_pairs("train", range(6), NEW, ())
     running.generate("train", range(6), NEW, ())
@@ -120,7 +120,7 @@ def test_a_run_on_a_reward_is_the_hf_runtimes(llama, tmp_path):
     (tmp_path / "mine.py").write_text("def share(example, output):\n    return output.split().count('film') / 8\n")
     logs = {}
     for runtime in ("hf", "sglang"):
-        config = Config(
+        config = Config.of(
             model=llama, output_dir=str(tmp_path / runtime), runtime=runtime, objective="reward",
             train_file=str(tmp_path / "train.jsonl"), dev_file=str(tmp_path / "dev.jsonl"), batch_size=3, steps=3,
             reward=f"{tmp_path / 'mine.py'}:share", max_new_tokens=NEW, lr=0.1, eps=0.3, target_modules=ALL,
@@ -128,5 +128,5 @@ def test_a_run_on_a_reward_is_the_hf_runtimes(llama, tmp_path):
         result = train(config)
         logs[runtime] = (tmp_path / runtime / "trajectory.jsonl").read_bytes(), result["dev"]
     assert logs["hf"] == logs["sglang"]
-    losses = {r.loss_plus for r in read_trajectory(tmp_path / "hf" / "trajectory.jsonl")[1]}
+    losses = {r.losses.plus for r in read_trajectory(tmp_path / "hf" / "trajectory.jsonl")[1]}
     assert len(losses) > 1

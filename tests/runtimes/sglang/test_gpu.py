@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mezo.method.step import StepUpdate
+from mezo.method.step import Step, Update
 from tests.runtimes.sglang.conftest import ALL, engine, examples, noisy, reference, torch_equal
 
 pytestmark = pytest.mark.gpu
@@ -20,17 +20,17 @@ def test_both_signs_are_scored_and_theta_is_the_replays(model, kind):
     data, path = examples(8), model("llama")
     with engine(path, data, target_modules=ALL, dtype="bfloat16", **ENGINES[kind]) as runtime:
         runtime.load(noisy(runtime))
-        runtime.step([StepUpdate([5], [1e-2], 0.999)], [7], 1e-1, watch=True)
+        runtime.update([Update([5], [1e-2], 0.999)], Step([7], 1e-1), watch=True)
         plus, minus = runtime.score_pairs("train", range(8))[0]
         assert runtime.verify() is None
         assert float((plus - minus).abs().max()) > 0
         theta = runtime.theta()
         if kind == "deterministic":
-            runtime.step([], [7], 1e-1)  # the same bits, and a cache that is cold again
+            runtime.perturb(Step([7], 1e-1))  # the same bits, and a cache that is cold again
             again = runtime.score_pairs("train", range(8))[0]
             assert torch.equal(plus, again[0])
             assert torch.equal(minus, again[1])
     plain = reference(path, data, target_modules=ALL, device="cpu", dtype="bfloat16")
     plain.load(noisy(plain))
-    plain.step([StepUpdate([5], [1e-2], 0.999)], [7], 1e-1)
+    plain.update([Update([5], [1e-2], 0.999)], Step([7], 1e-1))
     assert torch_equal(theta, plain.theta())

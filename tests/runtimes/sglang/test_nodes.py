@@ -53,7 +53,7 @@ def test_two_machines_train_as_one_process_does(options, tmp_path):
     assert main(["train", *options("one"), "--runtime", "hf", "--tp", "1"]) == 0
     two, one = (read_trajectory(tmp_path / name / "trajectory.jsonl")[1] for name in ("two", "one"))
     assert len(two) == STEPS
-    losses = [[x for r in records for x in r.loss_plus + r.loss_minus] for records in (two, one)]
+    losses = [[x for r in records for x in r.losses.plus + r.losses.minus] for records in (two, one)]
     assert losses[0] == pytest.approx(losses[1], abs=ROUNDING)
     theta = rebuild(tmp_path / "two")[0]
     assert same_bits(theta, read_adapter(tmp_path / "two" / "adapter")) is None

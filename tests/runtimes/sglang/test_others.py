@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 
 from mezo.errors import UserError
+from mezo.method.step import Step
 from mezo.run.adapter import save_adapter
 from mezo.run.export import export
 from mezo.runtimes.sglang.engine import EngineHandle
@@ -79,7 +80,7 @@ def test_the_triton_lora_backend_scores_the_same(llama):
     with engine(llama, data, interpret="1", engine_arg=("lora_backend=triton",), **adapted) as runtime:
         for one in (runtime, plain):
             one.load(noisy(one))
-            one.step([], [7], 1e-2)
+            one.perturb(Step([7], 1e-2))
         got, want = runtime.score_pairs("train", range(2))[0], plain.score_pairs("train", range(2))[0]
     assert max(worst(a, b) for a, b in zip(got, want, strict=True)) < 5e-5
 

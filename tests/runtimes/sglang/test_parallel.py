@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from mezo.errors import RunError
 from mezo.method.objectives import cross_entropy
-from mezo.method.step import StepUpdate
+from mezo.method.step import Step, Update
 from mezo_kernels import standard_normal
 from tests.runtimes.sglang.conftest import ALL, engine, examples, noisy, reference, torch_equal, worst
 
@@ -59,7 +59,7 @@ def test_shards_of_z_make_up_the_full_z(both, tmp_path):
 def test_texts_are_those_of_transformers(both):
     for one in both:
         one.load(noisy(one))
-        one.step([], [7], 0.3)
+        one.perturb(Step([7], 0.3))
     texts, wanted = (one.generate_pairs("train", range(8), 8, ()) for one in both)
     assert texts == wanted
     assert len({text for pair in texts[0] for text in pair}) > 4
@@ -68,7 +68,7 @@ def test_texts_are_those_of_transformers(both):
 def test_scores_are_those_of_transformers(both):
     for one in both:
         one.load(noisy(one))
-        one.step([], [7], EPS)
+        one.perturb(Step([7], EPS))
     got, want = (one.score_pairs("train", range(8))[0] for one in both)
     assert max(worst(a, b) for a, b in zip(got, want, strict=True)) < ROUNDING
     assert worst(both[0].score("train", range(16)), both[1].score("train", range(16))) < ROUNDING
@@ -77,13 +77,13 @@ def test_scores_are_those_of_transformers(both):
 def trajectory(runtime, labels):
     """Losses and updates of plain MeZO steps."""
     runtime.load(noisy(runtime))
-    runtime.step([], [0], EPS)
+    runtime.perturb(Step([0], EPS))
     losses, updates = [], []
     for step in range(STEPS):
         plus, minus = (cross_entropy(s, labels).item() for s in runtime.score_pairs("train", range(16))[0])
         losses.append((plus, minus))
-        updates.append(StepUpdate([step], [LR * (plus - minus) / (2 * EPS)], 0.999))
-        runtime.step(updates[-1:], [step + 1], EPS)
+        updates.append(Update([step], [LR * (plus - minus) / (2 * EPS)], 0.999))
+        runtime.update(updates[-1:], Step([step + 1], EPS))
     return torch.tensor(losses), updates
 
 
@@ -94,13 +94,13 @@ def test_twenty_steps_are_those_of_one_process(both, data):
     assert torch.allclose(got, want, atol=ROUNDING, rtol=0)
     assert not torch.allclose(got[0], got[-1], atol=10 * ROUNDING, rtol=0), "theta has moved"
     plain.load(noisy(plain))
-    plain.step(updates, [STEPS], EPS)
+    plain.update(updates, Step([STEPS], EPS))
     assert torch_equal(runtime.theta(), plain.theta()), "fed the same projected_grads, all at once"
 
 
 def test_a_mismatch_on_one_rank_is_named(both):
     runtime, _ = both
-    runtime.step([StepUpdate([5], [1e-3])], [7], EPS, watch=True)
+    runtime.update([Update([5], [1e-3])], Step([7], EPS), watch=True)
     assert runtime.verify() is None
     runtime._call("test_flip", rank=1, what="minus", name=O_PROJ_A, index=3)
     assert runtime.verify().startswith(f"rank 1: minus of {O_PROJ_A} at index 3: expected ")
@@ -128,7 +128,7 @@ def test_a_failure_of_the_rank_that_the_engine_hides_is_raised(both):
     with pytest.raises(RunError, match="failed in test_fail: rank 1: ValueError: told to fail"):
         runtime._call("test_fail", rank=1)
     runtime.engine.failed = False
-    runtime.step([], [7], EPS)
+    runtime.perturb(Step([7], EPS))
     assert runtime.score_pairs("train", [0])
 
 
@@ -140,6 +140,6 @@ def test_a_dead_rank_is_noticed(both):
     victim.send_signal(signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(RunError, match=f"the SGLang engine died .process {victim.pid}"):
-        runtime.step([], [8], EPS)
+        runtime.perturb(Step([8], EPS))
     assert time.monotonic() - began < 30
     assert psutil.pid_exists(runtime.engine.processes[0].pid)

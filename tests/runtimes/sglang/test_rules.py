@@ -38,17 +38,17 @@ def test_a_rule_in_the_engine(rule, options, tmp_path):
     """Every step is compared with the reference on the worker (--verify-every 1), moments too."""
     runs = {}
     for runtime in ("hf", "sglang"):
-        config = Config(**options, **rule, runtime=runtime, output_dir=str(tmp_path / runtime))
+        config = Config.of(**options, **rule, runtime=runtime, output_dir=str(tmp_path / runtime))
         if runtime == "sglang" and rule["update_rule"] == "adamw":  # moments are rebuilt in new workers
             assert train(config, until=5) is None
-            resume(config.output_dir)
+            resume(config.machine.output_dir)
         else:
             train(config)
-        assert follows(config.output_dir) == STEPS
-        runs[runtime] = read_trajectory(Path(config.output_dir, "trajectory.jsonl"))
-        kept = read_adapter(Path(config.output_dir, "adapter"))
-        assert same_bits(rebuild(config.output_dir, "last")[0], kept) is None
+        assert follows(config.machine.output_dir) == STEPS
+        runs[runtime] = read_trajectory(Path(config.machine.output_dir, "trajectory.jsonl"))
+        kept = read_adapter(Path(config.machine.output_dir, "adapter"))
+        assert same_bits(rebuild(config.machine.output_dir, "last")[0], kept) is None
     assert runs["sglang"][0] == runs["hf"][0], "header"
     for ours, theirs in zip(runs["sglang"][1], runs["hf"][1], strict=True):
-        assert ours.loss_plus == pytest.approx(theirs.loss_plus, abs=NOISE)
+        assert ours.losses.plus == pytest.approx(theirs.losses.plus, abs=NOISE)
         assert ours.tried == pytest.approx(theirs.tried, abs=NOISE)

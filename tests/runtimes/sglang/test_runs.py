@@ -50,14 +50,14 @@ def runs(tmp_path_factory, common):
         patch.setenv("TRITON_INTERPRET", "0")
         for runtime in ("hf", "sglang"):
             path = tmp_path_factory.mktemp(runtime) / "run"
-            config = Config(**common, runtime=runtime, output_dir=str(path), verify_every=1)
+            config = Config.of(**common, runtime=runtime, output_dir=str(path), verify_every=1)
             made[runtime] = path, train(config)
     return made
 
 
 def losses(path):
     records = read_trajectory(path / "trajectory.jsonl")[1]
-    return [loss for record in records for loss in record.loss_plus + record.loss_minus]
+    return [loss for record in records for loss in record.losses.plus + record.losses.minus]
 
 
 def test_a_run_is_the_hf_runtimes(runs):
@@ -182,7 +182,7 @@ def test_eval_through_the_engine(runs, common, capsys):
     assert main(["eval", str(path), "--runtime", "sglang"]) == 0
     assert f"{result['test']['after']['accuracy']:.4f}" in capsys.readouterr().out
     data = {k: v for k, v in common.items() if k.endswith("_file") or k in ("prompt", "label_words", "model")}
-    base = {r: evaluate(Config(**data, runtime=r, output_dir="unused"), None) for r in ("hf", "sglang")}
+    base = {r: evaluate(Config.of(**data, runtime=r, output_dir="unused"), None) for r in ("hf", "sglang")}
     assert base["sglang"]["test"] == pytest.approx(base["hf"]["test"], abs=NOISE)
 
 
@@ -201,7 +201,7 @@ def test_a_sweep_through_the_engine_is_the_hf_runtimes(common, tmp_path):
     """Trials share one engine, are paused and resumed in it, and its noise decides nothing."""
     found = {}
     for runtime in ("hf", "sglang"):
-        config = Config(**common, runtime=runtime, output_dir=str(tmp_path / runtime))
+        config = Config.of(**common, runtime=runtime, output_dir=str(tmp_path / runtime))
         found[runtime] = tune.tune(config, grid_lr=(1e-3, 3e-3), rungs=2, trial_steps=12)
     rows = [found[runtime]["rungs"] for runtime in found]
     assert [row["trial"] for row in rows[0]] == [row["trial"] for row in rows[1]]

@@ -3,7 +3,7 @@
 import pytest
 
 from mezo.errors import RunError, UserError
-from mezo.method.step import StepUpdate
+from mezo.method.step import Step, Update
 from mezo.runtimes.base import TokenCount
 from tests.runtimes.sglang.conftest import LAST, engine, examples, noisy, reference, worst
 from tests.tiny_models import save
@@ -35,9 +35,9 @@ def test_every_request_after_a_prompts_first_visit_computes_one_token(running, l
     plain.load(noisy(plain))
     batch, tokens = [0, 3, 7, 11], []
     for step in range(5):
-        update = [StepUpdate([step], [0.02])]
+        update = [Update([step], [0.02])]
         for runtime in (running, plain):
-            runtime.step(update, [100 + step], 1e-2)
+            runtime.update(update, Step([100 + step], 1e-2))
         running.tokens = TokenCount()
         got, want = running.score_pairs("train", batch)[0], plain.score_pairs("train", batch)[0]
         assert max(worst(a, b) for a, b in zip(got, want, strict=True)) < ROUNDING
@@ -49,7 +49,7 @@ def test_every_request_after_a_prompts_first_visit_computes_one_token(running, l
 
 
 def test_flushing_changes_nothing(running):
-    running.step([StepUpdate([77], [0.1])], [78], 1e-2)
+    running.update([Update([77], [0.1])], Step([78], 1e-2))
     warm = running.score_pairs("train", range(8))[0]
     running._flush()
     cold = running.score_pairs("train", range(8))[0]
@@ -92,7 +92,7 @@ def test_an_adapted_head_shares_the_namespace_too(tmp_path, data, tied):
             one.load(noisy(one))
         for step in range(3):
             for one in (runtime, plain):
-                one.step([StepUpdate([step], [0.02])], [100 + step], 1e-1)
+                one.update([Update([step], [0.02])], Step([100 + step], 1e-1))
             runtime.tokens = TokenCount()
             got, want = runtime.score_pairs("train", range(9))[0], plain.score_pairs("train", range(9))[0]
             assert max(worst(a, b) for a, b in zip(got, want, strict=True)) < ROUNDING
@@ -127,10 +127,10 @@ def test_forced_sharing_gives_wrong_losses(llama, data, monkeypatch):
         plain = reference(llama, data, **WITH_KEYS)
         for one in (runtime, plain):
             one.load(noisy(one))
-            one.step([], [7], 1e-1)
+            one.perturb(Step([7], 1e-1))
         runtime.score_pairs("train", range(8))
         for one in (runtime, plain):
-            one.step([StepUpdate([8], [1.0])], [9], 1e-1)
+            one.update([Update([8], [1.0])], Step([9], 1e-1))
         got, want = runtime.score_pairs("train", range(8))[0], plain.score_pairs("train", range(8))[0]
         assert max(worst(a, b) for a, b in zip(got, want, strict=True)) > 100 * ROUNDING
 
@@ -138,10 +138,10 @@ def test_forced_sharing_gives_wrong_losses(llama, data, monkeypatch):
 def test_radix_off_reuses_nothing_and_scores_the_same(llama, data):
     plain = reference(llama, data, **ADAPTED)
     plain.load(noisy(plain))
-    plain.step([], [7], 1e-2)
+    plain.perturb(Step([7], 1e-2))
     with engine(llama, data, radix="off", **ADAPTED) as runtime:
         runtime.load(noisy(runtime))
-        runtime.step([], [7], 1e-2)
+        runtime.perturb(Step([7], 1e-2))
         for _ in range(2):
             runtime.tokens = TokenCount()
             got = runtime.score_pairs("train", range(8))[0]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mezo.errors import RunError, UserError
-from mezo.method.step import StepUpdate
+from mezo.method.step import Step, Update
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.hf.runtime import HFRuntime
 from tests.runtimes.sglang.conftest import ALL, engine, examples, noisy, options, reference, torch_equal, worst
@@ -34,7 +34,7 @@ def running(qwen, data):
 def runtime(running):
     """The engine at a theta that has an effect, both perturbations written."""
     running.load(noisy(running))
-    running.step([], [7, 8], 1e-2)
+    running.perturb(Step([7, 8], 1e-2))
     return running
 
 
@@ -49,7 +49,7 @@ def test_scores_are_those_of_transformers(runtime, plain):
     pairs = runtime.score_pairs("train", [0, 5, 13, 20])
     assert len(pairs) == 2
     for seed, pair in zip((7, 8), pairs, strict=True):
-        plain.step([], [seed], 1e-2)
+        plain.perturb(Step([seed], 1e-2))
         expected = plain.score_pairs("train", [0, 5, 13, 20])[0]
         for got, want in zip(pair, expected, strict=True):
             assert worst(got, want) < ROUNDING
@@ -97,9 +97,9 @@ def test_options_of_an_example_share_its_prompt(runtime):
 
 def test_steps_and_theta_are_the_hf_runtimes_bit_for_bit(runtime, plain):
     plain.load(noisy(plain))
-    updates = [StepUpdate([5, 6], [1e-3, -2e-3], 0.999)]
-    runtime.step(updates, [9], 1e-2)
-    plain.step(updates, [9], 1e-2)
+    updates = [Update([5, 6], [1e-3, -2e-3], 0.999)]
+    runtime.update(updates, Step([9], 1e-2))
+    plain.update(updates, Step([9], 1e-2))
     assert torch_equal(runtime.theta(), plain.theta())
 
 
@@ -119,19 +119,19 @@ def test_equal_weights_in_both_slots_score_equally(runtime):
 
 def test_a_namespace_kept_after_an_update_is_caught(runtime, plain, monkeypatch):
     """The mutation that must not survive: stale keys and values give other losses than no reuse."""
-    step = [StepUpdate([5], [0.3])]
+    step = [Update([5], [0.3])]
     runtime.score_pairs("train", range(4))
-    runtime.step(step, [7, 8], 1e-2)
+    runtime.update(step, Step([7, 8], 1e-2))
     right = runtime.score_pairs("train", range(4))[0][0]
     runtime.load(noisy(runtime))
-    runtime.step([], [7, 8], 1e-2)
+    runtime.perturb(Step([7, 8], 1e-2))
     runtime.score_pairs("train", range(4))
     salt = runtime._salt
-    runtime.step(step, [7, 8], 1e-2)
+    runtime.update(step, Step([7, 8], 1e-2))
     runtime._salt = salt
     stale = runtime.score_pairs("train", range(4))[0][0]
     plain.load(noisy(plain))
-    plain.step(step, [7], 1e-2)
+    plain.update(step, Step([7], 1e-2))
     expected = plain.score_pairs("train", range(4))[0][0]
     assert worst(right, expected) < ROUNDING
     assert worst(stale, expected) > 100 * ROUNDING
@@ -139,7 +139,7 @@ def test_a_namespace_kept_after_an_update_is_caught(runtime, plain, monkeypatch)
 
 @pytest.mark.parametrize("what", ["theta", "plus", "minus"])
 def test_verify_names_rank_tensor_and_index(runtime, what):
-    runtime.step([StepUpdate([5], [1e-3])], [7, 8], 1e-2, watch=True)
+    runtime.update([Update([5], [1e-3])], Step([7, 8], 1e-2), watch=True)
     assert runtime.verify() is None
     runtime._call("test_flip", rank=0, what=what, name=A, index=5)
     label = what if what == "theta" else f"{what} of perturbation 0"
@@ -170,7 +170,7 @@ def test_an_evicted_slot_is_caught(qwen, running):
     """Last but one: what the slot held is gone, so is the use of this engine for scores."""
     running._call("test_evict", name="minus1")
     with pytest.raises(RunError, match="adapter slot minus1 was evicted by the engine"):
-        running.step([], [7, 8], 1e-2)
+        running.perturb(Step([7, 8], 1e-2))
     running.engine.failed = False
 
 

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sglang.srt.managers.io_struct import RpcReqOutput
 
-from mezo.method.rules.base import UpdateRule
-from mezo.method.step import StepUpdate
+from mezo.method.rules.logged import LoggedRule
+from mezo.method.step import Step, Update
 from mezo.models.families import why_kv_depends
 from mezo.runtimes.sglang.inside.handshake import ENDED, directory
 from mezo.runtimes.sglang.inside.shards import Shard, shard_of
@@ -89,7 +89,7 @@ class Worker:
             pairs: perturbations held at once.
             share: all slots use one cache namespace; refused if a trained parameter changes a key or value.
             backend: of the fused ops; None by device.
-            rule: JSON, the `UpdateRule` as a log's header holds it.
+            rule: JSON, the `LoggedRule` as a log's header holds it.
         Returns:
             Elements of this rank's shard, dtype of the slots, and the reason why keys and values depend on theta.
         """
@@ -106,11 +106,11 @@ class Worker:
         seen.loads.clear()
         seen.requests.clear()
         self.shards = {name: shard_of(self.manager, name, shape) for name, shape in shapes.items()}
-        self.theta = self._layouts(pairs, backend, UpdateRule.of_header({"rule": json.loads(rule)}))
+        self.theta = self._layouts(pairs, backend, LoggedRule.of_header({"rule": json.loads(rule)}))
         self._skip_unadapted()
         return {"elements": self.theta.master.n_elements, "dtype": str(pool.dtype), "kv_depends": reason}
 
-    def _layouts(self, pairs: int, backend: str | None, rule: UpdateRule) -> PerturbedTheta:
+    def _layouts(self, pairs: int, backend: str | None, rule: LoggedRule) -> PerturbedTheta:
         views = {name: self._views(slot) for name, slot in self.slots.items()}
         zeros = [
             torch.zeros_like(t, dtype=torch.float32, memory_format=torch.contiguous_format) for t in views["plus0"]
@@ -152,14 +152,22 @@ class Worker:
             part.rename(path)
         return {}
 
-    def step(self, updates: str, seeds: str, eps: float | list[float], watch: bool) -> dict:
-        """See `PerturbedTheta.step`; `updates` and `seeds` are JSON. Returns seconds in the fused op, and `report`."""
+    def update(self, message: str, watch: bool) -> dict:
+        """See `PerturbedTheta.update`.
+
+        Args:
+            message: JSON, fields of each `Update` under "updates", and those of the next `Step`, or null, under "then".
+            watch: keep what `verify` needs.
+        Returns:
+            Seconds in the fused op, and `report`.
+        """
         self._check()
         device = self.theta.master.device
         _wait(device)
         began = time.perf_counter()
-        steps = [StepUpdate(*update) for update in json.loads(updates)]
-        self.theta.step(steps, json.loads(seeds), eps, watch=watch)
+        values = json.loads(message)
+        then = None if values["then"] is None else Step(**values["then"])
+        self.theta.update([Update(**fields) for fields in values["updates"]], then, watch=watch)
         _wait(device)
         return {"seconds": time.perf_counter() - began, **self.report()}
 

@@ -1,13 +1,13 @@
-"""Steps by a rule with state, compiled for CPUs with numba: the loops of `cpu.py`, and the rule on each chunk."""
+"""Steps by a rule with state, compiled for CPUs with numba: the loops of `step.py`, and the rule on each chunk."""
 
 import math
 
 import numpy as np
 from numba import float32, prange
 
-from mezo_kernels import cpu
-from mezo_kernels.cpu import PAIR, THETA, _subtract
-from mezo_kernels.cpu_draw import (
+from mezo_kernels.layout import AddressCache
+from mezo_kernels.numba import step
+from mezo_kernels.numba.draw import (
     GROUPS,
     MOVED,
     SCRATCH,
@@ -22,10 +22,10 @@ from mezo_kernels.cpu_draw import (
     _store_batch,
     compiled,
 )
-from mezo_kernels.layout import AddressCache
+from mezo_kernels.numba.step import PAIR, THETA, _subtract
 from mezo_kernels.philox import STREAMS
 
-# beside the scratch of `cpu.py`: the estimate, and the two states
+# beside the scratch of `step.py`: the estimate, and the two states
 ESTIMATE, FIRST, SECOND, RULE_SCRATCH = (SCRATCH + 4 * GROUPS * k for k in range(4))
 MOMENTUM, ADAM = 0, 1
 WEIGHT, LAST, RATE, DECAY, ROOT = range(5)  # columns of an update's numbers
@@ -111,7 +111,7 @@ def _rule_parallel(threads, items, buffer, kind, states, constants, seeds, numbe
         _rule_items(items, lo, hi, buffer, t, kind, states, constants, seeds, numbers, next_seeds, eps, stream)
 
 
-_items = AddressCache(cpu._build_items)
+_items = AddressCache(step._build_items)
 
 
 def rule_step_(theta, state, plus, minus, geometry, kind, constants, updates, next_seeds, eps, distribution) -> None:
@@ -120,11 +120,11 @@ def rule_step_(theta, state, plus, minus, geometry, kind, constants, updates, ne
     # a rule's states (m, v) stand before the first pair; momentum's one state stands twice
     items, n_elements = _items(theta, [*state[:n], *plus], [*state[-n:], *minus] if state else minus, geometry)
     numbers = np.array([row[1:] for row in updates], F).reshape(-1, 5)
-    passes = cpu._keys([row[0] for row in updates]), numbers, cpu._keys(next_seeds)
+    passes = step._keys([row[0] for row in updates]), numbers, step._keys(next_seeds)
     arguments = (kind, states, np.array(constants, F), *passes, F(eps), STREAMS[distribution])
-    threads = cpu._threads(items, n_elements * max(1, len(updates) + len(next_seeds)))
+    threads = step._threads(items, n_elements * max(1, len(updates) + len(next_seeds)))
     if threads == 1:
         _rule_items(items, 0, len(items), np.empty(RULE_SCRATCH + 16, F), 0, *arguments)
     else:
-        with cpu._pool:
+        with step._pool:
             _rule_parallel(threads, items, np.empty(threads * RULE_SCRATCH + 16, F), *arguments)

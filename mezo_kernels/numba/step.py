@@ -1,6 +1,5 @@
-"""The ops compiled for CPUs with numba: one call over all parameters, in batches of work items (see `cpu_draw.py`)."""
+"""The ops compiled for CPUs with numba: one call over all parameters, in batches of work items (see `draw.py`)."""
 
-import math
 import threading
 
 import numba
@@ -8,7 +7,8 @@ import numpy as np
 import torch
 from numba import prange, uint32
 
-from mezo_kernels.cpu_draw import (
+from mezo_kernels.layout import TENSOR_ID, AddressCache, matrix_view
+from mezo_kernels.numba.draw import (
     CHUNK,
     MOVED,
     SCRATCH,
@@ -25,7 +25,6 @@ from mezo_kernels.cpu_draw import (
     _store_batch,
     compiled,
 )
-from mezo_kernels.layout import TENSOR_ID, AddressCache, matrix_view
 from mezo_kernels.philox import STREAMS
 
 # elements drawn by one call; a second thread saves 0.1 ms here where its core is idle, and costs 10 ms where it is not
@@ -90,28 +89,21 @@ def _step_parallel(threads, items, buffer, updates, coefficients, decays, draws,
 
 
 @compiled()
-def _draw_items(items, lo, hi, buffer, thread, squares, write, k0, k1, stream):
-    """Sum of z**2 of each item in float64, and z itself to the item's address where asked."""
+def _draw_items(items, lo, hi, buffer, thread, k0, k1, stream):
+    """z of each item, to the item's address."""
     scratch = _aligned(buffer) + thread * 4 * SCRATCH
     for it in range(lo, hi):
         item = items[it]
-        n = item[3]
-        address = _draw(scratch, item[4], n, uint32(item[5]), stream, k0, k1)
-        if write:
-            _store(address, item[0], item[1], item[2], n)
-        z = _array(address, 1, n, np.float32)
-        total = 0.0
-        for j in range(n):
-            total += np.float64(z[j]) * np.float64(z[j])
-        squares[it] = total
+        address = _draw(scratch, item[4], item[3], uint32(item[5]), stream, k0, k1)
+        _store(address, item[0], item[1], item[2], item[3])
 
 
 @compiled(parallel=True)
-def _draw_parallel(threads, items, buffer, squares, write, k0, k1, stream):
+def _draw_parallel(threads, items, buffer, k0, k1, stream):
     n = items.shape[0]
     for t in prange(threads):
         lo, hi = t * n // threads, (t + 1) * n // threads
-        _draw_items(items, lo, hi, buffer, t, squares, write, k0, k1, stream)
+        _draw_items(items, lo, hi, buffer, t, k0, k1, stream)
 
 
 def _target(tensor: torch.Tensor, position: np.ndarray) -> list[np.ndarray]:
@@ -157,9 +149,17 @@ def _keys(seeds: list[int]) -> np.ndarray:
 def standard_normal(seed, tensor_id, start, n_elements, distribution, device) -> torch.Tensor:
     """z of the elements start .. start + n_elements of one parameter, float32."""
     out = torch.empty(n_elements, dtype=torch.float32)
-    if n_elements:
-        geometry = torch.tensor([(0, tensor_id, start, 1, n_elements, n_elements)])
-        _run_draw(*_build_items([out], [], [], geometry), True, seed, distribution)
+    if not n_elements:
+        return out
+    geometry = torch.tensor([(0, tensor_id, start, 1, n_elements, n_elements)])
+    items, _ = _build_items([out], [], [], geometry)
+    arguments = (*_keys([seed])[0], STREAMS[distribution])
+    threads = _threads(items, n_elements)
+    if threads == 1:
+        _draw_items(items, 0, len(items), np.empty(SCRATCH + 16, F), 0, *arguments)
+    else:
+        with _pool:
+            _draw_parallel(threads, items, np.empty(threads * SCRATCH + 16, F), *arguments)
     return out
 
 
@@ -185,24 +185,6 @@ def _run(theta, plus, minus, geometry, seeds, coefficients, decays, draws, next_
     else:
         with _pool:
             _step_parallel(threads, items, np.empty(threads * SCRATCH + 16, F), *arguments)
-
-
-def sum_of_squares(theta, geometry, seed, distribution) -> float:
-    """Sum over all elements of z**2, in float64, correctly rounded over the work items."""
-    return math.fsum(_run_draw(*_items(theta, [], [], geometry), False, seed, distribution))
-
-
-def _run_draw(items: np.ndarray, n_elements: int, write: bool, seed: int, distribution: str) -> np.ndarray:
-    """Draw z of all items, to their addresses where `write`; return the sum of squares of each."""
-    squares, k = np.empty(len(items)), _keys([seed])[0]
-    arguments = (squares, write, k[0], k[1], STREAMS[distribution])
-    threads = _threads(items, n_elements)
-    if threads == 1:
-        _draw_items(items, 0, len(items), np.empty(SCRATCH + 16, F), 0, *arguments)
-    else:
-        with _pool:
-            _draw_parallel(threads, items, np.empty(threads * SCRATCH + 16, F), *arguments)
-    return squares
 
 
 def _threads(items: np.ndarray, work: int) -> int:

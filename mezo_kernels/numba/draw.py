@@ -42,13 +42,13 @@ _C0, _C1, _C2 = F(2.443315711809948e-5), F(-1.388731625493765e-3), F(4.166664568
 _U_SCALE, _U_SHIFT, _ANGLE = F(2.0**-32), F(2.0**-33), F(3.657295198167899e-10)
 _TO_NORMAL, _TO_SUBNORMAL = F(2.0**112), F(2.0**-1)  # exponent shifts between float16 and float32
 
-_SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("cpu*.py"))))
+_SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
 
 
 def compiled(parallel: bool = False):
     """numba's njit with code kept on disk for as long as none of these modules changes.
 
-    numba itself looks at a function's own file, and would keep code of `cpu.py` that has an older `cpu_draw.py` inside.
+    numba itself looks at a function's own file, and would keep code of `step.py` that has an older `draw.py` inside.
     """
 
     def decorate(function):

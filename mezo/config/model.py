@@ -1,0 +1,91 @@
+"""The model of a run, and what is trained of it."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from mezo.config.options import PATH, REQUIRED, Choice, Named
+from mezo.ranges import AtLeastOne
+
+
+class Tuning:
+    """What is trained. A kind of tuning is a subclass: a dataclass with its own options.
+
+    Class attributes:
+        name: what `--tuning` takes.
+        summary: one line for `--help`.
+        adapter: where the adapter lies that a run starts from, "" for a fresh one; an option of those that have one.
+        head: what scores the options; an option of those that can have another than the model's own.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    adapter: ClassVar[str] = ""
+    head: ClassVar[str] = "model"
+
+
+@dataclass(frozen=True)
+class Lora(Tuning):
+    """A LoRA adapter: W + lora_alpha / r B A beside the weights W of some layers (Hu et al. 2021, arXiv 2106.09685)."""
+
+    name: ClassVar[str] = "lora"
+    summary: ClassVar[str] = "a LoRA adapter: small matrices beside some of the weights"
+
+    r: AtLeastOne = 8
+    """Rank of the adapter's matrices."""
+    lora_alpha: AtLeastOne = 16
+    """Scale of the adapter: its output is multiplied by lora_alpha / r."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the linear layers that get an adapter, such as q_proj v_proj; by default query and value, as in the MeZO
+    paper."""
+    layers_to_transform: tuple[int, ...] = ()
+    """Indices of the transformer layers that get an adapter, from 0; by default all."""
+    head: Literal["model", "linear"] = "model"
+    """What scores the options. model: the model's own head, as words. linear: a linear layer over the mean of an
+    encoder's last hidden states, one output a class, trained from zero together with the adapter."""
+    adapter: Annotated[str, PATH] = ""
+    """Directory of a PEFT adapter to start from, made here or elsewhere, instead of a fresh one; what kind it is, rank,
+    scale, modules and layers are then the adapter's own."""
+
+
+@dataclass(frozen=True)
+class Full(Tuning):
+    """Every parameter of the model."""
+
+    name: ClassVar[str] = "full"
+    summary: ClassVar[str] = (
+        "every parameter of the model, with --runtime hf; 12 bytes each in float32, 8 in 16 bits; in the MeZO paper"
+        " eps 1e-3 and lr 1e-7 to 1e-5"
+    )
+
+
+@dataclass(frozen=True)
+class Prefix(Tuning):
+    """Keys and values of a few tokens in front of every layer's own."""
+
+    name: ClassVar[str] = "prefix"
+    summary: ClassVar[str] = (
+        "keys and values of a few tokens before the text, in every layer, with --runtime hf; in the MeZO paper eps 1e-1"
+        " and lr 1e-3 to 1e-2"
+    )
+
+    num_prefix_tokens: AtLeastOne = 5
+    """Tokens of the prefix; they start as random tokens of the vocabulary."""
+    adapter: Annotated[str, PATH] = ""
+    """As under --tuning lora."""
+
+
+TUNINGS: dict[str, type[Tuning]] = {kind.name: kind for kind in (Lora, Full, Prefix)}
+"""By the name that `--tuning` takes."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Model: where it comes from, and what is trained of it."""
+
+    base: Annotated[str, Named("model"), REQUIRED, PATH] = ""
+    """Path or hub id of the model to start from, such as facebook/opt-125m."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the model's numbers; auto is float32 on a CPU and bfloat16 on a GPU. What is trained is kept in float32
+    always."""
+    tuning: Annotated[Lora | Full | Prefix, Choice("tuning", TUNINGS)] = Lora()
+    """What is trained."""

@@ -1,0 +1,32 @@
+"""What a run asks of a runtime, in numbers."""
+
+from dataclasses import dataclass, field
+
+from mezo.method.rules.logged import LoggedRule
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run asks of a runtime, besides a model and a machine.
+
+    Args:
+        rule: the update rule that moves theta.
+        steps: of the run.
+        batch_size: training examples of a step.
+        num_perturbations: directions of a step.
+        seed: of the run.
+        objectives: names of what is minimised.
+        scores: a step needs option scores.
+        max_new_tokens: most tokens of a generated text; 0 where no text is.
+        classes: outputs of a linear head; read where there is one.
+    """
+
+    rule: LoggedRule = field(default_factory=LoggedRule)
+    steps: int = 1
+    batch_size: int = 1
+    num_perturbations: int = 1
+    seed: int = 0
+    objectives: tuple[str, ...] = ("cross_entropy",)
+    scores: bool = True
+    max_new_tokens: int = 0
+    classes: int = 0

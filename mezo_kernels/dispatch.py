@@ -1,0 +1,228 @@
+"""The table of ops and the table of backends: what is registered with torch.library, who runs it, what checks it.
+
+Everything that must hold for every op reads `OPS`: `verify`, the checks of torch.library, the tests on a GPU, the gate
+before benchmarks. A new op is an entry here; a new backend is a folder and an entry in `BACKENDS`.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from mezo_kernels import cases
+
+_LIBRARY = torch.library.Library("mezo_kernels", "DEF")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of functions, one an op and of its name, that compute the same bits as `reference`.
+
+    Args:
+        module: that has the functions; imported when an op first runs on it.
+        unavailable: why it cannot run on a device, or None if it can.
+        default_on: type of the devices on which it runs unless another one is asked for; "" for none.
+    """
+
+    module: str
+    unavailable: Callable[[torch.device], str | None]
+    default_on: str = ""
+
+
+def _no_numba(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else "it runs on CPU tensors only"
+
+
+def _no_triton(device: torch.device) -> str | None:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it needs a CUDA or ROCm device, or TRITON_INTERPRET=1 set before Python starts"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type != "cuda" and _interpreter_is_broken():
+        return "Triton's interpreter before 3.7 does not run with numpy 2.4 or later"
+    return None
+
+
+def _interpreter_is_broken() -> bool:
+    """Triton 3.6's `tl.range` converts an array of one element to a number, which numpy has stopped to do."""
+    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    return triton < (3, 7) and numpy >= (2, 4)
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend("mezo_kernels.reference", lambda device: None),
+    "numba": Backend("mezo_kernels.numba", _no_numba, default_on="cpu"),
+    "triton": Backend("mezo_kernels.triton", _no_triton, default_on="cuda"),
+}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op, as torch.library knows it.
+
+    Args:
+        schema: its signature; the last argument is the backend, or None to choose by device.
+        run: (function of a backend, arguments of the schema but for the backend) -> result.
+        device: arguments -> where they are.
+        cases: device -> (label, arguments but for the backend): storage and values of every kind, made anew.
+        fake: arguments -> what torch's tracer sees as the result.
+    """
+
+    schema: str
+    run: Callable[..., Any]
+    device: Callable[..., torch.device]
+    cases: Callable[[str], Iterator[tuple[str, tuple]]]
+    fake: Callable[..., Any] = lambda *arguments: None
+
+    def __call__(self, *arguments):
+        """Run on the backend that the last argument names."""
+        *rest, backend = arguments
+        return self.run(_function(self.name, backend, self.device(*rest)), *rest)
+
+    @property
+    def name(self) -> str:
+        """Of the op, and of its function in every backend."""
+        return self.schema.partition("(")[0]
+
+
+def available_backends(device: str | torch.device = "cpu") -> list[str]:
+    """Names of the backends that run on a device.
+
+    >>> available_backends("cpu")[:2]
+    ['reference', 'numba']
+    """
+    device = torch.device(device)
+    return [name for name, backend in BACKENDS.items() if backend.unavailable(device) is None]
+
+
+def check_backend(name: str | None, device: torch.device) -> None:
+    """Raise ValueError if a backend, or the one chosen by device where `name` is None, cannot run there."""
+    if name is None:
+        if device.type != "meta" and _default(device) is None:
+            raise ValueError(f"no compiled backend for device {device}; pass backend='reference'")
+        return
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    if reason := BACKENDS[name].unavailable(device):
+        raise ValueError(f"backend {name!r} is not available on {device}: {reason}")
+
+
+def call(op: str, *arguments):
+    """An op by torch.library where somebody traces, and directly where nobody does: boxing 448 tensors costs 65 us."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return getattr(torch.ops.mezo_kernels, op)(*arguments)
+    return OPS[op](*arguments)
+
+
+def halves(seeds: Sequence[int]) -> list[int]:
+    """Seeds as the schemas take them, low and high word of each: an int of torch has 63 bits.
+
+    >>> halves([2**32 + 5])
+    [5, 1]
+    """
+    return [half for seed in seeds for half in (seed & 0xFFFFFFFF, seed >> 32)]
+
+
+def _default(device: torch.device) -> str | None:
+    return next((name for name, backend in BACKENDS.items() if backend.default_on == device.type), None)
+
+
+def _function(op: str, backend: str | None, device: torch.device) -> Callable:
+    return getattr(importlib.import_module(BACKENDS[backend or _default(device)].module), op)
+
+
+def _seeds(words: Sequence[int]) -> list[int]:
+    return [low | high << 32 for low, high in zip(words[::2], words[1::2], strict=True)]
+
+
+def _float32(value: float) -> float:
+    return float(np.float32(value))
+
+
+def _perturb(function, theta, geometry, scale, seed_low, seed_high, distribution):
+    function(theta, geometry, _float32(scale), seed_low | seed_high << 32, distribution)
+
+
+def _step(
+    function, theta, plus, minus, geometry, update_seeds, coefficients, decays, next_seeds, eps, distribution
+):  # fmt: skip
+    updates = [
+        (seed, _float32(coefficient), _float32(decay))
+        for seed, coefficient, decay in zip(_seeds(update_seeds), coefficients, decays, strict=True)
+    ]
+    function(theta, plus, minus, geometry, updates, _seeds(next_seeds), _float32(eps), distribution)
+
+
+def _rule_step(
+    function, theta, state, plus, minus, geometry, kind, constants, update_seeds, numbers, next_seeds, eps, distribution
+):  # fmt: skip
+    rows = [tuple(map(_float32, numbers[i : i + 5])) for i in range(0, len(numbers), 5)]
+    updates = [(seed, *row) for seed, row in zip(_seeds(update_seeds), rows, strict=True)]
+    constants, next_seeds = [_float32(value) for value in constants], _seeds(next_seeds)
+    function(theta, state, plus, minus, geometry, kind, constants, updates, next_seeds, _float32(eps), distribution)
+
+
+def _standard_normal(function, seed_low, seed_high, tensor_id, start, n_elements, distribution, device):
+    return function(seed_low | seed_high << 32, tensor_id, start, n_elements, distribution, device)
+
+
+def _fake_standard_normal(seed_low, seed_high, tensor_id, start, n_elements, distribution, device, backend):
+    return torch.empty(n_elements, dtype=torch.float32, device=device)
+
+
+def _of_theta(theta: Sequence[torch.Tensor], *rest) -> torch.device:
+    return theta[0].device
+
+
+OPS: dict[str, Op] = {}
+"""Every op by name."""
+
+
+def register(op: Op) -> None:
+    """Make an op known to torch.library and to everything that reads `OPS`."""
+    OPS[op.name] = op
+    _LIBRARY.define(op.schema)
+    _LIBRARY.impl(op.name, op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mezo_kernels::{op.name}", op.fake)
+
+
+for _op in (
+    Op(
+        "perturb_(Tensor(a!)[] theta, Tensor[] geometry, float scale, SymInt seed_low, SymInt seed_high,"
+        " str distribution, str? backend) -> ()",
+        _perturb,
+        _of_theta,
+        cases.of_perturb,
+    ),
+    Op(
+        "step_(Tensor(a!)[] theta, Tensor(b!)[] plus, Tensor(c!)[] minus, Tensor[] geometry, SymInt[] update_seeds,"
+        " float[] coefficients, float[] decays, SymInt[] next_seeds, float eps, str distribution, str? backend) -> ()",
+        _step,
+        _of_theta,
+        cases.of_step,
+    ),
+    Op(
+        "rule_step_(Tensor(a!)[] theta, Tensor(b!)[] state, Tensor(c!)[] plus, Tensor(d!)[] minus, Tensor[] geometry,"
+        " int kind, float[] constants, SymInt[] update_seeds, float[] numbers, SymInt[] next_seeds, float eps,"
+        " str distribution, str? backend) -> ()",
+        _rule_step,
+        _of_theta,
+        cases.of_rule_step,
+    ),
+    Op(
+        "standard_normal(SymInt seed_low, SymInt seed_high, int tensor_id, SymInt start, SymInt n_elements,"
+        " str distribution, Device device, str? backend) -> Tensor",
+        _standard_normal,
+        lambda *arguments: torch.device(arguments[-1]),
+        cases.of_standard_normal,
+        _fake_standard_normal,
+    ),
+):
+    register(_op)

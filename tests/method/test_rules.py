@@ -1,0 +1,84 @@
+"""The rules as objects: one folder, one class each; a new one is a class and nothing else."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from mezo import MeZO
+from mezo.method.estimator import Losses
+from mezo.method.rules import RULES, Rule
+from mezo.method.rules.logged import LoggedRule
+from mezo.method.step import Step, Update
+from mezo_kernels import Rule as Kernel
+
+
+def test_every_kernel_rule_has_its_rule():
+    kernels = {rule().kernel().kind for rule in RULES.values() if rule().kernel()}
+    assert kernels == {"momentum", "adam", "adamw", "sign"}
+    assert set(RULES) == kernels | {"sgd", "fzoo", "conservative"}
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_a_log_gives_back_the_rule(rule):
+    logged = LoggedRule(RULES[rule](), 0.1 if rule == "adam" else 0.0, ("*bias*",), True)
+    assert LoggedRule.of_header({"rule": logged.header()}) == logged
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_a_loss_that_is_no_number_changes_nothing(rule):
+    losses = Losses((1.0, float("nan")), (1.0, 2.0))
+    update = RULES[rule]().plan((1, 2), losses.projected_grads(0.1), losses, lr=0.1, weight_decay=0.1)
+    assert update == Update.skip((1, 2))
+
+
+@pytest.mark.parametrize(("rule", "scale"), [("sgd", 0.5), ("sign", 1.0), ("adam", 1.0)])
+def test_coefficients_are_the_estimates_over_n_and_over_the_norms(rule, scale):
+    losses = Losses((3.0, 1.0), (1.0, 2.0))
+    update = RULES[rule]().plan((1, 2), (8.0, -2.0), losses, lr=0.5, clip=4.0, norms=(1.0, 2.0))
+    assert update.coefficients == (scale * 4.0 / 2, scale * -2.0 / 2 / 2.0)
+    assert update.lr == (0.5 if scale == 1.0 else None)
+
+
+def test_a_toy_rule_is_one_class():
+    """It is known to the optimizer and to logs as soon as it is defined."""
+    known = dict(RULES)
+
+    @dataclass(frozen=True)
+    class Tenth(Rule):
+        """A tenth of the plain step."""
+
+        name: ClassVar[str] = "tenth"
+        summary: ClassVar[str] = "a tenth of the plain step"
+
+        def scale(self, lr, losses):
+            return lr / 10
+
+    try:
+        slow, plain = torch.zeros(5), torch.zeros(5)
+        for theta, options in ((slow, {"rule": "tenth", "lr": 1.0}), (plain, {"lr": 0.1})):
+            MeZO([("w", theta)], **options).step(lambda theta=theta: theta.sum())
+        assert torch.equal(slow, plain)
+        assert slow.any()
+        assert LoggedRule.of_header({"rule": LoggedRule(Tenth()).header()}).rule == Tenth()
+    finally:
+        RULES.clear()
+        RULES.update(known)
+
+
+def test_a_step_of_a_run_is_a_function_of_its_number():
+    first, again = (Step.of_run(3, 5, 2, 0.1) for _ in range(2))
+    assert first == again
+    assert len({*first.seeds, *Step.of_run(3, 6, 2, 0.1).seeds, *Step.of_run(4, 5, 2, 0.1).seeds}) == 6
+    halved = Step.of_run(3, 5, 2, 0.1, norm=lambda seed: 2.0)
+    assert halved.eps == (0.05, 0.05)
+    with pytest.raises(ValueError, match="got 1 for 2 seeds"):
+        Step([1, 2], [0.1])
+
+
+def test_kernels_of_adam_differ_in_where_the_decay_is():
+    adam, adamw = RULES["adam"](), RULES["adamw"]()
+    assert (adam.decay(0.1, 0.5), adam.l2(0.5)) == (1.0, 0.5)
+    assert (adamw.decay(0.1, 0.5), adamw.l2(0.5)) == (0.95, 0.0)
+    assert adam.kernel(0.5) == Kernel("adam", l2=0.5)
