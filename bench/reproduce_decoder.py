@@ -2,8 +2,10 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mezo.api import train
 from mezo.config import Config
@@ -34,10 +36,31 @@ CURVE = 20
 """Steps that a point of a curve is the mean of."""
 
 
-def write_pools(folder: Path) -> dict[str, str]:
-    """Write POOLS as JSON lines; return train_file, dev_file and test_file of a `Config`."""
+@dataclass(frozen=True)
+class Sample:
+    """What every part draws its runs from.
+
+    Args:
+        config: the demo's run, of a prompt's name, steps and a run directory.
+        sentences: (text, rating) of every sentence.
+        pools: how many of them the examples of a seed are drawn from, by split.
+        seeds: of data and run.
+        shots: options of a `Config` by examples a class.
+        num_test: examples to test on.
+    """
+
+    config: Callable[[str, int, Path], Config] = demo.demo_config
+    sentences: Callable[[], list[tuple[str, float]]] = fetch_sentences
+    pools: Mapping[str, int] = field(default_factory=lambda: POOLS)
+    seeds: Sequence[int] = SEEDS
+    shots: Mapping[int, dict] = field(default_factory=lambda: SHOTS)
+    num_test: int = NUM_TEST
+
+
+def write_pools(folder: Path, sample: Sample) -> dict[str, str]:
+    """Write a sample's pools as JSON lines; return train_file, dev_file and test_file of a `Config`."""
     files = {}
-    for split, rows in demo_splits(fetch_sentences(), POOLS).items():
+    for split, rows in demo_splits(sample.sentences(), dict(sample.pools)).items():
         path = folder / f"{split}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         files[f"{split}_file"] = str(path)
@@ -49,14 +72,15 @@ def mean_std(values: Sequence[float]) -> dict:
     return {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": list(values)}
 
 
-def few_shot(scratch: Path) -> dict:
+def few_shot(scratch: Path, sample: Sample = Sample(), steps: int = STEPS) -> dict:
     """Part (b): the demo's run for each number of shots and seed, an ordinary `mezo train` each."""
-    base = demo.demo_config("it-was", STEPS, scratch / "unused").replace(**write_pools(scratch))
+    base = sample.config("it-was", steps, scratch / "unused").replace(**write_pools(scratch, sample))
     shots = {}
-    for k, options in SHOTS.items():
+    for k, options in sample.shots.items():
         results = []
-        for seed in SEEDS:
-            own = {"data_seed": seed, "seed": seed, "num_test": NUM_TEST, "output_dir": str(scratch / f"{k}-{seed}")}
+        for seed in sample.seeds:
+            own = {"data_seed": seed, "seed": seed, "output_dir": str(scratch / f"{k}-{seed}")}
+            own["num_test"] = sample.num_test
             results.append(train(base.replace(**options, **own)))
         shots[str(k)] = {
             f"{metric} {when}": mean_std([result["test"][when][metric] for result in results])
@@ -64,7 +88,7 @@ def few_shot(scratch: Path) -> dict:
             for when in ("before", "after")
         } | {"seconds": mean_std([_seconds(result) for result in results])}
     chosen = ("steps", "batch_size", "lr", "eps", "prompt", "label_words", "target_modules", "layers_to_transform", "r")
-    return {"config": {name: base.to_dict()[name] for name in chosen} | {"num_test": NUM_TEST}, "shots": shots}
+    return {"config": {name: base.to_dict()[name] for name in chosen} | {"num_test": sample.num_test}, "shots": shots}
 
 
 def _seconds(result: dict) -> float:
@@ -72,11 +96,17 @@ def _seconds(result: dict) -> float:
     return sum(result[f"seconds_{part}"] for part in parts)
 
 
-def accuracy_study(scratch: Path) -> dict:
-    """Part (d): the share of zero differences over batch size and eps, and a run that learns; one trunk for all."""
-    base = demo.demo_config("it-was", STUDY["steps"], scratch / "unused")
-    base = base.replace(**write_pools(scratch), **{**STUDY, "objective": "accuracy"})
-    still = base.replace(lr=STILL, eval_every=STUDY["steps"])
+def accuracy_study(scratch: Path, sample: Sample = Sample(), study: Mapping[str, Any] = STUDY) -> dict:
+    """Part (d): the share of zero differences over batch size and eps, and a run that learns; one trunk for all.
+
+    Args:
+        scratch: a directory for the runs.
+        sample: what they draw from.
+        study: options of the `Config` that all runs share; "steps" and "eval_every" are among them.
+    """
+    base = sample.config("it-was", study["steps"], scratch / "unused")
+    base = base.replace(**write_pools(scratch, sample), **study, objective="accuracy")
+    still = base.replace(lr=STILL, eval_every=study["steps"])
     configs = [
         still.replace(output_dir=str(scratch / f"{batch}-{eps}"), batch_size=batch, eps=eps)
         for batch in BATCHES
@@ -95,7 +125,7 @@ def accuracy_study(scratch: Path) -> dict:
         for c, result in zip(configs, runs[:-1], strict=True)
     ]
     return {
-        "steps": STUDY["steps"],
+        "steps": study["steps"],
         "zero_differences": rows,
         "learning": {
             **LEARNING,

@@ -1,14 +1,16 @@
 """The encoder's part of `make reproduce-small`: MeZO with a linear head beside a linear probe and AdamW."""
 
+import functools
 import shutil
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from reproduce_decoder import NUM_TEST, SEEDS, SHOTS, load, mean_std, train_on, write_pools
+from reproduce_decoder import Sample, load, mean_std, train_on, write_pools
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.preprocessing import normalize
@@ -66,45 +68,62 @@ def fetch_encoder() -> Path:
     return cached(root, f"minilm-l6-{ENCODER.sha256[:8]}", build)
 
 
-def encoder(scratch: Path) -> dict:
-    """Part (a): for each number of shots and seed the same sentences, scored by all three methods."""
+def encoder(
+    scratch: Path,
+    sample: Sample = Sample(),  # noqa: B008
+    model: Callable[[], str | Path] = fetch_encoder,
+    steps: Mapping[int, int] = STEPS,
+    options: Mapping[str, Any] = MEZO,
+    peer: Mapping[str, Any] = ADAMW,
+) -> dict:
+    """Part (a): for each number of shots and seed the same sentences, scored by all three methods.
+
+    Args:
+        scratch: a directory for the runs.
+        sample: what they draw from.
+        model: makes or fetches the encoder.
+        steps: of MeZO, by examples a class.
+        options: of the `Config` of MeZO's runs.
+        peer: steps, lr and eval_every of AdamW.
+    """
     base = Config.of(
-        model=str(fetch_encoder()),
+        model=str(model()),
         output_dir="unused",
         head="linear",
         label_words=("negative", "positive"),
-        num_test=NUM_TEST,
+        num_test=sample.num_test,
         objective="cross_entropy",
         noise=False,
-        **write_pools(scratch),
-        **MEZO,
+        **write_pools(scratch, sample),
+        **options,
     )
     shots = {}
-    for k, options in SHOTS.items():
+    for k, shot in sample.shots.items():
         rows = []
-        for seed in SEEDS:
-            own = {"data_seed": seed, "seed": seed, "steps": STEPS[k], "output_dir": str(scratch / f"{k}-{seed}")}
-            rows.append(compare(base.replace(**options, **own)))
+        for seed in sample.seeds:
+            own = {"data_seed": seed, "seed": seed, "steps": steps[k], "output_dir": str(scratch / f"{k}-{seed}")}
+            rows.append(compare(base.replace(**shot, **own), peer))
         shots[str(k)] = {
             method: {key: mean_std([row[method][key] for row in rows]) for key in rows[0][method]} for method in rows[0]
         }
-    own = {"steps": STEPS, "num_test": NUM_TEST, "r": base.model.tuning.r}
+    own = {"steps": dict(steps), "num_test": sample.num_test, "r": base.model.tuning.r}
     return {
-        "mezo": MEZO | own,
+        "mezo": {**options, **own},
         "from a probe": FROM_PROBE,
-        "adamw": ADAMW | {"batch_size": base.method.batch_size},
+        "adamw": {**peer, "batch_size": base.method.batch_size},
         "probe": {"C": STRENGTHS, "folds": 5},
         "shots": shots,
     }
 
 
-def compare(config: Config) -> dict[str, dict[str, float]]:
+def compare(config: Config, peer: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Test accuracy, AUC and seconds of each method on the examples of one configuration."""
     began = time.perf_counter()
     runtime, splits = load(config)
     filling = time.perf_counter() - began
     found = {}
-    for method, run in (("probe", probe), ("adamw", adamw), ("mezo", mezo), ("mezo from a probe", mezo_from_probe)):
+    trained = functools.partial(adamw, **peer)
+    for method, run in (("probe", probe), ("adamw", trained), ("mezo", mezo), ("mezo from a probe", mezo_from_probe)):
         began = time.perf_counter()
         found[method] = run(config, runtime, splits)
         found[method]["seconds"] = time.perf_counter() - began + (filling if method != "probe" else 0)
@@ -180,7 +199,15 @@ def features(runtime: HFRuntime, theta: dict[str, torch.Tensor], examples: Seque
     return np.stack([found[i] for i in range(len(examples))])
 
 
-def adamw(config: Config, runtime: HFRuntime, splits: dict[str, Sequence[Example]]) -> dict[str, float]:
+def adamw(
+    config: Config,
+    runtime: HFRuntime,
+    splits: dict[str, Sequence[Example]],
+    *,
+    steps: int,
+    lr: float,
+    eval_every: int,
+) -> dict[str, float]:
     """AdamW with gradients on the weights that MeZO trains, from the same start on the same batches; best dev step."""
     targets = {split: torch.tensor(labels(own)) for split, own in splits.items()}
     start = start_of(config, runtime, splits)
@@ -188,16 +215,16 @@ def adamw(config: Config, runtime: HFRuntime, splits: dict[str, Sequence[Example
     runtime._point(weights)
     for p in runtime.params:
         p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(runtime.params, lr=ADAMW["lr"])
+    optimizer = torch.optim.AdamW(runtime.params, lr=lr)
     batches, best = Batches(len(targets["train"]), config.method.batch_size, config.method.seed), (-1.0, None)
-    for step in range(ADAMW["steps"]):
+    for step in range(steps):
         batch = batches(step)
         optimizer.zero_grad()
         # as `score_pairs` does, the trunk cache included, at the parameters as they are
         loss = cross_entropy(runtime._forward("train", batch, TokenCount(), signs=1)(), targets["train"][batch])
         loss.backward()
         optimizer.step()
-        if (step + 1) % ADAMW["eval_every"] == 0:
+        if (step + 1) % eval_every == 0:
             now = {name: w.detach().clone() for name, w in zip(runtime.master.names, weights, strict=True)}
             runtime.load(now)
             dev = evaluate(

@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from machine import describe
@@ -26,16 +27,21 @@ PARTS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure the parts, writing the file after each."""
+def main(argv: list[str] | None = None, parts: Mapping[str, Callable[[Path], dict]] = PARTS) -> int:
+    """Measure the parts, writing the file after each.
+
+    Args:
+        argv: the command line, of the process if None.
+        parts: by name, what measures each in a directory of its own.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     options = parser.parse_args(argv)
     for name in options.parts:
         began, machine = time.perf_counter(), describe()
         with tempfile.TemporaryDirectory() as scratch:
-            part = PARTS[name](Path(scratch))
+            part = parts[name](Path(scratch))
         # read as late as may be: another process may have measured another part
         found = json.loads(options.output.read_text()) if options.output.is_file() else {}
         found[name] = part | {"seconds_in_all": time.perf_counter() - began, "machine": machine}

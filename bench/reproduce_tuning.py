@@ -1,15 +1,15 @@
 """The part of `make reproduce-small` that compares what is trained: an adapter, a prefix, every weight of the model."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from memory import peak
-from reproduce_decoder import NUM_TEST, write_pools
+from reproduce_decoder import NUM_TEST, Sample, write_pools
 
 from mezo.api import train
 from mezo.run import outcome
 from mezo.run.directory import RunDirectory
 from mezo.run.replay import rebuild
-from mezo.studies import demo
 
 SEED = 13
 SHOTS = {"k_shot": 512, "num_dev": 128, "num_test": NUM_TEST}
@@ -24,15 +24,27 @@ five by dev loss after 60 to 120 steps on sentences of another seed, the adapter
 MEASURED = ("seconds_training", "seconds_evaluation", "steps_per_second", "tokens_scored", "tokens_computed", "test")
 
 
-def tuning(scratch: Path) -> dict:
-    """Part (e): the demo's model, prompts and sentences, once for each of TUNINGS; no trunk can be cached."""
-    base = demo.demo_config("it-was", STEPS, scratch / "unused").replace(
-        **write_pools(scratch),
-        **SHOTS,
+def tuning(
+    scratch: Path,
+    sample: Sample = Sample(),  # noqa: B008
+    shots: Mapping[str, int] = SHOTS,
+    steps: int = STEPS,
+) -> dict:
+    """Part (e): the demo's model, prompts and sentences, once for each of TUNINGS; no trunk can be cached.
+
+    Args:
+        scratch: a directory for the runs.
+        sample: what they draw from.
+        shots: k_shot, num_dev and num_test of a `Config`.
+        steps: of each run.
+    """
+    base = sample.config("it-was", steps, scratch / "unused").replace(
+        **write_pools(scratch, sample),
+        **shots,
         target_modules=(),
         layers_to_transform=(),
         batch_size=BATCH,
-        eval_every=STEPS // EVALUATIONS,
+        eval_every=steps // EVALUATIONS,
         seed=SEED,
         data_seed=SEED,
         noise=False,
@@ -52,4 +64,4 @@ def tuning(scratch: Path) -> dict:
             "log_bytes": run.trajectory.stat().st_size,
             "first_difference_of_replay": outcome.difference(run, header, theta),
         }
-    return {"steps": STEPS, "batch_size": BATCH, "seed": SEED, **SHOTS, "tunings": found}
+    return {"steps": steps, "batch_size": BATCH, "seed": SEED, **shots, "tunings": found}

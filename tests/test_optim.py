@@ -67,7 +67,7 @@ def same(left, right):
     ],
 )
 def test_descends_a_quadratic(options):
-    """A sign error ascends: pitfall 27."""
+    """A sign error in the estimate or in the update would climb."""
     theta = torch.full((20,), 3.0)
     target = torch.linspace(-1, 1, 20)
     optimizer = MeZO([theta], **{"lr": 0.02, **options})

@@ -60,7 +60,9 @@ def build(family: str, **others) -> torch.nn.Module:
 
 def tokenizer(masked: bool = False) -> PreTrainedTokenizerFast:
     """A word-level tokenizer in which ' great' is one token and any other word is unknown."""
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<mask>", *WORDS])}
+    words = ["<pad>", "<unk>", "<mask>", *WORDS]
+    words += [f"w{i}" for i in range(len(words), SIZES["vocab_size"])]  # every token of a model is a word
+    vocabulary = {word: i for i, word in enumerate(words)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"mask_token": "<mask>"} if masked else {}

@@ -1,5 +1,6 @@
 """`make reproduce-small`, every part end to end on tiny models and a few made-up sentences."""
 
+import functools
 import json
 import random
 
@@ -10,7 +11,6 @@ import reproduce_small
 import reproduce_tuning
 
 from mezo.config import Config
-from mezo.studies import demo
 from tests.tiny_data import BAD, GOOD
 from tests.tiny_models import save, tokenizer
 
@@ -27,51 +27,56 @@ def ratings():
     return list(made.items())
 
 
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    llama, bert = save("llama", tmp_path / "llama"), save("bert", tmp_path / "bert")
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Every part of the command, on tiny models, few sentences and few steps."""
+    llama, bert = (save(family, tmp_path_factory.mktemp(family)) for family in ("llama", "bert"))
 
-    def demo_config(prompt, steps, output_dir):
+    def config(prompt, steps, output_dir):
         own = {"target_modules": ("q_proj", "o_proj"), "layers_to_transform": (2,), "objective": "cross_entropy"}
         words = {"prompt": "{text} It was", "label_words": (" terrible", " great"), "train_file": "replaced"}
         return Config.of(model=llama, output_dir=str(output_dir), steps=steps, batch_size=4, lr=1e-3, **own, **words)
 
-    monkeypatch.setattr(demo, "demo_config", demo_config)
-    monkeypatch.setattr(reproduce_decoder, "fetch_sentences", ratings)
-    monkeypatch.setattr(reproduce_decoder, "POOLS", POOLS)
-    monkeypatch.setattr(reproduce_encoder, "fetch_encoder", lambda: bert)
-    study = reproduce_decoder.STUDY | {"steps": 20, "num_train": 16, "num_dev": 8, "num_test": 8, "eval_every": 10}
-    monkeypatch.setattr(reproduce_decoder, "STUDY", study)
-    monkeypatch.setattr(reproduce_tuning, "SHOTS", {"k_shot": 6, "num_dev": 8, "num_test": 8})
-    monkeypatch.setattr(reproduce_tuning, "STEPS", 10)
-    for module in (reproduce_decoder, reproduce_encoder):
-        monkeypatch.setattr(module, "SEEDS", (13, 21))
-        monkeypatch.setattr(module, "SHOTS", SHOTS)
-        monkeypatch.setattr(module, "NUM_TEST", 8)
-    monkeypatch.setattr(reproduce_decoder, "STEPS", 6)
-    monkeypatch.setattr(reproduce_encoder, "STEPS", {6: 6, 8: 6})
-    monkeypatch.setattr(reproduce_encoder, "MEZO", reproduce_encoder.MEZO | {"layers_to_transform": (1, 2)})
-    monkeypatch.setattr(reproduce_encoder, "ADAMW", {"steps": 4, "lr": 1e-3, "eval_every": 2})
-    return tmp_path
+    sample = reproduce_decoder.Sample(config, ratings, POOLS, (13, 21), SHOTS, num_test=8)
+    study = {**reproduce_decoder.STUDY, "steps": 20, "num_train": 16, "num_dev": 8, "num_test": 8, "eval_every": 10}
+    own = {"model": lambda: bert, "steps": {6: 6, 8: 6}, "peer": {"steps": 4, "lr": 1e-3, "eval_every": 2}}
+    own["options"] = {**reproduce_encoder.MEZO, "layers_to_transform": (1, 2)}
+    few = {"k_shot": 6, "num_dev": 8, "num_test": 8}
+    return {
+        "linear": reproduce_small.PARTS["linear"],
+        "decoder": functools.partial(reproduce_decoder.few_shot, sample=sample, steps=6),
+        "accuracy objective": functools.partial(reproduce_decoder.accuracy_study, sample=sample, study=study),
+        "encoder": functools.partial(reproduce_encoder.encoder, sample=sample, **own),
+        "tuning": functools.partial(reproduce_tuning.tuning, sample=sample, shots=few, steps=10),
+    }
 
 
-def measured(small, part):
-    """The part as the command writes it."""
-    path = small / "out.json"
-    assert reproduce_small.main(["--output", str(path), "--parts", part]) == 0
-    return json.loads(path.read_text())[part]
+@pytest.fixture
+def measured(parts, tmp_path):
+    """Runs the command for a part; what is in the file afterwards."""
+
+    def run(part):
+        path = tmp_path / "out.json"
+        assert reproduce_small.main(["--output", str(path), "--parts", part], parts) == 0
+        return json.loads(path.read_text())
+
+    return run
 
 
-def test_the_decoder_has_a_mean_and_std_for_each_number_of_shots(small):
-    found = measured(small, "decoder")
+def test_every_part_can_be_small(parts):
+    assert parts.keys() == reproduce_small.PARTS.keys()
+
+
+def test_the_decoder_has_a_mean_and_std_for_each_number_of_shots(measured):
+    found = measured("decoder")["decoder"]
     assert list(found["shots"]) == ["6", "8"]
     after = found["shots"]["8"]["accuracy after"]
     assert len(after["values"]) == 2
     assert after["mean"] == pytest.approx(sum(after["values"]) / 2)
 
 
-def test_the_study_counts_zero_differences_and_keeps_four_curves(small):
-    found = measured(small, "accuracy objective")
+def test_the_study_counts_zero_differences_and_keeps_four_curves(measured):
+    found = measured("accuracy objective")["accuracy objective"]
     assert len(found["zero_differences"]) == 9
     assert all(0 <= row["zero_share"] <= 1 for row in found["zero_differences"])
     curves = found["learning"]["curves"]
@@ -80,15 +85,15 @@ def test_the_study_counts_zero_differences_and_keeps_four_curves(small):
     assert 0 <= curves["training_accuracy"][0] <= 1
 
 
-def test_the_encoder_is_beside_its_peers(small):
-    found = measured(small, "encoder")
+def test_the_encoder_is_beside_its_peers(measured):
+    found = measured("encoder")["encoder"]
     for shots in found["shots"].values():
         assert set(shots) == {"probe", "adamw", "mezo", "mezo from a probe"}
         assert all(len(row["accuracy"]["values"]) == 2 for row in shots.values())
 
 
-def test_an_adapter_a_prefix_and_all_weights_are_beside_each_other(small):
-    found = measured(small, "tuning")["tunings"]
+def test_an_adapter_a_prefix_and_all_weights_are_beside_each_other(measured):
+    found = measured("tuning")["tuning"]["tunings"]
     assert found["prefix"]["parameters"] < found["lora"]["parameters"] < found["full"]["parameters"]
     for row in found.values():
         assert 0 <= row["best_step"] <= 10
@@ -96,8 +101,6 @@ def test_an_adapter_a_prefix_and_all_weights_are_beside_each_other(small):
         assert row["first_difference_of_replay"] is None
 
 
-def test_parts_are_kept_beside_each_other(small):
-    path = small / "out.json"
-    path.write_text(json.dumps({"another": {"seconds": 1}}))
-    measured(small, "linear")
-    assert json.loads(path.read_text())["another"] == {"seconds": 1}
+def test_parts_are_kept_beside_each_other(measured, tmp_path):
+    (tmp_path / "out.json").write_text(json.dumps({"another": {"seconds": 1}}))
+    assert measured("linear")["another"] == {"seconds": 1}

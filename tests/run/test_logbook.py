@@ -19,6 +19,7 @@ from mezo.run.adapter import PEFT_CONFIG, WEIGHTS
 from mezo.run.directory import RunDirectory
 from mezo.run.export import export
 from mezo.run.replay import rebuild
+from tests.log_by_formula import follows
 from tests.tiny_models import build
 
 IDS = torch.tensor([[3, 11, 12, 16, 4]])
@@ -63,7 +64,7 @@ def test_report(finished, capsys):
 
 
 def test_verify_recomputes_every_line(finished, tmp_path):
-    assert logbook.verify(str(finished)) == 30
+    assert logbook.verify(str(finished)) == follows(finished) == 30
     copy = copy_of(finished, tmp_path)
     lines = (copy / "trajectory.jsonl").read_text().splitlines(keepends=True)
     for key, message in (("seeds", "seeds .* are not those of step 7"), ("coefficients", "do not follow")):
@@ -81,7 +82,7 @@ def test_truncated_runs_resume_to_the_same_end(finished, tmp_path, step):
     kept = copy / "before-truncate-1"
     assert (kept / "trajectory.jsonl").read_bytes() == (finished / "trajectory.jsonl").read_bytes()
     assert (kept / "adapter" / WEIGHTS).is_file()
-    assert logbook.verify(str(copy)) == step
+    assert follows(copy) == step
     whole, rows = (RunDirectory(run).read_metrics() for run in (finished, copy))
     during = [row for row in whole if row["split"] != "test" or row["step"] == 0]
     assert rows == [row for row in during if row["step"] <= step]

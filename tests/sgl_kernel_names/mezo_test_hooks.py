@@ -1,6 +1,6 @@
 """How tests reach into an engine that the trainer started: damage to find, and guards to lift. Not part of the product.
 
-Inert unless MEZO_TEST_HOOKS is set. "unguard" in it lets adapters that change keys or values share a cache.
+Inert unless MEZO_TEST_HOOKS is set.
 """
 
 import os
@@ -8,8 +8,7 @@ import os
 
 def activate():
     """Called by SGLang at the start of each of its processes."""
-    wanted = os.environ.get("MEZO_TEST_HOOKS", "")
-    if not wanted:
+    if not os.environ.get("MEZO_TEST_HOOKS"):
         return
     from mezo.runtimes.sglang.inside.handshake import started_by_trainer
 
@@ -17,10 +16,18 @@ def activate():
         return
     from mezo.runtimes.sglang.inside import worker
 
-    for function in (test_fail, test_flip, test_evict, test_draw):
+    for function in (test_begin, test_fail, test_flip, test_evict, test_draw):
         setattr(worker.Worker, function.__name__, function)
-    if "unguard" in wanted:
-        worker.why_kv_depends = lambda *arguments: None
+
+
+def test_begin(worker, unguarded):
+    """Forget the slots of the last runtime; say whether adapters that change keys or values may share a cache."""
+    from mezo.models.families import why_kv_depends
+    from mezo.runtimes.sglang.inside import worker as module
+
+    worker.ids = {}
+    module.why_kv_depends = (lambda *arguments: None) if unguarded else why_kv_depends
+    return {}
 
 
 def test_fail(worker, rank):

@@ -20,13 +20,13 @@ from mezo.method.objectives import cross_entropy
 from mezo.method.step import Step
 from mezo.models.load import load_tokenizer
 from mezo.report.monitor import Monitor
-from mezo.run import logbook
 from mezo.runtimes.hf.runtime import HFRuntime
 from mezo.studies import tune
 from mezo.studies.step_sizes import derivatives, estimate, fourth_differences
 from mezo.tasks import load_splits
 from mezo.training.instruments import rms
 from mezo_kernels import lora_init, standard_normal
+from tests.log_by_formula import follows
 from tests.tiny_models import LAST_LAYER, build
 
 GRID = {"grid_lr": (1e-3, 1e-2, 3e-2), "grid_eps": (1e-2,), "rungs": 2, "trial_steps": 16}
@@ -70,7 +70,7 @@ def test_a_trial_is_the_run_that_mezo_train_makes(sweep, tmp_path):
     )
     train(saved.replace(output_dir=str(tmp_path / "alone")))
     assert (trial / "trajectory.jsonl").read_bytes() == (tmp_path / "alone" / "trajectory.jsonl").read_bytes()
-    assert logbook.verify(str(trial)) == 16
+    assert follows(trial) == 16
     alone, own = (json.loads((run / "result.json").read_text()) for run in (tmp_path / "alone", trial))
     assert [own[key] for key in ("dev", "tokens_scored", "best_step")] == [
         alone[key] for key in ("dev", "tokens_scored", "best_step")
@@ -80,7 +80,7 @@ def test_a_trial_is_the_run_that_mezo_train_makes(sweep, tmp_path):
     dropped = next(name for name in names if not (directory / name / "result.json").exists())
     shutil.copytree(directory / dropped, tmp_path / "dropped")
     assert main(["train", "--resume", str(tmp_path / "dropped")]) == 0
-    assert logbook.verify(str(tmp_path / "dropped")) == 16
+    assert follows(tmp_path / "dropped") == 16
 
 
 def test_the_command_is_the_run_that_was_tuned_for(sweep, tmp_path):

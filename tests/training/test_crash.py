@@ -3,7 +3,10 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow  # test_trainer.py kills a run once
 def test_a_run_killed_five_times_ends_the_same(tmp_path):
     path = Path(__file__).parents[2] / "bench" / "crash_test.py"
     spec = importlib.util.spec_from_file_location("crash_test", path)

@@ -25,6 +25,7 @@ from mezo.run.trajectory import read_trajectory
 from mezo.studies.protocols import PROTOCOLS
 from mezo.studies.reproduce import configs
 from mezo.tasks import load_splits
+from tests.log_by_formula import follows
 from tests.tiny_models import build, save
 
 FULL = {"tuning": "full", "lr": 1e-4, "eps": 1e-3}
@@ -94,7 +95,7 @@ def test_the_log_gives_the_model(finished, tmp_path):
     assert same_bits(weights(tmp_path / "start"), start)
     shown = logbook.summary(str(run))
     assert shown["start"] == "from the base model"
-    assert logbook.verify(str(run)) == 20
+    assert logbook.verify(str(run)) == follows(run) == 20
 
 
 def test_a_log_cut_anywhere_resumes_to_the_same_bytes(finished, tmp_path):

@@ -12,7 +12,6 @@ from mezo.errors import UserError
 from mezo.method.estimator import Losses
 from mezo.method.step import Step, Update
 from mezo.models.load import load_tokenizer
-from mezo.run import logbook
 from mezo.run.trajectory import read_trajectory
 from mezo.runtimes.hf.runtime import HFRuntime
 from mezo.studies import tune
@@ -20,6 +19,7 @@ from mezo.tasks import load_splits
 from mezo.training.measurement import Measurement
 from mezo.training.ranks import Ranks
 from mezo_kernels import ParamLayout, lora_init, perturb_, root_mean_square
+from tests.log_by_formula import follows
 
 N, EPS = 4, 1e-2
 
@@ -98,7 +98,7 @@ def test_the_log_holds_the_loss_of_theta_and_the_deviation_is_of_the_others(conf
         assert record.projected_grads == pytest.approx(((plus - here) / EPS).tolist(), rel=1e-12)
         expected = config.method.lr / N * torch.tensor(record.projected_grads, dtype=torch.float64) / plus.std()
         assert record.update.coefficients == pytest.approx(expected.tolist(), rel=1e-9)
-    assert logbook.verify(config.machine.output_dir) == 10
+    assert follows(config.machine.output_dir) == 10
 
 
 def test_a_flat_batch_changes_nothing(config):

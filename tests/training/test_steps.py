@@ -8,9 +8,9 @@ import torch
 
 from mezo.api import train
 from mezo.report.monitor import Monitor
-from mezo.run import logbook
 from mezo.run.trajectory import read_trajectory
 from mezo.runtimes.hf.runtime import HFRuntime
+from tests.log_by_formula import follows
 
 
 def test_schedule_and_clipping_act_on_every_step(tiny_config):
@@ -26,7 +26,7 @@ def test_schedule_and_clipping_act_on_every_step(tiny_config):
     clipped = [abs(g) > 0.2 for record in records for g in record.projected_grads]
     assert 0 < sum(clipped) < len(clipped)
     assert result["clipped_share"] == sum(clipped) / len(clipped)
-    assert logbook.verify(config.machine.output_dir) == 40
+    assert follows(config.machine.output_dir) == 40
 
 
 def test_noise_is_measured_and_restores_the_copies(tiny_config, tmp_path):

@@ -11,9 +11,12 @@ from mezo.run.adapter import read_adapter, same_bits
 from mezo.run.replay import rebuild
 from mezo.run.trajectory import read_trajectory
 from mezo_kernels import root_mean_square
-from tests.runtimes.sglang.conftest import ALL, engine, examples, noisy, reference, torch_equal, worst
+from tests.log_by_formula import follows
+from tests.runtimes.sglang.conftest import ALL, LAST, engine, examples, noisy, reference, torch_equal, worst
 from tests.tiny_data import write_jsonl
 
+two_ranks = pytest.mark.engine("two ranks")
+TWO_RANKS = (*ALL, "lm_head")
 ROUNDING, EPS, N = 5e-5, 1e-2, 3
 UPDATES = [Update([3 * t, 3 * t + 1], [0.5, -0.2 * t], 0.99, lr=1e-3) for t in range(6)]
 
@@ -28,9 +31,10 @@ def llama(model):
     return model("llama")
 
 
+@two_ranks
 def test_adam_on_two_ranks_is_adam_of_one_process(llama, data):
     """Fed the same estimates, theta and both moments: step after step, as many at once, and over skipped steps."""
-    rule = {"target_modules": ALL, "update_rule": "adamw", "weight_decay": 0.5, "no_decay": ("*lora_B*",)}
+    rule = {"target_modules": TWO_RANKS, "update_rule": "adamw", "weight_decay": 0.5, "no_decay": ("*lora_B*",)}
     plain = reference(llama, data, **rule)
     plain.load(noisy(plain))
     plain.update(UPDATES, Step([7], EPS))
@@ -49,11 +53,13 @@ def test_adam_on_two_ranks_is_adam_of_one_process(llama, data):
         assert torch_equal(runtime.theta(), plain.theta())
 
 
-def test_fzoo_scores_n_copies_and_theta_in_one_batch(llama, data, monkeypatch):
+@pytest.mark.engine("all")
+def test_fzoo_scores_n_copies_and_theta_in_one_batch(model, data, monkeypatch):
     rule = {"target_modules": ALL, "update_rule": "fzoo", "num_perturbations": N}
-    plain = reference(llama, data, **rule)
+    qwen = model("qwen2")
+    plain = reference(qwen, data, **rule)
     plain.load(noisy(plain))
-    with engine(llama, data, **rule) as runtime:
+    with engine(qwen, data, **rule) as runtime:
         runtime.load(noisy(runtime))
         runtime.perturb(Step([7, 8, 9], EPS), watch=True)
         asked, generate = [], runtime.engine.generate
@@ -85,11 +91,12 @@ def config(tmp_path, model):
     sizes = {"train": 48, "dev": 20}
     files = {f"{s}_file": write_jsonl(tmp_path / f"{s}.jsonl", n, i) for i, (s, n) in enumerate(sizes.items())}
     words = {"prompt": "{text} It was", "label_words": (" terrible", " great")}
-    shape = {"target_modules": ("q_proj", "o_proj", "up_proj"), "layers_to_transform": (2,)}
+    shape = {"target_modules": LAST, "layers_to_transform": (2,)}
     steps = {"steps": 12, "batch_size": 8, "eps": EPS, "eval_every": 6, "num_perturbations": N, "verify_every": 1}
     return Config.of(model=model("llama"), **files, **words, **shape, **steps, output_dir=str(tmp_path / "hf"))
 
 
+@pytest.mark.engine("last")
 @pytest.mark.parametrize(
     "rule", [{"update_rule": "fzoo", "lr": 1e-5}, {"update_rule": "adam", "normalise_z": True, "lr": 1e-5}]
 )
@@ -104,7 +111,7 @@ def test_a_run_is_the_hf_runtimes(rule, config, tmp_path, monkeypatch):
     assert header == first
     for a, b in zip(theirs, records, strict=True):
         assert b.losses.plus + b.losses.minus == pytest.approx(a.losses.plus + a.losses.minus, abs=1e-5)
-    assert logbook.verify(ours.machine.output_dir) == 12
+    assert follows(ours.machine.output_dir) == 12
     kept = read_adapter(tmp_path / "sglang" / "adapter")
     assert same_bits(rebuild(ours.machine.output_dir)[0], kept) is None
     forwards = N + 1 if rule["update_rule"] == "fzoo" else 2 * N
@@ -118,8 +125,9 @@ def test_a_run_is_the_hf_runtimes(rule, config, tmp_path, monkeypatch):
     assert again[6].losses.plus == pytest.approx(records[6].losses.plus, abs=1e-5)
 
 
+@two_ranks
 def test_normalised_pairs_that_are_held_together_differ_in_eps(llama, data):
-    rule = {"target_modules": ALL, "normalise_z": True, "num_perturbations": 2}
+    rule = {"target_modules": TWO_RANKS, "normalise_z": True, "num_perturbations": 2}
     plain = reference(llama, data, **rule)
     plain.load(noisy(plain))
     with engine(llama, data, tp=2, **rule) as runtime:

@@ -1,55 +1,56 @@
 """Greedy generation by the engine is the hf runtime's: both signs, all perturbations, stops; and whole runs."""
 
+import dataclasses
 import json
 
 import pytest
 
 from mezo.api import train
 from mezo.config import Config
-from mezo.data.example import Example
 from mezo.errors import RunError
 from mezo.method.step import Step, Update
 from mezo.run.trajectory import read_trajectory
 from mezo.runtimes.base import TokenCount
 from tests.runtimes.sglang.conftest import ALL, LAST, engine, examples, noisy, reference
-from tests.tiny_models import WORDS, save
 
 NEW = 8
 TEXT = {"task": "squad", "generate": "on", "max_new_tokens": NEW}
-ADAPTED = {
-    "a namespace a version": {"target_modules": ALL},
-    "one namespace, head": {"layers_to_transform": (2,), "target_modules": (*LAST, "lm_head")},
-}
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """Every token of it is a word, so that no difference between texts is lost."""
-    return save("llama", tmp_path_factory.mktemp("words"), vocab_size=len(WORDS) + 3)
+everywhere = pytest.mark.engine("all")
+ADAPTED = [
+    pytest.param("qwen2", {}, {"target_modules": ALL}, id="a namespace a version", marks=everywhere),
+    pytest.param(
+        "llama", {"tie_word_embeddings": True}, {"layers_to_transform": (2,), "target_modules": (*LAST, "lm_head")},
+        id="one namespace, head", marks=pytest.mark.engine("head"),
+    ),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def data():
-    words = [tuple(token % len(WORDS) + 3 for token in example.prompt) for example in examples(12)]
-    return [Example(prompt, ((5,), (9,)), 0, references=("good",)) for prompt in words]
+    return [dataclasses.replace(example, references=("good",)) for example in examples(12)]
 
 
-@pytest.fixture(scope="module", params=list(ADAPTED))
-def both(request, llama, data):
+@pytest.fixture
+def both(family, shape, adapted, model, data):
     """The engine and transformers at the same theta, which changes the texts."""
-    adapted = {**ADAPTED[request.param], **TEXT}
-    plain = reference(llama, data, **adapted)
-    with engine(llama, data, num_perturbations=2, **adapted) as running:
+    path, options = model(family, **shape), {**adapted, **TEXT}
+    plain = reference(path, data, **options)
+    with engine(path, data, num_perturbations=2, **options) as running:
         for one in (running, plain):
             one.load(noisy(one))
         yield running, plain
 
 
+each = pytest.mark.parametrize(("family", "shape", "adapted"), ADAPTED)
+
+
+@each
 def test_texts_are_those_of_transformers(both):
     running, plain = both
     assert running.generate("train", range(12), NEW, ()) == plain.generate("train", range(12), NEW, ())
 
 
+@each
 def test_both_signs_of_all_perturbations_are_one_batch(both, monkeypatch):
     running, plain = both
     calls = []
@@ -68,6 +69,7 @@ def test_both_signs_of_all_perturbations_are_one_batch(both, monkeypatch):
         assert pair[0] != pair[1]
 
 
+@each
 def test_an_update_changes_the_texts_and_evaluation_leaves_the_slots(both):
     running, plain = both
     for one in (running, plain):
@@ -79,15 +81,17 @@ def test_an_update_changes_the_texts_and_evaluation_leaves_the_slots(both):
     assert running.generate_pairs("train", range(6), NEW, ()) == pair
 
 
+@each
 def test_stops_are_the_hf_runtimes(both):
     running, plain = both
     whole = plain.generate("train", range(12), NEW, ())
-    word = next(w for w in WORDS for text in whole if len(w) > 3 and text.find(w) > 0)
+    word = next(word for text in whole for word in text.split()[1:])
     stopped = running.generate("train", range(12), NEW, (word,))
     assert stopped == plain.generate("train", range(12), NEW, (word,))
     assert stopped != whole
 
 
+@each
 def test_tokens_are_the_engines_count(both):
     running, plain = both
     running.eval_tokens, plain.eval_tokens = TokenCount(), TokenCount()
@@ -98,6 +102,7 @@ def test_tokens_are_the_engines_count(both):
     assert running.eval_tokens.computed <= running.eval_tokens.scored
 
 
+@each
 def test_texts_of_the_base_model_are_caught(both, monkeypatch):
     running, _ = both
     generate = running.engine.generate
@@ -109,19 +114,19 @@ def test_texts_of_the_base_model_are_caught(both, monkeypatch):
     monkeypatch.setattr(running.engine, "generate", forget)
     with pytest.raises(RunError, match="some were not scored by the adapter they belong to"):
         running.generate("train", range(3), NEW, ())
-    running._sent.clear()
 
 
-def test_a_run_on_a_reward_is_the_hf_runtimes(llama, tmp_path):
+@everywhere
+def test_a_run_on_a_reward_is_the_hf_runtimes(model, tmp_path):
     """Losses of texts are exact numbers: the logs of both runtimes are the same, byte for byte."""
     rows = [{"prompt": f"the {noun} was {word}"} for noun in ("film", "plot", "story") for word in ("good", "poor")]
     for split in ("train", "dev"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "mine.py").write_text("def share(example, output):\n    return output.split().count('film') / 8\n")
+    (tmp_path / "mine.py").write_text("def share(example, output):\n    return len(set(output.split())) / 8\n")
     logs = {}
     for runtime in ("hf", "sglang"):
         config = Config.of(
-            model=llama, output_dir=str(tmp_path / runtime), runtime=runtime, objective="reward",
+            model=model("qwen2"), output_dir=str(tmp_path / runtime), runtime=runtime, objective="reward",
             train_file=str(tmp_path / "train.jsonl"), dev_file=str(tmp_path / "dev.jsonl"), batch_size=3, steps=3,
             reward=f"{tmp_path / 'mine.py'}:share", max_new_tokens=NEW, lr=0.1, eps=0.3, target_modules=ALL,
         )  # fmt: skip

@@ -17,17 +17,18 @@ from mezo.run.trajectory import read_trajectory
 from tests.tiny_data import flags_of, write_jsonl
 
 STEPS = 6
+ENGINE = {"runtime": "sglang", "tp": 2}
 ROUNDING = 5e-5
 
 
 @pytest.fixture
-def options(tmp_path, model):
-    """Command line of a run on two ranks, by its directory."""
+def options(tmp_path, model, own_engine):
+    """Command line of a run, by its directory."""
     data = write_jsonl(tmp_path / "train.jsonl", 24, 0)
     own = {"model": model("llama"), "train_file": data, "prompt": "{text} It was", "lr": 1e-4, "eps": 1e-2,
-           "label_words": (" terrible", " great"), "steps": STEPS, "batch_size": 4, "tp": 2, "verify_every": 1,
-           "target_modules": ("q_proj", "v_proj", "down_proj"), "runtime": "sglang"}  # fmt: skip
-    return lambda name: flags_of({**own, "output_dir": tmp_path / name})
+           "label_words": (" terrible", " great"), "steps": STEPS, "batch_size": 4, "verify_every": 1,
+           "target_modules": ("q_proj", "v_proj", "down_proj")}  # fmt: skip
+    return lambda name, **others: flags_of({**own, "output_dir": tmp_path / name, **others})
 
 
 def start(flags, *engine):
@@ -47,10 +48,10 @@ def machines(flags):
 
 def test_two_machines_train_as_one_process_does(options, tmp_path):
     before = set(Path(tempfile.gettempdir()).glob("mezo-placeholder-*"))
-    first, second = machines(options("two"))
+    first, second = machines(options("two", **ENGINE))
     output = [process.communicate(timeout=300) for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), output
-    assert main(["train", *options("one"), "--runtime", "hf", "--tp", "1"]) == 0
+    assert main(["train", *options("one")]) == 0
     two, one = (read_trajectory(tmp_path / name / "trajectory.jsonl")[1] for name in ("two", "one"))
     assert len(two) == STEPS
     losses = [[x for r in records for x in r.losses.plus + r.losses.minus] for records in (two, one)]
@@ -60,9 +61,10 @@ def test_two_machines_train_as_one_process_does(options, tmp_path):
     assert set(Path(tempfile.gettempdir()).glob("mezo-placeholder-*")) <= before
 
 
+@pytest.mark.slow
 def test_a_machine_that_dies_ends_the_run_on_the_other(options, tmp_path):
     """The second one is killed once steps are logged; the first says so, and its log is whole."""
-    first, second = machines([*options("lost"), "--steps", "100000"])
+    first, second = machines(options("lost", **ENGINE, steps=100000))
     log = tmp_path / "lost" / "trajectory.jsonl"
     for _ in range(2000):
         if log.is_file() and log.read_bytes().count(b"\n") > 2:

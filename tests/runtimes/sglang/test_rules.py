@@ -6,22 +6,23 @@ import pytest
 
 from mezo.api import resume, train
 from mezo.config import Config
-from mezo.run import logbook
 from mezo.run.adapter import read_adapter, same_bits
 from mezo.run.replay import rebuild
 from mezo.run.trajectory import read_trajectory
+from tests.log_by_formula import follows
+from tests.runtimes.sglang.conftest import LAST
 from tests.tiny_data import write_jsonl
 
+pytestmark = pytest.mark.engine("last")  # layer alone
 STEPS = 12
 NOISE = 1e-5  # on losses near 1, after a few steps of two implementations
 
 
 @pytest.fixture
-def options(tmp_path, model, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+def options(tmp_path, model):
     files = {f"{s}_file": write_jsonl(tmp_path / f"{s}.jsonl", n, i) for i, (s, n) in enumerate({"train": 32}.items())}
     words = {"prompt": "{text} It was", "label_words": (" terrible", " great")}
-    shape = {"target_modules": ("q_proj", "o_proj", "up_proj"), "layers_to_transform": (2,)}
+    shape = {"target_modules": LAST, "layers_to_transform": (2,)}
     return {"model": model("llama"), **files, **words, **shape, "steps": STEPS, "batch_size": 8, "eps": 1e-2,
             "verify_every": 1, "noise": False}  # fmt: skip
 
@@ -39,12 +40,12 @@ def test_a_rule_in_the_engine(rule, options, tmp_path):
     runs = {}
     for runtime in ("hf", "sglang"):
         config = Config.of(**options, **rule, runtime=runtime, output_dir=str(tmp_path / runtime))
-        if runtime == "sglang" and rule["update_rule"] == "adamw":  # moments are rebuilt in new workers
+        if runtime == "sglang" and rule["update_rule"] == "adamw":  # moments are rebuilt from the log
             assert train(config, until=5) is None
             resume(config.machine.output_dir)
         else:
             train(config)
-        assert logbook.verify(config.machine.output_dir) == STEPS
+        assert follows(config.machine.output_dir) == STEPS
         runs[runtime] = read_trajectory(Path(config.machine.output_dir, "trajectory.jsonl"))
         kept = read_adapter(Path(config.machine.output_dir, "adapter"))
         assert same_bits(rebuild(config.machine.output_dir, "last")[0], kept) is None

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -19,8 +20,12 @@ from mezo.run.adapter import read_adapter, same_bits
 from mezo.run.replay import rebuild
 from mezo.run.trajectory import read_trajectory
 from mezo.studies import tune
-from tests.tiny_data import write_jsonl
+from tests.log_by_formula import follows
+from tests.runtimes.sglang.conftest import LAST
+from tests.tiny_data import flags_of, write_jsonl
 
+last = pytest.mark.engine("last")  # layer alone
+SHAPE = {"target_modules": LAST, "layers_to_transform": (2,)}
 STEPS = 30
 NOISE = 1e-5  # on losses near 1, after a few steps of two implementations
 
@@ -31,26 +36,18 @@ def common(tmp_path_factory, model):
     sizes = {"train": 48, "dev": 20, "test": 20}
     files = {f"{s}_file": write_jsonl(directory / f"{s}.jsonl", n, i) for i, (s, n) in enumerate(sizes.items())}
     words = {"prompt": "{text} It was", "label_words": (" terrible", " great")}
-    shape = {"target_modules": ("q_proj", "o_proj", "up_proj"), "layers_to_transform": (2,)}
-    return {"model": model("llama"), **files, **words, **shape, "steps": STEPS, "batch_size": 8, "lr": 1e-3,
+    return {"model": model("llama"), **files, **words, **SHAPE, "steps": STEPS, "batch_size": 8, "lr": 1e-3,
             "eps": 1e-2, "eval_every": 10, "num_perturbations": 2, "weight_decay": 0.1}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, common):
     """The same run by both runtimes: {runtime: (directory, result)}."""
     made = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "0")
-        for runtime in ("hf", "sglang"):
-            path = tmp_path_factory.mktemp(runtime) / "run"
-            config = Config.of(**common, runtime=runtime, output_dir=str(path), verify_every=1)
-            made[runtime] = path, train(config)
+    for runtime in ("hf", "sglang"):
+        path = tmp_path_factory.mktemp(runtime) / "run"
+        config = Config.of(**common, runtime=runtime, output_dir=str(path), verify_every=1)
+        made[runtime] = path, train(config)
     return made
 
 
@@ -59,15 +56,17 @@ def losses(path):
     return [loss for record in records for loss in record.losses.plus + record.losses.minus]
 
 
+@last
 def test_a_run_is_the_hf_runtimes(runs):
     (hf, hf_result), (ours, result) = runs["hf"], runs["sglang"]
     assert read_trajectory(hf / "trajectory.jsonl")[0] == read_trajectory(ours / "trajectory.jsonl")[0], "header"
     assert losses(ours) == pytest.approx(losses(hf), abs=NOISE)
     assert result["best_step"] == hf_result["best_step"]
     assert result["test"]["after"] == pytest.approx(hf_result["test"]["after"], abs=NOISE)
-    assert logbook.verify(str(ours)) == STEPS
+    assert follows(ours) == STEPS
 
 
+@last
 def test_tokens_are_the_engines_count(runs):
     """Every prompt of the training set is visited for the first time once; after that a request is one token."""
     _, result = runs["sglang"]
@@ -77,6 +76,7 @@ def test_tokens_are_the_engines_count(runs):
     assert result["eval_tokens_computed"] < result["eval_tokens_scored"] / 2
 
 
+@last
 def test_time_and_noise_are_reported(runs):
     path, result = runs["sglang"]
     parts = result["seconds_of_training"]
@@ -90,6 +90,7 @@ def test_time_and_noise_are_reported(runs):
     assert ("runtime", "hf") in tables.tables(str(runs["hf"][0]))["result"]
 
 
+@last
 @pytest.mark.parametrize(("first", "second"), [("hf", "sglang"), ("sglang", "hf")])
 def test_a_run_of_one_runtime_resumes_on_the_other(runs, common, tmp_path, first, second):
     """Cut back to 10 steps and carried on elsewhere: old steps are kept, new ones are the same but for noise."""
@@ -108,14 +109,9 @@ def test_a_run_of_one_runtime_resumes_on_the_other(runs, common, tmp_path, first
 
 def start(common, output_dir, steps, launcher=()):
     """`python -m mezo train --runtime sglang` as a user starts it."""
-    argv = [sys.executable, *launcher, "-m", "mezo", "train", "--runtime", "sglang", "--output-dir", str(output_dir)]
-    for name, value in {**common, "steps": steps}.items():
-        argv += ["--" + name.replace("_", "-")]
-        argv += [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.Popen(
-        argv, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )  # fmt: skip
+    flags = flags_of({**common, "steps": steps, "runtime": "sglang", "output_dir": output_dir})
+    argv = [sys.executable, *launcher, "-m", "mezo", "train", *flags]
+    return subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def wait_for_steps(process, log, n):
@@ -127,22 +123,29 @@ def wait_for_steps(process, log, n):
     pytest.fail(f"no {n} steps: {process.communicate()[1][-2000:]}")
 
 
-def test_a_killed_worker_ends_the_run_and_loses_nothing(common, tmp_path):
+def kill_a_worker(engines, log, n):
+    """Once n steps are logged; returns the engine's processes."""
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and log.read_bytes().count(b"\n") > n) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    processes = list(engines.handle.processes)
+    next(process for process in processes if "scheduler" in "".join(process.cmdline())).kill()
+    return processes
+
+
+@pytest.mark.engine("last, for the last time")
+def test_a_killed_worker_ends_the_run_and_loses_nothing(common, tmp_path, engines, capsys):
     run = tmp_path / "run"
-    process = start(common, run, 400)
-    wait_for_steps(process, run / "trajectory.jsonl", 5)
-    children = psutil.Process(process.pid).children(recursive=True)
-    worker = next(child for child in children if "scheduler" in "".join(child.cmdline()))
-    worker.kill()
-    killed = time.monotonic()
-    error = process.communicate(timeout=60)[1]
-    assert time.monotonic() - killed < 30
-    assert process.returncode == 1
+    flags = flags_of({**common, "steps": 4000, "runtime": "sglang", "output_dir": run})
+    with ThreadPoolExecutor(1) as pool:
+        killing = pool.submit(kill_a_worker, engines, run / "trajectory.jsonl", 5)
+        assert main(["train", *flags]) == 1
+    processes, error = killing.result(), capsys.readouterr().err
     assert "mezo: error: the SGLang engine died" in error
     assert "nothing that was trained is lost, resume the run" in error
-    assert not [child for child in children if child.is_running() and child.status() != "zombie"]
+    assert not [process for process in processes if process.is_running() and process.status() != "zombie"]
     done = len(read_trajectory(run / "trajectory.jsonl")[1])
-    assert 5 <= done < 400
+    assert 5 <= done < 4000
     logbook.truncate(str(run), done)
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "steps": done + 10}))
@@ -152,7 +155,7 @@ def test_a_killed_worker_ends_the_run_and_loses_nothing(common, tmp_path):
     assert same_bits(theta, read_adapter(run / "adapter")) is None, "fed the same projected_grads"
 
 
-def test_ctrl_c_ends_after_the_step_and_the_engine_with_it(common, tmp_path):
+def test_ctrl_c_ends_after_the_step_and_the_engine_with_it(common, tmp_path, own_engine):
     run = tmp_path / "run"
     process = start(common, run, 4000)
     wait_for_steps(process, run / "trajectory.jsonl", 5)
@@ -162,10 +165,11 @@ def test_ctrl_c_ends_after_the_step_and_the_engine_with_it(common, tmp_path):
     assert process.returncode == 130, error
     assert "stopped after step" in error
     assert not [child for child in children if child.is_running() and child.status() != "zombie"]
-    assert logbook.verify(str(run)) >= 5
+    assert follows(run) >= 5
 
 
-def test_two_trainers_share_a_batch_with_an_engine_each(runs, common, tmp_path):
+@pytest.mark.slow
+def test_two_trainers_share_a_batch_with_an_engine_each(runs, common, tmp_path, own_engine):
     """torchrun's own addresses must not reach the engines; the ranks' losses add up to those of one process."""
     run = tmp_path / "run"
     process = start(common, run, 10, ("-m", "torch.distributed.run", "--nproc-per-node", "2"))
@@ -175,16 +179,18 @@ def test_two_trainers_share_a_batch_with_an_engine_each(runs, common, tmp_path):
     assert json.loads((run / "result.json").read_text())["ranks"] == 2
 
 
+@last
 def test_eval_through_the_engine(runs, common, capsys):
     """A run's adapter, and a model without one: the noise of the start-up proof must be gone."""
     path, result = runs["hf"]
     assert main(["eval", str(path), "--runtime", "sglang"]) == 0
     assert f"{result['test']['after']['accuracy']:.4f}" in capsys.readouterr().out
-    data = {k: v for k, v in common.items() if k.endswith("_file") or k in ("prompt", "label_words", "model")}
+    data = {k: v for k, v in common.items() if k.endswith("_file") or k in (*SHAPE, "prompt", "label_words", "model")}
     base = {r: evaluate(Config.of(**data, runtime=r, output_dir="unused"), None) for r in ("hf", "sglang")}
     assert base["sglang"]["test"] == pytest.approx(base["hf"]["test"], abs=NOISE)
 
 
+@last
 def test_a_run_with_engine_options_resumes_in_process(runs, tmp_path, capsys):
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", runs["sglang"][0], copy], check=True)
@@ -196,6 +202,7 @@ def test_a_run_with_engine_options_resumes_in_process(runs, tmp_path, capsys):
     assert losses(copy) == pytest.approx(losses(runs["sglang"][0]), abs=NOISE)
 
 
+@last
 def test_a_sweep_through_the_engine_is_the_hf_runtimes(common, tmp_path):
     """Trials share one engine, are paused and resumed in it, and its noise decides nothing."""
     found = {}

@@ -1,4 +1,4 @@
-"""Adapters that change no key or value: both signs and all steps share one namespace. One engine for the module."""
+"""Adapters that change no key or value: both signs and all steps share one namespace."""
 
 import pytest
 
@@ -6,9 +6,10 @@ from mezo.errors import RunError, UserError
 from mezo.method.step import Step, Update
 from mezo.runtimes.base import TokenCount
 from tests.runtimes.sglang.conftest import LAST, engine, examples, noisy, reference, worst
-from tests.tiny_models import save
 
 ROUNDING = 5e-5
+last = pytest.mark.engine("last")  # layer alone
+keys = pytest.mark.engine("keys")
 ADAPTED = {"layers_to_transform": (2,), "target_modules": LAST}
 WITH_KEYS = {"layers_to_transform": (2,), "target_modules": ("q_proj", "k_proj", "v_proj")}
 
@@ -23,13 +24,14 @@ def llama(model):
     return model("llama")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def running(llama, data):
     with engine(llama, data, **ADAPTED) as runtime:
         runtime.load(noisy(runtime))
         yield runtime
 
 
+@last
 def test_every_request_after_a_prompts_first_visit_computes_one_token(running, llama, data):
     plain = reference(llama, data, **ADAPTED)
     plain.load(noisy(plain))
@@ -48,6 +50,7 @@ def test_every_request_after_a_prompts_first_visit_computes_one_token(running, l
     assert tokens[1:] == [(2 * prompts, 2 * len(batch))] * 4
 
 
+@last
 def test_flushing_changes_nothing(running):
     running.update([Update([77], [0.1])], Step([78], 1e-2))
     warm = running.score_pairs("train", range(8))[0]
@@ -56,6 +59,7 @@ def test_flushing_changes_nothing(running):
     assert max(float((a - b).abs().max()) for a, b in zip(warm, cold, strict=True)) < 1e-5
 
 
+@last
 def test_evaluation_shares_the_namespace(running):
     running.score_pairs("train", range(8))
     running.eval_tokens = TokenCount()
@@ -63,6 +67,7 @@ def test_evaluation_shares_the_namespace(running):
     assert running.eval_tokens.computed == 8
 
 
+@last
 def test_forgetting_the_adapter_is_caught_here_too(running, monkeypatch):
     generate = running.engine.generate
 
@@ -73,20 +78,23 @@ def test_forgetting_the_adapter_is_caught_here_too(running, monkeypatch):
     monkeypatch.setattr(running.engine, "generate", base)
     with pytest.raises(RunError, match="some were not scored by the adapter they belong to"):
         running.score_pairs("train", range(3))
-    running._sent.clear()
 
 
+@last
 def test_the_plan_says_what_it_is(running):
     assert "one radix namespace for all" in running.describe()
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_an_adapted_head_shares_the_namespace_too(tmp_path, data, tied):
+@pytest.mark.parametrize(
+    "tied",
+    [pytest.param(True, marks=pytest.mark.engine("head")), pytest.param(False, marks=pytest.mark.slow)],
+)
+def test_an_adapted_head_shares_the_namespace_too(model, data, tied):
     """Several requests a call, of unlike lengths and both signs: each row of the head gets its own adapter."""
-    model = save("llama", tmp_path / "llama", tie_word_embeddings=tied)
+    path = model("llama", tie_word_embeddings=tied)
     adapted = {"layers_to_transform": (2,), "target_modules": (*LAST, "lm_head")}
-    plain = reference(model, data, **adapted)
-    with engine(model, data, **adapted) as runtime:
+    plain = reference(path, data, **adapted)
+    with engine(path, data, **adapted) as runtime:
         assert "one radix namespace for all" in runtime.describe()
         for one in (runtime, plain):
             one.load(noisy(one))
@@ -100,9 +108,15 @@ def test_an_adapted_head_shares_the_namespace_too(tmp_path, data, tied):
         assert runtime.tokens.computed == 2 * 9
 
 
-def test_sharing_with_key_adapters_is_refused_by_the_workers(llama, data, monkeypatch):
-    """The trainer's plan is overruled: the workers look at what is trained themselves."""
+@pytest.fixture
+def trusting(monkeypatch):
+    """The trainer's plan is overruled: it takes keys and values for independent of theta."""
     monkeypatch.setattr("mezo.models.parts.why_kv_depends", lambda *arguments: None)
+
+
+@keys
+def test_sharing_with_key_adapters_is_refused_by_the_workers(llama, data, trusting):
+    """They look at what is trained themselves."""
     with (
         pytest.raises(RunError, match=r"may not share a cache: .*k_proj.* may change keys or values"),
         engine(llama, data, **WITH_KEYS),
@@ -110,20 +124,20 @@ def test_sharing_with_key_adapters_is_refused_by_the_workers(llama, data, monkey
         pass
 
 
-def test_sharing_with_key_adapters_is_wrong(llama, data, monkeypatch):
-    """Forced past both guards: the start-up proof refuses it, and without the proof the losses are wrong."""
-    monkeypatch.setattr("mezo.models.parts.why_kv_depends", lambda *arguments: None)
+@keys
+def test_sharing_with_key_adapters_is_wrong(llama, data, trusting, unguarded):
+    """Forced past both guards, the start-up proof refuses it."""
     with (
         pytest.raises(UserError, match=r"log-probabilities differ by .* from transformers with PEFT"),
-        engine(llama, data, hooks="unguard", **WITH_KEYS),
+        engine(llama, data, **WITH_KEYS),
     ):
         pass
 
 
-def test_forced_sharing_gives_wrong_losses(llama, data, monkeypatch):
-    monkeypatch.setattr("mezo.models.parts.why_kv_depends", lambda *arguments: None)
+@keys
+def test_forced_sharing_gives_wrong_losses(llama, data, trusting, unguarded, monkeypatch):
     monkeypatch.setattr("mezo.runtimes.sglang.proof.StartProof.check", lambda *arguments: None)
-    with engine(llama, data, hooks="unguard", **WITH_KEYS) as runtime:
+    with engine(llama, data, **WITH_KEYS) as runtime:
         plain = reference(llama, data, **WITH_KEYS)
         for one in (runtime, plain):
             one.load(noisy(one))
@@ -135,17 +149,19 @@ def test_forced_sharing_gives_wrong_losses(llama, data, monkeypatch):
         assert max(worst(a, b) for a, b in zip(got, want, strict=True)) > 100 * ROUNDING
 
 
-def test_radix_off_reuses_nothing_and_scores_the_same(llama, data):
-    plain = reference(llama, data, **ADAPTED)
-    plain.load(noisy(plain))
-    plain.perturb(Step([7], 1e-2))
-    with engine(llama, data, radix="off", **ADAPTED) as runtime:
-        runtime.load(noisy(runtime))
-        runtime.perturb(Step([7], 1e-2))
+def test_radix_off_reuses_nothing_and_the_triton_backend_scores_the_same(llama, monkeypatch):
+    """SGLang's Triton kernels for LoRA, interpreted, on weights of ours; each request is computed anew."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    data, adapted = examples(2, low=5, high=6), {"layers_to_transform": (2,), "target_modules": ("q_proj", "o_proj")}
+    plain = reference(llama, data, **adapted)
+    with engine(llama, data, radix="off", engine_arg=("lora_backend=triton",), **adapted) as runtime:
+        for one in (runtime, plain):
+            one.load(noisy(one))
+            one.perturb(Step([7], 1e-2))
+        want = plain.score_pairs("train", range(2))[0]
         for _ in range(2):
             runtime.tokens = TokenCount()
-            got = runtime.score_pairs("train", range(8))[0]
+            got = runtime.score_pairs("train", range(2))[0]
             assert runtime.tokens.reused == 0
-        want = plain.score_pairs("train", range(8))[0]
-        assert max(worst(a, b) for a, b in zip(got, want, strict=True)) < ROUNDING
+            assert max(worst(a, b) for a, b in zip(got, want, strict=True)) < ROUNDING
         assert "radix cache off" in runtime.describe()

@@ -1,4 +1,4 @@
-"""Adapters on every layer: each version of theta has a namespace of its own. One engine for the module."""
+"""Adapters on every layer: each version of theta has a namespace of its own."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from mezo.runtimes.base import TokenCount
 from mezo.runtimes.hf.runtime import HFRuntime
 from tests.runtimes.sglang.conftest import ALL, engine, examples, noisy, options, reference, torch_equal, worst
 
+pytestmark = pytest.mark.engine("all")  # layers
 ROUNDING = 5e-5  # float32 log-probabilities of order 10 by another implementation of the same model
 INSTRUCTION = tuple(range(3, 43))
 A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
@@ -24,7 +25,7 @@ def qwen(model):
     return model("qwen2")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def running(qwen, data):
     with engine(qwen, data, target_modules=ALL, num_perturbations=2) as runtime:
         yield runtime
@@ -149,7 +150,6 @@ def test_verify_names_rank_tensor_and_index(runtime, what):
 def test_a_failing_rank_is_named(runtime):
     with pytest.raises(RunError, match="failed in test_fail: rank 0: ValueError: told to fail"):
         runtime._call("test_fail", rank=0)
-    runtime.engine.failed = False
 
 
 def test_requests_that_the_base_model_scored_are_caught(runtime, monkeypatch):
@@ -167,17 +167,15 @@ def test_requests_that_the_base_model_scored_are_caught(runtime, monkeypatch):
 
 
 def test_an_evicted_slot_is_caught(qwen, running):
-    """Last but one: what the slot held is gone, so is the use of this engine for scores."""
+    """What the slot held is gone."""
     running._call("test_evict", name="minus1")
     with pytest.raises(RunError, match="adapter slot minus1 was evicted by the engine"):
         running.perturb(Step([7, 8], 1e-2))
-    running.engine.failed = False
 
 
 def test_bad_requests_are_errors_and_not_hangs(running):
     with pytest.raises(RunError, match="the SGLang engine refused a request"):
         running.engine.generate(input_ids=[[5, 6]], lora_path=["nobody"], sampling_params={"max_new_tokens": 0})
-    running.engine.failed = False
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""A run's log against the formulas of its update rule, written out anew: no function that wrote the log is used."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mezo_kernels import perturbation_seed, standard_normal
+
+
+def follows(run: str | Path) -> int:
+    """Assert that every line follows from its losses and config.json by the formulas; return the number of steps."""
+    config = json.loads(Path(run, "config.json").read_text())
+    header, *lines = [json.loads(line) for line in Path(run, "trajectory.jsonl").read_text().splitlines()]
+    for step, line in enumerate(lines):
+        assert line["step"] == step
+        n = len(line["seeds"])
+        assert line["seeds"] == [perturbation_seed(config["seed"], step, k) for k in range(n)]
+        if line["skipped"]:
+            assert (line["coefficients"], line["decay"]) == ([0.0] * n, 1.0)
+            continue
+        plus, minus = np.array(line["loss_plus"]), np.array(line["loss_minus"])
+        distance = config["eps"] if config["update_rule"] == "fzoo" else 2 * config["eps"]
+        assert line["projected_grads"] == pytest.approx(list((plus - minus) / distance), rel=1e-12)
+        coefficients, decay = _expected(config, header, line)
+        assert line["coefficients"] == pytest.approx(coefficients, rel=1e-9)
+        assert line["decay"] == pytest.approx(decay, rel=1e-12)
+        if config["update_rule"] in ("momentum", "adam", "adamw", "sign"):
+            assert line["lr"] == pytest.approx(_rate(config, step), rel=1e-12)
+    return len(lines)
+
+
+def _expected(config: dict, header: dict, line: dict) -> tuple[list[float], float]:
+    """Coefficients and decay of a step."""
+    rule, lr, n = config["update_rule"], _rate(config, line["step"]), len(line["seeds"])
+    grads, decay = np.array(line["projected_grads"]), 1 - lr * config["weight_decay"]
+    if config["clip"]:
+        grads = np.clip(grads, -config["clip"], config["clip"])
+    if config["normalise_z"]:
+        grads = grads / [_length(header["shapes"], seed) for seed in line["seeds"]]
+    if rule in ("momentum", "adam", "adamw", "sign"):
+        return list(grads / n), 1.0 if rule == "adam" else decay
+    if rule == "fzoo":
+        if len(set(line["loss_plus"])) == 1:
+            return [0.0] * n, 1.0
+        return list(lr * grads / n / np.std(line["loss_plus"], ddof=1)), decay
+    if rule == "conservative":
+        here, after, against = line["tried"]
+        return [lr * grads[0] if after < min(here, math.nextafter(against, math.inf)) else
+                -lr * grads[0] if against < here else 0.0], decay  # fmt: skip
+    return list(lr * grads / n), decay
+
+
+def _rate(config: dict, step: int) -> float:
+    """The learning rate of a step."""
+    warmup, lr = config["warmup_steps"], config["lr"]
+    if step < warmup:
+        return lr * step / warmup
+    left = (config["steps"] - step) / (config["steps"] - warmup)
+    return lr * {"constant": 1, "linear": left, "cosine": math.sin(math.pi / 2 * left) ** 2}[config["lr_schedule"]]
+
+
+def _length(shapes: dict[str, list[int]], seed: int) -> float:
+    """Root mean square of a z over all parameters."""
+    z = np.concatenate([standard_normal(seed, name, 0, math.prod(shape)).numpy() for name, shape in shapes.items()])
+    return float(np.sqrt(np.mean(z.astype(np.float64) ** 2)))
