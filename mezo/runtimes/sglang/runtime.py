@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -242,7 +243,7 @@ class SGLangRuntime:
 
     def describe(self) -> str:
         """See `Runtime.describe`."""
-        n = sum(rows * cols for rows, cols in self.spec.shapes.values())
+        n = sum(map(math.prod, self.spec.shapes.values()))
         if self.runtime.radix == "off":
             cache = "radix cache off"
         elif self.cache.shared:
