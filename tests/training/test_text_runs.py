@@ -234,7 +234,7 @@ def test_record_counts_every_right_name(config, write):
     )  # fmt: skip
     after = train(changed)["test"]["after"]
     settled = changed.replace(objective="lm_cross_entropy")
-    test, runtime = load_splits(settled, tokenizer())["test"], HFRuntime(settled)
+    test, runtime = load_splits(settled, tokenizer())["test"], HFRuntime(*settled.for_runtime)
     runtime.prepare({"test": test})
     runtime.load(load_adapter(Path(config.machine.output_dir) / "adapter", runtime.spec.shapes))
     scores = runtime.score("test", range(3))

@@ -199,14 +199,14 @@ def test_arguments_that_cannot_be_are_refused_before_anything_starts(qwen, other
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match=message):
-        SGLangRuntime(options(qwen, runtime="sglang", **others))
+        SGLangRuntime(*options(qwen, runtime="sglang", **others).for_runtime)
 
 
 def test_masked_models_are_refused(model):
     from mezo.runtimes.sglang.runtime import SGLangRuntime
 
     with pytest.raises(UserError, match="fills masks, which SGLang does not score: use --runtime hf"):
-        SGLangRuntime(options(model("bert"), runtime="sglang"))
+        SGLangRuntime(*options(model("bert"), runtime="sglang").for_runtime)
 
 
 def test_engine_options_need_the_engine(qwen):
@@ -215,7 +215,7 @@ def test_engine_options_need_the_engine(qwen):
 
 
 def test_the_two_runtimes_describe_the_same_adapter(running, qwen, data):
-    assert running.spec == HFRuntime(options(qwen, target_modules=ALL)).spec
+    assert running.spec == HFRuntime(*options(qwen, target_modules=ALL).for_runtime).spec
     assert "a radix namespace for each version of theta" in running.describe()
 
 
