@@ -153,6 +153,7 @@ def trial_config(config: Config, rungs: Sequence[int], name: str, lr: float, eps
         lr=lr,
         eps=eps,
         eval_test=False,
+        report=False,
         eval_train=False,
         early_stopping=0,
         true_gradient=False,

@@ -178,7 +178,8 @@ class Trainer:
         after = {split: self.evaluations.evaluate(split, step, self.monitor) for split in sorted(scored)}
         found = result(self.config, step, after, self.records, metrics, self.clock, self.ranks)
         replace_file(self.run.result, json.dumps(found, indent=2).encode())
-        self._write_page()
+        if self.config.method.report:
+            self._write_page()
         return found
 
     def _write_page(self) -> None:

@@ -106,7 +106,7 @@ def test_a_page_that_cannot_be_written_fails_no_run(tiny_config, monkeypatch, ca
         raise RuntimeError("no fonts\nat all")
 
     monkeypatch.setattr(figures.Drawing, "render", fail)
-    result = train(tiny_config)
+    result = train(tiny_config.replace(report=True))
     assert result["steps"] == tiny_config.method.steps
     assert json.loads((Path(tiny_config.machine.output_dir) / "result.json").read_text()) == result
     said = " ".join(capsys.readouterr().err.split())

@@ -66,7 +66,7 @@ def config(text_model, write, tmp_path):
 
 
 def test_a_reward_rises(config):
-    result = train(config.replace(steps=150, eval_every=30))
+    result = train(config.replace(steps=150, eval_every=30, report=True))
     rewards = {row["step"]: row["reward"] for row in result["dev"]}
     assert rewards[0] < 0.1
     assert rewards[result["best_step"]] == max(rewards.values()) > 0.3
