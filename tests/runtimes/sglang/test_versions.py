@@ -215,7 +215,7 @@ def test_engine_options_need_the_engine(qwen):
 
 
 def test_the_two_runtimes_describe_the_same_adapter(running, qwen, data):
-    assert running.spec == HFRuntime(options(qwen, target_modules=ALL)).spec
+    assert running.spec == HFRuntime(*options(qwen, target_modules=ALL).for_runtime).spec
     assert "a radix namespace for each version of theta" in running.describe()
 
 
