@@ -28,7 +28,7 @@ def descend(rule, steps=STEPS, factor=1.0, start=3.0, **changes):
         options.pop("adam_eps")
     config = Config.of(model="m", output_dir="o", task="sst2", steps=STEPS, **options)
     master = ParamLayout({"w": torch.full((D,), start)})
-    copies = [master.like([torch.empty(D)]) for _ in range(2 * config.method.num_perturbations)]
+    copies = [master.like([torch.full((D,), torch.nan)]) for _ in range(2 * config.method.num_perturbations)]
     pairs = list(zip(copies[::2], copies[1::2], strict=True))
     theta, updates = PerturbedTheta(master, pairs, None, config.method.logged_rule), []
     measured, rule = lambda copy: factor * loss(copy.tensors[0]), config.method.rule

@@ -31,6 +31,9 @@ def runtime(model, data, **options):
     config = Config.of(**{"model": model, "output_dir": "unused", "task": "sst2", "tuning": "full", **options})
     built = HFRuntime(*config.for_runtime)
     built.prepare({"train": data})
+    for copy in (built.plus, built.minus):  # what no step has written must reach no score
+        for tensor in copy.tensors:
+            tensor.fill_(torch.nan)
     return built
 
 

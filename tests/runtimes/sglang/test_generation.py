@@ -12,6 +12,7 @@ from mezo.method.step import Step, Update
 from mezo.run.trajectory import read_trajectory
 from mezo.runtimes.base import TokenCount
 from tests.runtimes.sglang.conftest import ALL, LAST, engine, examples, noisy, reference
+from tests.tiny_models import WORDS
 
 NEW = 8
 TEXT = {"task": "squad", "generate": "on", "max_new_tokens": NEW}
@@ -85,7 +86,7 @@ def test_an_update_changes_the_texts_and_evaluation_leaves_the_slots(both):
 def test_stops_are_the_hf_runtimes(both):
     running, plain = both
     whole = plain.generate("train", range(12), NEW, ())
-    word = next(word for text in whole for word in text.split()[1:])
+    word = next(w for w in WORDS for text in whole if len(w) > 3 and text.find(w) > 0)
     stopped = running.generate("train", range(12), NEW, (word,))
     assert stopped == plain.generate("train", range(12), NEW, (word,))
     assert stopped != whole
@@ -122,13 +123,13 @@ def test_a_run_on_a_reward_is_the_hf_runtimes(model, tmp_path):
     rows = [{"prompt": f"the {noun} was {word}"} for noun in ("film", "plot", "story") for word in ("good", "poor")]
     for split in ("train", "dev"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "mine.py").write_text("def share(example, output):\n    return len(set(output.split())) / 8\n")
+    (tmp_path / "mine.py").write_text("def variety(example, output):\n    return len(set(output)) / 64\n")
     logs = {}
     for runtime in ("hf", "sglang"):
         config = Config.of(
             model=model("qwen2"), output_dir=str(tmp_path / runtime), runtime=runtime, objective="reward",
             train_file=str(tmp_path / "train.jsonl"), dev_file=str(tmp_path / "dev.jsonl"), batch_size=3, steps=3,
-            reward=f"{tmp_path / 'mine.py'}:share", max_new_tokens=NEW, lr=0.1, eps=0.3, target_modules=ALL,
+            reward=f"{tmp_path / 'mine.py'}:variety", max_new_tokens=NEW, lr=0.1, eps=0.3, target_modules=ALL,
         )  # fmt: skip
         result = train(config)
         logs[runtime] = (tmp_path / runtime / "trajectory.jsonl").read_bytes(), result["dev"]

@@ -61,7 +61,7 @@ def test_two_machines_train_as_one_process_does(options, tmp_path):
     assert set(Path(tempfile.gettempdir()).glob("mezo-placeholder-*")) <= before
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # test_parallel.py: a dead rank is noticed; test_runs.py: a killed worker ends the run
 def test_a_machine_that_dies_ends_the_run_on_the_other(options, tmp_path):
     """The second one is killed once steps are logged; the first says so, and its log is whole."""
     first, second = machines(options("lost", **ENGINE, steps=100000))

@@ -9,6 +9,7 @@ from peft import PeftModel
 from mezo.errors import UserError
 from mezo.run.adapter import save_adapter
 from mezo.run.export import export
+from mezo.runtimes.sglang.engine import EngineHandle, _environment, accelerated
 from mezo.runtimes.sglang.inside.handshake import ENVIRONMENT, started_by_trainer
 from tests.runtimes.sglang.conftest import engine, examples, noisy, reference
 from tests.tiny_models import build
@@ -25,8 +26,26 @@ def llama(model):
     return model("llama")
 
 
+@pytest.mark.parametrize(
+    "leaked", [pytest.param("", id="clean", marks=pytest.mark.slow), pytest.param("1:deadbeef:/nowhere", id="leaked")]
+)
+def test_a_plain_engine_is_unhooked(llama, monkeypatch, own_engine, leaked):
+    """The package is installed and so is its entry point; an engine that no trainer started has none of it."""
+    import sglang
+
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    monkeypatch.setenv(ENVIRONMENT, leaked)
+    plain = sglang.Engine(model_path=llama, **CPU)
+    try:
+        with pytest.raises(AssertionError, match="'Scheduler' object has no attribute 'mezo_setup'"):
+            plain.collective_rpc("mezo_setup")
+        assert len(plain.generate(input_ids=[5, 6, 7], sampling_params={"max_new_tokens": 2})["output_ids"]) == 2
+    finally:
+        plain.shutdown()
+
+
 def exported(run, directory, form, modules, llama):
-    """A run's adapter as `mezo export` writes it, and PEFT's log-probabilities of all tokens after IDS under it."""
+    """A run's adapter as `mezo export` writes it; PEFT's log-probabilities of all tokens after IDS under it."""
     runtime = reference(llama, examples(2), target_modules=modules)
     save_adapter(run / "adapter", runtime.spec.peft, noisy(runtime))
     export(str(run), str(directory), form)
@@ -35,36 +54,20 @@ def exported(run, directory, form, modules, llama):
         return peft(input_ids=torch.tensor([IDS])).logits[0, -1].log_softmax(-1)
 
 
-@pytest.mark.parametrize(
-    "leaked", [pytest.param("", id="clean", marks=pytest.mark.slow), pytest.param("1:deadbeef:/nowhere", id="leaked")]
-)
-def test_a_plain_engine_is_unhooked_and_serves_what_was_exported(llama, tmp_path, monkeypatch, engines, leaked):
-    """The package is installed and so is its entry point; an engine that no trainer started has none of it.
-
-    What `mezo export` writes is loaded by SGLang's own --lora-paths, and by PEFT, with equal logits.
-    """
-    import sglang
-
-    engines.close()
-    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
-    monkeypatch.setenv(ENVIRONMENT, leaked)
+def test_exported_adapters_are_served_with_equal_logits(llama, tmp_path, own_engine):
+    """What `mezo export` writes in both forms, loaded by SGLang's own --lora-paths and by PEFT."""
     forms = {"peft": ("q_proj", "v_proj"), "sglang": ("q_proj", "up_proj")}
-    wanted = {
-        form: exported(tmp_path / f"{form} run", tmp_path / form, form, modules, llama)
-        for form, modules in forms.items()
-    }
+    wanted = [exported(tmp_path / f"{form} run", tmp_path / form, form, forms[form], llama) for form in forms]
     paths = [{"lora_name": form, "lora_path": str(tmp_path / form)} for form in forms]
-    plain = sglang.Engine(model_path=llama, lora_paths=paths, lora_backend="torch_native", **CPU)
+    served = EngineHandle({"model_path": llama, "lora_paths": paths, "lora_backend": "torch_native", **CPU}, tmp_path)
     try:
-        answers = plain.generate(
+        answers = served.generate(
             input_ids=[IDS] * 2, lora_path=list(forms), sampling_params={"max_new_tokens": 0}, return_logprob=True,
             token_ids_logprob=[list(range(64))] * 2, logprob_start_len=[-1] * 2,
         )  # fmt: skip
-        with pytest.raises(AssertionError, match="'Scheduler' object has no attribute 'mezo_setup'"):
-            plain.collective_rpc("mezo_setup")
     finally:
-        plain.shutdown()
-    for answer, expected in zip(answers, wanted.values(), strict=True):
+        served.close()
+    for answer, expected in zip(answers, wanted, strict=True):
         got = [value for value, _, _ in answer["meta_info"]["output_token_ids_logprobs"][0]]
         assert torch.allclose(torch.tensor(got), expected, atol=5e-5, rtol=0)
 
@@ -98,3 +101,17 @@ def test_the_engines_own_reason_is_given_when_it_does_not_start(llama, own_engin
     ):
         pass
     assert "nonsense" not in capfd.readouterr().err, "the engine's output goes to its log"
+
+
+def test_an_engine_sees_nothing_of_torchrun_and_its_threads_sleep_while_they_wait(monkeypatch):
+    """torchrun's own addresses would have an engine's ranks wait for those of the trainers."""
+    torchrun = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1",
+                "TORCHELASTIC_RUN_ID": "a", "GROUP_RANK": "0", "ROLE_NAME": "default"}  # fmt: skip
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    seen = _environment({"tp_size": 1})
+    assert {seen[name] for name in torchrun} == {None}
+    assert accelerated() or seen["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert accelerated() or _environment({"tp_size": 1})["OMP_WAIT_POLICY"] == "ACTIVE", "a user's own setting wins"

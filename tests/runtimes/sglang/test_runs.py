@@ -168,7 +168,7 @@ def test_ctrl_c_ends_after_the_step_and_the_engine_with_it(common, tmp_path, own
     assert follows(run) >= 5
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # test_others.py: torchrun's variables are hidden; training/test_ranks.py: ranks share a batch
 def test_two_trainers_share_a_batch_with_an_engine_each(runs, common, tmp_path, own_engine):
     """torchrun's own addresses must not reach the engines; the ranks' losses add up to those of one process."""
     run = tmp_path / "run"
