@@ -176,12 +176,17 @@ OPS: dict[str, Op] = {}
 """Every op by name."""
 
 
-def register(op: Op) -> None:
-    """Make an op known to torch.library and to everything that reads `OPS`."""
+def register(op: Op, library: torch.library.Library = _LIBRARY) -> None:
+    """Make an op known to torch.library and to everything that reads `OPS`.
+
+    Args:
+        op: that has no namesake in `OPS`.
+        library: that keeps the registration, which ends when the library is destroyed.
+    """
     OPS[op.name] = op
-    _LIBRARY.define(op.schema)
-    _LIBRARY.impl(op.name, op, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mezo_kernels::{op.name}", op.fake)
+    library.define(op.schema)
+    library.impl(op.name, op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mezo_kernels::{op.name}", op.fake, lib=library)
 
 
 for _op in (

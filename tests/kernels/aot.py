@@ -22,7 +22,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import mezo_kernels as mk
-from mezo_kernels import rules
+from mezo_kernels import dispatch, rules
 from mezo_kernels import triton as ops
 from mezo_kernels.triton.table import BLOCK_SIZE, LAUNCH
 
@@ -135,7 +135,8 @@ def compile_variant(target: str, variant: str) -> dict:
     compiled.clear()
     call()
     (kernel,) = compiled
-    report = {"target": target, "variant": variant, "read": read, "written": written, "shared": kernel.metadata.shared}
+    report = {"target": target, "variant": variant, "kernel": kernel.metadata.name, "shared": kernel.metadata.shared}
+    report |= {"read": read, "written": written}
     return report | (_nvidia(kernel) if "cubin" in kernel.asm else _amd(kernel))
 
 
@@ -236,11 +237,26 @@ def variants_of_a_run() -> dict[str, int]:
     return Counter(name for name, _ in {(kernel.metadata.name, id(kernel)) for kernel in compiled})
 
 
+def kernels_of_ops() -> dict[str, list[str]]:
+    """The kernels that each op of the table launches in its cases; nothing is compiled."""
+    launched, run = [], JITFunction.run
+    JITFunction.run = lambda self, *args, **kwargs: launched.append(self.fn.__name__)
+    found = {}
+    for op in dispatch.OPS.values():
+        launched.clear()
+        for _, arguments in op.cases("cpu"):
+            op(*arguments, "triton")
+        found[op.name] = sorted(set(launched))
+    JITFunction.run = run
+    return found
+
+
 def main() -> None:
     jobs = [(target, variant) for target in TARGETS for variant in VARIANTS]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         reports = list(pool.map(compile_variant, *zip(*jobs, strict=True)))
-    json.dump({"reports": reports, "variants_of_a_run": variants_of_a_run()}, sys.stdout, indent=1)
+    found = {"reports": reports, "variants_of_a_run": variants_of_a_run(), "kernels_of_ops": kernels_of_ops()}
+    json.dump(found, sys.stdout, indent=1)
 
 
 if __name__ == "__main__":
