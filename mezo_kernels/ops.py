@@ -20,12 +20,16 @@ def perturb_(
 ) -> ParamLayout:
     """theta <- theta + scale * z(seed), in place, one pass over all parameters.
 
+    z is a vector of random numbers, one for each element of each parameter. An element's number depends on the seed, on
+    the parameter's name and on the element's index alone. It is drawn where it is needed and never stored.
+
     Args:
         layout: the parameters theta, float32, bfloat16 or float16.
-        scale: finite; rounded to float32.
+        scale: a finite float32 number; a Python float is rounded to float32.
         seed: 0 <= seed < 2**64.
-        distribution: "normal" or "rademacher".
-        backend: None (by device), "reference", "numba" or "triton".
+        distribution: of each number of z, "normal" (mean 0, variance 1) or "rademacher" (-1 or +1).
+        backend: which implementation runs, "reference", "numba" or "triton"; None chooses by the layout's device. All
+            give the same bits.
     Returns:
         `layout`.
     Raises:
@@ -63,11 +67,14 @@ def step_(
     Args:
         layout: the master theta; float32 where plus and minus are asked for.
         updates: (seed, coefficient) or (seed, coefficient, decay) each: theta <- theta * decay - coefficient * z(seed).
-            The coefficient is lr * projected_grad; one that rounds to zero is skipped, so it changes no bit.
-        decay: 1 - lr * weight_decay, applied once before the updates; 1 is skipped.
-        next_seed, plus, minus: the next perturbation and the layouts it is written to (same parameters and blocks
-            as `layout`, any dtype and strides), or lists of equal length for several.
-        eps: perturbation scale, > 0; needed with `next_seed`.
+            0 <= seed < 2**64; the numbers are finite in float32. The coefficient is learning rate times projected
+            gradient. One that rounds to zero is skipped, so it changes no bit.
+        decay: 1 - learning rate * weight decay, finite, applied once before the updates; 1 is skipped.
+        next_seed: seed of the next perturbation, 0 <= next_seed < 2**64, or a list of several. None writes none.
+        eps: scale of the next perturbation, finite and > 0; needed with `next_seed`.
+        plus, minus: the layouts that theta + eps z and theta - eps z are written to: the parameters and blocks of
+            `layout`, any dtype and strides. Lists of as many as there are seeds where `next_seed` is a list.
+        distribution, backend: as in `perturb_`.
     Returns:
         `layout`.
     Raises:
@@ -124,14 +131,16 @@ def rule_step_(
 
     Args:
         layout: the master theta, float32.
-        rule: what an update does.
-        state: `rule.states` layouts like the master, float32 (m; m and v), zeros at first.
-        updates: in order; with many this replays a run.
+        rule: what an update does to theta and to its state.
+        state: `rule.states` layouts of the parameters and blocks of `layout`, float32, zeros before the first update:
+            none for sign, m for momentum, m and v for Adam and AdamW.
+        updates: one a step, in order; with many this replays a run.
         next_seed, eps, plus, minus, distribution, backend: as in `step_`.
     Returns:
         `layout`.
     Raises:
-        ValueError: as `step_`; state that is not float32, or not of the same elements, or in the wrong number.
+        ValueError: as `step_`; state that is not float32, or not of the same elements, or in the wrong number; an
+            update without a seed, with another number of weights than seeds, or with t < 1.
 
     >>> w, m = torch.ones(2), torch.zeros(2)
     >>> theta = ParamLayout({"w": w})
@@ -174,19 +183,26 @@ def rule_step_(
 
 
 def standard_normal(
-    seed: int, name: str, start: int, n_elements: int, device="cpu", backend: str | None = None
+    seed: int,
+    name: str,
+    start: int,
+    n_elements: int,
+    device: str | torch.device = "cpu",
+    backend: str | None = None,
 ) -> torch.Tensor:
     """z ~ N(0, 1) of elements start .. start + n_elements of the parameter `name`.
 
     Args:
         seed: 0 <= seed < 2**64.
-        name: canonical parameter name.
+        name: canonical name of the parameter, see `canonical_name`.
         start: row-major index of the first element in the full parameter, >= 0.
-        n_elements: how many, >= 0.
+        n_elements: how many, >= 0; start + n_elements < 2**63.
         device: where to put the result.
         backend: as in `perturb_`.
     Returns:
         float32 tensor (n_elements,), the same bits on every device and backend.
+    Raises:
+        ValueError: a bad seed or range; a backend that cannot run on the device.
 
     >>> standard_normal(0, "w", 0, 4)
     tensor([-0.2909,  0.3179, -0.8736,  1.5387])
@@ -195,9 +211,21 @@ def standard_normal(
 
 
 def rademacher(
-    seed: int, name: str, start: int, n_elements: int, device="cpu", backend: str | None = None
+    seed: int,
+    name: str,
+    start: int,
+    n_elements: int,
+    device: str | torch.device = "cpu",
+    backend: str | None = None,
 ) -> torch.Tensor:
-    """z uniform on {-1, +1} of elements start .. start + n_elements of the parameter `name`; see `standard_normal`.
+    """z uniform on {-1, +1} of elements start .. start + n_elements of the parameter `name`.
+
+    Args:
+        seed, name, start, n_elements, device, backend: as in `standard_normal`.
+    Returns:
+        float32 tensor (n_elements,), the same bits on every device and backend.
+    Raises:
+        ValueError: a bad seed or range; a backend that cannot run on the device.
 
     >>> rademacher(42, "w", 0, 8)
     tensor([ 1., -1., -1.,  1., -1.,  1.,  1., -1.])

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mezo_kernels import dispatch
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("mezo_kernels", "mezo")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -28,7 +30,7 @@ LAYERS = (
 """Packages from top to bottom: a module imports its own package, and packages below its own. Neighbours on one line
 do not know each other, but for `NEIGHBOURS`."""
 NEIGHBOURS = {("mezo", "mezo.api")}
-BACKENDS = ("mezo_kernels.reference", "mezo_kernels.numba", "mezo_kernels.triton")
+BACKENDS = tuple(backend.module for backend in dispatch.BACKENDS.values())
 """Backends of the ops: they agree by test, not by sharing code."""
 LIBRARIES = {
     "mezo_kernels": {"torch", "triton", "numba", "llvmlite", "numpy"},
