@@ -190,7 +190,7 @@ def test_bad_requests_are_errors_and_not_hangs(running):
         ({"engine_arg": ("quantization",)}, "--engine-arg must be key=value, got 'quantization'"),
         ({"engine_arg": ("max_loras_per_batch=2",)}, "must be at least 3"),
         ({"tp": 3}, "--tp 3: .* has 4 attention heads, which 3 ranks cannot share"),
-        ({"trunk_cache": "cpu"}, "--trunk-cache cpu is of the hf runtime"),
+        ({"trunk_cache": "cpu"}, "--trunk-cache cpu belongs to --runtime hf"),
         ({"backend": "triton"}, "--backend triton does not run here"),
     ],
 )
@@ -199,18 +199,18 @@ def test_arguments_that_cannot_be_are_refused_before_anything_starts(qwen, other
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match=message):
-        SGLangRuntime(options(qwen, runtime="sglang", **others))
+        SGLangRuntime(*options(qwen, runtime="sglang", **others).for_runtime)
 
 
 def test_masked_models_are_refused(model):
     from mezo.runtimes.sglang.runtime import SGLangRuntime
 
     with pytest.raises(UserError, match="fills masks, which SGLang does not score: use --runtime hf"):
-        SGLangRuntime(options(model("bert"), runtime="sglang"))
+        SGLangRuntime(*options(model("bert"), runtime="sglang").for_runtime)
 
 
 def test_engine_options_need_the_engine(qwen):
-    with pytest.raises(UserError, match="--tp is of the engine: use --runtime sglang with it"):
+    with pytest.raises(UserError, match="--tp 2 belongs to --runtime sglang, and this run has --runtime hf"):
         options(qwen, tp=2)
 
 
