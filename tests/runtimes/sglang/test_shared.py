@@ -28,6 +28,7 @@ def llama(model):
 def running(llama, data):
     with engine(llama, data, **ADAPTED) as runtime:
         runtime.load(noisy(runtime))
+        runtime.perturb(Step([99], 1e-2))
         yield runtime
 
 

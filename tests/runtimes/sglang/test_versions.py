@@ -210,7 +210,7 @@ def test_masked_models_are_refused(model):
 
 
 def test_engine_options_need_the_engine(qwen):
-    with pytest.raises(UserError, match="--tp 2 belongs to --runtime sglang"):
+    with pytest.raises(UserError, match="--tp 2 belongs to --runtime sglang, and this run has --runtime hf"):
         options(qwen, tp=2)
 
 
