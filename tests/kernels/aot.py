@@ -1,8 +1,9 @@
 """Compiles every kernel ahead of time, without a GPU, and reports what the compiler made of it as JSON.
 
-Run as a script, without TRITON_INTERPRET: `python tests/kernels/aot.py > report.json`. The ops are called as always, on
-CPU tensors, under a driver that names a target and a launch that stops after compiling: signatures, alignments and
-constants are those of a real run. Counts of NVIDIA code are of the machine code (SASS), of AMD code of the assembly.
+Run as a script, without TRITON_INTERPRET: `python tests/kernels/aot.py [TARGET ...] > report.json`; all targets where
+none is named. The ops are called as always, on CPU tensors, under a driver that names a target and a launch that stops
+after compiling: signatures, alignments and constants are those of a real run. Counts of NVIDIA code are of the machine
+code (SASS), of AMD code of the assembly.
 """
 
 import concurrent.futures
@@ -251,8 +252,8 @@ def kernels_of_ops() -> dict[str, list[str]]:
     return found
 
 
-def main() -> None:
-    jobs = [(target, variant) for target in TARGETS for variant in VARIANTS]
+def main(targets: list[str]) -> None:
+    jobs = [(target, variant) for target in targets or TARGETS for variant in VARIANTS]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         reports = list(pool.map(compile_variant, *zip(*jobs, strict=True)))
     found = {"reports": reports, "variants_of_a_run": variants_of_a_run(), "kernels_of_ops": kernels_of_ops()}
@@ -260,4 +261,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -26,7 +26,6 @@ from mezo.studies.protocols import PROTOCOLS
 from mezo.studies.reproduce import configs
 from mezo.tasks import load_splits
 from tests.tiny_models import save
-from tests.training.test_ranks import torchrun
 
 LORA = ("target_modules", "layers_to_transform")
 
@@ -202,16 +201,6 @@ def test_what_a_prefix_cannot_be_is_refused(config, changes, message):
 def test_a_model_has_no_prefix_to_score(config):
     with pytest.raises(UserError, match="there is no prefix to score; leave it out"):
         evaluate(config, None)
-
-
-def test_ranks_that_share_perturbations_are_one_process_to_the_bit(config, tmp_path, as_flags):
-    one = config.replace(steps=12, eval_every=6, num_perturbations=2, parallel="perturbations")
-    several = one.replace(output_dir=str(tmp_path / "several"))
-    train(one)
-    done = torchrun(several, 2, as_flags)
-    assert done.returncode == 0, done.stderr
-    assert log_of(several) == log_of(one)
-    assert same_bits(adapter_of(several), adapter_of(one)) is None
 
 
 def test_the_published_runs_are_those_of_the_paper():

@@ -1,4 +1,4 @@
-"""Whole runs on generated text: rewards that rise, exact resume, figures of SQuAD and ReCoRD, ranks."""
+"""Whole runs on generated text: rewards that rise, exact resume, figures of SQuAD and ReCoRD."""
 
 import dataclasses
 import json
@@ -24,7 +24,6 @@ from mezo.runtimes.hf.runtime import HFRuntime
 from mezo.tasks import load_splits
 from mezo.training.evaluation import _of_named_options, best_by
 from tests.tiny_models import LAST_LAYER, WORDS, save, tokenizer
-from tests.training.test_ranks import outcome, torchrun
 from tests.training.test_trainer import adapter, interrupted_copy, same_bits
 
 NEW = 8
@@ -154,19 +153,6 @@ def test_equal_rewards_move_nothing(config, tmp_path):
     result = train(config.replace(z_score_rewards=True, steps=3))
     assert result["zero_gradient_share"] == 1.0
     assert result["skipped_steps"] == 0
-
-
-@pytest.mark.parametrize("parallel", ["data", "perturbations"])
-def test_ranks_equal_one_process(config, tmp_path, as_flags, parallel):
-    """Rewards of the whole batch are standardised together, wherever they were given: to the bit."""
-    one = config.replace(
-        steps=6, parallel=parallel, num_perturbations=2, z_score_rewards=True, dev_file="", test_file=""
-    )
-    several = one.replace(output_dir=str(tmp_path / "several"))
-    train(one)
-    done = torchrun(several.replace(noise=True), 2, as_flags)
-    assert done.returncode == 0, done.stderr
-    assert outcome(several.machine.output_dir)[0] == outcome(one.machine.output_dir)[0]
 
 
 @pytest.mark.parametrize(
