@@ -17,7 +17,7 @@ from mezo.runtimes.hf.runtime import HFRuntime
 from mezo.training.measurement import Measurement
 
 FAILED = 1  # what `mezo` returns where a run broke off
-RANK, ATTEMPT = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+RANK, ATTEMPT = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def flip_a_bit() -> None:
