@@ -91,7 +91,7 @@ def step_of(method: str, data: list[Example], log: Path):
         runtime = SGLangRuntime(*config.replace(runtime="sglang").for_runtime)
         return OurStep(runtime, config, data, log), runtime
     if method == "MeZO, all weights":
-        config = config.replace(tuning="full", target_modules=(), layers_to_transform=())
+        config = config.replace(tuning="full")
     if method in ("MeZO, hf", "MeZO, all weights"):
         runtime = HFRuntime(*config.for_runtime)
         return OurStep(runtime, config, data, log), runtime

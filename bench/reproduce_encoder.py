@@ -19,7 +19,7 @@ from mezo.config import Config
 from mezo.data.example import Example
 from mezo.method.batches import Batches
 from mezo.method.objectives import cross_entropy, evaluate
-from mezo.models.head import LINEAR_HEAD
+from mezo.models.spec import LINEAR_HEAD
 from mezo.run.adapter import save_adapter
 from mezo.run.header import initial_theta, make_header
 from mezo.runtimes.base import TokenCount

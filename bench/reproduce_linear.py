@@ -5,7 +5,7 @@ from reproduce_decoder import SEEDS, mean_std
 
 from mezo import MeZO
 
-OPTIONS = {"lr": 1e-2, "eps": 1e-3, "rule": "momentum", "momentum": 0.9}
+OPTIONS = {"lr": 1e-2, "eps": 1e-3, "rule": "momentum"}
 STEPS, TRAIN, TEST, SHIFT = 300, 1000, 1000, 0.7
 
 

@@ -70,7 +70,7 @@ def largest(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
 
 def against_transformers(config: Config, data: list[Example], n: int) -> dict:
     """Largest difference of option log-probabilities, cold and with everything cached that may be."""
-    plain = config.replace(runtime="hf", tp=1, trunk_cache="off")
+    plain = config.replace(runtime="hf", trunk_cache="off")
     with prepared(HFRuntime, plain, data) as runtime:
         expected = three_scores(runtime, n)
     with prepared(SGLangRuntime, config, data) as runtime:

@@ -1,17 +1,19 @@
 """MeZO: fine-tuning of language models with forward passes only, on fused parameter ops."""
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mezo.api import evaluate, train
+    from mezo.config import Config
     from mezo.optim import MeZO
 
-__all__ = ["MeZO"]
+__all__ = ["Config", "MeZO", "evaluate", "train"]
+_PLACES = {"Config": "mezo.config", "MeZO": "mezo.optim", "evaluate": "mezo.api", "train": "mezo.api"}
 
 
 def __getattr__(name: str):
-    """Import torch only when `mezo.MeZO` is asked for, so that `mezo --help` is quick."""
-    if name == "MeZO":
-        from mezo.optim import MeZO
-
-        return MeZO
+    """Import only what is asked for: torch and transformers take seconds, and `mezo --help` needs neither."""
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module 'mezo' has no attribute {name!r}")

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mezo.config import Config, refuse_contradiction
-from mezo.config.options import over
+from mezo.config.options import over, refuse_strangers
 from mezo.data.rewards import judges
 from mezo.errors import UserError
-from mezo.models.load import is_masked, load_tokenizer
+from mezo.models.load import Checkpoint, load_tokenizer
 from mezo.run import outcome
 from mezo.run.adapter import adapter_options, load_adapter
 from mezo.run.directory import RunDirectory, launch_id, refuse_existing
@@ -18,7 +18,7 @@ from mezo.run.header import INITIAL, initial_theta, make_header, starting_file
 from mezo.run.replay import rebuild, replay_records
 from mezo.run.stopping import stalled
 from mezo.run.trajectory import read_trajectory
-from mezo.runtimes.base import Runtime
+from mezo.runtimes.base import Follower, Runtime, require
 from mezo.tasks import load_splits, with_objective
 from mezo.training.evaluation import evaluate_split
 from mezo.training.ranks import Ranks
@@ -77,7 +77,7 @@ def follow(config: Config) -> dict:
         RunError: the engine ended before the trainer did.
     """
     with loaded(config, need="train") as (runtime, _, _):
-        runtime.follow()
+        require(runtime, Follower, "--engine-arg node_rank", other="sglang").follow()
     return {}
 
 
@@ -89,6 +89,7 @@ def with_adapter_options(config: Config) -> Config:
     fixed = {"adapter": path} | {name: value for name, value in adapter_options(path).items() if name != "model"}
     given = {name: value for name, value in config.to_dict().items() if name in config.given}
     refuse_contradiction(given, fixed, f"--adapter {path}")
+    refuse_strangers(Config.options(), given | fixed)
     return config.replace(**fixed)
 
 
@@ -144,7 +145,10 @@ def carry_on(
 
 
 def _carry_through(trainer: Trainer, ranks: Ranks, until: int | None) -> dict | None:
-    result = trainer.train(until)
+    try:
+        result = trainer.train(until)
+    finally:
+        trainer.run.release()
     ranks.close()
     return result
 
@@ -237,7 +241,8 @@ def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, d
     started = time.perf_counter()
     config.data.refuse_missing_files()
     tokenizer = load_tokenizer(config.model.base)
-    splits = load_splits(config, tokenizer, masked=is_masked(config.model.base))
+    checkpoint = Checkpoint.of(config.model.base)
+    splits = load_splits(config, tokenizer, masked=checkpoint.masked)
     if not config.method.eval_test:
         splits.pop("test", None)
     if need is not None and need not in splits:
@@ -249,7 +254,7 @@ def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, d
     for judge in judges(config.method).values():  # a reward that takes nothing is found before the model is loaded
         judge(next(iter(splits.values()))[0], "")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    runtime = _runtime(config, pad)
+    runtime = _runtime(config, pad, checkpoint)
     try:
         runtime.prepare(splits)
         yield runtime, splits, time.perf_counter() - started - runtime.seconds_filling
@@ -257,7 +262,7 @@ def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, d
         runtime.close()
 
 
-def _runtime(config: Config, pad: int) -> Runtime:
+def _runtime(config: Config, pad: int, checkpoint: Checkpoint) -> Runtime:
     """The runtime that --runtime names; the other one's libraries are not imported."""
     if config.machine.runtime.name == "sglang":
         try:
@@ -265,10 +270,10 @@ def _runtime(config: Config, pad: int) -> Runtime:
         except ImportError as error:
             raise UserError(f"--runtime sglang: {error}; install it: pip install 'mezo-kernels[sglang]'") from error
 
-        return SGLangRuntime(*config.for_runtime, pad)
+        return SGLangRuntime(*config.for_runtime, pad, checkpoint)
     from mezo.runtimes.hf.runtime import HFRuntime
 
-    return HFRuntime(*config.for_runtime, pad)
+    return HFRuntime(*config.for_runtime, pad, checkpoint)
 
 
 def _same_run(logged: dict, now: dict, path: str) -> None:
@@ -294,7 +299,7 @@ def _check_finished(run: RunDirectory) -> dict:
     different = outcome.difference(run, first_line, theta)
     if different:
         raise UserError(
-            f"{run.path}: {outcome.place(run, first_line['peft']).name}/ is not what the log gives"
+            f"{run.path}: {outcome.path(run, first_line['peft']).name}/ is not what the log gives"
             f" ({different} differs);"
             f" rebuild it with: mezo replay {run.path} --output-dir NEW"
         )

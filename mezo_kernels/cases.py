@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from mezo_kernels.layout import DTYPES, ParamLayout, ParamSlot
-from mezo_kernels.philox import STREAMS, tensor_id
+from mezo_kernels.philox import STREAMS, halves, tensor_id
 from mezo_kernels.rules import KINDS, Rule
 
 SEED = 2**63 + 5
@@ -20,10 +20,22 @@ STARTS = (0, 1, 2**31 - 2, 2**34 + 3)
 """First elements that begin a block of the counter, lie inside one, and lie beyond 32 bits."""
 
 
-def layout(device: str, dtype: torch.dtype) -> ParamLayout:
-    """Storage of every kind: contiguous, sharded by rows and by columns, strided, transposed, far into a parameter."""
+def layout(device: str, dtype: torch.dtype, written: bool = True) -> ParamLayout:
+    """Storage of every kind: contiguous, sharded by rows and by columns, strided, transposed, far into a parameter.
+
+    Args:
+        device: where the storage is.
+        dtype: float32, bfloat16 or float16.
+        written: whether it holds numbers; otherwise all of it is NaN.
+    Returns:
+        The same parameters and strides at every call, in new storage.
+    Raises:
+        ValueError: another dtype.
+    """
 
     def values(*shape: int) -> torch.Tensor:
+        if not written:
+            return torch.full(shape, torch.nan, dtype=dtype, device=device)
         # exact in every dtype, and the same on every machine
         count = torch.arange(math.prod(shape), dtype=torch.float32)
         return (((count * 37) % 256 - 128) / 64).view(shape).to(dtype).to(device)
@@ -42,14 +54,6 @@ def layout(device: str, dtype: torch.dtype) -> ParamLayout:
     )
 
 
-def _words(*seeds: int) -> list[int]:
-    return [half for seed in seeds for half in (seed & 0xFFFFFFFF, seed >> 32)]
-
-
-def _unwritten(theta: ParamLayout, dtype: torch.dtype) -> ParamLayout:
-    return theta.like([torch.full_like(t, torch.nan, dtype=dtype) for t in theta.tensors])
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -60,7 +64,7 @@ def of_perturb(device: str) -> Iterator[tuple[str, tuple]]:
         for distribution in STREAMS:
             theta = layout(device, dtype)
             label = f"{_name(dtype)} {distribution}"
-            yield label, (theta.tensors, [theta.geometry], 0.013, *_words(SEED), distribution)
+            yield label, (theta.tensors, [theta.geometry], 0.013, *halves([SEED]), distribution)
 
 
 def of_step(device: str) -> Iterator[tuple[str, tuple]]:
@@ -68,7 +72,7 @@ def of_step(device: str) -> Iterator[tuple[str, tuple]]:
     seeds, coefficients, decays = zip(*UPDATES, strict=True)
     for dtype in DTYPES:
         theta = layout(device, torch.float32)
-        (plus, more), (minus, less) = ([_unwritten(theta, dtype) for _ in range(2)] for _ in "+-")
+        (plus, more), (minus, less) = ([layout(device, dtype, written=False) for _ in range(2)] for _ in "+-")
         yield (
             _name(dtype),
             (
@@ -76,10 +80,10 @@ def of_step(device: str) -> Iterator[tuple[str, tuple]]:
                 [*plus.tensors, *more.tensors],
                 [*minus.tensors, *less.tensors],
                 [one.geometry for one in (theta, plus, more, minus, less)],
-                _words(*seeds),
+                halves([*seeds]),
                 list(coefficients),
                 list(decays),
-                _words(2**63, 9),
+                halves([2**63, 9]),
                 1e-3,
                 "normal",
             ),
@@ -87,13 +91,15 @@ def of_step(device: str) -> Iterator[tuple[str, tuple]]:
 
 
 def of_rule_step(device: str) -> Iterator[tuple[str, tuple]]:
-    """Two steps by every rule, of one and of two perturbations, then plus and minus in float32 and bfloat16."""
+    """Two steps by every rule, of one and of two perturbations, then plus and minus; the dtypes take turns."""
     numbers = [(-0.5, 1.0, 0.01, 0.999, 1.25), (0.3, 0.0, 0.02, 1.0, 1.5), (-2.0, 1.0, 0.02, 1.0, 1.5)]
     for i, rule in enumerate(RULES):
-        dtype = (torch.float32, torch.bfloat16)[i % 2]
+        dtype = DTYPES[i % len(DTYPES)]
         theta = layout(device, torch.float32)
-        state = [theta.like([torch.full_like(t, 0.25) for t in theta.tensors]) for _ in range(rule.states)]
-        plus, minus = _unwritten(theta, dtype), _unwritten(theta, dtype)
+        state = [layout(device, torch.float32) for _ in range(rule.states)]
+        for one in state:
+            torch._foreach_abs_(one.tensors)  # a second moment is not negative
+        plus, minus = (layout(device, dtype, written=False) for _ in "+-")
         yield (
             f"{rule.kind} {_name(dtype)}",
             (
@@ -104,9 +110,9 @@ def of_rule_step(device: str) -> Iterator[tuple[str, tuple]]:
                 [one.geometry for one in (theta, *state, plus, minus)],
                 KINDS[rule.kind],
                 rule.constants,
-                _words(2**64 - 1, 5, 6),
+                halves([2**64 - 1, 5, 6]),
                 [number for row in numbers for number in row],
-                _words(7),
+                halves([7]),
                 1e-2,
                 ("normal", "rademacher")[i // 2],
             ),
@@ -118,4 +124,4 @@ def of_standard_normal(device: str) -> Iterator[tuple[str, tuple]]:
     for distribution in STREAMS:
         for start in STARTS:
             label = f"{distribution} from {start}"
-            yield label, (*_words(SEED), tensor_id("w"), start, 3001, distribution, torch.device(device))
+            yield label, (*halves([SEED]), tensor_id("w"), start, 3001, distribution, torch.device(device))

@@ -2,6 +2,8 @@
 
 Everything that must hold for every op reads `OPS`: `verify`, the checks of torch.library, the tests on a GPU, the gate
 before benchmarks. A new op is an entry here; a new backend is a folder and an entry in `BACKENDS`.
+
+A backend is an implementation of all ops. An op goes to one of them by name or by device.
 """
 
 import importlib
@@ -63,6 +65,10 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+def _nothing(*arguments: Any) -> None:
+    """What an op returns that writes in place."""
+
+
 @dataclass(frozen=True)
 class Op:
     """One op, as torch.library knows it.
@@ -79,7 +85,7 @@ class Op:
     run: Callable[..., Any]
     device: Callable[..., torch.device]
     cases: Callable[[str], Iterator[tuple[str, tuple]]]
-    fake: Callable[..., Any] = lambda *arguments: None
+    fake: Callable[..., Any] = _nothing
 
     def __call__(self, *arguments):
         """Run on the backend that the last argument names."""
@@ -114,20 +120,11 @@ def check_backend(name: str | None, device: torch.device) -> None:
         raise ValueError(f"backend {name!r} is not available on {device}: {reason}")
 
 
-def call(op: str, *arguments):
+def call(op: str, *arguments: Any) -> Any:
     """An op by torch.library where somebody traces, and directly where nobody does: boxing 448 tensors costs 65 us."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return getattr(torch.ops.mezo_kernels, op)(*arguments)
     return OPS[op](*arguments)
-
-
-def halves(seeds: Sequence[int]) -> list[int]:
-    """Seeds as the schemas take them, low and high word of each: an int of torch has 63 bits.
-
-    >>> halves([2**32 + 5])
-    [5, 1]
-    """
-    return [half for seed in seeds for half in (seed & 0xFFFFFFFF, seed >> 32)]
 
 
 def _default(device: torch.device) -> str | None:
@@ -185,12 +182,17 @@ OPS: dict[str, Op] = {}
 """Every op by name."""
 
 
-def register(op: Op) -> None:
-    """Make an op known to torch.library and to everything that reads `OPS`."""
+def register(op: Op, library: torch.library.Library = _LIBRARY) -> None:
+    """Make an op known to torch.library and to everything that reads `OPS`.
+
+    Args:
+        op: that has no namesake in `OPS`.
+        library: that keeps the registration, which ends when the library is destroyed.
+    """
     OPS[op.name] = op
-    _LIBRARY.define(op.schema)
-    _LIBRARY.impl(op.name, op, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mezo_kernels::{op.name}", op.fake)
+    library.define(op.schema)
+    library.impl(op.name, op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mezo_kernels::{op.name}", op.fake, lib=library)
 
 
 for _op in (

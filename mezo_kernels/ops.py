@@ -11,7 +11,7 @@ import torch
 
 from mezo_kernels import dispatch
 from mezo_kernels.layout import ParamLayout, check_no_alias
-from mezo_kernels.philox import STREAMS, check_seed, tensor_id
+from mezo_kernels.philox import STREAMS, check_seed, halves, tensor_id
 from mezo_kernels.rules import KINDS, Rule, RuleUpdate
 
 
@@ -20,12 +20,16 @@ def perturb_(
 ) -> ParamLayout:
     """theta <- theta + scale * z(seed), in place, one pass over all parameters.
 
+    z is a vector of random numbers, one for each element of each parameter. An element's number depends on the seed, on
+    the parameter's name and on the element's index alone. It is drawn where it is needed and never stored.
+
     Args:
         layout: the parameters theta, float32, bfloat16 or float16.
-        scale: finite; rounded to float32.
+        scale: a finite float32 number; a Python float is rounded to float32.
         seed: 0 <= seed < 2**64.
-        distribution: "normal" or "rademacher".
-        backend: None (by device), "reference", "numba" or "triton".
+        distribution: of each number of z, "normal" (mean 0, variance 1) or "rademacher" (-1 or +1).
+        backend: which implementation runs, "reference", "numba" or "triton"; None chooses by the layout's device. All
+            give the same bits.
     Returns:
         `layout`.
     Raises:
@@ -39,8 +43,7 @@ def perturb_(
     _check(distribution, backend, layout.device)
     _finite("scale", scale)
     check_seed(seed)
-    low, high = seed & 0xFFFFFFFF, seed >> 32
-    dispatch.call("perturb_", layout.tensors, [layout.geometry], float(scale), low, high, distribution, backend)
+    dispatch.call("perturb_", layout.tensors, [layout.geometry], float(scale), *halves([seed]), distribution, backend)
     return layout
 
 
@@ -64,11 +67,14 @@ def step_(
     Args:
         layout: the master theta; float32 where plus and minus are asked for.
         updates: (seed, coefficient) or (seed, coefficient, decay) each: theta <- theta * decay - coefficient * z(seed).
-            The coefficient is lr * projected_grad; one that rounds to zero is skipped, so it changes no bit.
-        decay: 1 - lr * weight_decay, applied once before the updates; 1 is skipped.
-        next_seed, plus, minus: the next perturbation and the layouts it is written to (same parameters and blocks
-            as `layout`, any dtype and strides), or lists of equal length for several.
-        eps: perturbation scale, > 0; needed with `next_seed`.
+            0 <= seed < 2**64; the numbers are finite in float32. The coefficient is learning rate times projected
+            gradient. One that rounds to zero is skipped, so it changes no bit.
+        decay: 1 - learning rate * weight decay, finite, applied once before the updates; 1 is skipped.
+        next_seed: seed of the next perturbation, 0 <= next_seed < 2**64, or a list of several. None writes none.
+        eps: scale of the next perturbation, finite and > 0; needed with `next_seed`.
+        plus, minus: the layouts that theta + eps z and theta - eps z are written to: the parameters and blocks of
+            `layout`, any dtype and strides. Lists of as many as there are seeds where `next_seed` is a list.
+        distribution, backend: as in `perturb_`.
     Returns:
         `layout`.
     Raises:
@@ -97,10 +103,10 @@ def step_(
         [tensor for target in plus for tensor in target.tensors],
         [tensor for target in minus for tensor in target.tensors],
         [layout.geometry, *(target.geometry for target in (*plus, *minus))],
-        dispatch.halves([seed for seed, _, _ in passes]),
+        halves([seed for seed, _, _ in passes]),
         [float(coefficient) for _, coefficient, _ in passes],
         [float(factor) for _, _, factor in passes],
-        dispatch.halves(seeds),
+        halves(seeds),
         float(eps or 0.0),
         distribution,
         backend,
@@ -125,14 +131,16 @@ def rule_step_(
 
     Args:
         layout: the master theta, float32.
-        rule: what an update does.
-        state: `rule.states` layouts like the master, float32 (m; m and v), zeros at first.
-        updates: in order; with many this replays a run.
+        rule: what an update does to theta and to its state.
+        state: `rule.states` layouts of the parameters and blocks of `layout`, float32, zeros before the first update:
+            none for sign, m for momentum, m and v for Adam and AdamW.
+        updates: one a step, in order; with many this replays a run.
         next_seed, eps, plus, minus, distribution, backend: as in `step_`.
     Returns:
         `layout`.
     Raises:
-        ValueError: as `step_`; state that is not float32, or not of the same elements, or in the wrong number.
+        ValueError: as `step_`; state that is not float32, or not of the same elements, or in the wrong number; an
+            update without a seed, with another number of weights than seeds, or with t < 1.
 
     >>> w, m = torch.ones(2), torch.zeros(2)
     >>> theta = ParamLayout({"w": w})
@@ -163,9 +171,9 @@ def rule_step_(
         [layout.geometry, *(one.geometry for one in (*state, *plus, *minus))],
         KINDS[rule.kind],
         rule.constants,
-        dispatch.halves(all_seeds),
+        halves(all_seeds),
         numbers,
-        dispatch.halves(seeds),
+        halves(seeds),
         float(eps or 0.0),
         distribution,
         backend,
@@ -175,19 +183,26 @@ def rule_step_(
 
 
 def standard_normal(
-    seed: int, name: str, start: int, n_elements: int, device="cpu", backend: str | None = None
+    seed: int,
+    name: str,
+    start: int,
+    n_elements: int,
+    device: str | torch.device = "cpu",
+    backend: str | None = None,
 ) -> torch.Tensor:
     """z ~ N(0, 1) of elements start .. start + n_elements of the parameter `name`.
 
     Args:
         seed: 0 <= seed < 2**64.
-        name: canonical parameter name.
+        name: canonical name of the parameter, see `canonical_name`.
         start: row-major index of the first element in the full parameter, >= 0.
-        n_elements: how many, >= 0.
+        n_elements: how many, >= 0; start + n_elements < 2**63.
         device: where to put the result.
         backend: as in `perturb_`.
     Returns:
         float32 tensor (n_elements,), the same bits on every device and backend.
+    Raises:
+        ValueError: a bad seed or range; a backend that cannot run on the device.
 
     >>> standard_normal(0, "w", 0, 4)
     tensor([-0.2909,  0.3179, -0.8736,  1.5387])
@@ -196,9 +211,21 @@ def standard_normal(
 
 
 def rademacher(
-    seed: int, name: str, start: int, n_elements: int, device="cpu", backend: str | None = None
+    seed: int,
+    name: str,
+    start: int,
+    n_elements: int,
+    device: str | torch.device = "cpu",
+    backend: str | None = None,
 ) -> torch.Tensor:
-    """z uniform on {-1, +1} of elements start .. start + n_elements of the parameter `name`; see `standard_normal`.
+    """z uniform on {-1, +1} of elements start .. start + n_elements of the parameter `name`.
+
+    Args:
+        seed, name, start, n_elements, device, backend: as in `standard_normal`.
+    Returns:
+        float32 tensor (n_elements,), the same bits on every device and backend.
+    Raises:
+        ValueError: a bad seed or range; a backend that cannot run on the device.
 
     >>> rademacher(42, "w", 0, 8)
     tensor([ 1., -1., -1.,  1., -1.,  1.,  1., -1.])
@@ -212,8 +239,8 @@ def _elements(seed, name, start, n_elements, distribution, device, backend) -> t
     check_seed(seed)
     if not 0 <= start <= start + n_elements < 2**63:
         raise ValueError(f"expected 0 <= start and 0 <= n_elements, got start {start}, n_elements {n_elements}")
-    halves = seed & 0xFFFFFFFF, seed >> 32
-    return dispatch.call("standard_normal", *halves, tensor_id(name), start, n_elements, distribution, device, backend)
+    arguments = (*halves([seed]), tensor_id(name), start, n_elements, distribution, device, backend)
+    return dispatch.call("standard_normal", *arguments)
 
 
 def _pairs(layout, next_seed, eps, plus, minus):

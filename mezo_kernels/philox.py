@@ -7,6 +7,7 @@ polynomials of the Cephes library. Each float32 operation is rounded on its own.
 
 import math
 import zlib
+from collections.abc import Sequence
 
 import torch
 
@@ -15,6 +16,8 @@ STREAMS = {"normal": NORMAL, "rademacher": RADEMACHER}
 Z_STREAM_VERSION = 1
 SEED_OF_STEP = 0x6D657A6F  # "mezo": the stream word of the counter that yields the seeds of a run
 
+Word = int | torch.Tensor
+"""32 bits as an integer, or many of them in a tensor of int64."""
 _MASK = 0xFFFFFFFF
 _LOG = (-1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
         -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)  # fmt: skip
@@ -38,8 +41,24 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def philox_4x32(c0, c1, c2, c3, k0: int, k1: int):
-    """Philox4x32-10 on Python integers, or on int64 tensors of words (products wrap, which keeps both halves exact).
+def halves(seeds: Sequence[int]) -> list[int]:
+    """The low and the high 32 bits of each seed, one after the other: an int of torch.library has 63 bits.
+
+    >>> halves([2**32 + 5])
+    [5, 1]
+    """
+    return [half for seed in seeds for half in (seed & _MASK, seed >> 32)]
+
+
+def philox_4x32(c0: Word, c1: Word, c2: Word, c3: Word, k0: int, k1: int) -> tuple[Word, Word, Word, Word]:
+    """Philox4x32-10: four random words of a counter of four words, under a key of two.
+
+    Args:
+        c0, c1, c2, c3: words of the counter, in [0, 2**32): integers, or int64 tensors of one shape. A product of two
+            words wraps around in int64, which keeps both of its halves exact.
+        k0, k1: words of the key, in [0, 2**32).
+    Returns:
+        Four words, of the kind and shape of the counter's.
 
     >>> [hex(word) for word in philox_4x32(0, 0, 0, 0, 0, 0)]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
@@ -92,7 +111,7 @@ def box_muller(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 def normal_at(seed: int, tensor_id: int, index: torch.Tensor) -> torch.Tensor:
-    """z ~ N(0, 1) of the elements `index` (int64, any shape) of one parameter, float32."""
+    """z ~ N(0, 1) of some elements of one parameter; arguments and result as in `z_at`."""
     w0, w1, w2, w3 = _words(seed, tensor_id, index >> 2, NORMAL)
     second_pair = (index & 2) != 0
     even, odd = box_muller(torch.where(second_pair, w2, w0), torch.where(second_pair, w3, w1))
@@ -100,27 +119,47 @@ def normal_at(seed: int, tensor_id: int, index: torch.Tensor) -> torch.Tensor:
 
 
 def rademacher_at(seed: int, tensor_id: int, index: torch.Tensor) -> torch.Tensor:
-    """z uniform on {-1, +1} of the elements `index`: one bit each, 128 to a Philox block; a set bit means -1."""
+    """z uniform on {-1, +1}: a bit an element, 128 to a Philox block, a set bit means -1; arguments as in `z_at`."""
     word = torch.stack(_words(seed, tensor_id, index >> 7, RADEMACHER), -1)
     word = word.gather(-1, ((index >> 5) & 3).unsqueeze(-1)).squeeze(-1)
     return 1 - 2 * ((word >> (index & 31)) & 1).to(torch.float32)
 
 
 def z_at(seed: int, tensor_id: int, index: torch.Tensor, distribution: str) -> torch.Tensor:
-    """z of the elements `index` of one parameter, float32, for either distribution."""
+    """z of some elements of one parameter.
+
+    Args:
+        seed: 0 <= seed < 2**64.
+        tensor_id: number of the parameter, 0 <= tensor_id < 2**32; see `tensor_id`.
+        index: row-major indices of the elements in the full parameter, int64, any shape.
+        distribution: "normal" or "rademacher".
+    Returns:
+        float32 tensor of the shape of `index`.
+    """
     return (normal_at if distribution == "normal" else rademacher_at)(seed, tensor_id, index)
 
 
-def lora_init(run_seed: int, name: str, full_shape: tuple[int, int], row_start=0, rows=None, col_start=0, cols=None):
+def lora_init(
+    run_seed: int,
+    name: str,
+    full_shape: tuple[int, int],
+    row_start: int = 0,
+    rows: int | None = None,
+    col_start: int = 0,
+    cols: int | None = None,
+) -> torch.Tensor:
     """Initial lora_A of a run, or a block of it: Kaiming uniform with a = sqrt(5), drawn from stream 1.
 
     Args:
         run_seed: seed of the run, 0 <= run_seed < 2**64.
         name: canonical parameter name.
         full_shape: (r, fan_in) of the unsharded lora_A.
-        row_start, rows, col_start, cols: the block wanted; by default all of it.
+        row_start, col_start: first row and column of the block wanted, >= 0.
+        rows, cols: size of the block; None for all rows or all columns of lora_A.
     Returns:
         float32 tensor (rows, cols), uniform in [-b, b) with b = sqrt(6 / ((1 + 5) fan_in)).
+    Raises:
+        ValueError: a bad seed.
 
     >>> a = lora_init(0, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", (8, 576))
     >>> [f"{bits:08x}" for bits in a[0, :4].view(torch.int32).tolist()]
@@ -137,6 +176,15 @@ def lora_init(run_seed: int, name: str, full_shape: tuple[int, int], row_start=0
 
 def perturbation_seed(run_seed: int, step: int, k: int = 0) -> int:
     """Seed of perturbation k of a step: words w0 + 2**32 w1 of the Philox block (step, k) under key run_seed.
+
+    Args:
+        run_seed: seed of the run, 0 <= run_seed < 2**64.
+        step: number of the step, 0 <= step < 2**64.
+        k: number of the perturbation within its step, 0 <= k < 2**32.
+    Returns:
+        A seed in [0, 2**64).
+    Raises:
+        ValueError: a bad run_seed.
 
     >>> perturbation_seed(0, 1, 1)
     11884268794979519706

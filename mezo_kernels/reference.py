@@ -10,8 +10,21 @@ from mezo_kernels.philox import z_at
 CHUNK = 1 << 20  # elements drawn at a time; bounds the int64 temporaries at about 100 MB
 
 
-def standard_normal(seed: int, tensor_id: int, start: int, n_elements: int, distribution: str, device) -> torch.Tensor:
-    """z of the elements start .. start + n_elements of one parameter."""
+def standard_normal(
+    seed: int, tensor_id: int, start: int, n_elements: int, distribution: str, device: torch.device
+) -> torch.Tensor:
+    """z of the elements start .. start + n_elements of one parameter.
+
+    Args:
+        seed: 0 <= seed < 2**64.
+        tensor_id: number of the parameter, 0 <= tensor_id < 2**32; see `philox.tensor_id`.
+        start: row-major index of the first element in the full parameter, >= 0.
+        n_elements: how many, >= 0.
+        distribution: "normal" or "rademacher".
+        device: where the result is.
+    Returns:
+        float32 tensor (n_elements,).
+    """
     index = torch.arange(start, start + n_elements, dtype=torch.int64, device=device)
     return torch.cat([z_at(seed, tensor_id, chunk, distribution) for chunk in index.split(CHUNK)])
 
@@ -40,7 +53,15 @@ def _scalar(value: float, device) -> torch.Tensor:
 def perturb_(
     theta: list[torch.Tensor], geometry: list[torch.Tensor], scale: float, seed: int, distribution: str
 ) -> None:
-    """theta <- theta + (scale * z)."""
+    """theta <- theta + (scale * z).
+
+    Args:
+        theta: n tensors, one a parameter, float32, bfloat16 or float16; read and written.
+        geometry: one int64 tensor (n, 6), which elements they hold: see `layout.STRIDED` and the columns after it.
+        scale: a float32 number.
+        seed: of z, 0 <= seed < 2**64.
+        distribution: "normal" or "rademacher".
+    """
     for tensor, row in zip(theta, geometry[0].tolist(), strict=True):
         matrix = _matrix(tensor)
         for at, index in _blocks(tensor, row):
@@ -49,12 +70,26 @@ def perturb_(
 
 
 @torch.no_grad()
-def step_(theta, plus, minus, geometry, updates, next_seeds, eps: float, distribution: str) -> None:
-    """Apply `updates`, a list of (seed, coefficient, decay), then write theta +- eps z(next_seed) for each pair.
+def step_(
+    theta: list[torch.Tensor],
+    plus: list[torch.Tensor],
+    minus: list[torch.Tensor],
+    geometry: list[torch.Tensor],
+    updates: list[tuple[int, float, float]],
+    next_seeds: list[int],
+    eps: float,
+    distribution: str,
+) -> None:
+    """Apply `updates` in order, then write theta +- eps z(next_seed) for each pair of plus and minus.
 
     Args:
-        theta: n tensors, read and written.
-        plus, minus: n tensors for each of `next_seeds`, concatenated; written.
+        theta: n tensors, one a parameter; read and written. float32 where there are pairs.
+        plus, minus: n tensors for each of `next_seeds`, concatenated; any dtype and strides; written.
+        geometry: of theta and of each plus and minus, as in `perturb_`; the first one counts.
+        updates: (seed, coefficient, decay) each: theta * decay, then theta - (coefficient * z); float32 numbers.
+        next_seeds: seed of each pair, 0 <= seed < 2**64.
+        eps: a float32 number.
+        distribution: "normal" or "rademacher".
     """
     n = len(theta)
     for i, (tensor, row) in enumerate(zip(theta, geometry[0].tolist(), strict=True)):
@@ -78,16 +113,32 @@ def step_(theta, plus, minus, geometry, updates, next_seeds, eps: float, distrib
 
 @torch.no_grad()
 def rule_step_(
-    theta, state, plus, minus, geometry, kind, constants, updates, next_seeds, eps, distribution
-) -> None:  # fmt: skip
-    """Apply (seed, weight, last, rate, decay, root) updates, then write theta +- eps z(next_seed) for each pair.
+    theta: list[torch.Tensor],
+    state: list[torch.Tensor],
+    plus: list[torch.Tensor],
+    minus: list[torch.Tensor],
+    geometry: list[torch.Tensor],
+    kind: int,
+    constants: list[float],
+    updates: list[tuple[int, float, float, float, float, float]],
+    next_seeds: list[int],
+    eps: float,
+    distribution: str,
+) -> None:
+    """Apply `updates` by a rule with state, then write theta +- eps z(next_seed) for each pair of plus and minus.
 
     Args:
-        theta: n float32 tensors, read and written.
-        state: n tensors for each of the rule's states, concatenated; read and written.
-        plus, minus: n tensors for each of `next_seeds`, concatenated; written.
-        kind, constants: as in `mezo_kernels.rules`.
-        updates: the rows of a step follow each other, and the rule acts at its `last`.
+        theta: n float32 tensors, one a parameter; read and written.
+        state: n float32 tensors for each of the rule's states, concatenated; read and written.
+        plus, minus: n tensors for each of `next_seeds`, concatenated; any dtype and strides; written.
+        geometry: of theta, of each state and of each plus and minus, as in `perturb_`; the first one counts.
+        kind: code of the rule, one of `rules.KINDS`.
+        constants: six float32 numbers, `Rule.constants`.
+        updates: (seed, weight, last, rate, decay, root) each, one a perturbation; those of a step follow each other.
+            The estimate gains weight * z(seed). Where `last` is not 0 the rule acts on it once, by the other numbers.
+        next_seeds: seed of each pair, 0 <= seed < 2**64.
+        eps: a float32 number.
+        distribution: "normal" or "rademacher".
     """
     n = len(theta)
     for i, (tensor, row) in enumerate(zip(theta, geometry[0].tolist(), strict=True)):

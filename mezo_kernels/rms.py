@@ -1,4 +1,8 @@
-"""The root mean square of z over all parameters of a run: one number, the same bits wherever it is computed."""
+"""The root mean square of z over all parameters of a run: one number, the same bits wherever it is computed.
+
+This is no op of `dispatch.OPS`. It writes no parameter and has no kernel: it draws z by the op `standard_normal`, piece
+by piece, and adds in integers. So every backend gives its bits without code of its own for it.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +17,7 @@ FRACTION = 36  # bits after the point; z**2 < 2**6, so a chunk's sum stays below
 
 
 def root_mean_square(
-    shapes: Mapping[str, Sequence[int]], seed: int, *, device="cpu", backend: str | None = None
+    shapes: Mapping[str, Sequence[int]], seed: int, *, device: str | torch.device = "cpu", backend: str | None = None
 ) -> float:
     """sqrt(sum z(seed)**2 / d) over the d elements of all parameters, under normal z.
 
@@ -23,7 +27,10 @@ def root_mean_square(
     Args:
         shapes: full shape of each parameter by canonical name; their order does not matter.
         seed: 0 <= seed < 2**64.
-        device, backend: where and how z is drawn.
+        device: where z is drawn; at most 1,048,576 elements of it are kept at a time.
+        backend: as in `perturb_`.
+    Returns:
+        A number > 0 as Python's float.
     Raises:
         ValueError: no elements; a bad seed or backend.
 

@@ -31,7 +31,7 @@ def tiny_data(tmp_path_factory):
 
 @pytest.fixture
 def tiny_options(tiny_model, tiny_data, tmp_path):
-    """Options of a 40-step run: last-layer LoRA, evaluated every 10 steps."""
+    """Options of a 40-step run: last-layer LoRA, evaluated every 10 steps, without the page, which takes as long."""
     return {
         "model": tiny_model,
         **tiny_data,
@@ -45,6 +45,7 @@ def tiny_options(tiny_model, tiny_data, tmp_path):
         "lr": 1e-2,
         "eps": 1e-2,
         "eval_every": 10,
+        "report": False,
     }
 
 

@@ -71,23 +71,23 @@ def test_a_reward_of_your_own(tmp_path, monkeypatch):
     run, reward = tmp_path / "run", f"{EXAMPLES / 'reward.py'}:cheer"
     options = ["--task", "replies", "--objective", "reward", "--reward", reward, "--max-new-tokens", "6"]
     size = ["--output-dir", str(run), "--steps", "4", "--batch-size", "4"]
-    assert main.main(["train", "--model", save("llama", tmp_path / "model"), *options, *size]) == 0
+    assert main(["train", "--model", save("llama", tmp_path / "model"), *options, *size]) == 0
     result = json.loads((run / "result.json").read_text())
     assert all(row["reward"] is not None for row in result["dev"])
     assert result["test"]["after"]["accuracy"] is None
-    assert main.main(["train", "--resume", str(run)]) == 0
+    assert main(["train", "--resume", str(run)]) == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "roberta"])
 def test_a_task_of_your_own(family, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
     tasks.register(load("own_task").WEATHER)
-    assert main.main(["tasks"]) == 0
+    assert main(["tasks"]) == 0
     assert "    fills a mask \"{report} The weather is<mask>.\"  ' terrible' ' great'\n" in capsys.readouterr().out
     run = tmp_path / "run"
     options = ["--task", "weather", "--output-dir", str(run), "--steps", "4", "--batch-size", "4"]
-    assert main.main(["train", "--model", save(family, tmp_path / "model"), *options]) == 0
+    assert main(["train", "--model", save(family, tmp_path / "model"), *options]) == 0
     result = json.loads((run / "result.json").read_text())
     assert [row["step"] for row in result["dev"]] == [0, 1, 2, 3, 4]
     assert result["test"]["after"]["accuracy"] is not None
-    assert main.main(["train", "--resume", str(run)]) == 0
+    assert main(["train", "--resume", str(run)]) == 0

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mezo_kernels import dispatch
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("mezo_kernels", "mezo")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -23,18 +25,20 @@ LAYERS = (
     ("mezo.data", "mezo.models"),
     ("mezo.config", "mezo.optim"),
     ("mezo.method",),
-    ("mezo_kernels", "mezo.errors", "mezo.ranges"),
+    ("mezo_kernels", "mezo.errors", "mezo.ranges", "mezo.atomic"),
 )
 """Packages from top to bottom: a module imports its own package, and packages below its own. Neighbours on one line
 do not know each other, but for `NEIGHBOURS`."""
 NEIGHBOURS = {("mezo", "mezo.api")}
-BACKENDS = ("mezo_kernels.reference", "mezo_kernels.numba", "mezo_kernels.triton")
+BACKENDS = tuple(backend.module for backend in dispatch.BACKENDS.values())
 """Backends of the ops: they agree by test, not by sharing code."""
 LIBRARIES = {
     "mezo_kernels": {"torch", "triton", "numba", "llvmlite", "numpy"},
     "transformers": ("mezo.models", "mezo.runtimes", "mezo.data", "mezo.tasks"),
     "peft": ("mezo.models",),
     "sglang": ("mezo.runtimes.sglang",),
+    "matplotlib": ("mezo.report.figures",),
+    "optuna": ("mezo.studies.tune",),
 }
 """What `mezo_kernels` may import besides the standard library; and the packages that may import a model library."""
 
@@ -138,7 +142,7 @@ def test_backends_agree_by_test_and_not_by_sharing_code():
         assert not [other for other in found if any(inside(other, backend) for backend in others)]
 
 
-@pytest.mark.parametrize("library", ["transformers", "peft", "sglang"])
+@pytest.mark.parametrize("library", ["transformers", "peft", "sglang", "matplotlib", "optuna"])
 def test_model_libraries_stay_in_their_places(library):
     users = {name for name, found in IMPORTS.items() if any(inside(other, library) for other in found)}
     assert users
@@ -165,6 +169,13 @@ def test_import_is_light(package):
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert package in run.stdout.split()
     assert not {name.split(".")[0] for name in run.stdout.split()} & set(heavy)
+
+
+def test_matplotlib_and_optuna_wait():
+    """They take a second to import: a run needs one at its end alone, and only a sweep needs the other."""
+    late = {"matplotlib", "optuna"}
+    code = f"import sys, mezo.api, mezo.cli.tune, mezo.studies.demo; sys.exit(bool({late} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_the_reader_of_imports_sees_every_form():

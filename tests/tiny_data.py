@@ -21,8 +21,9 @@ def flags_of(options):
     """Options as a command line."""
     argv = []
     for name, value in options.items():
-        argv.append("--" + name.replace("_", "-"))
-        if value is True:
+        flag = name.replace("_", "-")
+        argv.append(f"--no-{flag}" if value is False else f"--{flag}")
+        if isinstance(value, bool):
             continue
         argv += [str(v) for v in value] if isinstance(value, (tuple, list)) else [str(value)]
     return argv

@@ -12,7 +12,7 @@ from mezo.errors import RunError, UserError
 
 COMMANDS = {
     "Start here": {
-        "demo": "fine-tune a small model on movie reviews, from download to plots",
+        "demo": "fine-tune a small model on movie reviews, from download to a report",
         "tasks": "list what --task takes: prompts, answers, objectives",
     },
     "Train": {

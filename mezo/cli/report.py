@@ -15,13 +15,16 @@ from mezo.errors import UserError
 class Options:
     """Print what finished runs did (results, noise, tokens, seconds by part), and write it with curves as a web page.
 
-    The page is one file that opens offline: RUN/report.html, or --html. Several runs share a page if --html names one.
+    The page is one file that opens offline: RUN/report.html, which a run writes at its end, or --html. Several runs
+    share a page if --html names one.
     """
 
     runs: Annotated[tuple[str, ...], POSITIONAL] = ()
     """Run directories."""
     html: str = ""
     """The page; by default report.html in the run directory, of one run."""
+    png: str = ""
+    """Directory for the page's figures as PNG pictures, made if missing; pictures of the same names are replaced."""
 
 
 def main(argv: list[str]) -> int:
@@ -46,4 +49,7 @@ def main(argv: list[str]) -> int:
         path = Path(options.html) if options.html else Path(options.runs[0]) / "report.html"
         page.write(options.runs, path)
         console.print(f"page: {path}", soft_wrap=True, markup=False)
+    if options.png:
+        for path in page.write_pictures(options.runs, Path(options.png)):
+            console.print(f"picture: {path}", soft_wrap=True, markup=False)
     return 0

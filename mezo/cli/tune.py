@@ -1,7 +1,7 @@
 """`mezo tune`: its options, and what it prints."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +16,8 @@ class Options:
     """Choose lr and eps for a run: all its options as for `mezo train`, and --output-dir for the sweep.
 
     lr and eps are estimated from the noise and the curvature of the loss, then short runs around them are compared by
-    dev loss; at every comparison (rung) half of them go on.
+    dev loss (by Optuna); a run goes on after a rung if it is in the better half of those before it. --resume DIR,
+    alone, continues a sweep.
     """
 
     config: str = ""
@@ -24,13 +25,15 @@ class Options:
     resume: str = ""
     """Directory of a sweep that was stopped: it goes on; no other option may be given beside it."""
     grid_lr: tuple[float, ...] = ()
-    """Learning rates to try; by default 0.1, 0.3, 1 and 3 times the estimated one."""
+    """Learning rates to try; by default they are sought from a tenth of the estimated one to ten times it."""
     grid_eps: tuple[float, ...] = ()
-    """Perturbation scales (eps) to try; by default the estimated one."""
+    """Perturbation scales to try; by default they are sought from a third of the estimated one to three times it."""
     rungs: int = 3
-    """Comparisons; each has twice the steps of the one before, and half of the runs."""
+    """Comparisons of trials, each after twice the steps of the one before."""
     trial_steps: int = 0
-    """Steps at the last comparison; 0 is a quarter of --steps."""
+    """Steps of the last rung; 0 is a quarter of --steps."""
+    num_trials: int = 0
+    """Trials; 0 is 8, or every pair where both grids are given."""
 
 
 def main(argv: list[str]) -> int:
@@ -39,7 +42,7 @@ def main(argv: list[str]) -> int:
     path = values.pop("resume", "")
     if path and values:
         raise UserError(f"mezo tune --resume {path} takes no other option, got {next(iter(values))}: the plan is fixed")
-    own = {name: values.pop(name) for name in ("grid_lr", "grid_eps", "rungs", "trial_steps") if name in values}
+    own = {field.name: values.pop(field.name) for field in fields(Options) if field.name in values}
     config = None if path else Config.of(**values)
     from mezo.studies import tune
 

@@ -79,8 +79,8 @@ class Config:
     def of_run(cls, values: Mapping[str, Any]) -> Self:
         """A configuration from a run's config.json.
 
-        Up to version 1 of this file it held every option, also those of other tunings, runtimes and rules: they are
-        left out where they have their default, or say nothing about what is computed.
+        It may hold options of tunings, runtimes and rules that were not chosen, as programs before this one wrote all.
+        They are left out where they have their default, or say nothing about what is computed.
         """
         options = cls.options()
         values = typed_values(options, values)

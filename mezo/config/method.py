@@ -135,6 +135,8 @@ class Evaluation:
     noise: Annotated[bool, RESUMABLE] = True
     """At every evaluation score one batch four times at theta itself, and report the noise that this puts on the
     estimates, how they spread over examples and directions, and what rounding leaves of a perturbation."""
+    report: Annotated[bool, RESUMABLE] = True
+    """Write report.html, a page with tables and curves, at the end of the run; `mezo report` writes it at any time."""
     true_gradient: Annotated[bool, RESUMABLE] = False
     """At every evaluation compare the estimate with the gradient itself, by autograd; with --runtime hf, for models
     small enough."""

@@ -91,7 +91,7 @@ class Option:
     @property
     def owner(self) -> str:
         """Whose it is, such as "--tuning lora or prefix"; "" if it belongs to every run."""
-        return f"{flag_of(self.choice)} {' or '.join(self.kinds)}" if self.choice else ""
+        return f"{flag_of(self.choice)} {' or '.join(sorted(self.kinds))}" if self.choice else ""
 
 
 def flag_of(name: str) -> str:
@@ -103,7 +103,6 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-@functools.cache
 def options_of(root: type) -> dict[str, Option]:
     """Every option by its flat name: those of the groups that are the fields of `root`, in order.
 
@@ -219,7 +218,7 @@ def over(options: Mapping[str, Option], base: Mapping[str, Any], given: Mapping[
 
 def shown(value: Any) -> str:
     """A value as in an error."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) or "(nothing)" if isinstance(value, tuple) else str(value)
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:

@@ -1,20 +1,20 @@
-"""Rows as they are stored to records of one form: fields, options, label; each mistake named with its line."""
+"""Rows as they are stored to items of one form: fields, options, label; each mistake named with its line."""
 
 from collections.abc import Iterable, Sequence
 
-from mezo.data.task import Record, Row, Task
+from mezo.data.task import Item, Row, Task
 from mezo.errors import UserError
 
 
-def records_of(
+def items_of(
     task: Task,
     split: str,
     rows: Iterable[Row],
     template_fields: Sequence[str],
     label_words: Sequence[str] = (),
     min_options: int = 2,
-) -> list[Record]:
-    """Checked records of one split; rows without an answer are left out.
+) -> list[Item]:
+    """Checked items of one split; rows without an answer are left out.
 
     Args:
         task: whose rows they are.
@@ -28,20 +28,20 @@ def records_of(
         UserError: no rows, a missing field, a label or answer that is none of the options.
 
     >>> task = Task("mine", dict)
-    >>> records_of(task, "train", [{"text": "Fun.", "label": 1}], ["text"], [" bad", " good"])[0].label
+    >>> items_of(task, "train", [{"text": "Fun.", "label": 1}], ["text"], [" bad", " good"])[0].label
     1
     """
     source = task.sources.get(split, f"{task.name} {split}")
-    records, empty = [], True
+    items, empty = [], True
     for line, stored in enumerate(rows, 1):
         empty, where = False, f"{source} line {line}"
         row = _answered(task, stored, where)
         if row is not None:
-            records.append(_record(row, where, template_fields, label_words, min_options))
-    if not records:
+            items.append(_item(row, where, template_fields, label_words, min_options))
+    if not items:
         what = "is empty" if empty else "has no row with a known answer"
         raise UserError(f"{source} {what}: give at least one example")
-    return records
+    return items
 
 
 def _answered(task: Task, stored: Row, where: str) -> Row | None:
@@ -56,15 +56,13 @@ def _answered(task: Task, stored: Row, where: str) -> Row | None:
         raise UserError(f"{where} is not as task {task.name} stores its rows ({error}): correct it") from error
 
 
-def _record(
-    row: Row, where: str, template_fields: Sequence[str], label_words: Sequence[str], min_options: int
-) -> Record:
+def _item(row: Row, where: str, template_fields: Sequence[str], label_words: Sequence[str], min_options: int) -> Item:
     fields = {name: _field(row, name, where) for name in template_fields}
     if label_words:
         options, label = tuple(label_words), _label(row, len(label_words), where)
-        return Record(fields, options, label, where, references=(options[label].strip(),), row=row)
+        return Item(fields, options, label, where, references=(options[label].strip(),), row=row)
     if not min_options and "options" not in row:
-        return Record(fields, (), 0, where, row=row)
+        return Item(fields, (), 0, where, row=row)
     options = _options(row, min_options, where)
     label = _answer(row, options, where)
     references = _texts(row, "references", where) or (options[label].strip(),)
@@ -72,7 +70,7 @@ def _record(
     if names and (len(names) != len(options) or names[label] not in references):
         wanted = "option_names must be one an option, the right one's among references"
         raise UserError(f"{where}: {wanted}, got {names!r:.60}: correct them")
-    return Record(fields, options, label, where, references=references, names=names, row=row)
+    return Item(fields, options, label, where, references=references, names=names, row=row)
 
 
 def _texts(row: Row, name: str, where: str) -> tuple[str, ...]:

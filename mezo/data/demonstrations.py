@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mezo.config import Data
 from mezo.data.sampling import class_pool, take_balanced
-from mezo.data.task import Record
+from mezo.data.task import Item
 from mezo.data.template import Template
 from mezo.data.tokenization import prompt_lengths
 from mezo.errors import UserError
@@ -18,8 +18,8 @@ SEPARATOR = "\n\n"
 log = logging.getLogger(__name__)
 
 
-def draw_demonstrations(train: Sequence[Record], data: Data) -> list[Record]:
-    """`num_demonstrations` records, balanced over classes where there are classes, in a shuffled order.
+def draw_demonstrations(train: Sequence[Item], data: Data) -> list[Item]:
+    """`num_demonstrations` items, balanced over classes where there are classes, in a shuffled order.
 
     A pure function of (data_seed, train).
 
@@ -34,32 +34,32 @@ def draw_demonstrations(train: Sequence[Record], data: Data) -> list[Record]:
     return [train[i] for i in sorted(take_balanced(pool, number), key=order.__getitem__)]
 
 
-def demonstration(record: Record, template: Template) -> str:
-    """A record with its right answer, as it stands in front of a prompt: in the mask's place, or after the prompt.
+def demonstration(item: Item, template: Template) -> str:
+    """An item with its right answer, as it stands in front of a prompt: in the mask's place, or after the prompt.
 
-    >>> record = Record({"text": "Fun."}, (" bad", " good"), 1, "")
-    >>> demonstration(record, Template.parse("{text} It was<mask>.", "text"))
+    >>> item = Item({"text": "Fun."}, (" bad", " good"), 1, "")
+    >>> demonstration(item, Template.parse("{text} It was<mask>.", "text"))
     'Fun. It was good.\\n\\n'
-    >>> demonstration(record, Template.parse("{text} It was", "text"))
+    >>> demonstration(item, Template.parse("{text} It was", "text"))
     'Fun. It was good\\n\\n'
     """
-    answer = record.options[record.label]
-    text = template.render(record.fields, answer) if template.has_mask else template.render(record.fields) + answer
+    answer = item.options[item.label]
+    text = template.render(item.fields, answer) if template.has_mask else template.render(item.fields) + answer
     return text.strip() + SEPARATOR
 
 
 def put_before(
-    records: Sequence[Record],
-    demonstrations: Sequence[Record],
+    items: Sequence[Item],
+    demonstrations: Sequence[Item],
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     masked: bool,
-) -> list[Record]:
-    """The records with the demonstrations in front that fit the token budget; no record's own text is cut for one.
+) -> list[Item]:
+    """The items with the demonstrations in front that fit the token budget; no item's own text is cut for one.
 
     Args:
-        records: those that are tested.
+        items: those that are tested.
         demonstrations: in order; one that does not fit is left out, and said so.
         template: the prompt of both.
         tokenizer: the model's.
@@ -69,25 +69,23 @@ def put_before(
     Raises:
         UserError: a demonstration holds the tokenizer's mask token.
     """
-    texts = [demonstration(record, template) for record in demonstrations]
+    texts = [demonstration(item, template) for item in demonstrations]
     mask = tokenizer.mask_token if masked else None
-    for text, record in zip(texts, demonstrations, strict=True):
+    for text, item in zip(texts, demonstrations, strict=True):
         if mask and mask in text:
-            raise UserError(f"{record.where}: a demonstration must have no mask: remove {mask} from the text")
+            raise UserError(f"{item.where}: a demonstration must have no mask: remove {mask} from the text")
     sizes = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    chosen = [_fitting(sizes, max_length - length) for length in prompt_lengths(records, template, tokenizer, masked)]
+    chosen = [_fitting(sizes, max_length - length) for length in prompt_lengths(items, template, tokenizer, masked)]
     # Joined, texts may take a token more than counted apart: leave out the last until all fit.
     while True:
-        made = [
-            replace(record, before="".join(texts[i] for i in own)) for record, own in zip(records, chosen, strict=True)
-        ]
+        made = [replace(item, before="".join(texts[i] for i in own)) for item, own in zip(items, chosen, strict=True)]
         lengths = prompt_lengths(made, template, tokenizer, masked)
         over = [i for i, length in enumerate(lengths) if length > max_length and chosen[i]]
         if not over:
             break
         for i in over:
             chosen[i].pop()
-    _say_what_is_missing([len(own) for own in chosen], len(texts), max_length, records[0].where)
+    _say_what_is_missing([len(own) for own in chosen], len(texts), max_length, items[0].where)
     return made
 
 

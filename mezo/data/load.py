@@ -5,11 +5,11 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from mezo.config import Data, Method
-from mezo.data.checking import records_of
+from mezo.data.checking import items_of
 from mezo.data.demonstrations import draw_demonstrations, put_before
 from mezo.data.example import Example
 from mezo.data.sampling import sample
-from mezo.data.task import Prompt, Record, Task
+from mezo.data.task import Item, Prompt, Task
 from mezo.data.template import Template
 from mezo.data.tokenization import encode
 from mezo.errors import UserError
@@ -49,11 +49,11 @@ def examples_of(
     right_alone = not any(name in method.objectives for name in ("cross_entropy", "accuracy"))
     # a reward alone asks for no right answer
     min_options = 0 if not method.scores and not _needs_references(method) else 1 if right_alone else 2
-    records = {
-        split: records_of(task, split, rows, template.fields, prompt.label_words, min_options)
+    items = {
+        split: items_of(task, split, rows, template.fields, prompt.label_words, min_options)
         for split, rows in task.load().items()
     }
-    kept = sample(records, data, task.dev_size)
+    kept = sample(items, data, task.dev_size)
     if data.num_demonstrations:
         if "train" not in kept or len(kept) == 1:
             missing = "test" if "train" in kept else "train"
@@ -82,29 +82,29 @@ def _prompt(task: Task, data: Data, masked: bool) -> Prompt:
     return Prompt(data.prompt or given.template, words, given.text_field)
 
 
-def _right_alone(record: Record) -> Record:
+def _right_alone(item: Item) -> Item:
     """Without the wrong options; one without options has nothing to lose."""
-    options, names = record.options[record.label :][:1], record.names[record.label :][:1]
-    return replace(record, options=options, names=names, label=0)
+    options, names = item.options[item.label :][:1], item.names[item.label :][:1]
+    return replace(item, options=options, names=names, label=0)
 
 
-def _one_right(record: Record) -> Record:
+def _one_right(item: Item) -> Item:
     """Of several right options, the labelled one alone: a loss over the options has one right."""
-    twins = {i for i, name in enumerate(record.names) if name in record.references and i != record.label}
+    twins = {i for i, name in enumerate(item.names) if name in item.references and i != item.label}
     if not twins:
-        return record
-    kept = [i for i in range(len(record.options)) if i not in twins]
-    options, names = (tuple(values[i] for i in kept) for values in (record.options, record.names))
-    return replace(record, options=options, names=names, label=kept.index(record.label))
+        return item
+    kept = [i for i in range(len(item.options)) if i not in twins]
+    options, names = (tuple(values[i] for i in kept) for values in (item.options, item.names))
+    return replace(item, options=options, names=names, label=kept.index(item.label))
 
 
 def _needs_references(method: Method) -> bool:
     return method.generate == "on" or "f1" in method.objectives
 
 
-def _as_judged(records: list[Record], method: Method) -> list[Record]:
+def _as_judged(items: list[Item], method: Method) -> list[Item]:
     """Without what nobody reads: an example, and the hash of the data, hold what the run depends on."""
-    made = records
+    made = items
     if not _needs_references(method):
-        made = [replace(record, references=record.references if record.names else ()) for record in made]
-    return made if "reward" in method.objectives else [replace(record, row={}) for record in made]
+        made = [replace(item, references=item.references if item.names else ()) for item in made]
+    return made if "reward" in method.objectives else [replace(item, row={}) for item in made]

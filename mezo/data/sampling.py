@@ -1,40 +1,40 @@
-"""Which records a run keeps: a pure function of (data_seed, split), the same on every machine and library version."""
+"""Which items a run keeps: a pure function of (data_seed, split), the same on every machine and library version."""
 
 import hashlib
 from collections.abc import Sequence
 
 from mezo.config import Data
-from mezo.data.task import Record
+from mezo.data.task import Item
 from mezo.errors import UserError
 
 Pool = dict[int, list[int]]
 """Indices by class, each class in its shuffled order: a prefix of it is a random sample."""
 
 
-def sample(records: dict[str, list[Record]], data: Data, dev_size: int = 0) -> dict[str, list[Record]]:
-    """The records that k_shot and num_* keep, in their original order.
+def sample(items: dict[str, list[Item]], data: Data, dev_size: int = 0) -> dict[str, list[Item]]:
+    """The items that k_shot and num_* keep, in their original order.
 
     Where there is no dev split and `dev_size` is not 0, dev comes from train: the two take opposite ends of one
     shuffled order, so that they are disjoint and neither depends on the size of the other.
 
     Args:
-        records: all records by split.
+        items: all items by split.
         data: k_shot, num_train, num_dev, num_test, data_seed.
         dev_size: the most examples cut from train for dev where the configuration gives no number; 0: no dev.
 
     Raises:
         UserError: more asked for than there is, or a number for a split that is not there.
     """
-    cut_dev = "dev" not in records and "train" in records and dev_size > 0
+    cut_dev = "dev" not in items and "train" in items and dev_size > 0
     for split in ("dev", "test"):
         number = getattr(data, f"num_{split}")
-        if number and split not in records and not (split == "dev" and cut_dev):
+        if number and split not in items and not (split == "dev" and cut_dev):
             raise UserError(f"--num-{split} is {number}, but there is no {split} set: give --{split}-file")
-    pools = {split: _pool(rows, data, split) for split, rows in records.items()}
+    pools = {split: _pool(rows, data, split) for split, rows in items.items()}
     kept = {split: _select(pool, data, split) for split, pool in pools.items()}
     if cut_dev:
         kept |= _cut_dev(pools["train"], kept["train"], data, dev_size)
-    return {split: [records[split if split in records else "train"][i] for i in sorted(kept[split])] for split in kept}
+    return {split: [items[split if split in items else "train"][i] for i in sorted(kept[split])] for split in kept}
 
 
 def shuffled_classes(labels: Sequence[int], classes: int, seed: int, split: str) -> Pool:
@@ -67,21 +67,26 @@ def balanced_quotas(sizes: Sequence[int], number: int) -> list[int]:
     return quotas
 
 
-def class_pool(records: Sequence[Record], seed: int, split: str) -> Pool:
-    """Records by class, each class shuffled; records with options of their own have no classes and are one.
+def class_pool(items: Sequence[Item], seed: int, split: str) -> Pool:
+    """Items by class, each class shuffled; items with options of their own have no classes and are one.
 
-    >>> class_pool([Record({}, (" no", " yes"), label, "") for label in (0, 1, 1)], 0, "train")
+    Args:
+        items: of one split, at least one.
+        seed: the run's data_seed.
+        split: its name, or any other that is to have an order of its own.
+
+    >>> class_pool([Item({}, (" no", " yes"), label, "") for label in (0, 1, 1)], 0, "train")
     {0: [0], 1: [1, 2]}
     """
-    labels, classes = [record.label for record in records], len(records[0].options)
-    if not share_options(records) or not classes:
-        labels, classes = [0] * len(records), 1
+    labels, classes = [item.label for item in items], len(items[0].options)
+    if not share_options(items) or not classes:
+        labels, classes = [0] * len(items), 1
     return shuffled_classes(labels, classes, seed, split)
 
 
-def share_options(records: Sequence[Record]) -> bool:
-    """Whether all records have the same options: these are classes then."""
-    return all(record.options == records[0].options for record in records)
+def share_options(items: Sequence[Item]) -> bool:
+    """Whether all items have the same options: these are classes then."""
+    return all(item.options == items[0].options for item in items)
 
 
 def take_balanced(pool: Pool, number: int) -> list[int]:
@@ -94,13 +99,13 @@ def take_balanced(pool: Pool, number: int) -> list[int]:
     return [i for indices, quota in zip(pool.values(), quotas, strict=True) for i in indices[:quota]]
 
 
-def _pool(records: Sequence[Record], data: Data, split: str) -> Pool:
+def _pool(items: Sequence[Item], data: Data, split: str) -> Pool:
     by_class = data.k_shot and split != "test"
-    if by_class and not share_options(records):
-        raise UserError(f"--k-shot needs the same options in every record of {split}: use --num-{split}")
+    if by_class and not share_options(items):
+        raise UserError(f"--k-shot needs the same options in every example of {split}: use --num-{split}")
     if not by_class and data.balance == "off":
-        return shuffled_classes([0] * len(records), 1, data.data_seed, split)
-    return class_pool(records, data.data_seed, split)
+        return shuffled_classes([0] * len(items), 1, data.data_seed, split)
+    return class_pool(items, data.data_seed, split)
 
 
 def _select(pool: Pool, data: Data, split: str) -> list[int]:

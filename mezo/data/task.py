@@ -75,8 +75,8 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Record:
-    """One checked row.
+class Item:
+    """A row that has been checked: what stands between a stored `Row` and a tokenised `Example`.
 
     Args:
         fields: the values that the template takes.

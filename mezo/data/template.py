@@ -1,4 +1,4 @@
-"""Prompt templates: `{field}` takes a field of the record, `<mask>` becomes the tokenizer's mask token."""
+"""Prompt templates: `{field}` takes a field of the item, `<mask>` becomes the tokenizer's mask token."""
 
 import string
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ MASK = "<mask>"
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt around a record's fields.
+    """A prompt around an item's fields.
 
     Args:
         text: literal text with `{field}` placeholders; `{{` and `}}` are braces, and the two characters `\\n` stand for
@@ -64,12 +64,12 @@ class Template:
         return any(MASK in literal for literal, _ in self.pieces)
 
     def with_mask(self, mask_token: str) -> "Template":
-        """The same template with `<mask>` replaced; the record's own text is left alone."""
+        """The same template with `<mask>` replaced; the item's own text is left alone."""
         pieces = tuple((literal.replace(MASK, mask_token), field) for literal, field in self.pieces)
         return Template(self.text, pieces, self.cut)
 
     def render(self, fields: Mapping[str, str], mask_token: str = MASK) -> str:
-        """The prompt of one record."""
+        """The prompt of one item."""
         return "".join(
             literal.replace(MASK, mask_token) + (fields[field] if field else "") for literal, field in self.pieces
         )

@@ -1,4 +1,4 @@
-"""Records to token ids: each option is tokenised together with its prompt, and only the text is cut to the budget."""
+"""Items to token ids: each option is tokenised together with its prompt, and only the text is cut to the budget."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from mezo.data.example import Example
-from mezo.data.task import Record
+from mezo.data.task import Item
 from mezo.data.template import MASK, Template
 from mezo.errors import UserError
 
@@ -14,25 +14,25 @@ Ids = tuple[int, ...]
 
 
 def encode(
-    records: Sequence[Record],
+    items: Sequence[Item],
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     masked: bool = False,
     pooled: bool = False,
 ) -> list[Example]:
-    """Tokenise records: option ids = tokens(prompt + option) without their prefix tokens(prompt).
+    """Tokenise items: option ids = tokens(prompt + option) without their prefix tokens(prompt).
 
     Args:
-        records: what to tokenise.
-        template: the prompt around each record's fields.
+        items: what to tokenise.
+        template: the prompt around each item's fields.
         tokenizer: adds its special tokens; those it would append after the prompt are left out before an option.
         max_length: most tokens of a prompt with its longest option; the end of the field `template.cut` gives way.
         masked: the model fills a mask: options are single tokens in its place.
         pooled: a linear head reads the whole text: options are numbers of its outputs.
 
     Returns:
-        One example per record, in order.
+        One example per item, in order.
 
     Raises:
         UserError: the template alone exceeds the budget, a token would span prompt and option, two options have the
@@ -40,29 +40,36 @@ def encode(
     """
     split = _PooledSplitter(template, tokenizer) if pooled else _splitter(template, tokenizer, masked)
     alone = masked or pooled  # no option follows the prompt
-    records = list(records)
-    examples = split(records)
+    items = list(items)
+    examples = split(items)
     while over := [i for i, example in enumerate(examples) if _length(example, alone) > max_length]:
         shorter = _cut(
-            [records[i] for i in over],
+            [items[i] for i in over],
             [_length(examples[i], alone) for i in over],
             max_length,
             split.template,
             tokenizer,
         )
         # Joined anew, the shortened text may take a token more than counted: cut until it fits.
-        for i, record, example in zip(over, shorter, split(shorter), strict=True):
-            records[i], examples[i] = record, example
-    for record, example in zip(records, examples, strict=True):
-        _check(record, example, tokenizer, _length(example, alone))
+        for i, item, example in zip(over, shorter, split(shorter), strict=True):
+            items[i], examples[i] = item, example
+    for item, example in zip(items, examples, strict=True):
+        _check(item, example, tokenizer, _length(example, alone))
     return examples
 
 
 def prompt_lengths(
-    records: Sequence[Record], template: Template, tokenizer: PreTrainedTokenizerBase, masked: bool
+    items: Sequence[Item], template: Template, tokenizer: PreTrainedTokenizerBase, masked: bool
 ) -> list[int]:
-    """Tokens that each record's whole prompt takes with its longest option; arguments as `encode`'s."""
-    return [_length(example, masked) for example in _splitter(template, tokenizer, masked)(list(records))]
+    """Tokens that each item's whole prompt takes with its longest option.
+
+    Args:
+        items: whose prompts are measured.
+        template: the prompt around each item's fields.
+        tokenizer: the model's.
+        masked: the model fills a mask, and an option takes no room of its own.
+    """
+    return [_length(example, masked) for example in _splitter(template, tokenizer, masked)(list(items))]
 
 
 def _splitter(template: Template, tokenizer: PreTrainedTokenizerBase, masked: bool):
@@ -78,16 +85,16 @@ class _CausalSplitter:
         self.template, self.tokenizer = template, tokenizer
         self.suffix = _suffix_length(tokenizer)
 
-    def __call__(self, records: Sequence[Record]) -> list[Example]:
-        prompts = [record.before + self.template.render(record.fields) for record in records]
-        answered = [prompt + option for prompt, r in zip(prompts, records, strict=True) for option in r.options]
+    def __call__(self, items: Sequence[Item]) -> list[Example]:
+        prompts = [item.before + self.template.render(item.fields) for item in items]
+        answered = [prompt + option for prompt, r in zip(prompts, items, strict=True) for option in r.options]
         joint = iter(self._ids(answered))
         examples = []
-        for record, text, prompt in zip(records, prompts, self._ids(prompts), strict=True):
+        for item, text, prompt in zip(items, prompts, self._ids(prompts), strict=True):
             if not prompt:
-                raise UserError(f"{record.where}: the prompt is empty: add words to --prompt")
-            options = tuple(_rest(prompt, next(joint), text, option, record.where) for option in record.options)
-            examples.append(Example(prompt, options, record.label, **_judged(record)))
+                raise UserError(f"{item.where}: the prompt is empty: add words to --prompt")
+            options = tuple(_rest(prompt, next(joint), text, option, item.where) for option in item.options)
+            examples.append(Example(prompt, options, item.label, **_judged(item)))
         return examples
 
     def _ids(self, texts: list[str]) -> list[Ids]:
@@ -110,16 +117,16 @@ class _MaskedSplitter:
             )
         self.words: dict[str, int] = {}
 
-    def __call__(self, records: Sequence[Record]) -> list[Example]:
-        prompts = [record.before + self.template.render(record.fields) for record in records]
+    def __call__(self, items: Sequence[Item]) -> list[Example]:
+        prompts = [item.before + self.template.render(item.fields) for item in items]
         examples = []
-        for record, ids in zip(records, _token_ids(self.tokenizer, prompts), strict=True):
+        for item, ids in zip(items, _token_ids(self.tokenizer, prompts), strict=True):
             masks = ids.count(self.mask_id)
             if masks != 1:
-                raise UserError(f"{record.where}: the prompt must have one mask, got {masks}: remove it from the text")
-            options = tuple((self._word(option),) for option in record.options)
+                raise UserError(f"{item.where}: the prompt must have one mask, got {masks}: remove it from the text")
+            options = tuple((self._word(option),) for option in item.options)
             mask = ids.index(self.mask_id)
-            examples.append(Example(tuple(ids), options, record.label, mask, **_judged(record)))
+            examples.append(Example(tuple(ids), options, item.label, mask, **_judged(item)))
         return examples
 
     def _word(self, option: str) -> int:
@@ -142,21 +149,21 @@ class _PooledSplitter:
             raise UserError(f"--prompt {template.text!r} has {MASK}, but a linear head reads no mask: drop it")
         self.template, self.tokenizer = template, tokenizer
 
-    def __call__(self, records: Sequence[Record]) -> list[Example]:
-        ids = _token_ids(self.tokenizer, [self.template.render(record.fields) for record in records])
-        empty = next((record.where for record, own in zip(records, ids, strict=True) if not own), None)
+    def __call__(self, items: Sequence[Item]) -> list[Example]:
+        ids = _token_ids(self.tokenizer, [self.template.render(item.fields) for item in items])
+        empty = next((item.where for item, own in zip(items, ids, strict=True) if not own), None)
         if empty:
             raise UserError(f"{empty}: the text has no token: add words to --prompt or remove the line")
         examples = []
-        for record, own in zip(records, ids, strict=True):
-            outputs = tuple((i,) for i in range(len(record.options)))
-            examples.append(Example(tuple(own), outputs, record.label, pooled=True, **_judged(record)))
+        for item, own in zip(items, ids, strict=True):
+            outputs = tuple((i,) for i in range(len(item.options)))
+            examples.append(Example(tuple(own), outputs, item.label, pooled=True, **_judged(item)))
         return examples
 
 
-def _judged(record: Record) -> dict:
+def _judged(item: Item) -> dict:
     """Fields of an example that judge answers as text."""
-    return {"references": record.references, "names": record.names, "fields": record.row, "where": record.where}
+    return {"references": item.references, "names": item.names, "fields": item.row, "where": item.where}
 
 
 def _length(example: Example, alone: bool) -> int:
@@ -185,51 +192,51 @@ def _suffix_length(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _cut(
-    records: Sequence[Record],
+    items: Sequence[Item],
     lengths: Sequence[int],
     max_length: int,
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
-) -> list[Record]:
-    """The records with their text cut after the last token that leaves room for template and options."""
-    too_long = f"{records[0].where} takes {lengths[0]} tokens, --max-length is {max_length}"
+) -> list[Item]:
+    """The items with their text cut after the last token that leaves room for template and options."""
+    too_long = f"{items[0].where} takes {lengths[0]} tokens, --max-length is {max_length}"
     if template.cut is None:
         raise UserError(f"{too_long}, and only {{text}} is cut: raise --max-length or shorten the prompt")
     if not tokenizer.is_fast:
         raise UserError(f"{too_long}, and a slow tokenizer cannot cut: raise --max-length or shorten the prompt")
-    prompts = [template.render(record.fields) for record in records]
+    prompts = [template.render(item.fields) for item in items]
     offsets = tokenizer(prompts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
     cut = []
-    for record, length, spans in zip(records, lengths, offsets["offset_mapping"], strict=True):
-        start, end = template.cut_span(record.fields)
+    for item, length, spans in zip(items, lengths, offsets["offset_mapping"], strict=True):
+        start, end = template.cut_span(item.fields)
         # Special tokens have the empty span (0, 0).
         inside = [first for first, last in spans if first < end and last > start and last > first]
         keep = len(inside) - (length - max_length)
         if keep <= 0:
             raise UserError(
-                f"{record.where}: without its text the prompt takes {length - len(inside)} tokens,"
+                f"{item.where}: without its text the prompt takes {length - len(inside)} tokens,"
                 f" --max-length is {max_length}: raise it or shorten the prompt"
             )
-        text = record.fields[template.cut][: max(inside[keep] - start, 0)].rstrip()
-        cut.append(replace(record, fields={**record.fields, template.cut: text}))
+        text = item.fields[template.cut][: max(inside[keep] - start, 0)].rstrip()
+        cut.append(replace(item, fields={**item.fields, template.cut: text}))
     return cut
 
 
-def _check(record: Record, example: Example, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-    words = [] if example.pooled else zip(record.options, example.options, strict=True)
+def _check(item: Item, example: Example, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    words = [] if example.pooled else zip(item.options, example.options, strict=True)
     for option, ids in words:
         if not ids or tokenizer.unk_token_id in ids:
             what = "an unknown token" if ids else "no token"
-            raise UserError(f"{record.where}: option {option!r} has {what}: choose a word the tokenizer knows")
+            raise UserError(f"{item.where}: option {option!r} has {what}: choose a word the tokenizer knows")
     if len(set(example.options)) < len(example.options):
         first = next(i for i, ids in enumerate(example.options) if ids in example.options[:i])
         twin = example.options.index(example.options[first])
         raise UserError(
-            f"{record.where}: options {record.options[twin]!r} and {record.options[first]!r} are the same tokens"
+            f"{item.where}: options {item.options[twin]!r} and {item.options[first]!r} are the same tokens"
             f" {list(example.options[first])}: change one"
         )
     if length > tokenizer.model_max_length:
         raise UserError(
-            f"{record.where} takes {length} tokens, the model {tokenizer.model_max_length}:"
+            f"{item.where} takes {length} tokens, the model {tokenizer.model_max_length}:"
             f" set --max-length {tokenizer.model_max_length}"
         )

@@ -1,21 +1,55 @@
-"""Scaled dot-product attention that may be given the keys and values of a row."""
+"""Keys and values that attention is given from outside: those of a row, known already, or a prefix in front of it."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "mezo_sdpa"
+"""Name under which transformers knows the attention of this module."""
+
+Known = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Keys and values, (rows, heads, length, head_dim), and the mask of them, (rows, 1, scored, length) bool."""
 
 
-def _attention(module, query, key, value, attention_mask, **kwargs):
-    """Scaled dot-product attention; over the kept keys and values of the row where the module has been given some."""
-    kept = module.__dict__.get("mezo_kept")
-    if kept is None:
+@contextmanager
+def attending(attention: nn.Module | None, known: Known | Callable | None) -> Iterator[None]:
+    """Meanwhile a layer attends to known keys and values in place of those that it works out.
+
+    Args:
+        attention: the attention module of the layer; it is left alone where `known` is None.
+        known: what it attends to, or a function that is told its own keys and values, and must raise.
+    """
+    if known is None:
+        yield
+        return
+    attention.mezo_known = known
+    try:
+        yield
+    finally:
+        del attention.mezo_known
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scaled dot-product attention, to known keys and values where `attending` has given the module some."""
+    known = module.__dict__.get("mezo_known")
+    if known is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if callable(kept):
-        kept(key, value)
-    key, value, attention_mask = kept
+    if callable(known):
+        known(key, value)
+    key, value, attention_mask = known
     out = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling"), enable_gqa=True
     )
@@ -23,6 +57,36 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
 
 
 AttentionInterface.register(ATTENTION, _attention)
-
-
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The trained keys and values.
+
+    Args:
+        weight: (tokens, layers * 2 * heads * head_dim): for each layer the keys of all heads, then the values.
+        layers: of the model.
+        heads: of keys and values.
+    """
+
+    weight: nn.Parameter
+    layers: int
+    heads: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prefix."""
+        return len(self.weight)
+
+    def cache(self, rows: int) -> DynamicCache:
+        """A new key-value cache for a batch of so many rows that begins with the prefix; gradients flow to it."""
+        parts = self.weight.view(self.tokens, 2 * self.layers, self.heads, -1).permute(1, 2, 0, 3)
+        parts = parts[:, None].expand(-1, rows, -1, -1, -1).unbind(0)
+        return DynamicCache(zip(parts[::2], parts[1::2], strict=True))
+
+    def inputs(self, rows: int, mask: torch.Tensor | None = None) -> dict:
+        """Arguments of a forward pass behind the prefix; `mask`, (rows, length), says where there are tokens."""
+        if mask is not None:
+            mask = nn.functional.pad(mask, (self.tokens, 0), value=1)
+        return {"past_key_values": self.cache(rows), "attention_mask": mask}

@@ -1,9 +1,6 @@
 """A model whose every parameter is trained: read from a checkpoint, and written as one."""
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,12 +8,14 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from mezo.config import Model
+from mezo.atomic import replacing
+from mezo.config import Full
 from mezo.errors import UserError
-from mezo.models.load import load_base, load_tokenizer, weights_hash
-from mezo.models.spec import Attached
+from mezo.models.load import Checkpoint, load_base, load_tokenizer, weights_hash
+from mezo.models.tuning import Attached, Base
+from mezo_kernels import ParamLayout, perturb_
 
-SCRATCH = ".mezo-model-"  # begins the names of folders that a model is written in before it takes its place
+NOISE = 1e-3  # standard deviation of what is added for the proof at the start of a run
 
 
 def read_parameters(model: str, dtype: str, sha256: str = "") -> dict[str, torch.Tensor]:
@@ -29,7 +28,7 @@ def read_parameters(model: str, dtype: str, sha256: str = "") -> dict[str, torch
     Raises:
         UserError: the model cannot be loaded, or is another.
     """
-    base = load_base(model, getattr(torch, dtype))
+    base = load_base(Checkpoint.of(model), getattr(torch, dtype))
     if sha256 and weights_hash(base) != sha256:
         raise UserError(
             f"--model {model}: other weights than the run started from (SHA-256 in {dtype}): restore them; if nothing"
@@ -39,8 +38,15 @@ def read_parameters(model: str, dtype: str, sha256: str = "") -> dict[str, torch
 
 
 def write_parameters(theta: dict[str, torch.Tensor], model: str, dtype: str, directory: Path) -> None:
-    """Write a model as `model` is, but with theta, rounded once to dtype, for its parameters; see `save_model`."""
-    base = load_base(model, getattr(torch, dtype))
+    """Write a model as another one is, but with theta, rounded once, for its parameters; see `save_model`.
+
+    Args:
+        theta: float32 by canonical name, on the CPU.
+        model: path or hub id of the other one.
+        dtype: of what is written, e.g. "bfloat16".
+        directory: created.
+    """
+    base = load_base(Checkpoint.of(model), getattr(torch, dtype))
     for name, p in base.named_parameters():
         p.data = theta[name].to(p.dtype)
     save_model(base, model, directory)
@@ -55,21 +61,10 @@ def save_model(model: nn.Module, source: str, directory: Path) -> None:
         directory: created; a model that is there already gives way once the new one is on the disk.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    if (directory.parent / "trajectory.jsonl").is_file():  # a run, this process's alone: left by a killed one
-        for left in directory.parent.glob(f"{SCRATCH}*"):
-            shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=directory.parent) as scratch:
-        part = Path(scratch) / "part"
+    with replacing(directory, old=True) as part:
         with _without_bars(), _valid_generation_config(model):
             model.save_pretrained(part)
         load_tokenizer(source).save_pretrained(part)
-        for path in part.rglob("*"):
-            if path.is_file():
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-        if directory.exists():
-            directory.rename(Path(scratch) / "old")
-        part.rename(directory)
 
 
 @contextmanager
@@ -78,19 +73,19 @@ def _valid_generation_config(model: nn.Module) -> Iterator[None]:
 
     They are not trained and not read here: what is written then samples, so that the settings mean what they say.
     """
-    own = getattr(model, "generation_config", None)
-    if own is None:
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
         yield
         return
-    sampling = own.do_sample
+    sampling = settings.do_sample
     try:
-        own.validate(strict=True)
+        settings.validate(strict=True)
     except ValueError:
-        own.do_sample = True
+        settings.do_sample = True
     try:
         yield
     finally:
-        own.do_sample = sampling
+        settings.do_sample = sampling
 
 
 @contextmanager
@@ -105,13 +100,22 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def with_own_parameters(model: Model, base: nn.Module, layers: nn.ModuleList, head: nn.Module) -> Attached:
-    """Every parameter of the base under its own name; a tied one is one parameter, under the first of its names."""
-    params = dict(base.named_parameters())
+def attach(tuning: Full, base: Base) -> Attached:
+    """The base itself: every parameter under its own name; a tied one is one parameter, under the first of its names.
+
+    Raises:
+        UserError: the parameters are not of one dtype.
+    """
+    params, dtype = dict(base.model.named_parameters()), base.model.dtype
     for name, p in params.items():
-        if p.dtype != base.dtype or not p.is_floating_point():
+        if p.dtype != dtype or not p.is_floating_point():
             raise UserError(
-                f"--tuning full: {model.base} holds {name} in {p.dtype}, the rest in {base.dtype}; use a model of"
+                f"--tuning full: {base.checkpoint.name} holds {name} in {p.dtype}, the rest in {dtype}; use a model of"
                 " one plain dtype, or --dtype float32"
             )
-    return base, params, None
+    return Attached(base.model, params, None, "parameters, all of the model's", _noise)
+
+
+def _noise(theta: Mapping[str, torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
+    for name, tensor in theta.items():
+        yield perturb_(ParamLayout({name: tensor.float().clone()}), NOISE, seed).tensors[0]

@@ -3,22 +3,16 @@
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import (
-    MODEL_FOR_MASKED_LM_MAPPING,
-)
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
-from mezo.config import Model
 from mezo.errors import UserError
-
-LINEAR_HEAD = "score"
-"""Name of the linear head, which PEFT saves whole beside the adapter (modules_to_save)."""
+from mezo.models.spec import LINEAR_HEAD
 
 
-def check_encoder(base: nn.Module, model: Model) -> None:
+def check_encoder(base: nn.Module, model: str) -> None:
+    """Raise UserError unless a loaded model, of this path or hub id, is an encoder that a linear head can read."""
     if type(base.config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(base.config, "is_decoder", False):
-        raise UserError(
-            f"--head linear: {model.base} is a {type(base).__name__}, not an encoder; use one, or --head model"
-        )
+        raise UserError(f"--head linear: {model} is a {type(base).__name__}, not an encoder; use one, or --head model")
 
 
 def add_linear_head(base: nn.Module, classes: int) -> None:
@@ -27,10 +21,15 @@ def add_linear_head(base: nn.Module, classes: int) -> None:
     setattr(base, LINEAR_HEAD, head.to(base.device))
 
 
-def head_logits(head: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
-    """Logits of some tokens alone, float32 (..., tokens), of a linear head, adapted or not; None of another head.
+def some_logits(head: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
+    """Logits of some tokens alone, of a head that is a linear layer, adapted or not; None of another head.
 
-    In float32 whatever the model's dtype: 16-bit logits near 20 come in steps of an eighth.
+    Args:
+        head: of the model.
+        hidden: (..., hidden_size), of the model's dtype.
+        tokens: (tokens,) int64, token ids.
+    Returns:
+        (..., tokens) float32 whatever the model's dtype: 16-bit logits near 20 come in steps of an eighth.
     """
     adapted = isinstance(head, LoraLayer)
     base = head.get_base_layer() if adapted else head

@@ -1,6 +1,7 @@
 """Base models and tokenizers from transformers."""
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,36 +11,69 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
 )
 
 from mezo.errors import UserError
 from mezo.models.attention import ATTENTION
+from mezo.models.families import Family, family_of
 
 
-def load_tokenizer(model: str):
-    """The tokenizer of a model directory or hub id."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that is not loaded yet: what its configuration says of it, read once and passed on.
+
+    Args:
+        name: path or hub id.
+        config: its config.json.
+    """
+
+    name: str
+    config: PretrainedConfig
+
+    @classmethod
+    def of(cls, model: str) -> "Checkpoint":
+        """Read the configuration of a model directory or hub id. Raises UserError if it cannot be read."""
+        try:
+            return cls(model, AutoConfig.from_pretrained(model))
+        except (OSError, ValueError) as error:
+            raise _unloadable(model, error) from error
+
+    @property
+    def family(self) -> Family:
+        """What is known of its architecture."""
+        return family_of(self.config)
+
+    @property
+    def masked(self) -> bool:
+        """True if it fills masks, False if it continues text."""
+        return (self.config.architectures or [""])[0].endswith("ForMaskedLM")
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or hub id. Raises UserError if there is none."""
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {model}: no tokenizer could be loaded ({first_line(error)})") from error
+        raise UserError(f"--model {model}: no tokenizer could be loaded ({_first_line(error)})") from error
 
 
-def is_masked(model: str) -> bool:
-    """True if a model fills masks, False if it continues text; read from its config."""
+def load_base(checkpoint: Checkpoint, dtype: torch.dtype | str, bare: bool = False) -> nn.Module:
+    """A model with its head, on the CPU in eval mode.
+
+    Args:
+        checkpoint: which.
+        dtype: of its parameters; "auto" is that of the checkpoint.
+        bare: leave the head out.
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    auto = AutoModel if bare else AutoModelForMaskedLM if checkpoint.masked else AutoModelForCausalLM
     try:
-        architectures = AutoConfig.from_pretrained(model).architectures
+        return auto.from_pretrained(checkpoint.name, dtype=dtype, attn_implementation=ATTENTION).eval()
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {model}: it could not be loaded ({first_line(error)})") from error
-    return (architectures or [""])[0].endswith("ForMaskedLM")
-
-
-def load_base(model: str, dtype: torch.dtype | str, bare: bool = False) -> nn.Module:
-    """A model with its head, or `bare`, on the CPU in eval mode. Raises UserError if it cannot be loaded."""
-    auto = AutoModel if bare else AutoModelForMaskedLM if is_masked(model) else AutoModelForCausalLM
-    try:
-        return auto.from_pretrained(model, dtype=dtype, attn_implementation=ATTENTION).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {model}: it could not be loaded ({first_line(error)})") from error
+        raise _unloadable(checkpoint.name, error) from error
 
 
 def weights_hash(base: nn.Module) -> str:
@@ -51,5 +85,9 @@ def weights_hash(base: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def first_line(error: Exception) -> str:
+def _unloadable(model: str, error: Exception) -> UserError:
+    return UserError(f"--model {model}: it could not be loaded ({_first_line(error)})")
+
+
+def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

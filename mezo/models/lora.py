@@ -1,65 +1,84 @@
 """LoRA: which linear layers are adapted, and the adapter as PEFT describes it."""
 
+from collections.abc import Iterator, Mapping
+
+import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import nn
 
-from mezo.config import Lora, Model
+from mezo.config import Lora
 from mezo.errors import UserError
-from mezo.models.head import LINEAR_HEAD
-from mezo.models.load import is_masked
-from mezo.models.spec import Attached
-from mezo_kernels import canonical_name
+from mezo.models.spec import LINEAR_HEAD
+from mezo.models.tuning import Attached, Base
+from mezo_kernels import canonical_name, lora_init
 
 
-def with_lora(model: Model, base: nn.Module, layers: nn.ModuleList, head: nn.Module) -> Attached:
-    lora = _lora_config(model, base, layers, head)
-    adapted = get_peft_model(base, lora, autocast_adapter_dtype=False).eval()
-    params = {canonical_name(name): p for name, p in adapted.named_parameters() if ".lora_" in name}
-    bad = [name for name in params if not name.endswith(("lora_A.weight", "lora_B.weight"))]
-    if bad:
-        raise UserError(f"--target-modules: only linear layers can be adapted, got {bad[0]}")
-    if model.tuning.head == "linear":
-        head = getattr(base, LINEAR_HEAD).modules_to_save["default"]
-        params[f"base_model.model.{LINEAR_HEAD}.weight"] = head.weight  # as PEFT's state dict calls it
-    return adapted, params, _peft_fields(lora, model.base)
+def attach(tuning: Lora, base: Base) -> Attached:
+    """The base with a fresh LoRA adapter of PEFT's, and the linear head trained beside it, if there is one.
 
-
-def _lora_config(model: Model, base: nn.Module, layers: nn.ModuleList, head: nn.Module) -> LoraConfig:
-    tuning: Lora = model.tuning
-    targets = list(tuning.target_modules) or DEFAULT_TARGETS.get(base.config.model_type)
+    Raises:
+        UserError: there are no such layers or linear modules.
+    """
+    linear_head, model_type = tuning.head == "linear", base.model.config.model_type
+    targets = tuning.target_modules or base.checkpoint.family.targets or DEFAULT_TARGETS.get(model_type)
     if not targets:
-        raise UserError(f"--target-modules: no default for model type {base.config.model_type}; name the modules")
-    chosen, n_layers = sorted(tuning.layers_to_transform), len(layers)
-    for index in chosen:
-        if not 0 <= index < n_layers:
-            raise UserError(
-                f"--layers-to-transform: layer {index} does not exist; the model has layers 0 to {n_layers - 1}"
-            )
-    path = {module: name for name, module in base.named_modules()}
-    linear = {i: [path[m] for m in layer.modules() if isinstance(m, nn.Linear)] for i, layer in enumerate(layers)}
-    head_name = [path[head]] if isinstance(head, nn.Linear) and tuning.head == "model" else []
-    matches = lambda name, target: name == target or name.endswith(f".{target}")  # noqa: E731
-    inside = [name for names in linear.values() for name in names]
-    for target in targets:
-        if not any(matches(name, target) for name in [*inside, *head_name]):
-            known = sorted({name.rsplit(".", 1)[-1] for name in [*inside, *head_name]})
-            raise UserError(f"--target-modules: no linear layer named {target}; the model has {', '.join(known)}")
-    if chosen and any(target in head_name for target in targets):
-        # PEFT takes no module outside the layers once layers are chosen: name each module instead
-        allowed = [*(name for i in chosen for name in linear[i]), *head_name]
-        targets, chosen = [name for name in allowed if any(matches(name, target) for target in targets)], None
-    return LoraConfig(
+        raise UserError(f"--target-modules: no default for model type {model_type}; name the modules")
+    layers = sorted(tuning.layers_to_transform)
+    targets, layers = _chosen(base, list(targets), layers, adaptable_head=not linear_head)
+    lora = LoraConfig(
         r=tuning.r,
         lora_alpha=tuning.lora_alpha,
         target_modules=sorted(targets),
-        layers_to_transform=chosen or None,
+        layers_to_transform=layers or None,
         lora_dropout=0.0,
         bias="none",
-        modules_to_save=[LINEAR_HEAD] if tuning.head == "linear" else None,
-        task_type=None if tuning.head == "linear" or is_masked(model.base) else "CAUSAL_LM",
-        base_model_name_or_path=model.base,
+        modules_to_save=[LINEAR_HEAD] if linear_head else None,
+        task_type=None if linear_head or base.checkpoint.masked else "CAUSAL_LM",
+        base_model_name_or_path=base.checkpoint.name,
     )
+    model = get_peft_model(base.model, lora, autocast_adapter_dtype=False).eval()
+    params = {canonical_name(name): p for name, p in model.named_parameters() if ".lora_" in name}
+    bad = [name for name in params if not name.endswith(("lora_A.weight", "lora_B.weight"))]
+    if bad:
+        raise UserError(f"--target-modules: only linear layers can be adapted, got {bad[0]}")
+    if linear_head:
+        head = getattr(base.model, LINEAR_HEAD).modules_to_save["default"]
+        params[f"base_model.model.{LINEAR_HEAD}.weight"] = head.weight  # as PEFT's state dict calls it
+    return Attached(model, params, _peft_fields(lora, base.checkpoint.name), "LoRA parameters", _noise)
+
+
+def _noise(theta: Mapping[str, torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
+    return (lora_init(seed, name, tuple(tensor.shape)) for name, tensor in theta.items())
+
+
+def _chosen(base: Base, targets: list[str], layers: list[int], adaptable_head: bool) -> tuple[list[str], list[int]]:
+    """Targets and layers as PEFT takes them, checked against the linear modules there are.
+
+    Args:
+        base: the model.
+        targets: names of modules, or ends of their paths.
+        layers: numbers of the layers to adapt, sorted; [] is all.
+        adaptable_head: the head is one of the modules.
+    """
+    for number in layers:
+        if not 0 <= number < len(base.layers):
+            last = len(base.layers) - 1
+            raise UserError(f"--layers-to-transform: layer {number} does not exist; the model has layers 0 to {last}")
+    path = {module: name for name, module in base.model.named_modules()}
+    linear = [[path[m] for m in layer.modules() if isinstance(m, nn.Linear)] for layer in base.layers]
+    head = [path[base.head]] if adaptable_head and isinstance(base.head, nn.Linear) else []
+    matches = lambda name, target: name == target or name.endswith(f".{target}")  # noqa: E731
+    names = [*(name for layer in linear for name in layer), *head]
+    for target in targets:
+        if not any(matches(name, target) for name in names):
+            known = sorted({name.rsplit(".", 1)[-1] for name in names})
+            raise UserError(f"--target-modules: no linear layer named {target}; the model has {', '.join(known)}")
+    if not layers or not any(target in head for target in targets):
+        return targets, layers
+    # PEFT takes no module outside the layers once layers are chosen: name each module instead
+    allowed = [*(name for number in layers for name in linear[number]), *head]
+    return [name for name in allowed if any(matches(name, target) for target in targets)], []
 
 
 def _peft_fields(lora: LoraConfig, model: str) -> dict:

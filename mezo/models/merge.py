@@ -6,11 +6,10 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from mezo.errors import UserError
 from mezo.models.full import save_model
-from mezo.models.load import is_masked, load_base
+from mezo.models.load import Checkpoint, load_base
 
 
 def merge(model: str, adapter: Path, output_dir: Path, dtype: str = "auto") -> None:
@@ -22,12 +21,9 @@ def merge(model: str, adapter: Path, output_dir: Path, dtype: str = "auto") -> N
         output_dir: directory to create.
         dtype: of the result; auto is that of the base checkpoint.
     """
-    auto = AutoModelForMaskedLM if is_masked(model) else AutoModelForCausalLM
-    try:
-        base = auto.from_pretrained(model, dtype=torch.float32)
-        wanted = auto.from_pretrained(model, dtype="auto").dtype if dtype == "auto" else getattr(torch, dtype)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {model}: it could not be loaded ({str(error).splitlines()[0]})") from error
+    checkpoint = Checkpoint.of(model)
+    base = load_base(checkpoint, torch.float32)
+    wanted = load_base(checkpoint, "auto").dtype if dtype == "auto" else getattr(torch, dtype)
     merged = _untied(PeftModel.from_pretrained(base, str(adapter))).merge_and_unload()
     save_model(merged.to(wanted), model, output_dir)
 
@@ -42,10 +38,10 @@ def cast(model: Path, base: str, output_dir: Path, dtype: str = "auto") -> None:
         dtype: of the result; auto is that of the base checkpoint.
     """
     try:
-        wanted = load_base(base, "auto").dtype if dtype == "auto" else getattr(torch, dtype)
+        wanted = load_base(Checkpoint.of(base), "auto").dtype if dtype == "auto" else getattr(torch, dtype)
     except UserError as error:
         raise UserError(f"{error}; it is needed for its dtype alone: give --dtype instead") from error
-    save_model(load_base(str(model), wanted), str(model), output_dir)
+    save_model(load_base(Checkpoint.of(str(model)), wanted), str(model), output_dir)
 
 
 def _untied(model: PeftModel) -> PeftModel:

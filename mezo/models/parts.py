@@ -1,4 +1,4 @@
-"""A base model from transformers with what is trained of it: a PEFT adapter, LoRA or prefix, or its own parameters."""
+"""A model ready to be scored: the base taken apart, with what is trained of it attached."""
 
 from dataclasses import dataclass
 
@@ -7,48 +7,89 @@ from torch import nn
 
 from mezo.config import Model
 from mezo.errors import UserError
-from mezo.models.families import KV_FREE, adapted_leaves, attention_window, layers_of
-from mezo.models.full import with_own_parameters
-from mezo.models.head import LINEAR_HEAD, add_linear_head, check_encoder
-from mezo.models.load import is_masked, load_base, weights_hash
-from mezo.models.lora import with_lora
-from mezo.models.prefix import PROMPT, Prefix, with_prefix
-from mezo.models.spec import TrainedSpec
+from mezo.models import full, lora, prefix
+from mezo.models.attention import Prefix
+from mezo.models.families import Family, why_kv_depends
+from mezo.models.head import add_linear_head, check_encoder, some_logits
+from mezo.models.load import Checkpoint, load_base, weights_hash
+from mezo.models.spec import LINEAR_HEAD, TrainedSpec
+from mezo.models.tuning import Attached, Base
+
+TUNINGS = {"lora": lora.attach, "full": full.attach, "prefix": prefix.attach}
+"""What --tuning names: from its options and a `Base`, an `Attached`."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelParts:
     """The parts of a model that scoring needs.
 
     Args:
-        model: the PEFT model, or the base where that is trained; in eval mode, no parameter requiring grad.
+        attached: the model with what is trained of it, in eval mode, no parameter requiring grad.
+        family: of the model.
         body: the transformer without its head.
         layers: its layers.
         head: hidden states -> logits; it may be adapted as well.
-        params: trained parameters by canonical name.
         causal: True for a decoder, False for an encoder.
-        first: index of the lowest layer that must be run: the lowest trained one, or the last.
-        kv_free: no key or value depends on what is trained.
-        window: how far back the last layer attends, or None.
-        prefix: what every layer's own keys and values follow, or None.
+        first: number of the lowest layer that must be run: the lowest trained one, or the last.
+        kv_depends: why keys and values depend on what is trained, None if none does.
     """
 
-    model: nn.Module
+    attached: Attached
+    family: Family
     body: nn.Module
     layers: nn.ModuleList
     head: nn.Module
-    params: dict[str, nn.Parameter]
     causal: bool
     first: int
-    kv_free: bool
-    window: int | None
-    prefix: Prefix | None = None
+    kv_depends: str | None
+
+    @property
+    def model(self) -> nn.Module:
+        """What is run: the PEFT model, or the base where that is trained."""
+        return self.attached.model
+
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by canonical name."""
+        return self.attached.params
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """What every layer's own keys and values follow, if anything."""
+        return self.attached.prefix
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens of the prefix, 0 without one."""
+        return self.prefix.tokens if self.prefix else 0
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens back the last layer attends, None for all."""
+        return self.family.window(self.body.config, len(self.layers) - 1)
+
+    @property
+    def position_limit(self) -> int | None:
+        """Tokens that a row may have, None for any number."""
+        limit = getattr(self.body.config, "max_position_embeddings", None)
+        if limit is None:
+            return None
+        return limit - self.family.first_position(self.body.config) - self.prefix_tokens
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 logits of every token, (..., vocabulary), at hidden states (..., hidden_size)."""
+        return self.family.logits(self.head(hidden).float(), self.body.config)
+
+    def some_logits(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
+        """`logits` of some tokens alone, ids (tokens,); None where the head is no linear layer."""
+        logits = some_logits(self.head, hidden, tokens)
+        return None if logits is None else self.family.logits(logits, self.body.config)
 
 
 def load_parts(
-    model: Model, device: torch.device, dtype: torch.dtype, classes: int = 0
+    model: Model, device: torch.device, dtype: torch.dtype, classes: int = 0, checkpoint: Checkpoint | None = None
 ) -> tuple[ModelParts, TrainedSpec]:
-    """Load the base model, attach a fresh adapter unless its own parameters are trained, and describe what is.
+    """Load the base model, attach what is trained of it, fresh, and describe that.
 
     Under `head` "linear" the base is the bare encoder with a linear layer of that name beside its layers.
 
@@ -57,47 +98,51 @@ def load_parts(
         device: where it is put.
         dtype: of the base.
         classes: outputs of a linear head.
+        checkpoint: of the model, if its configuration has been read.
     Raises:
         UserError: the model cannot be loaded, or has no such layers or modules, or cannot be trained so.
     """
     linear = model.tuning.head == "linear"
-    causal = not linear and not is_masked(model.base)
-    base = load_base(model.base, dtype, bare=linear).to(device)
-    if linear:
-        check_encoder(base, model)
-        base.pooler = None  # not read, and drawn anew at each load where the checkpoint has none
-    weights, body = weights_hash(base), base.base_model
-    if linear:
-        add_linear_head(base, classes)
-    heads = [getattr(base, LINEAR_HEAD)] if linear else [child for child in base.children() if child is not body]
-    layers = layers_of(body, base.config.num_hidden_layers)
-    if len(heads) != 1 or layers is None:
-        raise UserError(f"--model {model.base}: {type(base).__name__} is not one body of layers and one head")
-    attach = {"lora": with_lora, "full": with_own_parameters, "prefix": with_prefix}[model.tuning.name]
-    trained, params, peft = attach(model, base, layers, heads[0])
-    trained.requires_grad_(False)
-    if linear:
-        head = getattr(base, LINEAR_HEAD).modules_to_save["default"]
-    else:
-        head = next(child for child in base.children() if child is not body)  # an adapted one is another module
-    ids = set(map(id, params.values()))
-    touched = [i for i, layer in enumerate(layers) if not ids.isdisjoint(map(id, layer.parameters()))]
-    last = len(layers) - 1
-    prefix = Prefix(params[PROMPT], len(layers), peft["num_attention_heads"]) if PROMPT in params else None
-    every = peft is None or prefix is not None
-    kv_free = not every and set(touched) <= {last} and adapted_leaves(layers[-1]) <= KV_FREE
-    first = 0 if prefix else min(touched, default=last)
+    base, sha256 = _load(checkpoint or Checkpoint.of(model.base), device, dtype, classes if linear else None)
+    attached = TUNINGS[model.tuning.name](model.tuning, base)
+    attached.model.requires_grad_(False)
+    params, family, n_layers = attached.params, base.checkpoint.family, len(base.layers)
+    trained = set(map(id, params.values()))
+    touched = [i for i, layer in enumerate(base.layers) if not trained.isdisjoint(map(id, layer.parameters()))]
+    parts = ModelParts(
+        attached,
+        family,
+        base.body,
+        base.layers,
+        _head_in_use(base, linear),
+        causal=not linear and not base.checkpoint.masked,
+        first=0 if attached.prefix else min(touched, default=n_layers - 1),
+        kv_depends=why_kv_depends(params, n_layers, family),
+    )
     shapes = {name: tuple(p.shape) for name, p in params.items()}
-    spec = TrainedSpec(peft, shapes, model.base, weights, str(dtype).split(".")[1])
-    window = attention_window(base.config)
-    return ModelParts(trained, body, layers, head, params, causal, first, kv_free, window, prefix), spec
+    return parts, TrainedSpec(attached.peft, shapes, base.checkpoint.name, sha256, str(dtype).split(".")[1])
 
 
-def position_limit(parts: ModelParts) -> int | None:
-    """Tokens that a row may have, None for any number: RoBERTa counts positions from its padding id on."""
-    limit = getattr(parts.body.config, "max_position_embeddings", None)
-    if limit is None:
-        return None
-    table = getattr(getattr(parts.body, "embeddings", None), "position_embeddings", None)
-    first = 0 if getattr(table, "padding_idx", None) is None else table.padding_idx + 1
-    return limit - first - (parts.prefix.tokens if parts.prefix else 0)
+def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, classes: int | None) -> tuple[Base, str]:
+    """A base model and the hash of its weights; with a linear head of so many classes, if not None, for its own."""
+    model = load_base(checkpoint, dtype, bare=classes is not None).to(device)
+    if classes is not None:
+        check_encoder(model, checkpoint.name)
+        model.pooler = None  # not read, and drawn anew at each load where the checkpoint has none
+    sha256, body = weights_hash(model), model.base_model
+    if classes is not None:
+        add_linear_head(model, classes)
+        heads = [getattr(model, LINEAR_HEAD)]
+    else:
+        heads = [child for child in model.children() if child is not body]
+    layers = checkpoint.family.layers_of(body, model.config.num_hidden_layers)
+    if len(heads) != 1 or layers is None:
+        raise UserError(f"--model {checkpoint.name}: {type(model).__name__} is not one body of layers and one head")
+    return Base(checkpoint, model, body, layers, heads[0]), sha256
+
+
+def _head_in_use(base: Base, linear: bool) -> nn.Module:
+    """The head after something was attached: an adapted one is another module."""
+    if linear:
+        return getattr(base.model, LINEAR_HEAD).modules_to_save["default"]
+    return next(child for child in base.model.children() if child is not base.body)

@@ -1,8 +1,9 @@
-"""What is trained, fixed for a run."""
+"""What is trained, as the log holds it; it needs no model library."""
 
 from dataclasses import dataclass
 
-from torch import nn
+LINEAR_HEAD = "score"
+"""Name of the linear head of --head linear, which PEFT saves whole beside the adapter (modules_to_save)."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,3 @@ class TrainedSpec:
     model: str
     model_hash: str
     dtype: str
-
-
-Attached = tuple[nn.Module, dict[str, nn.Parameter], dict | None]
-"""The model to run, what is trained of it by canonical name, and the fields of adapter_config.json."""

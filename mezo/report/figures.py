@@ -1,28 +1,27 @@
-"""Figures of one or several runs as inline SVG: no file, no script and no address outside the page."""
+"""Figures of one or several runs, drawn from their logs alone: for the report's page, or as picture files."""
 
 import functools
 import io
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from mezo.run.trajectory import StepRecord
 
 POINTS, STEPS = 400, 8  # of a curve at most, and steps each is the mean of at least: the range lies behind it
 STYLE = {
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "mezo",  # the same run gives the same bytes
+    "svg.hashsalt": "mezo",  # the same run gives the same ids, and with METADATA the same bytes
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.3,
 }
+METADATA = {"svg": dict.fromkeys(("Creator", "Date", "Format", "Type")), "png": {"Software": None}}
 
 
 @dataclass(frozen=True)
@@ -46,49 +45,60 @@ class Curves:
         return [(r["step"], r[key]) for r in self.metrics if r["split"] == split and r.get(key) is not None]
 
 
-def figures(runs: Sequence[Curves]) -> dict[str, str]:
-    """SVG by caption; figures of which no run has anything are left out."""
-    drawn = {
-        "loss: training, mean of both signs, and dev (dots)": _loss,
-        "dev accuracy": functools.partial(_dev, key="accuracy", among="accuracy"),
-        "dev F1 of generated text": functools.partial(_dev, key="f1", among="exact_match"),
-        "dev reward": functools.partial(_dev, key="reward", among="reward"),
-        "|projected_grad|, and what is uncertain of it": _projected_grad,
-        "cosine of the estimate to the true gradient": _cosine,
-        "milliseconds of a training step by part": _parts,
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of a report.
+
+    Args:
+        name: of a file that it is written to, without an ending.
+        caption: what it shows.
+        figure: of matplotlib.
+    """
+
+    name: str
+    caption: str
+    figure: Figure
+
+    def render(self, form: str) -> bytes:
+        """The figure as a file: `form` is "svg" or "png"."""
+        buffer = io.BytesIO()
+        with rc_context(STYLE):
+            self.figure.savefig(buffer, format=form, dpi=120, metadata=METADATA[form])
+        return buffer.getvalue()
+
+
+def drawings(runs: Sequence[Curves]) -> list[Drawing]:
+    """The figures of runs, beside each other; those of which no run has anything are left out."""
+    kinds = {
+        ("loss", "loss: training, mean of both signs, and dev (dots)"): _loss,
+        ("dev_accuracy", "dev accuracy"): functools.partial(_dev, key="accuracy", among="accuracy"),
+        ("dev_f1", "dev F1 of generated text"): functools.partial(_dev, key="f1", among="exact_match"),
+        ("dev_reward", "dev reward"): functools.partial(_dev, key="reward", among="reward"),
+        ("projected_grad", "|projected_grad|, and what is uncertain of it"): _projected_grad,
+        ("cosine", "cosine of the estimate to the true gradient"): _cosine,
+        ("step_parts", "milliseconds of a training step by part"): _parts,
     }
-    found = {}
-    with matplotlib.rc_context(STYLE):
-        for caption, draw in drawn.items():
-            figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-            if draw(axes, runs):
-                found[caption] = svg(figure, f"f{len(found)}")
-            plt.close(figure)
-    return found
-
-
-def svg(figure, prefix: str) -> str:
-    """A figure as an <svg> element for HTML; its ids get a prefix, for several live in one page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = buffer.getvalue()
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :])
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    return re.sub(r'( id="|url\(#|href="#)', rf"\1{prefix}-", text)
+    drawn = []
+    with rc_context(STYLE):
+        for (name, caption), draw in kinds.items():
+            figure = Figure(figsize=(7, 3.2), layout="constrained")
+            if draw(figure.subplots(), runs):
+                drawn.append(Drawing(name, caption, figure))
+    return drawn
 
 
 def binned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
     """A series as (step, mean, least, greatest) of pieces of STEPS steps, or of more if that gives POINTS pieces.
 
-    >>> binned(np.arange(16), np.arange(16.0))
-    (array([ 3.5, 11.5]), array([ 3.5, 11.5]), array([0., 8.]), array([ 7., 15.]))
+    >>> [values.tolist() for values in binned(np.arange(16), np.arange(16.0))]
+    [[3.5, 11.5], [3.5, 11.5], [0.0, 8.0], [7.0, 15.0]]
     """
     pieces = np.array_split(np.arange(len(steps)), min(POINTS, -(-len(steps) // STEPS)))
     means, least, greatest = (np.array([f(values[piece]) for piece in pieces]) for f in (np.mean, np.min, np.max))
     return np.array([steps[piece].mean() for piece in pieces]), means, least, greatest
 
 
-def _series(axes, run: Curves, values, label: str, **style) -> None:
+def _series(axes: Axes, run: Curves, values: Callable[[StepRecord], float], label: str, **style) -> None:
     done = [record for record in run.records if not record.update.skipped]
     steps = np.array([record.step for record in done])
     at, mean, least, greatest = binned(steps, np.array([values(record) for record in done]))
@@ -96,7 +106,7 @@ def _series(axes, run: Curves, values, label: str, **style) -> None:
     axes.fill_between(at, least, greatest, alpha=0.15, color=line.get_color(), linewidth=0)
 
 
-def _loss(axes, runs) -> bool:
+def _loss(axes: Axes, runs: Sequence[Curves]) -> bool:
     for i, run in enumerate(runs):
         if not all(record.update.skipped for record in run.records):
             _series(axes, run, lambda r: r.losses.mean, run.name, color=f"C{i}")
@@ -106,7 +116,7 @@ def _loss(axes, runs) -> bool:
     return _finish(axes, "loss")
 
 
-def _dev(axes, runs, key: str, among: str) -> bool:
+def _dev(axes: Axes, runs: Sequence[Curves], key: str, among: str) -> bool:
     """A figure of dev, of the runs that have `among` there."""
     for i, run in enumerate(runs):
         if run.points("dev", key) and run.points("dev", among):
@@ -121,7 +131,7 @@ def _dev(axes, runs, key: str, among: str) -> bool:
     return _finish(axes, key)
 
 
-def _projected_grad(axes, runs) -> bool:
+def _projected_grad(axes: Axes, runs: Sequence[Curves]) -> bool:
     """Root mean square of each bin on a logarithmic axis, for noise is often decades below."""
     kinds = {
         ("noise", "noise"): ("s", "noise"),
@@ -149,7 +159,7 @@ def _projected_grad(axes, runs) -> bool:
     return _finish(axes, "|projected_grad|")
 
 
-def _cosine(axes, runs) -> bool:
+def _cosine(axes: Axes, runs: Sequence[Curves]) -> bool:
     for i, run in enumerate(runs):
         points, expected = run.points("gradient", "cosine"), run.points("gradient", "expected_cosine")
         if points:
@@ -160,7 +170,7 @@ def _cosine(axes, runs) -> bool:
     return _finish(axes, "cosine")
 
 
-def _parts(axes, runs) -> bool:
+def _parts(axes: Axes, runs: Sequence[Curves]) -> bool:
     colours: dict[str, str] = {}
     for i, run in enumerate(runs):
         left, steps = 0.0, max(run.result["steps_counted"], 1)
@@ -176,7 +186,7 @@ def _parts(axes, runs) -> bool:
     return True
 
 
-def _finish(axes, label: str) -> bool:
+def _finish(axes: Axes, label: str) -> bool:
     axes.set(xlabel="step", ylabel=label)
     if axes.lines:
         axes.legend(fontsize=8)

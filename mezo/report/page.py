@@ -1,5 +1,6 @@
-"""A report as one HTML page that opens anywhere: figures inline, nothing fetched, no script."""
+"""A report as one HTML page that opens anywhere: figures inside it, nothing fetched, no script."""
 
+import base64
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.report import tables
-from mezo.report.figures import Curves, figures
+from mezo.report.figures import Curves, drawings
 from mezo.run.directory import RunDirectory
 from mezo.run.files import replace_file
 from mezo.run.trajectory import read_trajectory
@@ -26,7 +27,7 @@ table { border-collapse: collapse; margin: .3rem 0 1.2rem; }
 caption { text-align: left; font-weight: 600; padding: .2rem 0; }
 td, th { border-bottom: 1px solid #ddd; padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top; }
 td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; } figcaption { font-weight: 600; }
+figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; } figcaption { font-weight: 600; }
 .warnings { background: #fff4d6; padding: .6rem 2rem; border-left: 4px solid #d99a00; }
 .given { font-weight: 600; }
 </style>
@@ -45,33 +46,60 @@ def write(runs: Sequence[str], path: Path) -> None:
     text = html(runs)
     try:
         if path.exists() and MARK not in path.read_text(errors="replace")[:500]:
-            raise UserError(f"--html {path} exists and is no report: choose another file")
+            raise UserError(f"{path} exists and is no report: choose another file with --html")
         replace_file(path, text.encode())
     except OSError as error:
-        raise UserError(f"--html {path} cannot be written ({error.strerror}): choose another file") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another file with --html") from error
+
+
+def write_pictures(runs: Sequence[str], directory: Path) -> list[Path]:
+    """Write the page's figures as PNG files.
+
+    Args:
+        runs: directories of finished runs, drawn beside each other.
+        directory: of the files, made if missing; those of the same names there are replaced.
+    Returns:
+        The files.
+    Raises:
+        UserError: a run is none or is not finished, or the files cannot be written.
+    """
+    pictures = {directory / f"{drawn.name}.png": drawn.render("png") for drawn in drawings(_curves(runs))}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for path, data in pictures.items():
+            replace_file(path, data)
+    except OSError as error:
+        raise UserError(f"--png {directory} cannot be written ({error.strerror}): choose another directory") from error
+    return list(pictures)
 
 
 def html(runs: Sequence[str]) -> str:
     """The page's text: the same files give the same bytes."""
     names = _names(runs)
-    tables = {name: tables.tables(run) for name, run in zip(names, runs, strict=True)}
-    directories = [RunDirectory(Path(run)) for run in runs]
-    configs = [directory.read_config() for directory in directories]
-    curves = [
-        Curves(name, read_trajectory(d.trajectory)[1], d.read_metrics(), d.read_result())
-        for name, d in zip(names, directories, strict=True)
-    ]
     parts = [HEAD, f"<title>{escape(', '.join(names))}: mezo report</title>\n", CSS, "</head>\n<body>\n"]
     for name, run in zip(names, runs, strict=True):
         parts.append(f"<h1>{escape(name)}</h1>\n")
         warnings = "".join(f"<li>{escape(text)}</li>\n" for text in tables.warnings(run))
         parts += [f'<ul class="warnings">\n{warnings}</ul>\n'] if warnings else []
-        parts += [_table(title, rows) for title, rows in tables[name].items()]
+        parts += [_table(title, rows) for title, rows in tables.tables(run).items()]
     parts.append("<h1>curves</h1>\n" if len(runs) > 1 else "")
-    for caption, drawn in figures(curves).items():
-        text = escape(caption)
-        parts.append(f'<figure role="img" aria-label="{text}">\n<figcaption>{text}</figcaption>\n{drawn}</figure>\n')
+    for drawn in drawings(_curves(runs)):
+        text, image = escape(drawn.caption), base64.b64encode(drawn.render("svg")).decode()
+        parts.append(
+            f"<figure>\n<figcaption>{text}</figcaption>\n"
+            f'<img alt="{text}" src="data:image/svg+xml;base64,{image}">\n</figure>\n'
+        )
+    configs = [RunDirectory(Path(run)).read_config() for run in runs]
     return "".join([*parts, _options(names, configs), "</body>\n</html>\n"])
+
+
+def _curves(runs: Sequence[str]) -> list[Curves]:
+    """What is drawn of each run, under the name that tells it apart."""
+    directories = [tables.finished(run) for run in runs]
+    return [
+        Curves(name, read_trajectory(run.trajectory)[1], run.read_metrics(), run.read_result())
+        for name, run in zip(_names(runs), directories, strict=True)
+    ]
 
 
 def _names(runs: Sequence[str]) -> list[str]:
@@ -93,7 +121,9 @@ def _options(names: Sequence[str], configs: Sequence[Config]) -> str:
     """Every option, a column for each run; those that differ from the default in bold."""
     lines = []
     flat = [config.to_dict() for config in configs]
-    for option in (option for option in Config.options().values() if any(option.name in own for own in flat)):
+    for option in Config.options().values():
+        if not any(option.name in own for own in flat):
+            continue
         values = [own.get(option.name, option.default) for own in flat]
         cells = (
             f'<td class="given">{escape(_shown(v))}</td>' if v != option.default else f"<td>{escape(_shown(v))}</td>"
@@ -105,5 +135,5 @@ def _options(names: Sequence[str], configs: Sequence[Config]) -> str:
     return f"<details>\n<summary>configuration</summary>\n<table>\n{head}{''.join(lines)}</table>\n</details>\n"
 
 
-def _shown(value) -> str:
+def _shown(value: object) -> str:
     return " ".join(map(repr, value)) if isinstance(value, tuple) else str(value)

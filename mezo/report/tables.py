@@ -4,8 +4,8 @@ from pathlib import Path
 
 from mezo.errors import UserError
 from mezo.report.monitor import warning
+from mezo.run import outcome
 from mezo.run.directory import RunDirectory
-from mezo.run.outcome import place
 from mezo.run.stopping import WARNED, WINDOW, loss_ratio
 from mezo.run.trajectory import read_trajectory
 
@@ -19,6 +19,14 @@ PARTS = {
 MANY_ZEROS, MANY_CLIPPED = 0.1, 0.5  # shares of projected_grads from where they are warned of
 
 
+def finished(run: str) -> RunDirectory:
+    """A finished run. Raises UserError if there is no result."""
+    directory = RunDirectory(Path(run))
+    if not directory.result.is_file():
+        raise UserError(f"{run}: no result.json there; give a finished run, or use `mezo trajectory show {run}`")
+    return directory
+
+
 def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
     """Rows by the title of their table.
 
@@ -27,7 +35,7 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
     Raises:
         UserError: it is none.
     """
-    directory = _finished(run)
+    directory = finished(run)
     result, config = directory.read_result(), directory.read_config()
     first, records = read_trajectory(directory.trajectory)
     early = ", ended early" if result.get("stopped_early") else ""
@@ -49,37 +57,30 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
 
 def warnings(run: str) -> list[str]:
     """What a person should know before trusting a finished run, a sentence each."""
-    directory = _finished(run)
+    directory = finished(run)
     result, (first, records) = directory.read_result(), read_trajectory(directory.trajectory)
-    found = []
+    texts = []
     if "projected_grad_noise" in result:
         noise, signal = result["projected_grad_noise"], result["projected_grad_rms"]
         text = warning({"split": "noise", "noise": noise, "projected_grad_rms": signal})
-        found.append(text and f"noise of {text}")
+        texts.append(text and f"noise of {text}")
     if "perturbation_error" in result:
-        found.append(warning({"split": "spread", **result}))
+        texts.append(warning({"split": "spread", **result}))
     if result["zero_gradient_share"] > MANY_ZEROS:
-        found.append(f"{100 * result['zero_gradient_share']:.0f} % of projected_grads are zero: raise --eps")
+        texts.append(f"{100 * result['zero_gradient_share']:.0f} % of projected_grads are zero: raise --eps")
     if result["clipped_share"] > MANY_CLIPPED:
-        found.append(
+        texts.append(
             f"{100 * result['clipped_share']:.0f} % of projected_grads are clipped: raise --clip or lower --lr"
         )
     if result["skipped_steps"]:
-        found.append(f"{result['skipped_steps']} steps were skipped, their loss was not finite: lower --lr or --eps")
+        texts.append(f"{result['skipped_steps']} steps were skipped, their loss was not finite: lower --lr or --eps")
     ratio = loss_ratio(records)
     if ratio is not None and ratio > WARNED:
-        found.append(f"the mean loss of the last {WINDOW} steps is {ratio:.3g} times that of the first: lower --lr")
+        texts.append(f"the mean loss of the last {WINDOW} steps is {ratio:.3g} times that of the first: lower --lr")
     if result["dev"] and result["best_step"] == 0:
-        kept = place(directory, first["peft"]).name
-        found.append(f"no evaluation of dev was better than the first: {kept}/ is what the run started from")
-    return [text for text in found if text]
-
-
-def _finished(run: str) -> RunDirectory:
-    directory = RunDirectory(Path(run))
-    if not directory.result.is_file():
-        raise UserError(f"{run}: no result.json there; give a finished run, or use `mezo trajectory show {run}`")
-    return directory
+        name = outcome.path(directory, first["peft"]).name
+        texts.append(f"no evaluation of dev was better than the first: {name}/ is what the run started from")
+    return [text for text in texts if text]
 
 
 def _instruments(result: dict) -> list[tuple[str, str]]:

@@ -1,15 +1,15 @@
 """Adapters in PEFT's format: written, read and checked."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from mezo.atomic import replacing
 from mezo.errors import UserError
-from mezo.models.head import LINEAR_HEAD
+from mezo.models.spec import LINEAR_HEAD
 from mezo.run.files import replace_file
 from mezo.run.trajectory import read_trajectory
 from mezo_kernels import canonical_name
@@ -27,11 +27,8 @@ def save_adapter(directory: Path, peft: dict, theta: dict[str, torch.Tensor]) ->
     """
     directory.mkdir(parents=True, exist_ok=True)
     replace_file(directory / PEFT_CONFIG, json.dumps(peft, indent=2).encode())
-    part = directory / (WEIGHTS + ".part")
-    save_file({name: tensor.contiguous() for name, tensor in theta.items()}, part, metadata={"format": "pt"})
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(part, directory / WEIGHTS)
+    with replacing(directory / WEIGHTS) as part:
+        save_file({name: tensor.contiguous() for name, tensor in theta.items()}, part, metadata={"format": "pt"})
 
 
 def read_adapter(directory: Path) -> dict[str, torch.Tensor]:

@@ -1,11 +1,12 @@
 """Run directories: their paths, and the lock that lets one process in at a time."""
 
-import fcntl
 import json
 import os
-import shutil
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from mezo.atomic import remove_partial, replacing
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.run.files import drop_torn_line, read_lines, replace_file
@@ -23,7 +24,7 @@ class RunDirectory:
         self.config, self.trajectory = path / "config.json", path / "trajectory.jsonl"
         self.metrics, self.result = path / "metrics.jsonl", path / "result.json"
         self.adapter, self.model = path / "adapter", path / "model"
-        self.plots, self.tensorboard = path / "plots", path / "tensorboard"
+        self.page, self.tensorboard = path / "report.html", path / "tensorboard"
         self.launch = path / ".launch"
         self._lock = None
 
@@ -31,25 +32,31 @@ class RunDirectory:
     def create(cls, path: str, config: Config, first_line: dict, initial: Path | bytes | None = None) -> "RunDirectory":
         """Make the directory with its config, log header and `starting_file`, whole or not at all, and lock it.
 
+        Args:
+            path: of the directory; what is missing above it is made.
+            config: the run's.
+            first_line: header of its log.
+            initial: `starting_file`: a safetensors file or its bytes; None where theta_0 is no file.
         Raises:
             UserError: it exists, or cannot be made.
         """
         refuse_existing(path)
-        part = cls(Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part"))
-        try:
-            part.path.mkdir(parents=True)
-            part._acquire()
-            if initial is not None:
-                replace_file(part.path / INITIAL, content_of(initial))
-            replace_file(part.launch, launch_id().encode())
-            replace_file(part.config, config.to_json().encode())
-            replace_file(part.trajectory, (json.dumps(first_line) + "\n").encode())
-            part.metrics.touch()
-            part.path.rename(path)
-        except OSError as error:
-            shutil.rmtree(part.path, ignore_errors=True)
-            raise UserError(f"--output-dir {path} cannot be created: {error.strerror}; choose another") from error
         run = cls(Path(path))
+        try:
+            if not run.path.parent.exists():
+                run.path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(run.path) as unborn:
+                part = cls(unborn)
+                part.path.mkdir()
+                part._acquire()
+                if initial is not None:
+                    part.path.joinpath(INITIAL).write_bytes(content_of(initial))
+                part.launch.write_text(launch_id())
+                part.config.write_text(config.to_json())
+                part.trajectory.write_text(json.dumps(first_line) + "\n")
+                part.metrics.touch()
+        except OSError as error:
+            raise UserError(f"--output-dir {path} cannot be created: {error.strerror}; choose another") from error
         run._lock = part._lock
         return run
 
@@ -60,6 +67,8 @@ class RunDirectory:
         if not run.config.is_file() or not run.trajectory.is_file():
             raise UserError(f"--resume {path}: not a run directory (no config.json or no trajectory.jsonl there)")
         run._acquire()
+        for directory in (run.path, run.adapter):
+            remove_partial(directory)
         run.metrics.touch()
         drop_torn_line(run.trajectory)
         drop_torn_line(run.metrics)
@@ -85,17 +94,18 @@ class RunDirectory:
         return json.loads(self.result.read_text())
 
     def _acquire(self) -> None:
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  held until the process ends
+        self._lock = FileLock(self.path / ".lock")  # the OS frees it where its process ends
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
             raise UserError(
                 f"{self.path}: another process is training in this run directory; wait or stop it"
             ) from error
 
     def release(self) -> None:
-        """Let another process in."""
-        self._lock.close()
+        """Let another process in; nothing to do where this one has no lock, as on a rank above 0."""
+        if self._lock:
+            self._lock.release()
 
 
 def launch_id() -> str:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from mezo.errors import UserError
 from mezo.models.families import complete_fields, complete_stacks
+from mezo.models.load import Checkpoint
 from mezo.models.merge import cast, merge
-from mezo.run.adapter import check_trainable, is_prefix, read_adapter, read_peft_config, save_adapter
+from mezo.run.adapter import is_prefix, read_adapter, read_peft_config, save_adapter
 from mezo.run.directory import RunDirectory
 
 
@@ -37,27 +38,9 @@ def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -
         return
     tensors = read_adapter(adapter)
     if form == "sglang":
-        tensors = complete_stacks(peft["base_model_name_or_path"], tensors)
+        tensors = complete_stacks(Checkpoint.of(peft["base_model_name_or_path"]).config, tensors)
         peft = complete_fields(peft, tensors)
     save_adapter(Path(output_dir), peft, tensors)
-
-
-def import_adapter(adapter: str, output_dir: str) -> None:
-    """Turn an adapter made elsewhere into one that `--adapter` starts from: float32, canonical names, checked."""
-    refuse_output(output_dir)
-    peft = read_peft_config(adapter)
-    check_trainable(peft, adapter)
-    theta = read_adapter(Path(adapter))
-    if is_prefix(peft):
-        save_adapter(Path(output_dir), {**peft, "prefix_projection": False, "inference_mode": True}, theta)
-        return
-    kept = {key: peft[key] for key in ("base_model_name_or_path", "r", "lora_alpha", "target_modules")}
-    layers, task = peft.get("layers_to_transform"), peft.get("task_type")
-    if peft.get("modules_to_save"):
-        kept["modules_to_save"] = peft["modules_to_save"]
-    plain = {"peft_type": "LORA", "lora_dropout": 0.0, "bias": "none", "inference_mode": True}
-    kept |= {"layers_to_transform": layers, "task_type": task, **plain}
-    save_adapter(Path(output_dir), kept, theta)
 
 
 def refuse_output(path: str) -> None:

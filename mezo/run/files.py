@@ -5,17 +5,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from mezo.atomic import replacing
 from mezo.errors import RunError, UserError
 
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_bytes(data)
 
 
 def write_line(file: int, line: str) -> None:

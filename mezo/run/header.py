@@ -16,7 +16,7 @@ from mezo.errors import UserError
 from mezo.models.spec import TrainedSpec
 from mezo.run.adapter import WEIGHTS, load_adapter
 from mezo.run.trajectory import FORMAT, VERSIONS
-from mezo.runtimes.base import Runtime
+from mezo.runtimes.base import InitialTheta, Runtime, require
 from mezo_kernels import Z_STREAM_VERSION, lora_init
 
 INITIAL = "initial_adapter.safetensors"
@@ -41,9 +41,12 @@ def starting_file(config: Config, runtime: Runtime) -> Path | bytes | None:
 
     It is that of --adapter, or holds a prefix of real tokens.
     """
-    if config.model.tuning.adapter:
-        return Path(config.model.tuning.adapter) / WEIGHTS
-    return save(runtime.initial_theta(config.method.seed)) if config.model.tuning.name == "prefix" else None
+    tuning = config.model.tuning
+    if tuning.adapter:
+        return Path(tuning.adapter) / WEIGHTS
+    if tuning.name != "prefix":
+        return None
+    return save(require(runtime, InitialTheta, "--tuning prefix").initial_theta(config.method.seed))
 
 
 def content_of(initial: Path | bytes) -> bytes:

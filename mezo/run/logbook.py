@@ -112,8 +112,8 @@ def truncate(run: str, step: int) -> Path:
     rebuilt = None if best is None else rebuild(directory.path, str(best))  # before anything is moved
     aside = next(p for n in itertools.count(1) if not (p := directory.path / f"before-truncate-{n}").exists())
     aside.mkdir()
-    page = directory.path / "report.html"
-    outcomes = directory.adapter, directory.model, directory.result, directory.plots, page
+    # plots/: pictures that runs of older versions wrote
+    outcomes = directory.adapter, directory.model, directory.result, directory.page, directory.path / "plots"
     for path in (directory.trajectory, directory.metrics, *outcomes):
         if path.exists():
             path.rename(aside / path.name)
@@ -121,6 +121,6 @@ def truncate(run: str, step: int) -> Path:
     directory.write_metrics(rows)
     if rebuilt:
         theta, first, _ = rebuilt
-        outcome.write(outcome.place(directory, first["peft"]), first, theta)
+        outcome.write(outcome.path(directory, first["peft"]), first, theta)
     directory.release()
     return aside

@@ -1,4 +1,4 @@
-"""What a run keeps of theta: a PEFT adapter in adapter/, or, where the base itself is trained, a model in model/."""
+"""The outcome of a run: theta as a PEFT adapter in adapter/, or, where the whole base is trained, a model in model/."""
 
 from pathlib import Path
 
@@ -8,31 +8,31 @@ from mezo.errors import UserError
 from mezo.models.spec import TrainedSpec
 from mezo.run.adapter import load_adapter, read_adapter, same_bits, save_adapter
 from mezo.run.directory import RunDirectory
-from mezo.runtimes.base import Runtime
+from mezo.runtimes.base import Runtime, Savable, require
 
 
-def place(run: RunDirectory, peft: dict | None) -> Path:
-    """The directory of a run that it is kept in; `peft` is of the log's header."""
+def path(run: RunDirectory, peft: dict | None) -> Path:
+    """The directory of a run's outcome; `peft` is of the log's header."""
     return run.model if peft is None else run.adapter
 
 
-def keep(run: RunDirectory, runtime: Runtime) -> None:
-    """Write theta; what was kept of an earlier step gives way."""
+def save(run: RunDirectory, runtime: Runtime) -> None:
+    """Write theta as the run's outcome; that of an earlier step gives way."""
     if runtime.spec.peft is None:
-        runtime.save_model(run.model)
+        require(runtime, Savable, "--tuning full").save_model(run.model)
     else:
         save_adapter(run.adapter, runtime.spec.peft, runtime.theta())
 
 
 def read(run: RunDirectory, spec: TrainedSpec) -> dict[str, torch.Tensor]:
-    """What a run kept, as `Runtime.load` takes it."""
+    """A run's outcome, as `Runtime.load` takes it."""
     if spec.peft is None:
         return _parameters(run, spec.dtype)
     return load_adapter(run.adapter, spec.shapes)
 
 
 def write(directory: Path, first_line: dict, theta: dict[str, torch.Tensor]) -> None:
-    """Write theta of a log, as the run that wrote the log keeps it.
+    """Write theta of a log in the form that the outcome of its run has.
 
     Args:
         directory: created if needed.
@@ -48,12 +48,22 @@ def write(directory: Path, first_line: dict, theta: dict[str, torch.Tensor]) -> 
 
 
 def difference(run: RunDirectory, first_line: dict, theta: dict[str, torch.Tensor]) -> str | None:
-    """None if a run keeps exactly this theta (rounded once, if it is a model in 16 bits), else the first other name."""
+    """None if a run's outcome is exactly this theta (rounded once, if it is a model in 16 bits), else a name.
+
+    Args:
+        run: whose outcome is read.
+        first_line: of its log.
+        theta: float32 by canonical name.
+    Returns:
+        The first name of a tensor that differs.
+    Raises:
+        UserError: there is no outcome that can be read.
+    """
     if first_line["peft"] is not None:
         return same_bits(theta, read_adapter(run.adapter))
-    found, dtype = _parameters(run, first_line["dtype"]), getattr(torch, first_line["dtype"])
+    saved, dtype = _parameters(run, first_line["dtype"]), getattr(torch, first_line["dtype"])
     rounded = {name: tensor.to(dtype).float() for name, tensor in theta.items()}
-    return same_bits(rounded, {name: tensor.float() for name, tensor in found.items()})
+    return same_bits(rounded, {name: tensor.float() for name, tensor in saved.items()})
 
 
 def _parameters(run: RunDirectory, dtype: str) -> dict[str, torch.Tensor]:

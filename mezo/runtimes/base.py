@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
 from mezo.data.example import Example
+from mezo.errors import UserError
 from mezo.method.step import Step, Update
 from mezo.models.spec import TrainedSpec
 
@@ -59,12 +60,6 @@ class Runtime(Protocol):
         The perturbed copies are stale until `perturb` or `update`.
         """
 
-    def initial_theta(self, run_seed: int) -> dict[str, torch.Tensor]:
-        """theta_0 of a new run where the model at hand decides it, float32, on the CPU, by canonical name.
-
-        The hf runtime's alone, of --tuning prefix; elsewhere the header of the log says what theta_0 is.
-        """
-
     def theta(self) -> dict[str, torch.Tensor]:
         """Copies of theta on the CPU, float32, by canonical name."""
 
@@ -110,20 +105,10 @@ class Runtime(Protocol):
     def generate_pairs(
         self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]
     ) -> list[tuple[list[str], list[str]]]:
-        """As `generate`, at theta + eps z and theta - eps z of each perturbation of the last step."""
+        """As `generate`, at theta + eps z and theta - eps z of each perturbation of the last step.
 
-    def gradient(
-        self, split: str, indices: Sequence[int], loss: Callable[[torch.Tensor], torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """d loss(option scores) / d theta by autograd at theta, on the CPU, float32, by canonical name.
-
-        The hf runtime's alone: an engine keeps no graph, and the configuration refuses --true-gradient there.
-        """
-
-    def save_model(self, directory: Path) -> None:
-        """Write theta as `score` reads it, as a transformers model with its tokenizer; an earlier one there gives way.
-
-        The hf runtime's alone, of --tuning full: an adapter is written from `theta`.
+        Args:
+            split, indices, max_new_tokens, stop: as there.
         """
 
     def describe(self) -> str:
@@ -131,3 +116,64 @@ class Runtime(Protocol):
 
     def close(self) -> None:
         """Free what outlives this object: processes, scratch files. Safe to call twice."""
+
+
+@runtime_checkable
+class Differentiable(Protocol):
+    """A runtime that keeps what autograd needs: hf; an engine keeps no graph."""
+
+    def gradient(
+        self, split: str, indices: Sequence[int], loss: Callable[[torch.Tensor], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """d loss(option scores) / d theta by autograd at theta.
+
+        Args:
+            split: name of the split.
+            indices: numbers of examples in it.
+            loss: from option scores, float64 (len(indices), options), a number.
+        Returns:
+            Float32 on the CPU, by canonical name.
+        """
+
+
+@runtime_checkable
+class Savable(Protocol):
+    """A runtime that can write its model as a whole: hf, for --tuning full; an adapter is written from `theta`."""
+
+    def save_model(self, directory: Path) -> None:
+        """Write theta as `score` reads it, as a transformers model with its tokenizer; one that is there gives way."""
+
+
+@runtime_checkable
+class InitialTheta(Protocol):
+    """A runtime whose model decides where a run starts: hf, for --tuning prefix; else a log's header says it alone."""
+
+    def initial_theta(self, run_seed: int) -> dict[str, torch.Tensor]:
+        """theta_0 of a new run, float32, on the CPU, by canonical name: a prefix of real tokens, drawn by the seed."""
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """A runtime that several machines are parts of: sglang."""
+
+    def follow(self) -> None:
+        """On the second and later machines: serve until the trainer, on the first, ends it."""
+
+
+Kind = TypeVar("Kind")
+
+
+def require(runtime: Runtime, kind: type[Kind], option: str, other: str = "hf") -> Kind:
+    """The runtime as one of the protocols above, which an option needs.
+
+    Args:
+        runtime: at hand.
+        kind: the protocol.
+        option: as the user wrote it.
+        other: --runtime that has it.
+    Raises:
+        UserError: the runtime is of another kind.
+    """
+    if not isinstance(runtime, kind):
+        raise UserError(f"{option}: {type(runtime).__name__} is not {kind.__name__}; use --runtime {other}")
+    return runtime

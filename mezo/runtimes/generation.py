@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
 from mezo.config import Workload
 from mezo.data.example import Example
 from mezo.errors import UserError
-from mezo.models.load import load_tokenizer
-from mezo.models.prefix import Prefix
+from mezo.models.attention import Prefix
+from mezo.models.families import family_of
+from mezo.models.load import Checkpoint, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,16 @@ class Writing:
     ends: frozenset[int]
 
     @classmethod
-    def of(cls, model: str) -> "Writing":
-        """As a model directory or hub id says: its tokenizer, and every token that it calls the end of a text."""
-        tokenizer = load_tokenizer(model)
+    def of(cls, checkpoint: Checkpoint) -> "Writing":
+        """As a model says: its tokenizer, and every token that it calls the end of a text."""
+        tokenizer = load_tokenizer(checkpoint.name)
         ends = {tokenizer.eos_token_id}
-        sources = [AutoConfig.from_pretrained(model)]
+        sources = [checkpoint.config]
         with contextlib.suppress(OSError):  # not every model has one
-            sources.append(GenerationConfig.from_pretrained(model))
+            sources.append(GenerationConfig.from_pretrained(checkpoint.name))
         for source in sources:
-            own = getattr(source, "eos_token_id", None)
-            ends |= set(own) if isinstance(own, list) else {own}
+            tokens = getattr(source, "eos_token_id", None)
+            ends |= set(tokens) if isinstance(tokens, list) else {tokens}
         return cls(tokenizer, frozenset(ends - {None}))
 
     def ended(self, ids: Sequence[int], stop: Sequence[str]) -> bool:
@@ -64,6 +65,7 @@ def refuse_too_long(
         splits: examples by split.
         longest: tokens of the longest row that is scored.
         limit: tokens that the model takes, None if any number.
+        prefix: tokens of a trained prefix, which the limit leaves out already.
     """
     new = work.max_new_tokens
     prompt = max(len(example.prompt) for examples in splits.values() for example in examples)
@@ -81,16 +83,10 @@ def refuse_too_long(
         )
 
 
-def _windowed(config) -> bool:
-    """Whether some layer attends to so many places back only."""
-    kinds = getattr(config, "layer_types", None)
-    return bool(getattr(config, "sliding_window", None)) and (not kinds or set(kinds) != {"full_attention"})
-
-
 @torch.no_grad()
 def greedy(
     body: nn.Module,
-    head: nn.Module,
+    head: Callable[[torch.Tensor], torch.Tensor],
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     ended: Callable[[Sequence[int]], bool],
@@ -103,7 +99,8 @@ def greedy(
     model's own generation_config.json.
 
     Args:
-        body, head: of a decoder.
+        body: of a decoder.
+        head: hidden states (rows, hidden_size) -> logits (rows, vocabulary).
         prompts: token ids.
         max_new_tokens: most tokens of an answer.
         ended: whether an answer is over with its last token.
@@ -113,7 +110,9 @@ def greedy(
     Returns:
         Token ids of each answer, its last one included.
     """
-    if prefix and _windowed(body.config) and len(set(map(len, prompts))) > 1:
+    window, config = family_of(body.config).window, body.config
+    windowed = any(window(config, layer) for layer in range(config.num_hidden_layers))
+    if prefix and windowed and len(set(map(len, prompts))) > 1:
         # the padding would lie between prefix and prompt, and count as places of the window
         alone = [greedy(body, head, [prompt], max_new_tokens, ended, pad, prefix) for prompt in prompts]
         return [answer for (answer,) in alone]

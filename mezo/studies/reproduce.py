@@ -58,10 +58,15 @@ def configs(protocol: Protocol, output_dir: str, changes: dict, seeds: tuple[int
 
 
 def run(protocol: Protocol, output_dir: str, changes: dict, seeds: tuple[int, ...] = ()) -> dict | None:
-    """Do what is left of a protocol's runs and choose among them; arguments as `configs`'.
+    """Do what is left of a protocol's runs and choose among them.
 
     A run that diverges is out of the choice: a grid goes up to learning rates that may.
 
+    Args:
+        protocol: what to run.
+        output_dir: of all runs.
+        changes: options of a run that replace the protocol's, as `configs` takes them.
+        seeds: data seeds; () are the protocol's.
     Returns:
         What result.json in `output_dir` holds; None if Ctrl-C stopped a run.
     Raises:
@@ -72,29 +77,29 @@ def run(protocol: Protocol, output_dir: str, changes: dict, seeds: tuple[int, ..
         raise UserError("mezo reproduce runs in one process: start it without torchrun, or its runs with mezo train")
     rows = []
     grid = configs(protocol, output_dir, changes, seeds)
-    for config in (config for own in grid for config in own):
+    for config in (config for runs in grid for config in runs):
         _refuse_other(config)
-    for own in grid:
-        results = []
-        for config in own:
+    for runs in grid:
+        outcomes = []
+        for config in runs:
             try:
-                result = _carry_through(config)
+                outcome = _carry_through(config)
             except Diverged as error:
-                result = {"diverged": str(error)}
-            if result is None:
+                outcome = {"diverged": str(error)}
+            if outcome is None:
                 return None
-            results.append(result)
-        rows.append(_best(own, results))
+            outcomes.append(outcome)
+        rows.append(_best(runs, outcomes))
     scores = [100 * row["test"] for row in rows]
-    found = {
+    result = {
         "protocol": dataclasses.asdict(protocol),
         "changes": changes,
         "seeds": rows,
         "mean": statistics.mean(scores),
         "std": statistics.stdev(scores) if len(scores) > 1 else None,
     }
-    replace_file(Path(output_dir) / "result.json", json.dumps(found, indent=2).encode())
-    return found
+    replace_file(Path(output_dir) / "result.json", json.dumps(result, indent=2).encode())
+    return result
 
 
 def _refuse_other(config: Config) -> None:
@@ -111,22 +116,22 @@ def _carry_through(config: Config) -> dict | None:
     return resume(str(directory.path)) if directory.path.exists() else train(config)
 
 
-def _best(own: list[Config], results: list[dict]) -> dict:
+def _best(runs: list[Config], results: list[dict]) -> dict:
     """The run of a data seed whose kept step dev prefers by the task's metric; the first of equals."""
-    metric = find_task(own[0].data).metric
+    metric = find_task(runs[0].data).metric
     dev = {i: score for i, result in enumerate(results) if (score := _kept_score(result, metric)) is not None}
     if not dev:
         why = results[0].get("diverged", f"no finite {metric} on dev")
-        raise RunError(f"{own[0].machine.output_dir} and the other learning rates of its seed: {why}")
+        raise RunError(f"{runs[0].machine.output_dir} and the other learning rates of its seed: {why}")
     at = max(dev, key=dev.__getitem__)
     return {
-        "data_seed": own[at].data_seed,
-        "lr": own[at].method.lr,
+        "data_seed": runs[at].data.data_seed,
+        "lr": runs[at].method.lr,
         "best_step": results[at]["best_step"],
         "dev": dev[at],
         "test_before": results[at]["test"]["before"][metric],
         "test": results[at]["test"]["after"][metric],
-        "diverged": [config.method.lr for i, config in enumerate(own) if i not in dev],
+        "diverged": [config.method.lr for i, config in enumerate(runs) if i not in dev],
     }
 
 
@@ -135,7 +140,7 @@ def _kept_score(result: dict, metric: str) -> float | None:
     return next((row[metric] for row in result.get("dev", ()) if row["step"] == result["best_step"]), None)
 
 
-def departures(found: dict) -> list[str]:
+def departures(result: dict) -> list[str]:
     """What of a result is not as published, a line each.
 
     >>> protocol = {"steps": 100, "data_seeds": (1, 2), "differs": "no head", "others": {"dtype": "float16"}}
@@ -148,14 +153,14 @@ def departures(found: dict) -> list[str]:
     data seeds 1 (published: 1, 2)
     data seed 1: lr 0.1 diverged
     """
-    protocol, listed = found["protocol"], lambda seeds: ", ".join(map(str, seeds))
+    protocol, listed = result["protocol"], lambda seeds: ", ".join(map(str, seeds))
     lines = [protocol["differs"]] if protocol["differs"] else []
-    for name, value in found["changes"].items():
+    for name, value in result["changes"].items():
         published = protocol.get(name, protocol["others"].get(name))
         if value != published:
             lines.append(f"{name} {value}" + (f" (published: {published})" if published is not None else ""))
-    seeds = [row["data_seed"] for row in found["seeds"]]
+    seeds = [row["data_seed"] for row in result["seeds"]]
     if seeds != list(protocol["data_seeds"]):
         lines.append(f"data seeds {listed(seeds)} (published: {listed(protocol['data_seeds'])})")
-    lines += [f"data seed {row['data_seed']}: lr {lr} diverged" for row in found["seeds"] for lr in row["diverged"]]
+    lines += [f"data seed {row['data_seed']}: lr {lr} diverged" for row in result["seeds"] for lr in row["diverged"]]
     return lines

@@ -96,7 +96,13 @@ class _Probe:
         self.kept: list = []
 
     def line(self, k: int, distance: float, reach: int) -> list[float]:
-        """Losses at theta + i distance z, i = -reach .. reach, on the batch of step k."""
+        """Losses at theta + i distance z, i = -reach .. reach, on the batch of step k.
+
+        Args:
+            k: step whose batch and direction z are taken, from 0.
+            distance: between neighbouring points, in lengths of z.
+            reach: points on either side of theta.
+        """
         batch, seed = self.measurement.batches(k), perturbation_seed(self.config.method.seed, k, 0)
         above, below = [], []
         for i in range(1, reach + 1):

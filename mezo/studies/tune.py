@@ -1,16 +1,22 @@
-"""Choosing lr and eps before a long run: short runs, the worse half dropped at each rung (successive halving).
+"""Choosing lr and eps before a long run: short runs, which Optuna proposes and ends early.
 
-Jamieson and Talwalkar 2016 (arXiv 1502.07943). A trial is an ordinary run that is paused at the end of a rung and
-resumed in the next; all share one loaded model.
+Values are proposed by a tree-structured Parzen estimator around the estimated ones (Bergstra et al. 2011), or come from
+grids. At the end of a rung a trial goes on if it is in the better half of those that were there before (asynchronous
+successive halving: Li et al. 2018, arXiv 1810.05934). A trial is an ordinary run that is paused at each rung's end; all
+trials share one loaded model. Optuna's journal, study.jsonl in the sweep's directory, is what a sweep resumes from.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import optuna
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import Trial, TrialState
 from rich.console import Console
 
 from mezo.api import carry_on, loaded, start, with_adapter_options
@@ -20,7 +26,7 @@ from mezo.data.example import Example
 from mezo.data.rewards import judges
 from mezo.errors import Diverged, RunError, UserError
 from mezo.run.directory import RunDirectory, refuse_existing
-from mezo.run.files import drop_torn_line, read_lines, replace_file, write_line
+from mezo.run.files import drop_torn_line, replace_file
 from mezo.run.header import initial_theta, make_header, starting_file
 from mezo.runtimes.base import Runtime
 from mezo.studies.step_sizes import StepSizes, estimate
@@ -28,59 +34,41 @@ from mezo.tasks import with_objective
 from mezo.training.evaluation import best_by
 from mezo.training.ranks import Ranks
 
-AROUND = 0.1, 0.3, 1.0, 3.0  # times the estimated lr: the grid where none is given
+AROUND = {"lr": 10.0, "eps": 3.0}
+"""Without a grid a value is sought from the estimated one over this factor to the estimated one times it."""
+TRIALS, AT_RANDOM = (
+    8,
+    4,
+)  # of a sweep unless it says otherwise; and those of them that the estimator knows too little for
+STUDY = "study.jsonl"
 SMOOTH = {"cross_entropy", "lm_cross_entropy"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a sweep does, fixed at its start: plan.json.
-
-    Args:
-        config: options of the run that is tuned for, as given.
-        rungs: steps at which trials are compared.
-        trials: name of each run directory -> {"lr", "eps"}.
-        estimate: fields of `StepSizes`, or None where both grids were given.
-    """
-
-    config: dict
-    rungs: list[int]
-    trials: dict[str, dict[str, float]]
-    estimate: dict | None
-
-
 def tune(
-    config: Config, grid_lr: Sequence[float] = (), grid_eps: Sequence[float] = (), rungs: int = 3, trial_steps: int = 0
+    config: Config,
+    grid_lr: Sequence[float] = (),
+    grid_eps: Sequence[float] = (),
+    rungs: int = 3,
+    trial_steps: int = 0,
+    num_trials: int = 0,
 ) -> dict | None:
-    """Sweep lr and eps under `config.output_dir`; return what result.json there holds, or None after Ctrl-C.
+    """Sweep lr and eps under its output_dir; return what result.json there holds, or None after Ctrl-C.
 
     Args:
         config: of the run that is tuned for.
-        grid_lr, grid_eps: values to try; where none are given, those around the estimated lr, and the estimated eps.
-        rungs: times that trials are compared; half of them are left each time.
+        grid_lr, grid_eps: values to try; where none are given, they are sought around the estimated one.
+        rungs: times that trials are compared, each after twice the steps of the time before.
         trial_steps: length of the last rung; 0 is a quarter of the run's steps.
+        num_trials: number of trials; 0 is TRIALS, or every pair of two grids.
     Raises:
         UserError: before anything is written.
+        RunError: every trial failed, or an engine died; the latter can be resumed.
     """
     _refuse_ranks()
     refuse_existing(config.machine.output_dir)
     config = with_objective(with_adapter_options(config).absolute())
     steps = rung_steps(rungs, trial_steps or max(2 ** (rungs - 1), config.method.steps // 4))
-    if not (grid_lr and grid_eps) and not config.method.objectives.keys() <= SMOOTH:
-        raise UserError(
-            f"--objective {config.method.objective} has no slope to estimate: give --grid-lr and --grid-eps"
-        )
-    if not (grid_lr and grid_eps) and config.method.rule.one_sided:
-        rule = config.method.rule.name
-        raise UserError(
-            f"--update-rule {rule}: lr and eps are estimated for two-sided steps: give --grid-lr and --grid-eps"
-        )
-    if not grid_lr and config.method.rule.kernel():
-        raise UserError(
-            f"--update-rule {config.method.rule.name}: lr is estimated for steps of plain SGD: give --grid-lr"
-        )
-    if config.machine.follows:
-        raise UserError("--engine-arg node_rank: a sweep is run by the first machine; start the others with mezo train")
+    _check_options(config, grid_lr, grid_eps, num_trials)
     for lr in grid_lr or (config.method.lr,):  # values that cannot be are refused before the model is loaded
         for eps in grid_eps or (config.method.eps,):
             trial_config(config, steps, "trial", lr, eps)
@@ -89,16 +77,30 @@ def tune(
         splits,
         _,
     ):
-        _check_dev(splits)
-        found = None if grid_lr and grid_eps else _estimate(config, runtime, splits)
-        lrs = grid_lr or [float(f"{x * ((found.lr if found else None) or config.method.lr):.1g}") for x in AROUND]
-        trials = {f"lr-{lr:g}-eps-{eps:g}": {"lr": lr, "eps": eps} for eps in grid_eps or (found.eps,) for lr in lrs}
-        plan = Plan(config.to_dict(), steps, trials, dataclasses.asdict(found) if found else None)
+        if "dev" not in splits:
+            raise UserError("mezo tune compares trials by dev loss: give --dev-file")
+        sizes = None if grid_lr and grid_eps else _estimate(config, runtime, splits)
+        centre = {} if sizes is None else {"lr": sizes.lr or config.method.lr, "eps": sizes.eps}
+        grids = {"lr": list(dict.fromkeys(grid_lr)), "eps": list(dict.fromkeys(grid_eps))}
+        pairs = [{"lr": lr, "eps": eps} for eps, lr in itertools.product(grids["eps"], grids["lr"])]
+        first = pairs[: num_trials or None] or [{name: centre[name] for name, grid in grids.items() if not grid}]
+        plan = {
+            "config": config.to_dict(),
+            "rungs": steps,
+            "grids": grids,
+            "centre": centre,
+            "trials": len(pairs[: num_trials or None]) or num_trials or TRIALS,
+            "estimate": dataclasses.asdict(sizes) if sizes else None,
+        }
         Path(config.machine.output_dir).mkdir(parents=True)
-        replace_file(
-            Path(config.machine.output_dir) / "plan.json", json.dumps(dataclasses.asdict(plan), indent=2).encode()
+        direction = "maximize" if compared_by(config)[0] > 0 else "minimize"
+        study = optuna.create_study(
+            storage=_journal(Path(config.machine.output_dir)), study_name="mezo", direction=direction
         )
-        return _climb(Path(config.machine.output_dir), plan, runtime, splits)
+        for values in first:
+            study.enqueue_trial(values)
+        study.set_user_attr("plan", plan)
+        return _sweep(Path(config.machine.output_dir), study, runtime, splits)
 
 
 def resume(path: str) -> dict | None:
@@ -106,19 +108,18 @@ def resume(path: str) -> dict | None:
     _refuse_ranks()
     directory = Path(path)
     try:
-        plan = Plan(**json.loads((directory / "plan.json").read_text()))
-        config = Config.of_run(plan.config)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--resume {path}: not a sweep of mezo tune, no readable plan.json there ({error})") from error
+        drop_torn_line(directory / STUDY)
+        study = optuna.load_study(study_name="mezo", storage=_journal(directory))
+        plan = study.user_attrs["plan"]
+        config = Config.of_run(plan["config"]).replace(output_dir=path)
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"--resume {path}: not a sweep of mezo tune, no readable {STUDY} there ({error})") from error
     if (directory / "result.json").is_file():
         return json.loads((directory / "result.json").read_text())
-    config = config.replace(output_dir=path)
-    with loaded(trial_config(config, plan.rungs, "trial", config.method.lr, config.method.eps), need="train") as (
-        runtime,
-        splits,
-        _,
-    ):
-        return _climb(directory, plan, runtime, splits)
+    with loaded(
+        trial_config(config, plan["rungs"], "trial", config.method.lr, config.method.eps), need="train"
+    ) as loaded_before:
+        return _sweep(directory, study, *loaded_before[:2])
 
 
 def rung_steps(rungs: int, longest: int) -> list[int]:
@@ -136,7 +137,14 @@ def rung_steps(rungs: int, longest: int) -> list[int]:
 
 
 def trial_config(config: Config, rungs: Sequence[int], name: str, lr: float, eps: float) -> Config:
-    """A trial's run: as long as the last rung, evaluated on dev at every rung, never on test."""
+    """A trial's run: as long as the last rung, evaluated on dev at every rung, never on test.
+
+    Args:
+        config: of the run that is tuned for; its output_dir is the sweep's.
+        rungs: steps at the end of each.
+        name: of the trial's directory.
+        lr, eps: the trial's.
+    """
     return config.replace(
         output_dir=str(Path(config.machine.output_dir) / name),
         steps=rungs[-1],
@@ -145,6 +153,7 @@ def trial_config(config: Config, rungs: Sequence[int], name: str, lr: float, eps
         lr=lr,
         eps=eps,
         eval_test=False,
+        report=False,
         eval_train=False,
         early_stopping=0,
         true_gradient=False,
@@ -153,6 +162,10 @@ def trial_config(config: Config, rungs: Sequence[int], name: str, lr: float, eps
 
 def command(config: Config, lr: float, eps: float) -> str:
     """The `mezo train` call of the run that was tuned for.
+
+    Args:
+        config: of that run.
+        lr, eps: chosen.
 
     >>> command(Config.of(model="m", output_dir="o", task="sst2", layers_to_transform=(3, 4), noise=False), 0.1, 0.01)
     'mezo train --task sst2 --model m --layers-to-transform 3 4 --lr 0.1 --no-noise --output-dir RUN'
@@ -174,9 +187,17 @@ def compared_by(config: Config) -> tuple[int, str]:
 
 
 def order(rows: Sequence[dict], sign: int = -1, key: str = "loss") -> list[dict]:
-    """Best first: by that figure of dev, then accuracy; a trial that failed or has no finite figure comes last."""
+    """Best first: most steps, then that figure of dev, then accuracy; a trial that failed comes last.
+
+    Args:
+        rows: of result.json.
+        sign: 1 where more is better.
+        key: the figure.
+    """
+    failed = {row["trial"] for row in rows if row["failed"]}
     value = lambda row: math.inf if row[f"dev_{key}"] is None else -sign * row[f"dev_{key}"]  # noqa: E731
-    return sorted(rows, key=lambda row: (row["failed"] is not None, value(row), -(row["dev_accuracy"] or 0)))
+    by = lambda row: (row["trial"] in failed, -row["steps"], value(row), -(row["dev_accuracy"] or 0))  # noqa: E731
+    return sorted(rows, key=by)
 
 
 def _estimate(config: Config, runtime: Runtime, splits: dict[str, Sequence[Example]]) -> StepSizes:
@@ -186,64 +207,118 @@ def _estimate(config: Config, runtime: Runtime, splits: dict[str, Sequence[Examp
     return estimate(config, runtime, splits["train"], judges(config.method))
 
 
-def _climb(directory: Path, plan: Plan, runtime: Runtime, splits: dict) -> dict | None:
-    """Carry every trial to the end of its last rung, from wherever rungs.jsonl ends."""
-    log, say = directory / "rungs.jsonl", Console(stderr=True)
-    if log.exists():
-        drop_torn_line(log)
-    rows = [row for _, row in read_lines(log)] if log.exists() else []
-    config, names = Config.of_run(plan.config).replace(output_dir=str(directory)), list(plan.trials)
-    for number, steps in enumerate(plan.rungs):
-        say.rule(f"rung {number + 1} of {len(plan.rungs)}: {len(names)} trials to step {steps}")
-        known = {row["trial"] for row in rows if row["rung"] == number}
-        for name in (name for name in names if name not in known):
-            say.print(name, highlight=False)
-            trial = trial_config(config, plan.rungs, name, **plan.trials[name])
-            row = _run(trial, steps, runtime, splits)
-            if row is None:
-                say.print(f"stopped; continue with: mezo tune --resume {directory}", highlight=False, soft_wrap=True)
-                return None
-            rows.append({"rung": number, "trial": name, **plan.trials[name], "steps": steps, **row})
-            _append(log, rows[-1])
-        ordered = order([row for row in rows if row["rung"] == number], *compared_by(config))
-        names = [row["trial"] for row in ordered[: math.ceil(len(ordered) / 2)] if row["failed"] is None]
-        if not names:
-            raise RunError(f"{directory}: every trial failed, the first with: {ordered[0]['failed']}; lower --grid-lr")
-    best = ordered[0]
-    found = {
-        "best": best,
-        "command": command(Config.of_run(plan.config), best["lr"], best["eps"]),
-        "estimate": plan.estimate,
-        "rungs": rows,
-    }
-    replace_file(directory / "result.json", json.dumps(found, indent=2).encode())
-    return found
+def _journal(directory: Path) -> optuna.storages.JournalStorage:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.storages.JournalStorage(JournalFileBackend(str(directory / STUDY)))
+
+
+def _sweep(directory: Path, study: optuna.Study, runtime: Runtime, splits: dict) -> dict | None:
+    """Make what is left of a sweep's trials, and its result; None after Ctrl-C."""
+    plan, say = study.user_attrs["plan"], Console(stderr=True, highlight=False)
+    config = Config.of_run(plan["config"]).replace(output_dir=str(directory))
+    study.pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=plan["rungs"][0], reduction_factor=2)
+    while (trial := _next_trial(study, plan["trials"])) is not None:
+        values = {name: _suggest(trial, name, plan) for name in AROUND}
+        name = f"lr-{values['lr']:g}-eps-{values['eps']:g}"
+        trial.set_user_attr("run", {"trial": name, **values})
+        say.rule(f"trial {trial.number + 1} of {plan['trials']}: {name}")
+        if not _carry(trial, trial_config(config, plan["rungs"], name, **values), plan["rungs"], runtime, splits):
+            say.print(f"stopped; continue with: mezo tune --resume {directory}", soft_wrap=True)
+            return None
+    rows = _rows(study, plan["rungs"])
+    best = order(rows, *compared_by(config))[0]
+    if best["failed"]:
+        raise RunError(f"{directory}: every trial failed, the first with: {best['failed']}; lower --grid-lr")
+    chosen = command(Config.of_run(plan["config"]), best["lr"], best["eps"])
+    result = {"best": best, "command": chosen, "estimate": plan["estimate"], "rungs": rows}
+    replace_file(directory / "result.json", json.dumps(result, indent=2).encode())
+    return result
+
+
+def _next_trial(study: optuna.Study, count: int) -> Trial | None:
+    """The trial that a stopped sweep was in, else a new one, until there are `count`."""
+    finished = sum(trial.state.is_finished() for trial in study.trials)
+    if finished >= count:
+        return None
+    # a seed for each trial: a resumed sweep proposes what one that was never stopped would
+    study.sampler = optuna.samplers.TPESampler(seed=finished, n_startup_trials=AT_RANDOM)
+    running = study.get_trials(states=[TrialState.RUNNING])
+    return Trial(study, running[0]._trial_id) if running else study.ask()
+
+
+def _suggest(trial: Trial, name: str, plan: dict) -> float:
+    """A value of the grid, or one near the centre, to two digits."""
+    if plan["grids"][name]:
+        return trial.suggest_categorical(name, plan["grids"][name])
+    centre, factor = plan["centre"][name], AROUND[name]
+    return float(f"{trial.suggest_float(name, centre / factor, centre * factor, log=True):.2g}")
+
+
+def _carry(trial: Trial, config: Config, rungs: list[int], runtime: Runtime, splits: dict) -> bool:
+    """Carry a trial from rung to rung until it is complete, pruned or failed; False after Ctrl-C."""
+    key = f"dev_{compared_by(config)[1]}"
+    for steps in rungs:
+        figures = trial.user_attrs.get(str(steps)) or _run(config, steps, runtime, splits)
+        if figures is None:
+            return False
+        if "pruned" not in figures:  # a kill between the next lines costs a pruning at worst: the trial goes on
+            if not figures["failed"]:
+                trial.report(figures[key], steps)
+            figures["pruned"] = not figures["failed"] and steps < rungs[-1] and trial.should_prune()
+            trial.set_user_attr(str(steps), figures)
+        if figures["failed"] or figures["pruned"]:
+            trial.study.tell(trial, state=TrialState.FAIL if figures["failed"] else TrialState.PRUNED)
+            return True
+    trial.study.tell(trial, figures[key])
+    return True
 
 
 def _run(config: Config, steps: int, runtime: Runtime, splits: dict) -> dict | None:
-    """Carry a trial on to the end of a rung; its dev scores there, or None after Ctrl-C."""
+    """Carry a trial's run on to the end of a rung; its dev scores there and why it failed, or None after Ctrl-C."""
     for count in (runtime.tokens, runtime.eval_tokens):
         count.scored, count.computed = 0, 0.0
-    run, figures = RunDirectory(Path(config.machine.output_dir)), {"loss", "accuracy", compared_by(config)[1]}
+    run, key = RunDirectory(Path(config.machine.output_dir)), compared_by(config)[1]
+    names = sorted({"loss", "accuracy", key})
+    scored = lambda: [row for row in run.read_metrics() if row["split"] == "dev" and row["step"] == steps]  # noqa: E731
     try:
-        if run.config.is_file():
-            carry_on(RunDirectory.open(config.machine.output_dir), config, runtime, splits, until=steps)
-        else:
+        if not run.config.is_file():
             start(config, runtime, splits, until=steps)
-    except Diverged as error:
-        return {**dict.fromkeys(sorted(f"dev_{key}" for key in figures)), "failed": str(error)}
-    rows = [row for row in run.read_metrics() if row["split"] == "dev" and row["step"] == steps]
-    return {**{f"dev_{key}": rows[0][key] for key in sorted(figures)}, "failed": None} if rows else None
+        elif not scored() or (steps == config.method.steps and not run.result.is_file()):
+            carry_on(RunDirectory.open(config.machine.output_dir), config, runtime, splits, until=steps)
+    except (Diverged, ArithmeticError) as error:
+        return {**{f"dev_{name}": None for name in names}, "failed": str(error)}
+    if not scored():
+        return None
+    failed = None if scored()[0][key] is not None else f"dev has no finite {key} after step {steps}"
+    return {**{f"dev_{name}": scored()[0][name] for name in names}, "failed": failed}
 
 
-def _append(path: Path, row: dict) -> None:
-    with open(path, "ab") as file:
-        write_line(file.fileno(), json.dumps(row, allow_nan=False) + "\n")
+def _rows(study: optuna.Study, rungs: list[int]) -> list[dict]:
+    """A row for each rung that a trial came to, rung by rung."""
+    return [
+        {"rung": number, **trial.user_attrs["run"], "steps": steps, **trial.user_attrs[str(steps)]}
+        for number, steps in enumerate(rungs)
+        for trial in study.trials
+        if str(steps) in trial.user_attrs
+    ]
 
 
-def _check_dev(splits: dict) -> None:
-    if "dev" not in splits:
-        raise UserError("mezo tune compares trials by dev loss: give --dev-file")
+def _check_options(config: Config, grid_lr: Sequence[float], grid_eps: Sequence[float], num_trials: int) -> None:
+    if num_trials < 0:
+        raise UserError(f"--num-trials must be 0 or more, got {num_trials}")
+    if not (grid_lr and grid_eps) and not config.method.objectives.keys() <= SMOOTH:
+        raise UserError(
+            f"--objective {config.method.objective} has no slope to estimate: give --grid-lr and --grid-eps"
+        )
+    rule = config.method.rule
+    if not (grid_lr and grid_eps) and rule.one_sided:
+        raise UserError(
+            f"--update-rule {rule.name}: lr and eps are estimated for two-sided steps: give --grid-lr and --grid-eps"
+        )
+    if not grid_lr and rule.kernel():
+        raise UserError(f"--update-rule {rule.name}: lr is estimated for steps of plain SGD: give --grid-lr")
+    if config.machine.follows:
+        raise UserError("--engine-arg node_rank: a sweep is run by the first machine; start the others with mezo train")
 
 
 def _refuse_ranks() -> None:

@@ -12,9 +12,9 @@ from mezo.data.example import Example
 from mezo.data.rewards import Judge
 from mezo.method.objectives import evaluate, predictions
 from mezo.report.monitor import Monitor
+from mezo.run import outcome
 from mezo.run.directory import RunDirectory
 from mezo.run.files import write_line
-from mezo.run.outcome import keep
 from mezo.run.trajectory import StepRecord
 from mezo.runtimes.base import Runtime
 from mezo.training.clock import Clock
@@ -79,7 +79,7 @@ class Evaluations:
             if split == "dev":
                 row["is_best"] = self._beats(row)
                 if row["is_best"]:
-                    keep(self.run, self.runtime)
+                    outcome.save(self.run, self.runtime)
         self.log(row)
         monitor.evaluation(row)
         return row

@@ -10,7 +10,7 @@ import torch
 
 from mezo.config import Config
 from mezo.run.trajectory import StepRecord
-from mezo.runtimes.base import Runtime
+from mezo.runtimes.base import Differentiable, Runtime, require
 from mezo.training.clock import Clock
 from mezo.training.measurement import Measurement, Scores
 from mezo_kernels import ParamLayout, rademacher, standard_normal, step_
@@ -96,11 +96,12 @@ class Instruments:
         measurement, batch = self.measurement, self.measurement.batches(step)
         mine, grads = measurement.estimate(measurement.step(step))
         self._restore(step)
+        runtime = require(self.runtime, Differentiable, "--true-gradient")
         size, total = self.config.machine.micro_batch_size or len(batch), None
         for i in range(0, len(batch), size):
             part = batch[i : i + size]
             share, labels = len(part) / len(batch), measurement.labels[part]
-            found = self.runtime.gradient("train", part, lambda s, n=share, y=labels: n * measurement.objective(s, y))
+            found = runtime.gradient("train", part, lambda s, n=share, y=labels: n * measurement.objective(s, y))
             total = found if total is None else {name: total[name] + found[name] for name in found}
         norms = measurement.norms(mine.seeds)
         return against_gradient(mine.seeds, grads, total, self.config.method.rule.distribution, norms)

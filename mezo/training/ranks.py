@@ -5,6 +5,7 @@ Every rank applies the same seeds and coefficients, so a few float64 numbers a s
 
 import datetime
 import hashlib
+import itertools
 import os
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from mezo.errors import RunError
 
 PATIENCE = datetime.timedelta(hours=12)  # rank 0 evaluates while the others wait; a dead rank is noticed at once
+_meetings = itertools.count()
 
 
 class Ranks:
@@ -34,11 +36,11 @@ class Ranks:
             dist.init_process_group("gloo", timeout=PATIENCE, rank=self.rank, world_size=self.size, store=self._store())
 
     def _store(self) -> dist.Store:
-        """Where ranks find each other; the addresses of the ranks before a restart are out of sight."""
+        """Where ranks find each other; addresses before a restart, or of this process's last run, are out of sight."""
         hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, self.size, is_master=self.rank == 0 and not hosted)
-        return dist.PrefixStore(f"mezo/{self.attempt}", store)
+        return dist.PrefixStore(f"mezo/{self.attempt}/{next(_meetings)}", store)
 
     @property
     def restarted(self) -> bool:

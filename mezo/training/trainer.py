@@ -10,7 +10,6 @@ from mezo.data.example import Example
 from mezo.data.rewards import judges
 from mezo.errors import Diverged
 from mezo.method.step import Update
-from mezo.report import plots
 from mezo.report.monitor import Monitor
 from mezo.run import outcome
 from mezo.run.directory import RunDirectory, best_step
@@ -145,10 +144,10 @@ class Trainer:
         found = f"the mean loss of {WINDOW} steps is {ratio:.3g} times that of the first {WINDOW}"
         if limit:
             self._keep()
-            place = outcome.place(self.run, self.runtime.spec.peft).name
+            kept = outcome.path(self.run, self.runtime.spec.peft).name
             raise Diverged(
                 f"step {len(self.records)}: {found}, above --max-loss-ratio {limit:g}: lower --lr. The log is whole and"
-                f" {place}/ is kept; go on all the same with: mezo train --resume {self.run.path} --max-loss-ratio 0"
+                f" {kept}/ is kept; go on all the same with: mezo train --resume {self.run.path} --max-loss-ratio 0"
             )
         if not self.warned:
             self.warned = True
@@ -172,15 +171,26 @@ class Trainer:
         metrics = self.evaluations.metrics
         best = best_step(metrics)
         if best is None:
-            outcome.keep(self.run, self.runtime)
+            outcome.save(self.run, self.runtime)
         self.runtime.load(outcome.read(self.run, self.runtime.spec))
         step = len(self.records) if best is None else best
         scored = {row["split"] for row in metrics if row["split"] in ("test", "train")}
         after = {split: self.evaluations.evaluate(split, step, self.monitor) for split in sorted(scored)}
         found = result(self.config, step, after, self.records, metrics, self.clock, self.ranks)
         replace_file(self.run.result, json.dumps(found, indent=2).encode())
-        plots.draw(self.run.plots, self.records, metrics)
+        if self.config.method.report:
+            self._write_page()
         return found
+
+    def _write_page(self) -> None:
+        """Write report.html. The result is on the disk by now: whatever goes wrong here does not fail the run."""
+        try:
+            from mezo.report import page  # brings matplotlib, which nothing before needs
+
+            page.write([str(self.run.path)], self.run.page)
+        except Exception as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            self.monitor.say(f"report.html is not written ({why}); try again: mezo report {self.run.path} --html FILE")
 
     def _interrupt(self, number, frame) -> None:
         if self.ranks.interrupted:
@@ -195,7 +205,7 @@ class Trainer:
         """Leave theta behind, and the clock."""
         if self.ranks.leads:
             if best_step(self.evaluations.metrics) is None:
-                outcome.keep(self.run, self.runtime)
+                outcome.save(self.run, self.runtime)
             self.evaluations.log({"step": len(self.records), "split": "stop"})
 
 

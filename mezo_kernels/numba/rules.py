@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import torch
 from numba import float32, prange
 
 from mezo_kernels.layout import AddressCache
@@ -114,8 +115,20 @@ def _rule_parallel(threads, items, buffer, kind, states, constants, seeds, numbe
 _items = AddressCache(step._build_items)
 
 
-def rule_step_(theta, state, plus, minus, geometry, kind, constants, updates, next_seeds, eps, distribution) -> None:
-    """Apply (seed, weight, last, rate, decay, root) updates, then write theta +- eps z(next_seed) for each pair."""
+def rule_step_(
+    theta: list[torch.Tensor],
+    state: list[torch.Tensor],
+    plus: list[torch.Tensor],
+    minus: list[torch.Tensor],
+    geometry: list[torch.Tensor],
+    kind: int,
+    constants: list[float],
+    updates: list[tuple[int, float, float, float, float, float]],
+    next_seeds: list[int],
+    eps: float,
+    distribution: str,
+) -> None:
+    """Apply updates by a rule, then write theta +- eps z(next_seed) for each pair; arguments as in `reference`."""
     n, states = len(theta), len(state) // len(theta)
     # a rule's states (m, v) stand before the first pair; momentum's one state stands twice
     items, n_elements = _items(theta, [*state[:n], *plus], [*state[-n:], *minus] if state else minus, geometry)

@@ -146,8 +146,10 @@ def _keys(seeds: list[int]) -> np.ndarray:
     return np.array([(s & 0xFFFFFFFF, s >> 32) for s in seeds], dtype=np.uint32).reshape(-1, 2)
 
 
-def standard_normal(seed, tensor_id, start, n_elements, distribution, device) -> torch.Tensor:
-    """z of the elements start .. start + n_elements of one parameter, float32."""
+def standard_normal(
+    seed: int, tensor_id: int, start: int, n_elements: int, distribution: str, device: torch.device
+) -> torch.Tensor:
+    """z of the elements start .. start + n_elements of one parameter, float32; arguments as in `reference`."""
     out = torch.empty(n_elements, dtype=torch.float32)
     if not n_elements:
         return out
@@ -163,13 +165,24 @@ def standard_normal(seed, tensor_id, start, n_elements, distribution, device) ->
     return out
 
 
-def perturb_(theta, geometry, scale, seed, distribution) -> None:
-    """theta <- theta + (scale * z), as theta - ((-scale) * z): the same bits."""
+def perturb_(
+    theta: list[torch.Tensor], geometry: list[torch.Tensor], scale: float, seed: int, distribution: str
+) -> None:
+    """theta <- theta + (scale * z), as theta - ((-scale) * z): the same bits. Arguments as in `reference`."""
     _run(theta, [], [], geometry, [seed], [-scale], [1.0], [True], [], 0.0, distribution)
 
 
-def step_(theta, plus, minus, geometry, updates, next_seeds, eps, distribution) -> None:
-    """Apply (seed, coefficient, decay) updates in order, then write theta +- eps z(next_seed) for each pair."""
+def step_(
+    theta: list[torch.Tensor],
+    plus: list[torch.Tensor],
+    minus: list[torch.Tensor],
+    geometry: list[torch.Tensor],
+    updates: list[tuple[int, float, float]],
+    next_seeds: list[int],
+    eps: float,
+    distribution: str,
+) -> None:
+    """Apply updates in order, then write theta +- eps z(next_seed) for each pair; arguments as in `reference`."""
     seeds, coefficients, decays = zip(*updates, strict=True) if updates else ((), (), ())
     draws = [c != 0 for c in coefficients]
     _run(theta, plus, minus, geometry, seeds, coefficients, decays, draws, next_seeds, eps, distribution)

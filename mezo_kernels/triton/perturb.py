@@ -1,5 +1,6 @@
 """theta <- theta + scale * z, in place."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -42,8 +43,10 @@ def _perturb_kernel(
             _perturb_tile(slot_ptr, row, unit, part, scale, k0, k1, STREAM, THETA, GENERAL, 4, PART)
 
 
-def perturb_(theta, geometry, scale, seed, distribution) -> None:
-    """theta <- theta + (scale * z)."""
+def perturb_(
+    theta: list[torch.Tensor], geometry: list[torch.Tensor], scale: float, seed: int, distribution: str
+) -> None:
+    """theta <- theta + (scale * z); arguments as in `reference`."""
     table = tables(theta, [], [], geometry)
     constants = {"STREAM": STREAMS[distribution], "THETA": table.theta}
     table.launch(_perturb_kernel, scale, *int32_halves(seed), **constants)

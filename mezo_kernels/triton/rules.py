@@ -105,8 +105,20 @@ def _build(theta, first, second, geometry: torch.Tensor) -> table.Table:
 _tables, _tables_with_state = AddressCache(table.build), AddressCache(_build)
 
 
-def rule_step_(theta, state, plus, minus, geometry, kind, constants, updates, next_seeds, eps, distribution) -> None:
-    """Apply (seed, weight, last, rate, decay, root) updates, then write theta +- eps z(next_seed) for each pair."""
+def rule_step_(
+    theta: list[torch.Tensor],
+    state: list[torch.Tensor],
+    plus: list[torch.Tensor],
+    minus: list[torch.Tensor],
+    geometry: list[torch.Tensor],
+    kind: int,
+    constants: list[float],
+    updates: list[tuple[int, float, float, float, float, float]],
+    next_seeds: list[int],
+    eps: float,
+    distribution: str,
+) -> None:
+    """Apply updates by a rule, then write theta +- eps z(next_seed) for each pair; arguments as in `reference`."""
     n, states = len(theta), len(state) // len(theta)
     if state:
         made = _tables_with_state(theta, [*state[:n], *plus], [*state[-n:], *minus], geometry)

@@ -37,8 +37,10 @@ def _standard_normal_kernel(
     tl.store(z_ptr + first + element, z, mask=mask)
 
 
-def standard_normal(seed, tensor_id, start, n_elements, distribution, device) -> torch.Tensor:
-    """z of the elements start .. start + n_elements of one parameter, float32."""
+def standard_normal(
+    seed: int, tensor_id: int, start: int, n_elements: int, distribution: str, device: torch.device
+) -> torch.Tensor:
+    """z of the elements start .. start + n_elements of one parameter, float32; arguments as in `reference`."""
     z = torch.empty(n_elements, dtype=torch.float32, device=device)
     if n_elements:
         numbers = (*int32_halves(seed), int32_halves(tensor_id)[0], *int32_halves(start), *int32_halves(n_elements))

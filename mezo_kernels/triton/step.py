@@ -1,5 +1,6 @@
 """One pass over the master: apply updates in registers, write theta once, write theta +- eps z for each next pair."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -62,8 +63,17 @@ def _step_kernel(
             _step_tile(slot_ptr, row, unit, part, *work, STREAM, THETA, TARGET, GENERAL, 4, PART)
 
 
-def step_(theta, plus, minus, geometry, updates, next_seeds, eps, distribution) -> None:
-    """Apply (seed, coefficient, decay) updates in order, then write theta +- eps z(next_seed) for each pair."""
+def step_(
+    theta: list[torch.Tensor],
+    plus: list[torch.Tensor],
+    minus: list[torch.Tensor],
+    geometry: list[torch.Tensor],
+    updates: list[tuple[int, float, float]],
+    next_seeds: list[int],
+    eps: float,
+    distribution: str,
+) -> None:
+    """Apply updates in order, then write theta +- eps z(next_seed) for each pair; arguments as in `reference`."""
     table = tables(theta, plus, minus, geometry)
     values = step_values(updates, next_seeds, theta[0].device)
     constants = {"STREAM": STREAMS[distribution], "THETA": table.theta, "TARGET": table.target}

@@ -9,7 +9,9 @@ and coefficients travel apart (`step_values`, or kernel arguments), in types tha
 import contextlib
 import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,8 +54,16 @@ class Table:
     mode: int
     width: int
 
-    def launch(self, kernel, *arguments, **constants) -> None:
-        """Run one program a tile: kernel(slots, tiles, columns of slots, *arguments, **constants)."""
+    def launch(self, kernel: Callable, *arguments: Any, **constants: int) -> None:
+        """Run one program a tile: kernel(slots, tiles, columns of slots, *arguments, **constants).
+
+        Args:
+            kernel: a `triton.jit` function.
+            arguments: tensors and numbers, which may differ from step to step.
+            constants: what the kernel is compiled for, beside the mode and width of this table.
+        Raises:
+            ValueError: this Triton would change the bits of z on this device.
+        """
         constants |= {"MODE": self.mode, "WIDTH": self.width, "BLOCK_SIZE": BLOCK_SIZE, "PART": PART}
         with on_device(self.slots.device):
             kernel[(len(self.tiles),)](self.slots, self.tiles, self.slots.shape[1], *arguments, **constants, **LAUNCH)
@@ -79,8 +89,16 @@ def _check_compiler(device: torch.device) -> None:
         )
 
 
-def build(theta, plus, minus, geometry: torch.Tensor) -> Table:
-    """The table of theta (n tensors) with plus and minus (n for each pair); `geometry` as in `ParamLayout`."""
+def build(
+    theta: list[torch.Tensor], plus: list[torch.Tensor], minus: list[torch.Tensor], geometry: torch.Tensor
+) -> Table:
+    """The table of theta with its plus and minus.
+
+    Args:
+        theta: n tensors, one a parameter.
+        plus, minus: n tensors for each pair, concatenated.
+        geometry: int64 (n, 6), which elements theta holds: `ParamLayout.geometry`.
+    """
     n = len(theta)
     targets = [[t for k in range(i, len(plus), n) for t in (plus[k], minus[k])] for i in range(n)]
     rows = [row[layout.TENSOR_ID :] for row in geometry.tolist()]
@@ -169,7 +187,13 @@ def int32_halves(value: int) -> tuple[int, int]:
 
 
 def step_values(updates: list[tuple[int, float, float]], next_seeds: list[int], device: torch.device) -> torch.Tensor:
-    """Per-step values on the device, int64 [updates + pairs, 2]: (seed, coefficient bits | decay bits << 32)."""
+    """Per-step values on the device, int64 [updates + pairs, 2]: (seed, coefficient bits | decay bits << 32).
+
+    Args:
+        updates: (seed, coefficient, decay) each, float32 numbers.
+        next_seeds: seed of each pair; they stand after the updates.
+        device: where the kernel runs.
+    """
     values = np.zeros((max(1, len(updates) + len(next_seeds)), 2), np.uint64)
     values[: len(updates) + len(next_seeds), 0] = [*(seed for seed, _, _ in updates), *next_seeds]
     numbers = np.array([update[1:] for update in updates], np.float32).reshape(-1, 2)

@@ -86,7 +86,7 @@ def test_bad_choice_rows(bpe, make, name):
 
 def test_k_shot_needs_classes(bpe, make):
     rows = [CHOICE, {**CHOICE, "options": [" a", " film"]}]
-    refuses(make(rows, k_shot=1), bpe, r"--k-shot needs the same options in every record of train")
+    refuses(make(rows, k_shot=1), bpe, r"--k-shot needs the same options in every example of train")
 
 
 def test_one_option_is_enough_for_the_lm_objective(bpe, make):

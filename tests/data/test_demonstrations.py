@@ -3,7 +3,7 @@
 import pytest
 
 from mezo.data.demonstrations import draw_demonstrations
-from mezo.data.task import Record
+from mezo.data.task import Item
 from mezo.errors import UserError
 from mezo.tasks import load_splits
 from tests.tasks.hub_rows import ROWS
@@ -68,11 +68,11 @@ def test_drawn_by_data_seed_and_from_the_kept_training_examples(bpe, make):
 
 def test_classes_are_balanced_and_options_of_their_own_are_not_classes(make):
     config = make(TRAIN, test=TEST, num_demonstrations=5)
-    records = [Record({"text": str(i)}, (" a", " b", " c"), 0 if i < 12 else 1 + i % 2, "") for i in range(16)]
-    labels = [record.label for record in draw_demonstrations(records, config.data)]
+    items = [Item({"text": str(i)}, (" a", " b", " c"), 0 if i < 12 else 1 + i % 2, "") for i in range(16)]
+    labels = [item.label for item in draw_demonstrations(items, config.data)]
     assert sorted(labels) == [0, 0, 1, 2, 2]  # class 1 and 2 have two each
-    own = [Record({}, (f" {i}",), 0, "") for i in range(9)]
-    assert len({record.options for record in draw_demonstrations(own, config.data)}) == 5
+    own = [Item({}, (f" {i}",), 0, "") for i in range(9)]
+    assert len({item.options for item in draw_demonstrations(own, config.data)}) == 5
 
 
 @pytest.mark.parametrize("max_length", range(30, 60))

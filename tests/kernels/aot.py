@@ -1,8 +1,9 @@
 """Compiles every kernel ahead of time, without a GPU, and reports what the compiler made of it as JSON.
 
-Run as a script, without TRITON_INTERPRET: `python tests/kernels/aot.py > report.json`. The ops are called as always, on
-CPU tensors, under a driver that names a target and a launch that stops after compiling: signatures, alignments and
-constants are those of a real run. Counts of NVIDIA code are of the machine code (SASS), of AMD code of the assembly.
+Run as a script, without TRITON_INTERPRET: `python tests/kernels/aot.py [TARGET ...] > report.json`; all targets where
+none is named. The ops are called as always, on CPU tensors, under a driver that names a target and a launch that stops
+after compiling: signatures, alignments and constants are those of a real run. Counts of NVIDIA code are of the machine
+code (SASS), of AMD code of the assembly.
 """
 
 import concurrent.futures
@@ -22,7 +23,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import mezo_kernels as mk
-from mezo_kernels import rules
+from mezo_kernels import dispatch, rules
 from mezo_kernels import triton as ops
 from mezo_kernels.triton.table import BLOCK_SIZE, LAUNCH
 
@@ -109,15 +110,15 @@ VARIANTS = {
     "perturb_rademacher_fp32": (lambda: perturb(flat(FP32), "rademacher"), 4, 4),
     "perturb_rademacher_bf16": (lambda: perturb(flat(BF16), "rademacher"), 2, 2),
     **{f"step_{NAMES[d]}": (lambda d=d: step(flat(FP32), [d]), 4, 4 + 2 * d.itemsize) for d in NAMES},
-    **{f"update_{NAMES[d]}": (lambda d=d: step(flat(d), [d]), d.itemsize, 3 * d.itemsize) for d in (BF16, FP16)},
+    "update_bf16": (lambda: step(flat(BF16), [BF16]), 2, 6),
     **{
         f"{kind}_{NAMES[d]}": (
             lambda kind=kind, d=d: rule_step(flat(FP32), [d], mk.Rule(kind)),
             4 + 4 * rules.STATES[kind],
             4 + 4 * rules.STATES[kind] + 2 * d.itemsize,
         )
-        for kind in ("momentum", "adam", "sign")
-        for d in (FP32, BF16)
+        # rules compute in float32 whatever the targets are: one rule with both kinds of target will do
+        for kind, d in (("momentum", BF16), ("adam", FP32), ("adam", BF16), ("sign", BF16))
     },
     "any_adam_bf16": (lambda: rule_step(ragged(FP32), [BF16], mk.Rule("adam")), None, None),
     "standard_normal": (lambda: normal(0), 0, 4),
@@ -135,7 +136,8 @@ def compile_variant(target: str, variant: str) -> dict:
     compiled.clear()
     call()
     (kernel,) = compiled
-    report = {"target": target, "variant": variant, "read": read, "written": written, "shared": kernel.metadata.shared}
+    report = {"target": target, "variant": variant, "kernel": kernel.metadata.name, "shared": kernel.metadata.shared}
+    report |= {"read": read, "written": written}
     return report | (_nvidia(kernel) if "cubin" in kernel.asm else _amd(kernel))
 
 
@@ -236,12 +238,27 @@ def variants_of_a_run() -> dict[str, int]:
     return Counter(name for name, _ in {(kernel.metadata.name, id(kernel)) for kernel in compiled})
 
 
-def main() -> None:
-    jobs = [(target, variant) for target in TARGETS for variant in VARIANTS]
+def kernels_of_ops() -> dict[str, list[str]]:
+    """The kernels that each op of the table launches in its cases; nothing is compiled."""
+    launched, run = [], JITFunction.run
+    JITFunction.run = lambda self, *args, **kwargs: launched.append(self.fn.__name__)
+    found = {}
+    for op in dispatch.OPS.values():
+        launched.clear()
+        for _, arguments in op.cases("cpu"):
+            op(*arguments, "triton")
+        found[op.name] = sorted(set(launched))
+    JITFunction.run = run
+    return found
+
+
+def main(targets: list[str]) -> None:
+    jobs = [(target, variant) for target in targets or TARGETS for variant in VARIANTS]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         reports = list(pool.map(compile_variant, *zip(*jobs, strict=True)))
-    json.dump({"reports": reports, "variants_of_a_run": variants_of_a_run()}, sys.stdout, indent=1)
+    found = {"reports": reports, "variants_of_a_run": variants_of_a_run(), "kernels_of_ops": kernels_of_ops()}
+    json.dump(found, sys.stdout, indent=1)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

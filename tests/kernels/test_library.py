@@ -3,13 +3,15 @@
 import shutil
 import subprocess
 import sys
+import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import mezo_kernels
-from mezo_kernels import ParamLayout, dispatch, perturb_, standard_normal, step_
+from mezo_kernels import ParamLayout, cases, dispatch, perturb_, reference, standard_normal, step_
 from mezo_kernels.numba import step as cpu
 
 OPS = torch.ops.mezo_kernels
@@ -26,11 +28,68 @@ def targets_of(layout):
     ]
 
 
+def opcheck(name, backend=None):
+    """torch.library's own checks, of the schema, the fake and tracing, on the first case of an op."""
+    _, arguments = next(iter(dispatch.OPS[name].cases("cpu")))
+    torch.library.opcheck(getattr(OPS, name).default, (*arguments, backend))
+
+
 @pytest.mark.parametrize("name", dispatch.OPS)
 def test_opcheck(name):
-    """torch.library's own checks, of the schema, the fake and tracing, on the first case of each op."""
-    _, arguments = next(dispatch.OPS[name].cases("cpu"))
-    torch.library.opcheck(getattr(OPS, name).default, (*arguments, None))
+    """An op without a case fails here: nothing would check it."""
+    opcheck(name)
+
+
+def flip_(theta):
+    for tensor in theta:
+        tensor.neg_()
+
+
+@pytest.fixture
+def toy_op(monkeypatch):
+    """An op of its own, theta <- -theta, in the table for the length of a test, with a backend of its own beside it."""
+    module = types.ModuleType("toy_backend")
+    vars(module).update({name: getattr(reference, name) for name in dispatch.OPS}, flip_=flip_)
+    monkeypatch.setitem(sys.modules, "toy_backend", module)
+    monkeypatch.setitem(dispatch.BACKENDS, "toy", dispatch.Backend("toy_backend", lambda device: None))
+    monkeypatch.setattr(dispatch, "OPS", dict(dispatch.OPS))
+    monkeypatch.setattr(reference, "flip_", flip_, raising=False)
+    # the other backends take seconds, and have no such function
+    monkeypatch.setattr(dispatch, "available_backends", lambda device: ["reference", "toy"])
+
+    def of_flip(device):
+        yield "of float32", (cases.layout(device, torch.float32).tensors,)
+
+    op = dispatch.Op(
+        "flip_(Tensor(a!)[] theta, str? backend) -> ()",
+        run=lambda function, theta: function(theta),
+        device=lambda theta: theta[0].device,
+        cases=of_flip,
+    )
+    with torch.library._scoped_library("mezo_kernels", "FRAGMENT") as library:
+        dispatch.register(op, library)
+        yield module
+
+
+def test_a_new_op_and_a_new_backend_are_checked_as_soon_as_the_table_has_them(toy_op):
+    opcheck("flip_", "toy")
+    opcheck("step_", "toy")
+    rows = {row.check: row.ok for row in mezo_kernels.verify("cpu") if row.backend == "toy"}
+    assert rows["flip_ of float32"]
+    assert all(rows.values())
+    toy_op.flip_ = lambda theta: None
+    rows = [row.check for row in mezo_kernels.verify("cpu") if not row.ok]
+    assert rows == ["flip_ of float32"]
+
+
+def test_an_op_that_does_not_say_what_it_writes_fails_its_check(toy_op):
+    """The first check is of the schema: here it promises to leave theta alone."""
+    op = replace(dispatch.OPS["flip_"], schema="quiet_(Tensor[] theta, str? backend) -> ()")
+    toy_op.quiet_ = flip_
+    with torch.library._scoped_library("mezo_kernels", "FRAGMENT") as library:
+        dispatch.register(op, library)
+        with pytest.raises(torch.testing._internal.optests.generate_tests.OpCheckError):
+            opcheck("quiet_", "toy")
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
@@ -98,8 +157,7 @@ def test_a_freed_address_given_to_another_layout_is_another_table():
 def test_compiled_code_on_disk_is_that_of_every_module(tmp_path):
     """numba looks at a function's own file alone: code of step.py would outlive the draw.py inside it."""
     shutil.copytree(Path(mezo_kernels.__file__).parent, tmp_path / "mezo_kernels")
-    code = "import torch; from mezo_kernels import ParamLayout, perturb_; w = torch.zeros(8)"
-    code += "; perturb_(ParamLayout({'w': w}), 1.0, 0); print(w[0].item())"
+    code = "from mezo_kernels import standard_normal; print(standard_normal(0, 'w', 0, 8)[0].item())"
     drawing, found = tmp_path / "mezo_kernels" / "numba" / "draw.py", []
     for change in ("F(1), F(-2)", "F(1), F(-8)"):  # the second draws z of twice the size
         drawing.write_text(drawing.read_text().replace("F(1), F(-2)", change))

@@ -93,9 +93,12 @@ def bits(layouts) -> list[torch.Tensor]:
 
 
 def assert_same_bits(actual, expected) -> None:
+    """The same bits, and no NaN: what must be written is NaN at first."""
     labels = [name for one in actual for name in one.names]
     for name, a, e in zip(labels, bits(actual), bits(expected), strict=True):
         assert torch.equal(a, e), f"{name}: {int((a != e).sum())} of {a.numel()} elements differ"
+    unwritten = [name for one in actual for name, t in zip(one.names, one.tensors, strict=True) if t.isnan().any()]
+    assert not unwritten
 
 
 def compare_perturb(slots, dtypes, device, scale=0.013, seed=2**63 + 11, distribution="normal") -> None:
@@ -211,8 +214,8 @@ def test_targets_of_other_strides(device):
     results = []
     for where, backend in ((device, "triton"), ("cpu", "reference")):
         master = layout([mk.ParamSlot("w", torch.arange(40.0 * 24).view(40, 24))], torch.float32, where)
-        plus = master.like([torch.zeros(24, 40, dtype=torch.bfloat16, device=where).t()])
-        minus = master.like([torch.zeros(40, 32, dtype=torch.float16, device=where)[:, :24]])
+        plus = master.like([torch.full((24, 40), torch.nan, dtype=torch.bfloat16, device=where).t()])
+        minus = master.like([torch.full((40, 32), torch.nan, dtype=torch.float16, device=where)[:, :24]])
         mk.step_(master, [(1, 0.5)], next_seed=2, eps=0.1, plus=plus, minus=minus, backend=backend)
         results.append([master, plus, minus])
     assert_same_bits(*results)
@@ -241,7 +244,7 @@ def test_a_step_of_coefficient_zero_changes_no_bit(device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_targets_are_the_single_rounding_of_the_float32_values(device, dtype):
     slots = shapes(5000)
-    wide, narrow = ([layout(slots, d, device) for _ in range(2)] for d in (torch.float32, dtype))
+    wide, narrow = ([unwritten(slots, d, device) for _ in range(2)] for d in (torch.float32, dtype))
     for plus, minus in (wide, narrow):
         master = layout(slots, torch.float32, device)
         mk.step_(master, [(1, 0.1)], next_seed=2, eps=1e-3, plus=plus, minus=minus, backend="triton")
@@ -261,7 +264,13 @@ def test_rounding_of_ties_and_extremes(device, dtype):
     torch.testing.assert_close(plus.tensors[0], expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("block_size", [512, 1024, 4096])
+def test_the_comparison_fails_where_nobody_wrote():
+    slots = [mk.ParamSlot("w", torch.zeros(3))]
+    with pytest.raises(AssertionError):
+        assert_same_bits(*([unwritten(slots, torch.float32, "cpu")] for _ in range(2)))
+
+
+@pytest.mark.parametrize("block_size", [512, 4096])
 def test_block_size_changes_no_bit(device, block_size, monkeypatch):
     monkeypatch.setattr(table, "BLOCK_SIZE", block_size)
     monkeypatch.setattr(table, "PART", 128)

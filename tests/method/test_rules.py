@@ -6,11 +6,13 @@ from typing import ClassVar
 import pytest
 import torch
 
-from mezo import MeZO
+from mezo import MeZO, train
 from mezo.method.estimator import Losses
 from mezo.method.rules import RULES, Rule
 from mezo.method.rules.logged import LoggedRule
 from mezo.method.step import Step, Update
+from mezo.run import logbook
+from mezo.run.replay import rebuild
 from mezo_kernels import Rule as Kernel
 
 
@@ -41,8 +43,8 @@ def test_coefficients_are_the_estimates_over_n_and_over_the_norms(rule, scale):
     assert update.lr == (0.5 if scale == 1.0 else None)
 
 
-def test_a_toy_rule_is_one_class():
-    """It is known to the optimizer and to logs as soon as it is defined."""
+def test_a_toy_rule_is_one_class(tiny_config):
+    """It is known to the optimizer, to runs and to their logs as soon as it is defined."""
     known = dict(RULES)
 
     @dataclass(frozen=True)
@@ -62,6 +64,10 @@ def test_a_toy_rule_is_one_class():
         assert torch.equal(slow, plain)
         assert slow.any()
         assert LoggedRule.of_header({"rule": LoggedRule(Tenth()).header()}).rule == Tenth()
+        config = tiny_config.replace(update_rule="tenth", steps=4, eval_every=4)
+        train(config)
+        assert logbook.verify(config.machine.output_dir) == 4
+        assert rebuild(config.machine.output_dir, "last")[1]["rule"]["name"] == "tenth"
     finally:
         RULES.clear()
         RULES.update(known)

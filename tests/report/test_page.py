@@ -1,10 +1,12 @@
 """The report as a web page: whole, self-contained, and shown by a real browser that is offline."""
 
+import base64
 import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from mezo.cli.main import main
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.report import figures, page, tables
+from mezo.run import logbook
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -35,11 +38,11 @@ def runs(tmp_path_factory, tiny_model, tiny_data):
 
 
 class Reader(HTMLParser):
-    """Elements, attributes and text; refuses elements that are not closed in order."""
+    """Elements, attributes and text of a page and the figures in it; refuses elements that are not closed in order."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.seen, self.attributes, self.text = [], [], [], ""
+        self.open, self.seen, self.attributes, self.text, self.figures = [], [], [], "", []
         self.feed(text)
         self.close()
         assert not self.open
@@ -47,6 +50,11 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.seen.append(tag)
         self.attributes += attrs
+        if tag == "img":
+            start, data = dict(attrs)["src"].split(",")
+            assert start == "data:image/svg+xml;base64"
+            self.figures.append(Reader(base64.b64decode(data).decode()))
+            self.text += self.figures[-1].text
         if tag not in VOID:
             self.open.append(tag)
 
@@ -64,25 +72,58 @@ class Reader(HTMLParser):
 def test_a_page_refers_to_nothing_outside_itself(runs):
     text = page.html([str(run) for run in runs])
     reader = Reader(text)
-    assert reader.seen.count("svg") == 5
-    assert not {"script", "link", "img", "iframe", "object", "image"} & set(reader.seen)
-    references = [
-        v for name, v in reader.attributes if name.split(":")[-1] in ("href", "src", "srcset", "data", "poster")
-    ]
-    assert references
-    assert all(reference.startswith("#") for reference in references)
-    ids = [value for name, value in reader.attributes if name == "id"]
-    assert {reference[1:] for reference in references} <= set(ids)
-    assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(ids)
-    assert "url(http" not in text
-    assert "@import" not in text
     assert "://" not in text
+    assert len(reader.figures) == 5
+    assert all(reference.startswith("data:image/svg+xml") for reference in references(reader))
+    for document in (reader, *reader.figures):
+        assert not {"script", "link", "iframe", "object", "image"} & set(document.seen)
+    for figure in reader.figures:
+        ids = [value for name, value in figure.attributes if name == "id"]
+        assert {reference.removeprefix("#") for reference in references(figure)} <= set(ids)
+        assert set(re.findall(r"url\(([^)]*)\)", str(figure.attributes))) <= {f"#{name}" for name in ids}
 
 
-def test_ids_are_unique(runs):
-    """Figures share a page: a clip path of one must not cut another."""
-    ids = [value for name, value in Reader(page.html([str(runs[0])])).attributes if name == "id"]
-    assert len(ids) == len(set(ids))
+def references(reader):
+    """What a document's attributes refer to; namespaces are names, not addresses."""
+    return [v for name, v in reader.attributes if name.split(":")[-1] in ("href", "src", "srcset", "data", "poster")]
+
+
+def test_pictures_are_the_figures_of_the_page(runs, tmp_path, capsys):
+    full, plain = map(str, runs)
+    assert main(["report", full, plain, "--png", str(tmp_path / "new" / "png")]) == 0
+    pictures = {path.name: path.read_bytes() for path in (tmp_path / "new" / "png").iterdir()}
+    assert set(pictures) == {
+        f"{name}.png" for name in ("loss", "dev_accuracy", "projected_grad", "cosine", "step_parts")
+    }
+    assert all(data.startswith(b"\x89PNG") for data in pictures.values())
+    assert capsys.readouterr().out.count("picture: ") == 5
+    (tmp_path / "file").touch()
+    assert "--png" in refused(["report", full, "--png", str(tmp_path / "file")], capsys)
+
+
+def test_a_page_that_cannot_be_written_fails_no_run(tiny_config, monkeypatch, capsys):
+    def fail(self, form):
+        raise RuntimeError("no fonts\nat all")
+
+    monkeypatch.setattr(figures.Drawing, "render", fail)
+    result = train(tiny_config.replace(report=True))
+    assert result["steps"] == tiny_config.method.steps
+    assert json.loads((Path(tiny_config.machine.output_dir) / "result.json").read_text()) == result
+    said = " ".join(capsys.readouterr().err.split())
+    assert "report.html is not written (no fonts at all); try again: mezo report" in said
+
+
+def test_a_run_of_an_older_version_with_plots_is_read_and_truncated(runs, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(runs[0], old)
+    (old / "plots").mkdir()
+    (old / "plots" / "training_loss.png").touch()
+    assert "loss: training" in page.html([str(old)])
+    aside = logbook.truncate(str(old), 20)
+    assert (aside / "plots" / "training_loss.png").exists()
+    assert (aside / "report.html").exists()
+    assert not (old / "plots").exists()
+    assert not (old / "report.html").exists()
 
 
 def test_a_page_says_what_the_tables_say(runs):
@@ -104,12 +145,14 @@ def test_the_same_run_gives_the_same_page(runs):
 
 def test_command(runs, tmp_path, capsys):
     full, plain = map(str, runs)
+    assert (runs[0] / "report.html").read_text() == page.html([full]), "the run's own"
     assert main(["report", full]) == 0
     assert "page:" in capsys.readouterr().out
     assert (runs[0] / "report.html").read_text() == page.html([full])
     assert main(["report", full]) == 0
+    written = (runs[1] / "report.html").stat().st_mtime_ns
     assert main(["report", full, plain]) == 0
-    assert not (runs[1] / "report.html").exists()
+    assert (runs[1] / "report.html").stat().st_mtime_ns == written, "several runs have no page but that of --html"
     both = tmp_path / "both.html"
     assert main(["report", full, plain, "--html", str(both)]) == 0
     assert "full, dev" in Reader(both.read_text()).text

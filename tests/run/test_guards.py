@@ -50,6 +50,15 @@ def as_ordinary_user(argv):
     return argv if os.geteuid() else ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", *argv]
 
 
+def at_once(*commands):
+    """What the commands, run beside each other by an ordinary user, ended with."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [subprocess.Popen(as_ordinary_user(argv), env=environment, **pipes) for argv in commands]
+    output = [process.communicate(timeout=120) for process in started]
+    return [subprocess.CompletedProcess(p.args, p.returncode, *own) for p, own in zip(started, output, strict=True)]
+
+
 @pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root, and no setpriv to drop its rights")
 def test_a_read_only_directory_is_refused_and_a_read_only_run_loses_nothing(tiny_config, tmp_path, as_flags):
     places = {"parent": tmp_path / "parent", "run": tmp_path / "run"}
@@ -61,10 +70,7 @@ def test_a_read_only_directory_is_refused_and_a_read_only_run_loses_nothing(tiny
         place.chmod(0o555)
     changed = tiny_config.changes() | {"output_dir": str(places["parent"] / "run")}
     mezo = [sys.executable, "-m", "mezo", "train"]
-    new, old = (
-        subprocess.run(as_ordinary_user(argv), capture_output=True, text=True, timeout=120, check=False)
-        for argv in ([*mezo, *as_flags(changed)], [*mezo, "--resume", str(places["run"])])
-    )
+    new, old = at_once([*mezo, *as_flags(changed)], [*mezo, "--resume", str(places["run"])])
     for place in places.values():
         place.chmod(0o755)
     assert new.returncode == 2, new.stderr

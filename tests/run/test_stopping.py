@@ -20,7 +20,6 @@ from mezo.run.replay import rebuild
 from mezo.run.stopping import loss_ratio
 from mezo.run.trajectory import StepRecord, read_trajectory
 from tests.tiny_models import LAST_LAYER
-from tests.training.test_ranks import torchrun
 
 
 def log_of(directory):
@@ -101,15 +100,6 @@ def test_a_run_that_cannot_go_on_keeps_its_result(stalling, tmp_path):
     with pytest.raises(UserError, match="no such file"):
         resume(config.machine.output_dir, machine={"early_stopping": 0})
     assert [path.read_bytes() for path in files] == before
-
-
-def test_ranks_end_together(stalling, tmp_path, as_flags):
-    one = stalling.replace(num_perturbations=2, parallel="perturbations")
-    several = one.replace(output_dir=str(tmp_path / "several"))
-    train(one)
-    done = torchrun(several, 2, as_flags)
-    assert done.returncode == 0, done.stderr
-    assert log_of(several.machine.output_dir) == log_of(one.machine.output_dir)
 
 
 def test_an_improvement_starts_the_count_again(tiny_config):

@@ -8,6 +8,7 @@ from mezo.config import Config
 from mezo.data.example import Example
 from mezo.errors import UserError
 from mezo.method.step import Step, Update
+from mezo.models.load import Checkpoint
 from mezo.runtimes.generation import Writing
 from mezo.runtimes.hf.runtime import HFRuntime
 from mezo_kernels import lora_init
@@ -88,7 +89,7 @@ def test_the_end_tokens_are_those_of_tokenizer_config_and_generation_config(tmp_
     model = save("llama", tmp_path)
     config = GenerationConfig(eos_token_id=[7, 9])
     config.save_pretrained(model)
-    assert Writing.of(model).ends == {2, 7, 9}
+    assert Writing.of(Checkpoint.of(model)).ends == {2, 7, 9}
 
 
 def test_tokens_are_those_that_were_run(model, data):

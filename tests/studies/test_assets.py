@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mezo.atomic import SCRATCH
 from mezo.errors import UserError
 from mezo.studies import assets
 from mezo.studies.assets import MARKER, Package, cache_root, cached, demo_splits, fetch_package, parse_ratings
@@ -137,12 +138,13 @@ def test_interrupted_build_leaves_no_entry(tmp_path):
 
 
 def test_leftovers_of_a_killed_build_are_removed(tmp_path):
-    left = tmp_path / "entry.partial-xyz"
-    left.mkdir()
-    (left / "a.txt").write_text("half")
+    left, others = (tmp_path / f"{SCRATCH}{name}-xyz" for name in ("entry", "another"))
+    for directory in (left, others):
+        directory.mkdir()
+        (directory / "a.txt").write_text("half")
     build, _ = build_text()
     cached(tmp_path, "entry", build)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["entry", "entry.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [others.name, "entry", "entry.lock"]
 
 
 def test_two_at_once_build_once(tmp_path):
@@ -154,7 +156,7 @@ def test_two_at_once_build_once(tmp_path):
         assert go.wait(10)
         build(output_dir)
 
-    # flock is held per open file, so threads exclude each other as processes do.
+    # Each holds a lock of its own, so threads exclude each other as processes do.
     entries = []
     first = threading.Thread(target=lambda: entries.append(cached(tmp_path, "entry", slow)))
     second = threading.Thread(target=lambda: entries.append(cached(tmp_path, "entry", slow)))

@@ -26,4 +26,4 @@ def test_an_unfinished_demo_is_resumed_and_a_finished_one_kept(tiny_config, monk
     other = demo._free_or_unfinished(config.replace(steps=50))
     assert other.machine.output_dir == config.machine.output_dir + "-2"
     resume(config.machine.output_dir)
-    assert demo._free_or_unfinished(config).output_dir == config.machine.output_dir + "-2"
+    assert demo._free_or_unfinished(config).machine.output_dir == config.machine.output_dir + "-2"

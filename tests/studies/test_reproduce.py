@@ -1,6 +1,8 @@
 """`mezo reproduce`, end to end on a tiny model and local files, shortened; the protocols as the paper has them."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import random
 from pathlib import Path
@@ -39,10 +41,17 @@ def shortened(roberta, files, folder, *others):
     return main(["reproduce", "roberta-sst2-k16", *flags])
 
 
-def test_a_shortened_protocol_runs_and_says_what_differs(roberta, files, tmp_path, capsys):
-    folder = tmp_path / "sst2"
-    assert shortened(roberta, files, folder) == 0
-    printed = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def finished(roberta, files, tmp_path_factory):
+    """(directory, what was printed) of a shortened protocol; tests leave it as they find it."""
+    folder, printed = tmp_path_factory.mktemp("finished") / "sst2", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert shortened(roberta, files, folder) == 0
+    return folder, printed.getvalue()
+
+
+def test_a_shortened_protocol_runs_and_says_what_differs(finished):
+    folder, printed = finished
     found = json.loads((folder / "result.json").read_text())
     assert f"here       {found['mean']:.1f} ({found['std']:.1f})" in printed
     assert "published  91.4 (0.9)" in printed
@@ -57,9 +66,8 @@ def test_a_shortened_protocol_runs_and_says_what_differs(roberta, files, tmp_pat
     assert config["task"] == "sst2"
 
 
-def test_the_best_dev_run_of_a_seed_counts(roberta, files, tmp_path):
-    folder = tmp_path / "sst2"
-    assert shortened(roberta, files, folder) == 0
+def test_the_best_dev_run_of_a_seed_counts(finished):
+    folder, _ = finished
     for row in json.loads((folder / "result.json").read_text())["seeds"]:
         runs = {lr: folder / f"seed-{row['data_seed']}-lr-{lr}" / "result.json" for lr in (1e-5, 5e-5, 1e-4)}
         results = {lr: json.loads(path.read_text()) for lr, path in runs.items()}
@@ -68,9 +76,8 @@ def test_the_best_dev_run_of_a_seed_counts(roberta, files, tmp_path):
         assert row["test"] == results[row["lr"]]["test"]["after"]["accuracy"]
 
 
-def test_it_goes_on_where_it_was_stopped(roberta, files, tmp_path, capsys):
-    folder = tmp_path / "sst2"
-    assert shortened(roberta, files, folder) == 0
+def test_it_goes_on_where_it_was_stopped(finished, roberta, files, capsys):
+    folder, _ = finished
     before = (folder / "result.json").read_bytes()
     kept, cut = folder / "seed-13-lr-1e-05", folder / "seed-21-lr-0.0001"
     log = (cut / "trajectory.jsonl").read_bytes()

@@ -44,16 +44,17 @@ def sweep(tmp_path_factory, tiny_model, tiny_data):
     return directory, config, tune.tune(config, **GRID)
 
 
-def test_the_worse_half_is_dropped_at_every_rung(sweep):
+def test_a_trial_goes_on_if_it_is_in_the_better_half_of_those_before_it(sweep):
     directory, _, result = sweep
-    rungs = [[row for row in result["rungs"] if row["rung"] == number] for number in (0, 1)]
-    assert [len(rows) for rows in rungs] == [3, 2]
-    assert [{row["steps"] for row in rows} for rows in rungs] == [{8}, {16}]
-    kept = sorted(rungs[0], key=lambda row: row["dev_loss"])[:2]
-    assert [row["trial"] for row in rungs[1]] == [row["trial"] for row in kept]
-    assert result["best"] == min(rungs[1], key=lambda row: row["dev_loss"])
+    first, second = ([row for row in result["rungs"] if row["rung"] == number] for number in (0, 1))
+    assert [row["lr"] for row in first] == list(GRID["grid_lr"])
+    assert ({row["steps"] for row in first}, {row["steps"] for row in second}) == ({8}, {16})
+    losses = [row["dev_loss"] for row in first]
+    goes_on = [loss <= sorted(losses[: i + 1])[max((i + 1) // 2 - 1, 0)] for i, loss in enumerate(losses)]
+    assert [row["trial"] for row in second] == [row["trial"] for row, on in zip(first, goes_on, strict=True) if on]
+    assert 1 <= len(second) < len(first) == 3
+    assert result["best"] == min(second, key=lambda row: row["dev_loss"])
     assert json.loads((directory / "result.json").read_text()) == result
-    assert [json.loads(line) for line in (directory / "rungs.jsonl").read_text().splitlines()] == result["rungs"]
 
 
 def test_a_trial_is_the_run_that_mezo_train_makes(sweep, tmp_path):
@@ -75,11 +76,8 @@ def test_a_trial_is_the_run_that_mezo_train_makes(sweep, tmp_path):
         alone[key] for key in ("dev", "tokens_scored", "best_step")
     ]
     assert main(["train", "--resume", str(trial)]) == 0
-    dropped = next(
-        name
-        for name in json.loads((directory / "plan.json").read_text())["trials"]
-        if not (directory / name / "result.json").exists()
-    )
+    names = (row["trial"] for row in result["rungs"])
+    dropped = next(name for name in names if not (directory / name / "result.json").exists())
     shutil.copytree(directory / dropped, tmp_path / "dropped")
     assert main(["train", "--resume", str(tmp_path / "dropped")]) == 0
     assert follows(tmp_path / "dropped") == 16
@@ -96,26 +94,46 @@ def test_the_command_is_the_run_that_was_tuned_for(sweep, tmp_path):
     assert Config.of(**saved) == wanted.absolute()
 
 
-def as_stopped(directory, target, rows):
-    """A copy of a finished sweep as a crash after so many rows would have left it, in the middle of writing one."""
+def as_killed(directory, target, share):
+    """A copy of a finished sweep as a kill would have left it after a share of its journal, in the middle of a line."""
     shutil.copytree(directory, target)
     (target / "result.json").unlink()
-    lines = (target / "rungs.jsonl").read_text().splitlines(keepends=True)
-    (target / "rungs.jsonl").write_text("".join(lines[:rows]) + lines[rows][:20])
-    return [json.loads(line) for line in lines[rows:]]
+    lines = (target / tune.STUDY).read_text().splitlines(keepends=True)
+    number = int(share * len(lines))
+    (target / tune.STUDY).write_text("".join(lines[:number]) + lines[number][:20])
 
 
-@pytest.mark.parametrize("rows", [0, 2, 4])
-def test_a_sweep_resumes_to_the_same_result(sweep, tmp_path, rows):
-    """Rows that were lost are made again: their runs are there, at the rung's end or past it, or not yet."""
+@pytest.mark.parametrize("share", [0.35, 0.6, 0.99])
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_sweep_resumes_to_the_same_result(sweep, tmp_path, share, lost):
+    """What the journal lost is made again: the runs are there, at the rung's end or past it, or not at all."""
     directory, _, result = sweep
-    lost = as_stopped(directory, tmp_path / "copy", rows)
-    for row in lost:
-        if row["rung"] == 0:
-            shutil.rmtree(tmp_path / "copy" / row["trial"], ignore_errors=True)
-    again = tune.resume(str(tmp_path / "copy"))
-    assert again == result
+    as_killed(directory, tmp_path / "copy", share)
+    for row in result["rungs"] if lost else ():
+        shutil.rmtree(tmp_path / "copy" / row["trial"], ignore_errors=True)
     assert tune.resume(str(tmp_path / "copy")) == result
+    assert tune.resume(str(tmp_path / "copy")) == result
+
+
+def test_a_sought_sweep_resumes_with_the_same_proposals(sweep, tmp_path, monkeypatch):
+    """Stopped in its third trial, a sweep without a grid of lr goes on as one that was never stopped."""
+    config = sweep[1]
+    options = {"grid_eps": (1e-2,), "rungs": 2, "trial_steps": 4, "num_trials": 6}
+    whole = tune.tune(config.replace(output_dir=str(tmp_path / "whole")), **options)
+    first = [row for row in whole["rungs"] if row["rung"] == 0]
+    assert len({row["lr"] for row in first}) > 4
+    assert first[0]["lr"] == pytest.approx(whole["estimate"]["lr"])
+    assert all(whole["estimate"]["lr"] / 10.1 <= row["lr"] <= whole["estimate"]["lr"] * 10.1 for row in first)
+
+    def die(*args):
+        raise RunError("the engine died")
+
+    with monkeypatch.context() as patch:
+        runs = iter([tune._run] * 3 + [die])
+        patch.setattr(tune, "_run", lambda *args: next(runs)(*args))
+        with pytest.raises(RunError, match="the engine died"):
+            tune.tune(config.replace(output_dir=str(tmp_path / "stopped")), **options)
+    assert tune.resume(str(tmp_path / "stopped"))["rungs"] == whole["rungs"]
 
 
 def test_a_sweep_resumes_from_any_directory(sweep, tmp_path, monkeypatch):
@@ -123,8 +141,8 @@ def test_a_sweep_resumes_from_any_directory(sweep, tmp_path, monkeypatch):
     paths = {name: os.path.relpath(config.to_dict()[name]) for name in ("model", "train_file", "dev_file", "test_file")}
     here, config = Path.cwd(), config.replace(output_dir=str(tmp_path / "sweep"), **paths)
     tune.tune(config, **GRID)
-    lost = as_stopped(tmp_path / "sweep", tmp_path / "copy", 1)
-    for row in lost:
+    as_killed(tmp_path / "sweep", tmp_path / "copy", 0.5)
+    for row in result["rungs"]:
         shutil.rmtree(tmp_path / "copy" / row["trial"], ignore_errors=True)
     monkeypatch.chdir(tmp_path)
     assert Path.cwd() != here
@@ -159,7 +177,6 @@ def test_ctrl_c_ends_the_sweep_and_it_resumes(sweep, tmp_path, monkeypatch, caps
     stopped = config.replace(output_dir=str(tmp_path / "stopped"))
     assert tune.tune(stopped, **GRID) is None
     assert "continue with: mezo tune --resume" in capsys.readouterr().err
-    assert len((tmp_path / "stopped" / "rungs.jsonl").read_text().splitlines()) == 1
     assert main(["tune", "--resume", str(tmp_path / "stopped")]) == 0
     again = json.loads((tmp_path / "stopped" / "result.json").read_text())
     assert again["rungs"] == result["rungs"]
@@ -171,18 +188,20 @@ def test_a_trial_that_fails_is_dropped(sweep, tmp_path):
     config = config.replace(output_dir=str(tmp_path / "sweep"))
     result = tune.tune(config, grid_lr=(1e37, 1e-2), grid_eps=(1e-2,), rungs=1, trial_steps=16)
     failed, done = result["rungs"]
+    assert (failed["lr"], done["lr"]) == (1e37, 1e-2)
     assert "not finite in 10 steps in a row" in failed["failed"]
     assert failed["dev_loss"] is None
     assert result["best"] == done
 
 
 def test_order():
-    rows = [
-        {"dev_loss": loss, "dev_accuracy": accuracy, "failed": failed}
-        for loss, accuracy, failed in ((None, None, "it broke"), (None, 0.4, None), (0.5, 0.6, None), (0.5, 0.7, None))
+    cases = (("a", 8, 0.1, 0.9, None), ("a", 16, None, None, "it broke"), ("b", 8, 0.2, 0.4, None))
+    cases += (("c", 16, 0.5, 0.6, None), ("d", 16, 0.5, 0.7, None))
+    rows = [dict(zip(("trial", "steps", "dev_loss", "dev_accuracy", "failed"), case, strict=True)) for case in cases]
+    assert [row["trial"] for row in tune.order(rows)] == ["d", "c", "b", "a", "a"]
+    text = [
+        {"trial": str(f1), "steps": 8, "dev_f1": f1, "dev_accuracy": None, "failed": None} for f1 in (None, 0.1, 0.3)
     ]
-    assert tune.order(rows) == rows[::-1]
-    text = [{"dev_f1": f1, "dev_accuracy": None, "failed": None} for f1 in (None, 0.1, 0.3)]
     assert (
         tune.order(text, *tune.compared_by(Config.of(model="m", output_dir="o", task="squad", generate="on")))
         == text[::-1]
@@ -196,6 +215,7 @@ MISTAKES = {
     "no rungs": ({}, {"rungs": 0}, "--rungs must be at least 1, got 0"),
     "too short": ({}, {"rungs": 4, "trial_steps": 7}, "--trial-steps 7 is too short for 4 rungs: give at least 8"),
     "rule": ({"update_rule": "adam"}, {"grid_eps": (1e-2,)}, "lr is estimated for steps of plain SGD: give --grid-lr"),
+    "trials": ({}, {"num_trials": -1}, "--num-trials must be 0 or more, got -1"),
     "negative lr": ({}, {"grid_lr": (1e-3, -1.0)}, "--lr must be a finite number > 0, got -1.0"),
     "eps nan": ({}, {"grid_eps": (float("nan"),)}, "--eps must be a finite number > 0, got nan"),
 }
@@ -210,7 +230,11 @@ def test_mistakes(tiny_config, mistake):
 
 
 def test_command_line(tiny_options, as_flags, tmp_path, capsys):
-    options = {k: v for k, v in tiny_options.items() if k not in ("lr", "eps")} | {"rungs": 1, "trial_steps": 4}
+    options = {k: v for k, v in tiny_options.items() if k not in ("lr", "eps")} | {
+        "rungs": 1,
+        "trial_steps": 4,
+        "num_trials": 4,
+    }
     assert main(["tune", *as_flags(options)]) == 0
     out = capsys.readouterr().out
     assert "estimated at the start: eps" in out

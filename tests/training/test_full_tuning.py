@@ -28,7 +28,12 @@ from mezo.tasks import load_splits
 from tests.log_by_formula import follows
 from tests.tiny_models import build, save
 
-FULL = {"tuning": "full", "target_modules": (), "layers_to_transform": (), "lr": 1e-4, "eps": 1e-3}
+FULL = {"tuning": "full", "lr": 1e-4, "eps": 1e-3}
+
+
+@pytest.fixture
+def full_options(tiny_options):
+    return {k: v for k, v in tiny_options.items() if k not in ("target_modules", "layers_to_transform")} | FULL
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "roberta"])
@@ -159,10 +164,10 @@ def test_a_model_that_is_not_what_the_log_gives_is_named(finished, tmp_path):
         run_to_score(tmp_path / "copy")
 
 
-def test_another_base_is_refused(tiny_options, tmp_path):
+def test_another_base_is_refused(full_options, tmp_path):
     base = tmp_path / "base"
-    shutil.copytree(tiny_options["model"], base)
-    config = Config.of(**{**tiny_options, **FULL, "model": str(base), "steps": 3})
+    shutil.copytree(full_options["model"], base)
+    config = Config.of(**{**full_options, "model": str(base), "steps": 3})
     train(config)
     changed = build("llama")
     with torch.no_grad():
@@ -178,10 +183,10 @@ def test_another_base_is_refused(tiny_options, tmp_path):
         resume(config.machine.output_dir)
 
 
-def test_a_base_that_moved_is_named(tiny_options, tmp_path, capsys):
+def test_a_base_that_moved_is_named(full_options, tmp_path, capsys):
     base, moved = tmp_path / "base", tmp_path / "moved"
-    shutil.copytree(tiny_options["model"], base)
-    config = Config.of(**{**tiny_options, **FULL, "model": str(base), "steps": 3})
+    shutil.copytree(full_options["model"], base)
+    config = Config.of(**{**full_options, "model": str(base), "steps": 3})
     train(config)
     base.rename(moved)
     run = config.machine.output_dir
@@ -206,8 +211,8 @@ def test_an_adapter_is_rebuilt_from_its_log_alone(tiny_options, tmp_path):
 
 
 @pytest.mark.parametrize("rule", ["momentum", "adam", "conservative"])
-def test_rules_with_state_resume_to_the_bit(rule, tiny_options, tmp_path):
-    config = Config.of(**{**tiny_options, **FULL, "update_rule": rule, "lr": 1e-4, "steps": 12, "verify_every": 1})
+def test_rules_with_state_resume_to_the_bit(rule, full_options, tmp_path):
+    config = Config.of(**{**full_options, "update_rule": rule, "lr": 1e-4, "steps": 12, "verify_every": 1})
     train(config)
     whole = Path(config.machine.output_dir, "trajectory.jsonl").read_bytes()
     kept = weights(Path(config.machine.output_dir, "model"))
@@ -217,9 +222,9 @@ def test_rules_with_state_resume_to_the_bit(rule, tiny_options, tmp_path):
     assert same_bits(weights(Path(config.machine.output_dir, "model")), kept)
 
 
-def test_the_loss_falls_and_what_is_better_replaces_the_model_whole(tiny_options):
+def test_the_loss_falls_and_what_is_better_replaces_the_model_whole(full_options):
     changes = {"steps": 150, "batch_size": 16, "lr": 3e-4, "eval_every": 150, "true_gradient": True}
-    config = Config.of(**{**tiny_options, **FULL, **changes})
+    config = Config.of(**{**full_options, **changes})
     result = train(config)
     assert result["test"]["after"]["loss"] < 0.7 * result["test"]["before"]["loss"]
     rows = map(json.loads, Path(config.machine.output_dir, "metrics.jsonl").read_text().splitlines())
@@ -232,19 +237,19 @@ def test_the_loss_falls_and_what_is_better_replaces_the_model_whole(tiny_options
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": 4}, "--r 4 is of LoRA, --tuning full trains every parameter: leave it out"),
-        ({"lora_alpha": 8}, "--lora-alpha 8 is of LoRA"),
-        ({"target_modules": ("q_proj",)}, "--target-modules .* is of LoRA"),
-        ({"layers_to_transform": (1,)}, "--layers-to-transform .* is of LoRA"),
-        ({"adapter": "somewhere"}, "--adapter somewhere is of LoRA"),
+        ({"r": 4}, "--r 4 belongs to --tuning lora, and this run has --tuning full: leave it out"),
+        ({"lora_alpha": 8}, "--lora-alpha 8 belongs to --tuning lora"),
+        ({"target_modules": ("q_proj",)}, "--target-modules .* belongs to --tuning lora"),
+        ({"layers_to_transform": (1,)}, "--layers-to-transform .* belongs to --tuning lora"),
+        ({"adapter": "somewhere"}, "--adapter somewhere belongs to --tuning lora"),
         ({"runtime": "sglang"}, "the engine's slots hold LoRA adapters; use --runtime hf"),
         ({"trunk_cache": "cpu"}, "--tuning full trains every layer; use auto or off"),
-        ({"head": "linear"}, "--head linear is trained beside an adapter: use --tuning lora"),
+        ({"head": "linear"}, "--head linear belongs to --tuning lora"),
     ],
 )
-def test_what_has_no_meaning_is_refused(changes, message, tiny_options):
+def test_what_has_no_meaning_is_refused(changes, message, full_options):
     with pytest.raises(UserError, match=message):
-        Config.of(**{**tiny_options, **FULL, **changes})
+        Config.of(**{**full_options, **changes})
 
 
 def test_published_runs_of_every_parameter():
@@ -277,9 +282,9 @@ def test_a_model_is_written_whatever_lies_beside_it(tmp_path):
     assert (tmp_path / "m.part" / "precious").exists()
 
 
-def test_truncate_moves_nothing_before_it_can_rebuild(tiny_options, tmp_path):
-    base = shutil.copytree(tiny_options["model"], tmp_path / "base")
-    config = Config.of(**tiny_options | FULL | {"model": str(base), "output_dir": str(tmp_path / "run"), "steps": 4})
+def test_truncate_moves_nothing_before_it_can_rebuild(full_options, tmp_path):
+    base = shutil.copytree(full_options["model"], tmp_path / "base")
+    config = Config.of(**full_options | {"model": str(base), "output_dir": str(tmp_path / "run"), "steps": 4})
     train(config)
     base.rename(tmp_path / "moved")
     before = sorted(p.name for p in (tmp_path / "run").iterdir())

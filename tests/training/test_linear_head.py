@@ -95,7 +95,6 @@ def test_a_run_goes_on_from_its_adapter_and_is_scored_alone(config, capsys):
     assert before["test"]["before"]["loss"] == pytest.approx(own["test"]["loss"], abs=ROUNDING)
     assert main(["eval", config.machine.output_dir]) == 0
     assert f"{own['test']['accuracy']:.4f}" in capsys.readouterr().out
-    assert main(["import", adapter, "--output-dir", config.machine.output_dir + "3"]) == 0
     with pytest.raises(UserError, match="linear head"):
         export(config.machine.output_dir, config.machine.output_dir + "4", "merged")
 

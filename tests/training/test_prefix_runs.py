@@ -26,7 +26,6 @@ from mezo.studies.protocols import PROTOCOLS
 from mezo.studies.reproduce import configs
 from mezo.tasks import load_splits
 from tests.tiny_models import save
-from tests.training.test_ranks import torchrun
 
 LORA = ("target_modules", "layers_to_transform")
 
@@ -118,7 +117,8 @@ def test_theta_0_is_in_the_run_so_that_replay_needs_no_model(config, tmp_path):
 def test_a_run_goes_on_from_its_adapter_and_is_scored_alone(config, capsys):
     train(config)
     adapter = f"{config.machine.output_dir}/adapter"
-    plain = config.replace(tuning="lora", steps=1, adapter=adapter, output_dir=config.machine.output_dir + "2")
+    given = {name: value for name, value in config.changes().items() if name != "tuning"}
+    plain = Config.of(**given | {"steps": 1, "adapter": adapter, "output_dir": config.machine.output_dir + "2"})
     before = train(plain)["test"]["before"]
     assert RunDirectory(Path(plain.machine.output_dir)).read_config().model.tuning.name == "prefix"
     assert before == evaluate(config, Path(adapter))["test"]
@@ -136,17 +136,18 @@ def test_a_run_goes_on_from_its_adapter_and_is_scored_alone(config, capsys):
     assert f"{before['loss']:.4f}" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"--num-prefix-tokens 6 contradicts --adapter .*, which has 5: leave it out"):
         with_adapter_options(config.replace(num_prefix_tokens=6, adapter=adapter))
-    with pytest.raises(UserError, match=r"--r 4 contradicts|--r 4 is of LoRA"):
+    with pytest.raises(UserError, match=r"--tuning lora contradicts --adapter .*, which has prefix: leave it out"):
         with_adapter_options(config.replace(tuning="lora", r=4, adapter=adapter))
+    with pytest.raises(UserError, match=r"--r 8 belongs to --tuning lora, and this run has --tuning prefix"):
+        with_adapter_options(plain.replace(r=8))
 
 
-def test_an_adapter_of_pefts_own_is_imported(config, tmp_path):
+def test_an_adapter_of_pefts_own_is_a_start(config, tmp_path):
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(config.model.base)
     model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     model.save_pretrained(tmp_path / "theirs")
-    assert main(["import", str(tmp_path / "theirs"), "--output-dir", str(tmp_path / "ours")]) == 0
-    started = config.replace(adapter=str(tmp_path / "ours"), num_prefix_tokens=3, steps=1)
+    started = config.replace(adapter=str(tmp_path / "theirs"), steps=1)
     train(started)
     start = read_adapter(Path(config.machine.output_dir) / INITIAL)[PROMPT]
     assert torch.equal(start, model.prompt_encoder["default"].embedding.weight)
@@ -182,14 +183,14 @@ def test_trials_of_a_sweep_start_from_one_prefix(config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": 4}, "--r 4 is of LoRA, --tuning prefix trains keys and values of every layer: leave it out"),
-        ({"target_modules": ("q_proj",)}, "--target-modules.* is of LoRA"),
-        ({"layers_to_transform": (2,)}, "--layers-to-transform .* is of LoRA"),
+        ({"r": 4}, "--r 4 belongs to --tuning lora, and this run has --tuning prefix: leave it out"),
+        ({"target_modules": ("q_proj",)}, "--target-modules q_proj belongs to --tuning lora"),
+        ({"layers_to_transform": (2,)}, "--layers-to-transform 2 belongs to --tuning lora"),
         ({"runtime": "sglang"}, "--tuning prefix: .*use --runtime hf"),
-        ({"head": "linear", "label_words": ("a", "b")}, "use --tuning lora with it"),
+        ({"head": "linear", "label_words": ("a", "b")}, "--head linear belongs to --tuning lora"),
         ({"trunk_cache": "cpu"}, "--trunk-cache cpu: --tuning prefix trains every layer; use auto or off"),
         ({"num_prefix_tokens": 0}, "--num-prefix-tokens must be at least 1, got 0"),
-        ({"tuning": "lora", "num_prefix_tokens": 3}, "--num-prefix-tokens 3 is of prefixes: use --tuning prefix"),
+        ({"tuning": "lora", "num_prefix_tokens": 3}, "--num-prefix-tokens 3 belongs to --tuning prefix"),
     ],
 )
 def test_what_a_prefix_cannot_be_is_refused(config, changes, message):
@@ -200,16 +201,6 @@ def test_what_a_prefix_cannot_be_is_refused(config, changes, message):
 def test_a_model_has_no_prefix_to_score(config):
     with pytest.raises(UserError, match="there is no prefix to score; leave it out"):
         evaluate(config, None)
-
-
-def test_ranks_that_share_perturbations_are_one_process_to_the_bit(config, tmp_path, as_flags):
-    one = config.replace(steps=12, eval_every=6, num_perturbations=2, parallel="perturbations")
-    several = one.replace(output_dir=str(tmp_path / "several"))
-    train(one)
-    done = torchrun(several, 2, as_flags)
-    assert done.returncode == 0, done.stderr
-    assert log_of(several) == log_of(one)
-    assert same_bits(adapter_of(several), adapter_of(one)) is None
 
 
 def test_the_published_runs_are_those_of_the_paper():

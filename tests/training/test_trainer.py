@@ -68,8 +68,7 @@ def test_run_directory(finished):
     assert set(result["test"]["after"]) == {"accuracy", "loss", "f1", "auc"}
     assert result["train"]["before"]["loss"] > 0
     assert result["tokens_scored"] == round(result["tokens_computed"] + result["tokens_reused"])
-    plots = {path.name for path in (run / "plots").iterdir()}
-    assert plots == {"training_loss.png", "dev_accuracy.png", "projected_grad.png", "zero_gradients.png"}
+    assert (run / "report.html").read_text().count("<figure>") == 4
     assert any((run / "tensorboard").iterdir())
 
 
@@ -108,7 +107,7 @@ def test_replay_needs_the_logs_alone(finished, tmp_path):
 def interrupted_copy(run, target, steps, torn=b""):
     """A copy of a finished run as a crash after `steps` records would have left it."""
     shutil.copytree(run, target)
-    for name in ("result.json", "adapter", "plots"):
+    for name in ("result.json", "adapter", "report.html"):
         path = target / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     lines = (target / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
@@ -204,7 +203,7 @@ def test_resume_refuses_other_data(finished, tiny_config, tmp_path):
 def test_an_adapter_brings_its_own_scale(finished, tiny_options):
     run, _, _ = finished
     own = {"adapter": str(run / "adapter"), "steps": 1, "lora_alpha": 16}
-    start = Config.of(**{name: v for name, v in tiny_options.items() if name != "target_modules"}, **own)
+    start = Config.of(**{k: v for k, v in tiny_options.items() if k != "target_modules"} | own)
     train(start)
     assert RunDirectory(Path(start.machine.output_dir)).read_config().model.tuning.target_modules == (
         "o_proj",

@@ -13,41 +13,49 @@ from mezo.data.example import Example
 from mezo.errors import UserError
 from mezo.method.step import Step, Update
 from mezo.models.full import save_model
-from mezo.models.head import head_logits
-from mezo.models.parts import load_parts, position_limit
-from mezo.models.prefix import PROMPT, real_activations, vocabulary_tokens
+from mezo.models.load import Checkpoint
+from mezo.models.parts import load_parts
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Writing, greedy, refuse_too_long
+from mezo.runtimes.hf.proof import StartProof
 from mezo.runtimes.hf.trunk import GROUP, Trunk, no_cache
-from mezo.runtimes.reference import reference_log_probs
 from mezo.runtimes.rows import RowBatch, by_length, option_scores, rows_of, scored
 from mezo.runtimes.sides import Sides
 from mezo.runtimes.theta import PerturbedTheta
-from mezo_kernels import ParamLayout, available_backends, lora_init
+from mezo_kernels import ParamLayout, available_backends
 
 CALL = 48  # tokens whose time a forward pass of none takes on a CPU, where the weights are read for each call
 WATCHED = 1 << 20  # elements of a whole model that a watched step compares with the reference
-PROOF_EXAMPLES = 3  # besides the longest
-PROOF_NOISE = 1e-3  # standard deviation of what is added to a base that is trained itself
-PROOF_TOLERANCE = 1e-4  # on option log-probabilities in float32; shapes differ, so sums are ordered differently
 
 
 class HFRuntime:
-    """transformers + PEFT on one device; implements `mezo.runtimes.base.Runtime`.
+    """transformers + PEFT on one device; implements all that `mezo.runtimes.base` has but `Follower`.
 
     The float32 master and the two perturbed copies lie beside the model; a copy is put to use by pointing the
     trained parameters at it, so nothing is copied and nothing is ever restored by arithmetic. Where the base itself
     is trained nothing else is left of it: 12 bytes a parameter in float32, 8 in 16 bits.
+
+    Args:
+        model: which, and what is trained of it.
+        machine: where it runs, with options of this runtime.
+        work: what the run asks for.
+        pad: token id to pad with.
+        checkpoint: of the model, if its configuration has been read.
+    Raises:
+        UserError: no such device or backend, or the model cannot be loaded or trained so.
     """
 
     pairs = 1
 
-    def __init__(self, model: Model, machine: Machine, work: Workload, pad: int = 0):
+    def __init__(
+        self, model: Model, machine: Machine, work: Workload, pad: int = 0, checkpoint: Checkpoint | None = None
+    ):
         self.device = _device(machine.device)
         self.dtype = _dtype(model.dtype, self.device)
         self.backend = None if machine.backend == "auto" else machine.backend
         _check_backend(self.backend, self.device)
-        self.parts, self.spec = load_parts(model, self.device, self.dtype, work.classes)
+        checkpoint = checkpoint or Checkpoint.of(model.base)
+        self.parts, self.spec = load_parts(model, self.device, self.dtype, work.classes, checkpoint)
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
         self.pad, self.work, self.source = pad, work, model.base
         self.options: HF = machine.runtime
@@ -66,7 +74,7 @@ class HFRuntime:
         self.seconds = dict.fromkeys(("kernels", "forward"), 0.0)
         self.examples: dict[str, Sequence[Example]] = {}
         self.trunk: Trunk | None = None
-        self.writing = Writing.of(model.base) if work.max_new_tokens else None
+        self.writing = Writing.of(checkpoint) if work.max_new_tokens else None
         self.vocabulary = "lm_cross_entropy" in work.objectives
         if self.writing and not self.parts.causal:
             raise UserError(f"--model {model.base} fills masks and generates no text: use another model")
@@ -79,7 +87,7 @@ class HFRuntime:
         self._check_lengths()
         options = [example.options for examples in splits.values() for example in examples]
         # scores up to a constant compare options of one token each; longer ones, or one alone, need log-probabilities
-        self.vocabulary |= any(len(own) == 1 or any(len(option) > 1 for option in own) for own in options)
+        self.vocabulary |= any(len(each) == 1 or any(len(option) > 1 for option in each) for each in options)
         needless = self.parts.first == 0 or not self.work.scores
         if self.options.trunk_cache in ("cpu", "device") and needless:
             why = "layer 0 is adapted, nothing lies below it; use --layers-to-transform or auto"
@@ -95,18 +103,16 @@ class HFRuntime:
             self._prepare_trunk()
 
     def _check_lengths(self) -> None:
-        refuse_too_long(self.work, self.examples, self._longest(), position_limit(self.parts), self._prefix())
-
-    def _prefix(self) -> int:
-        return self.parts.prefix.tokens if self.parts.prefix else 0
+        limit, prefix = self.parts.position_limit, self.parts.prefix_tokens
+        refuse_too_long(self.work, self.examples, self._longest(), limit, prefix)
 
     def _longest(self) -> int:
-        return max(len(row.ids) for nested in self.rows.values() for own in nested for row in own)
+        return max(len(row.ids) for nested in self.rows.values() for rows in nested for row in rows)
 
     def _prepare_trunk(self) -> None:
         """Prove the trunk exact, then fill it; a training set too large to be seen once is filled as it is drawn."""
         self.trunk = self._trunk()
-        rows = {split: [row for own in nested for row in own] for split, nested in self.rows.items()}
+        rows = {split: [row for example in nested for row in example] for split, nested in self.rows.items()}
         drawn = self.work.steps * self.work.batch_size
         later = {split for split in rows if split == "train" and drawn < len(self.examples[split])}
         for split in rows:
@@ -130,9 +136,8 @@ class HFRuntime:
         self.sides.loaded()
 
     def initial_theta(self, run_seed: int) -> dict[str, torch.Tensor]:
-        """See `Runtime.initial_theta`: the prefix of real tokens, drawn from the vocabulary by the seed of the run."""
-        body, n = self.parts.body, self.parts.prefix.tokens
-        return {PROMPT: real_activations(body, vocabulary_tokens(n, body.config.vocab_size, run_seed))}
+        """See `InitialTheta.initial_theta`."""
+        return self.parts.attached.initial(run_seed)
 
     def theta(self) -> dict[str, torch.Tensor]:
         """See `Runtime.theta`."""
@@ -192,17 +197,20 @@ class HFRuntime:
 
     def _with_each(self, names: Sequence[str], run: Callable) -> list:
         """What `run` returns with each of these copies in use, in order."""
-        found = []
+        results = []
         for name in names:
             self._use(self.copies[name])
-            found.append(run())
-        return found
+            results.append(run())
+        return results
 
-    def _write(self, split, indices, max_new_tokens: int, stop: Sequence[str], count: TokenCount) -> list[str]:
+    def _write(
+        self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str], count: TokenCount
+    ) -> list[str]:
         """Texts with the weights in use; a token of an answer is run to find the next, so the last one never is."""
         prompts = [self.examples[split][i].prompt for i in indices]
         ended = lambda ids: self.writing.ended(ids, stop)  # noqa: E731
-        answers = greedy(self.parts.body, self.parts.head, prompts, max_new_tokens, ended, self.pad, self.parts.prefix)
+        parts = self.parts
+        answers = greedy(parts.body, parts.logits, prompts, max_new_tokens, ended, self.pad, parts.prefix)
         tokens = sum(len(prompt) + len(answer) - 1 for prompt, answer in zip(prompts, answers, strict=True))
         count.scored, count.computed = count.scored + tokens, count.computed + tokens
         return [self.writing.text(answer, stop) for answer in answers]
@@ -210,7 +218,7 @@ class HFRuntime:
     def gradient(
         self, split: str, indices: Sequence[int], loss: Callable[[torch.Tensor], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """See `Runtime.gradient`. A 16-bit model is differentiated where theta rounds to, in its own precision."""
+        """See `Differentiable.gradient`. A 16-bit model is differentiated where theta rounds to."""
         with torch.no_grad():
             forward = self._forward(split, indices, self.eval_tokens, signs=1)
         self._point([t.to(self.dtype) for t in self.master.tensors])
@@ -223,7 +231,7 @@ class HFRuntime:
         return {name: g.float().cpu() for name, g in zip(self.master.names, grads, strict=True)}
 
     def save_model(self, directory: Path) -> None:
-        """See `Runtime.save_model`."""
+        """See `Savable.save_model`."""
         self._point([t.to(self.dtype) for t in self.master.tensors])
         save_model(self.parts.model, self.source, directory)
 
@@ -236,12 +244,7 @@ class HFRuntime:
             cache = f"trunk cache on {self.trunk.storage} ({self.trunk.nbytes / 2**20:.0f} MiB; runs {kind})"
             if self.trunk.full:
                 cache += "; it is full and computes rows again: raise --trunk-cache-bytes"
-        what = "LoRA parameters"
-        if self.parts.prefix:
-            what = f"parameters of a prefix of {self.parts.prefix.tokens} tokens"
-        elif self.whole:
-            what = "parameters, all of the model's"
-        return f"{n:,} {what}, {self.dtype} base on {self.device}, {cache}"
+        return f"{n:,} {self.parts.attached.title}, {self.dtype} base on {self.device}, {cache}"
 
     def close(self) -> None:
         """See `Runtime.close`."""
@@ -260,7 +263,7 @@ class HFRuntime:
         for p, tensor in zip(self.params, tensors, strict=True):
             p.data = tensor
 
-    def _forward(self, split, indices, count: TokenCount, signs: int) -> Callable[[], torch.Tensor]:
+    def _forward(self, split: str, indices: Sequence[int], count: TokenCount, signs: int) -> Callable[[], torch.Tensor]:
         """Gather a batch and count its tokens; each call of the result scores it with the weights then in use."""
         rows = [row for i in indices for row in self.rows[split][i]]
         batch = RowBatch.of(rows, self.pad, self.device)
@@ -274,19 +277,23 @@ class HFRuntime:
         else:
             run = int(batch.valid.sum()) if self.trunk.keep_kv else tokens
             count.computed += signs * run * (n_layers - first) / n_layers + self._trunk_share(filled)
-        return lambda: option_scores(examples, self._log_probs(hidden(), batch.targets), batch.valid.cpu())
 
-    def _hidden(self, split, indices, batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:
+        def scores() -> torch.Tensor:
+            return option_scores(examples, self._log_probs(hidden(), batch.targets, self.vocabulary), batch.valid.cpu())
+
+        return scores
+
+    def _hidden(self, split: str, indices: Sequence[int], batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:
         """A function that gives the hidden states at the scored positions, and the tokens whose trunk was run."""
         starts = self.first_row[split]
         numbers = [n for i in indices for n in range(starts[i], starts[i] + len(self.rows[split][i]))]
         if self.device.type != "cpu" or (self.trunk and self.trunk.keep_kv):
             return self._run_of(split, numbers, batch)
-        parts = by_length(batch.lengths.tolist(), CALL)
+        groups = by_length(batch.lengths.tolist(), CALL)
         runs, filled = zip(
-            *(self._run_of(split, [numbers[n] for n in own], batch.part(own)) for own in parts), strict=True
+            *(self._run_of(split, [numbers[n] for n in group], batch.part(group)) for group in groups), strict=True
         )
-        back = torch.tensor([n for own in parts for n in own]).argsort()
+        back = torch.tensor([n for group in groups for n in group]).argsort()
         return lambda: torch.cat([run() for run in runs])[back], sum(filled)
 
     def _run_of(self, split: str, numbers: Sequence[int], batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:
@@ -304,14 +311,22 @@ class HFRuntime:
         out = self.parts.body(input_ids=batch.ids, **prefix.inputs(len(batch.ids), mask) if prefix else others)
         return scored(out.last_hidden_state, batch.positions)
 
-    def _log_probs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """log p of the targets, float64 (rows, scored, candidates); up to a constant a position if not `vocabulary`."""
+    def _log_probs(self, hidden: torch.Tensor, targets: torch.Tensor, vocabulary: bool) -> torch.Tensor:
+        """log p of the targets.
+
+        Args:
+            hidden: (rows, scored, hidden_size) final hidden states.
+            targets: (rows, scored, candidates) token ids.
+            vocabulary: normalise over the vocabulary; else they are right up to a constant of each position.
+        Returns:
+            (rows, scored, candidates) float64, on the CPU.
+        """
         tokens, inverse = targets.unique(return_inverse=True)
-        few = None if self.vocabulary else head_logits(self.parts.head, hidden, tokens)
-        if few is not None:
-            return few.gather(-1, inverse).double().cpu()
-        logits = self.parts.head(hidden).float()
-        log_z = logits.double().logsumexp(-1, keepdim=True) if self.vocabulary else 0.0
+        logits = None if vocabulary else self.parts.some_logits(hidden, tokens)
+        if logits is not None:
+            return logits.gather(-1, inverse).double().cpu()
+        logits = self.parts.logits(hidden)
+        log_z = logits.double().logsumexp(-1, keepdim=True) if vocabulary else 0.0
         return (logits.gather(-1, targets).double() - log_z).cpu()
 
     def _trunk(self) -> Trunk:
@@ -321,7 +336,7 @@ class HFRuntime:
             parts.body,
             parts.layers,
             parts.first,
-            keep_kv=parts.kv_free and not (parts.window and parts.window < self._longest()),
+            keep_kv=parts.kv_depends is None and not (parts.window and parts.window < self._longest()),
             causal=parts.causal,
             pad=self.pad,
             device=self.device,
@@ -331,55 +346,20 @@ class HFRuntime:
 
     @torch.no_grad()
     def _prove(self, flag: str, remedy: str) -> None:
-        """Compare scores with the model's own forward pass on the longest rows, at a theta that changes them."""
-        split, indices = self._hardest()
-        rows = [row for i in indices for row in self.rows[split][i]]
-        batch = RowBatch.of(rows, self.pad, self.device)
-        # kept under one theta, used under another, as in training
-        self._point_at_noise(seed=0)
-        run = self._hidden(split, indices, batch)[0]
-        self._point_at_noise(seed=1)
-        expected = reference_log_probs(self.parts.model, batch)
-        vocabulary, self.vocabulary = self.vocabulary, True
-        got = self._log_probs(run(), batch.targets)
-        self.vocabulary, allowed = vocabulary, PROOF_TOLERANCE
-        if self.dtype != torch.float32:
-            sizes = {1, 2, 3} & set(range(len(rows)))
-            noise = max((self._batch_noise(rows, expected, size) for size in sizes), default=0.0)
-            allowed = max(noise, 1e-6)
-        worst = float((got - expected).abs().masked_fill(~batch.valid[:, :, None].cpu(), 0).max())
-        if not worst <= allowed:
-            raise UserError(
-                f"{flag}: option log-probabilities are not exact on this model, they differ by {worst:.2g} from its"
-                f" full forward pass (allowed {allowed:.2g}); {remedy}"
-            )
+        """Raise UserError, which names the flag and says the remedy, if scores are not those of the model itself."""
+        proof = StartProof(self.rows, self.pad, self.device, self.dtype)
+        self._use_noise(seed=0)
+        hidden, _ = self._hidden(proof.split, proof.indices, proof.batch)
+        self._use_noise(seed=1)  # what is cached by now is of another theta, as in training
+        log_probs = self._log_probs(hidden(), proof.batch.targets, vocabulary=True)
+        proof.check(self.parts.model, log_probs, flag, remedy)
 
-    def _hardest(self) -> tuple[str, list[int]]:
-        """The split with the longest row, and its longest and first examples."""
-        length = lambda split, i: max(len(row.ids) for row in self.rows[split][i])  # noqa: E731
-        longest = {split: max(range(len(own)), key=lambda i: length(split, i)) for split, own in self.rows.items()}
-        split = max(longest, key=lambda split: length(split, longest[split]))
-        return split, sorted({longest[split], *range(min(PROOF_EXAMPLES, len(self.rows[split])))})
-
-    def _point_at_noise(self, seed: int) -> None:
-        if self.whole:
-            self.perturbed.perturb(Step([seed], PROOF_NOISE))
-            self._use(self.plus)
-            return
-        noise = {name: lora_init(seed, name, shape) for name, shape in self.spec.shapes.items()}
-        if self.parts.prefix:
-            noise = self.initial_theta(seed)
-        self._point([tensor.to(self.device, self.dtype) for tensor in noise.values()])
-
-    def _batch_noise(self, rows, expected: torch.Tensor, size: int) -> float:
-        """How far the full forward pass moves when the same rows are run `size` at a time."""
-        worst = 0.0
-        for start in range(0, len(rows), size):
-            part = RowBatch.of(rows[start : start + size], self.pad, self.device)
-            got, at = reference_log_probs(self.parts.model, part), part.valid[:, :, None].cpu()
-            want = expected[start : start + size, : got.shape[1], : got.shape[2]]
-            worst = max(worst, float((got - want).abs().masked_fill(~at, 0).max()))
-        return worst
+    def _use_noise(self, seed: int) -> None:
+        """Write a theta that changes scores to the plus copy, which no step has written yet, and use it."""
+        theta = dict(zip(self.master.names, self.master.tensors, strict=True))
+        for tensor, noise in zip(self.plus.tensors, self.parts.attached.noise(theta, seed), strict=True):
+            tensor.copy_(noise)
+        self._use(self.plus)
 
 
 def _starts(rows: list[list]) -> list[int]:

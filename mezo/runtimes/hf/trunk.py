@@ -10,12 +10,15 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from rich.progress import track
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from mezo.models.attention import Known, attending
 from mezo.runtimes.rows import Row, RowBatch, scored
 
 GROUP = 16  # rows whose trunk is computed together, fixed from the start: an entry's bits never depend on the batch
@@ -58,7 +61,19 @@ class Trunk:
         limit: bytes of entries to keep; the least recently used groups go first.
     """
 
-    def __init__(self, body, layers, first, *, keep_kv, causal, pad, device, storage, limit):
+    def __init__(
+        self,
+        body: nn.Module,
+        layers: nn.ModuleList,
+        first: int,
+        *,
+        keep_kv: bool,
+        causal: bool,
+        pad: int,
+        device: torch.device,
+        storage: torch.device,
+        limit: int,
+    ):
         self.body, self.layers, self.first = body, layers, first
         self.keep_kv, self.causal, self.pad = keep_kv, causal, pad
         self.device, self.storage, self.limit = device, storage, limit
@@ -70,7 +85,13 @@ class Trunk:
         self.attention = attentions[0] if attentions else None
 
     def register(self, split: str, rows: Sequence[Row], group: int = GROUP) -> None:
-        """Divide a split's rows into groups of like length, which wastes little on padding."""
+        """Divide a split's rows into groups of like length, which wastes little on padding.
+
+        Args:
+            split: its name.
+            rows: in the order of the examples.
+            group: rows of each group.
+        """
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
         self.rows[split] = [[rows[i] for i in order[g : g + group]] for g in range(0, len(rows), group)]
         self.place[split] = [divmod(at, group) for at in sorted(range(len(rows)), key=order.__getitem__)]
@@ -92,10 +113,16 @@ class Trunk:
         self.nbytes = 0
 
     def hidden(self, split: str, indices: Sequence[int], batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:
-        """Gather the rows' entries; return (a function that runs the rest of the body, tokens whose trunk was run).
+        """Gather the entries of rows.
 
-        The function gives the final hidden states at the scored positions, (rows, scored, hidden_size), and may be
-        called again after the adapted weights have changed.
+        Args:
+            split: of the rows.
+            indices: numbers of the rows in it.
+            batch: the rows themselves.
+        Returns:
+            A function, and the tokens whose trunk was run for it. The function runs the rest of the body and gives the
+            final hidden states at the scored positions, (rows, scored, hidden_size); it may be called again after the
+            adapted weights have changed.
         """
         filled = 0
         entries = []
@@ -111,31 +138,38 @@ class Trunk:
                 self._run(batch.ids, hidden, attention_mask=self._mask(batch)), batch.positions
             ), filled
         keys, values = (pad_sequence([getattr(e, n) for e in entries], batch_first=True) for n in ("key", "value"))
-        kept = (keys.transpose(1, 2).to(self.device), values.transpose(1, 2).to(self.device), self._kept_mask(batch))
+        known = (keys.transpose(1, 2).to(self.device), values.transpose(1, 2).to(self.device), self._known_mask(batch))
         ids = batch.ids.gather(1, batch.positions)
-        return lambda: self._run(ids, hidden, position_ids=batch.positions, kept=kept), filled
+        return lambda: self._run(ids, hidden, known, position_ids=batch.positions), filled
 
     def _mask(self, batch: RowBatch) -> torch.Tensor | None:
         # padding on the right is invisible to a causal layer
         return None if self.causal else batch.mask
 
-    def _kept_mask(self, batch: RowBatch) -> torch.Tensor:
+    def _known_mask(self, batch: RowBatch) -> torch.Tensor:
         at = torch.arange(int(batch.lengths.max()), device=self.device)
         last = batch.positions if self.causal else (batch.lengths - 1)[:, None].expand_as(batch.positions)
         return (at <= last[:, :, None])[:, None]
 
-    def _run(self, ids, hidden, kept=None, **inputs) -> torch.Tensor:
-        """Run the body from the first adapted layer on, over kept hidden states."""
+    def _run(self, ids: torch.Tensor, hidden: torch.Tensor, known: Known | None = None, **inputs) -> torch.Tensor:
+        """Run the body from the first adapted layer on.
+
+        Args:
+            ids: (rows, length) token ids, of which the body sees the shape alone.
+            hidden: (rows, length, hidden_size), what comes out of the layers below.
+            known: keys and values of the last layer, if they are known.
+            inputs: other arguments of the body.
+        Returns:
+            (rows, length, hidden_size) final hidden states.
+        """
         first = self.layers[self.first]
         replace = first.register_forward_pre_hook(lambda module, args: (hidden, *args[1:]))
         self._skip(True)
-        if kept is not None:
-            self.attention.mezo_kept = kept
         try:
-            return self.body(input_ids=ids, **inputs, **no_cache(self.causal)).last_hidden_state
+            with attending(self.attention, known):
+                return self.body(input_ids=ids, **inputs, **no_cache(self.causal)).last_hidden_state
         finally:
             self._skip(False)
-            self.attention.__dict__.pop("mezo_kept", None) if kept is not None else None
             replace.remove()
 
     def _skip(self, on: bool) -> None:
@@ -173,27 +207,23 @@ class Trunk:
             raise _Captured
 
         hook = self.layers[self.first].register_forward_pre_hook(stop_at_layer)
-        if self.keep_kv:
-            self.attention.mezo_kept = stop_at_attention
         try:
-            self.body(input_ids=batch.ids, attention_mask=self._mask(batch), **no_cache(self.causal))
-        except _Captured:
-            pass
+            with attending(self.attention, stop_at_attention if self.keep_kv else None), suppress(_Captured):
+                self.body(input_ids=batch.ids, attention_mask=self._mask(batch), **no_cache(self.causal))
         finally:
             hook.remove()
-            self.attention.__dict__.pop("mezo_kept", None) if self.keep_kv else None
         return [self._entry(seen, batch, i, n) for i, n in enumerate(batch.lengths.tolist())]
 
     def _entry(self, seen: dict, batch: RowBatch, i: int, length: int) -> Entry:
-        own = lambda t: t.to(self.storage, copy=True).contiguous()  # noqa: E731  a view would keep the padding alive
+        stored = lambda t: t.to(self.storage, copy=True).contiguous()  # noqa: E731  a view would keep the padding alive
         if not self.keep_kv:
-            return Entry(own(seen["hidden"][i, :length]))
+            return Entry(stored(seen["hidden"][i, :length]))
         scored_positions = batch.positions[i][batch.valid[i]]
         hidden = seen["hidden"][i].index_select(0, scored_positions)
-        return Entry(own(hidden), own(seen["key"][i, :length]), own(seen["value"][i, :length]))
+        return Entry(stored(hidden), stored(seen["key"][i, :length]), stored(seen["value"][i, :length]))
 
 
-def _identity(hidden_states, *args, **kwargs):
+def _identity(hidden_states: torch.Tensor, *args, **kwargs):
     return hidden_states
 
 

@@ -9,8 +9,14 @@ from mezo.runtimes.rows import Row
 SCORE_ONLY = {"max_new_tokens": 0, "temperature": 0.0}
 
 
-def greedy(max_new_tokens: int, stop: Sequence[str], ends: frozenset[int]) -> dict:
-    """Sampling parameters of the most likely token each time; `ends` are the tokens that end a text."""
+def greedy_sampling(max_new_tokens: int, stop: Sequence[str], ends: frozenset[int]) -> dict:
+    """Sampling parameters of the most likely token each time.
+
+    Args:
+        max_new_tokens: most tokens of a text.
+        stop: a text ends before the first of these.
+        ends: token ids that end a text.
+    """
     stops = {"stop": list(stop), "stop_token_ids": sorted(ends)}
     return {"max_new_tokens": max_new_tokens, "temperature": 0.0, **stops}
 
@@ -18,6 +24,10 @@ def greedy(max_new_tokens: int, stop: Sequence[str], ends: frozenset[int]) -> di
 def count_tokens(ids: Sequence[int], answer: dict, count: TokenCount) -> None:
     """Add a request's tokens as the engine counts them; a text's last token is never run.
 
+    Args:
+        ids: token ids that were sent.
+        answer: the engine's.
+        count: what is added to.
     Raises:
         RunError: the engine gave the request up.
     """

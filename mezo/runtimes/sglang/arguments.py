@@ -11,12 +11,12 @@ import torch
 import yaml
 from packaging.version import Version
 from safetensors.torch import save_file
-from transformers import AutoConfig
 
 from mezo.config import Machine, SGLang, Workload
 from mezo.config.machine import engine_argument
 from mezo.errors import UserError
 from mezo.models.families import complete_fields, complete_stacks
+from mezo.models.load import Checkpoint
 from mezo.models.spec import TrainedSpec
 from mezo.runtimes.sglang.engine import PATIENCE, accelerated
 from mezo_kernels import available_backends
@@ -39,9 +39,9 @@ ONE = {  # what is proven: one replica, whose ranks hold all layers
 
 def check_version() -> None:
     """Raise UserError if the SGLang at hand is older than what this runtime has been tested on."""
-    found = version("sglang")
-    if Version(found) < Version(OLDEST):
-        raise UserError(f"--runtime sglang: SGLang {found} is installed, {OLDEST} or later is needed; upgrade it")
+    installed = version("sglang")
+    if Version(installed) < Version(OLDEST):
+        raise UserError(f"--runtime sglang: SGLang {installed} is installed, {OLDEST} or later is needed; upgrade it")
 
 
 def engine_options(runtime: SGLang) -> dict:
@@ -89,18 +89,18 @@ def _known_arguments() -> list[str]:
     return [name for name in ServerArgs.__struct_fields__ if not name.startswith("_")]
 
 
-def check_heads(base: str, tp: int) -> None:
+def check_heads(tp: int, checkpoint: Checkpoint) -> None:
     """Raise UserError if a model's heads or MLP cannot be divided by --tp."""
     if tp == 1:
         return
-    model = AutoConfig.from_pretrained(base)
+    name, model = checkpoint.name, checkpoint.config
     heads = model.num_attention_heads
     kv = getattr(model, "num_key_value_heads", None) or heads
     for what, n in (("attention heads", heads), ("MLP columns", getattr(model, "intermediate_size", tp))):
         if n % tp:
-            raise UserError(f"--tp {tp}: {base} has {n} {what}, which {tp} ranks cannot share")
+            raise UserError(f"--tp {tp}: {name} has {n} {what}, which {tp} ranks cannot share")
     if kv % tp and tp % kv:
-        raise UserError(f"--tp {tp}: {base} has {kv} key-value heads, which do not divide or hold it")
+        raise UserError(f"--tp {tp}: {name} has {kv} key-value heads, which do not divide or hold it")
 
 
 def pairs_of(num_perturbations: int, options: dict) -> int:
@@ -144,9 +144,9 @@ def largest_call(machine: Machine, work: Workload, rows: dict[str, list[list]], 
     evaluated = machine.eval_batch_size or work.batch_size
     requests, tokens, new = 1, 1, work.max_new_tokens
     for split, nested in rows.items():
-        copies, own = max(sizes.get(split, 1), evaluated), max(len(mine) for mine in nested)
-        requests = max(requests, copies * own)
-        tokens = max(tokens, copies * (new + max(sum(len(row.ids) for row in mine) for mine in nested)))
+        copies = max(sizes.get(split, 1), evaluated)
+        requests = max(requests, copies * max(map(len, nested)))
+        tokens = max(tokens, copies * (new + max(sum(len(row.ids) for row in example) for example in nested)))
     return requests, tokens
 
 
@@ -158,8 +158,8 @@ def engine_arguments(
     spec: TrainedSpec,
     adapters: list[dict],
     tokens: int,
-    held: int,
-    rows: int,
+    resident: int,
+    requests: int,
 ) -> dict:
     """Arguments of `sglang.Engine`.
 
@@ -171,8 +171,8 @@ def engine_arguments(
         spec: what is trained.
         adapters: the engine's `lora_paths`.
         tokens: that one call may compute.
-        held: tokens that the KV cache should keep beside.
-        rows: requests of the largest call.
+        resident: tokens that the KV cache should keep beside.
+        requests: of the largest call.
     """
     arguments = {
         "model_path": spec.model,
@@ -211,13 +211,15 @@ def engine_arguments(
             "mem_fraction_static": 0.8,  # SGLang has a guess for GPUs alone; max_total_tokens is the limit here
             "chunked_prefill_size": -1,
             "max_prefill_tokens": tokens,
-            "max_total_tokens": tokens + held,
-            "max_running_requests": max(64, rows),
+            "max_total_tokens": tokens + resident,
+            "max_running_requests": max(64, requests),
         }
     return arguments | options
 
 
-def write_placeholders(scratch: Path, options: dict, spec: TrainedSpec, pairs: int) -> list[dict]:
+def write_placeholders(
+    scratch: Path, options: dict, spec: TrainedSpec, checkpoint: Checkpoint, pairs: int
+) -> list[dict]:
     """Adapters of zeros that reserve the slots plus0, minus0, ...; return the engine's `lora_paths`.
 
     Members of a stack that are not trained stay zero for good.
@@ -227,6 +229,7 @@ def write_placeholders(scratch: Path, options: dict, spec: TrainedSpec, pairs: i
             same on all, which know them by it, and another directory beside it is used.
         options: --engine-arg.
         spec: what is trained.
+        checkpoint: of the base model.
         pairs: perturbations held at once.
     """
     directory = scratch / "placeholder"
@@ -234,7 +237,7 @@ def write_placeholders(scratch: Path, options: dict, spec: TrainedSpec, pairs: i
         facts = json.dumps([options["dist_init_addr"], spec.peft, spec.shapes], sort_keys=True)
         directory = scratch.parent / f"mezo-placeholder-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
     directory.mkdir(exist_ok=True)
-    tensors = complete_stacks(spec.model, {name: torch.zeros(shape) for name, shape in spec.shapes.items()})
+    tensors = complete_stacks(checkpoint.config, {name: torch.zeros(shape) for name, shape in spec.shapes.items()})
     save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
     (scratch / "adapter_config.json").write_text(json.dumps(complete_fields(spec.peft, tensors)))
     for name in ("adapter_model.safetensors", "adapter_config.json"):

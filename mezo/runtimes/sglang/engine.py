@@ -5,20 +5,20 @@ import gc
 import json
 import os
 import re
-import secrets
 import signal
 import sys
 import time
 from contextlib import contextmanager, suppress
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import FrameType
 
 import psutil
 import torch
 import zmq
 
 from mezo.errors import RunError, UserError
-from mezo.runtimes.sglang.inside.handshake import ENDED, ENVIRONMENT
+from mezo.runtimes.sglang.inside.handshake import ENDED, METHOD, handshake
 
 POLL = 0.5  # seconds between looks at the engine's processes while an answer is awaited
 LOG = "engine.log"
@@ -44,27 +44,26 @@ class EngineHandle:
     def __init__(self, arguments: dict, directory: Path, patience: float = PATIENCE):
         self.log, self.patience, self.failed = directory / LOG, patience, False
         _require_plugin()
-        token = secrets.token_hex(16)
-        with open(directory / "token", "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-            file.write(token)
-        environment = {ENVIRONMENT: f"{os.getpid()}:{token}:{directory}", **_environment(arguments)}
+        with handshake(directory) as variables:
+            self._start(arguments, {**variables, **_environment(arguments)})
+        self.processes = [psutil.Process(pid) for pid in self.engine.get_all_child_pids()]
+        self.nodes, self.ended = arguments.get("nnodes", 1), directory / ENDED
+
+    def _start(self, arguments: dict, environment: dict[str, str | None]) -> None:
+        """Start the engine in this environment, and remember what of it has to be ended."""
         children, contexts = _children(), _contexts()
         try:
             with _environ(environment), _output_to(self.log):
-                self.engine = _start(arguments)
+                self.engine = _started(arguments)
         except Exception as error:
             raise UserError(
                 f"the SGLang engine did not start: {self._last_error() or error}; see {self.log}"
             ) from error
         finally:
-            own = [c for c in _contexts() if not any(c is other for other in contexts)]
-            self._own = _children() - children, own
+            self._children = _children() - children
+            self._contexts = [c for c in _contexts() if not any(c is other for other in contexts)]
             if not hasattr(self, "engine"):
                 self._sweep()
-            # one-time: a process that finds the variable later does not find the file
-            (directory / "token").unlink()
-        self.processes = [psutil.Process(pid) for pid in self.engine.get_all_child_pids()]
-        self.nodes, self.ended = arguments.get("nnodes", 1), directory / ENDED
 
     def follow(self) -> None:
         """On the second and later machines: wait until the trainer ends the engine.
@@ -80,7 +79,7 @@ class EngineHandle:
         """Run one of our methods on every tensor-parallel rank; return what each of them answered.
 
         Args:
-            method: of `sglang_worker.Worker`.
+            method: of `mezo.runtimes.sglang.inside.worker.Worker`.
             parameters: scalars.
         Raises:
             RunError: a rank failed (which one, and why), or a process of the engine is dead.
@@ -90,13 +89,13 @@ class EngineHandle:
 
         socket, deadline = self.engine.send_to_rpc, time.monotonic() + self.patience
         self.check_alive()
-        sock_send(socket, RpcReqInput(method=f"mezo_{method}", parameters=parameters))
+        sock_send(socket, RpcReqInput(method=METHOD + method, parameters=parameters))
         while not socket.poll(POLL * 1000):
             self.check_alive()
             if time.monotonic() > deadline:
                 raise self._failure(f"the SGLang engine did not answer {method} for {self.patience:.0f} s")
         reply = sock_recv(socket)
-        if not reply.success and "has no attribute 'mezo_" in reply.message:
+        if not reply.success and f"has no attribute '{METHOD}" in reply.message:
             raise UserError(NO_PLUGIN)
         if not reply.success:
             raise self._failure(f"the SGLang engine failed in {method}: {reply.message}")
@@ -157,11 +156,10 @@ class EngineHandle:
 
         A message to a dead process keeps its socket, and whoever collects the garbage waits for it forever.
         """
-        children, contexts = self._own
-        for process in children:
+        for process in self._children:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        for context in contexts:
+        for context in self._contexts:
             context.destroy(linger=0)
 
     def _last_error(self) -> str:
@@ -184,10 +182,10 @@ def _children() -> set[psutil.Process]:
 
 
 def _contexts() -> list[zmq.Context]:
-    return [found for found in gc.get_objects() if issubclass(type(found), zmq.Context) and not found.closed]
+    return [one for one in gc.get_objects() if issubclass(type(one), zmq.Context) and not one.closed]
 
 
-def _start(arguments: dict):
+def _started(arguments: dict):
     import sglang
 
     engine = sglang.Engine(custom_sigquit_handler=_ignore, **arguments)
@@ -199,21 +197,22 @@ def _start(arguments: dict):
     return engine
 
 
-def _ignore(number, frame) -> None:
+def _ignore(number: int, frame: FrameType | None) -> None:
     """A child of the starting engine failed: that shows when the engine waits for it."""
 
 
 class _Signals:
     """What the engine's part in this process does on a signal: a child's cry for help is left to `check_alive`."""
 
-    def __init__(self, tokenizer_manager):
+    def __init__(self, tokenizer_manager: object):
         pass
 
-    def sigterm_handler(self, signum=None, frame=None):
-        sys.exit(143)  # while that first request runs
+    def sigterm_handler(self, signum: int | None = None, frame: FrameType | None = None) -> None:
+        """SIGTERM while the first request runs."""
+        sys.exit(143)
 
-    def running_phase_sigquit_handler(self, signum=None, frame=None):
-        pass
+    def running_phase_sigquit_handler(self, signum: int | None = None, frame: FrameType | None = None) -> None:
+        """SIGQUIT of a child."""
 
 
 def accelerated() -> bool:

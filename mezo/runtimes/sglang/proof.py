@@ -6,13 +6,9 @@ import torch
 
 from mezo.errors import UserError
 from mezo.models.parts import ModelParts
-from mezo.models.spec import TrainedSpec
-from mezo.runtimes.reference import reference_log_probs
+from mezo.runtimes.reference import EXAMPLES, TOLERANCE, largest_difference, reference_log_probs
 from mezo.runtimes.rows import Row, RowBatch
-from mezo_kernels import lora_init
 
-EXAMPLES = 3  # besides the longest
-TOLERANCE = 1e-4  # on log-probabilities in float32
 SHARE = 0.2  # in 16 bits or quantised: of what the adapters of the proof change
 
 
@@ -24,37 +20,36 @@ class StartProof:
 
     Args:
         parts: the model with its adapter, on the CPU; its adapter is overwritten.
+        exact: the engine's base is in float32 and not quantised.
         rows: all rows of the run; the longest is among those that are compared.
         pad: token id for padding.
     """
 
     SEEDS = (0, 1)
 
-    def __init__(self, parts: ModelParts, spec: TrainedSpec, rows: Sequence[Row], pad: int):
-        self.spec = spec
+    def __init__(self, parts: ModelParts, exact: bool, rows: Sequence[Row], pad: int):
+        self.exact = exact
         self.rows = list(dict.fromkeys([max(rows, key=lambda row: len(row.ids)), *rows[:EXAMPLES]]))
-        batch = RowBatch.of(self.rows, pad, "cpu")
-        self._hidden = ~batch.valid[:, :, None]
-        self._expected = [self._by_model(parts, batch, seed) for seed in self.SEEDS]
+        batch, noise = RowBatch.of(self.rows, pad, "cpu"), parts.attached.noise
+        self._valid = batch.valid
+        self._adapters = [dict(zip(parts.params, noise(parts.params, seed), strict=True)) for seed in self.SEEDS]
+        self._expected = [_by_model(parts, batch, adapter) for adapter in self._adapters]
 
     def adapter(self, seed: int) -> dict[str, torch.Tensor]:
         """The noisy adapter of one of SEEDS, by canonical name."""
-        return {name: lora_init(seed, name, shape) for name, shape in self.spec.shapes.items()}
+        return self._adapters[seed]
 
-    @torch.no_grad()
-    def _by_model(self, parts: ModelParts, batch: RowBatch, seed: int) -> torch.Tensor:
-        for name, tensor in self.adapter(seed).items():
-            parts.params[name].data.copy_(tensor)
-        return reference_log_probs(parts.model, batch)
+    def check(self, seed: int, tables: Sequence[list[dict[int, float]]]) -> None:
+        """Compare the engine's log-probabilities under `adapter(seed)`.
 
-    def check(self, seed: int, tables: Sequence[list[dict]]) -> None:
-        """Compare the engine's log-probabilities under `adapter(seed)`: for each row, by position and token id.
-
+        Args:
+            seed: one of SEEDS.
+            tables: of each row, for each scored position, log-probability by token id.
         Raises:
             UserError: they are not the model's.
         """
-        spread = float((self._expected[0] - self._expected[1]).abs().masked_fill(self._hidden, 0).max())
-        allowed = TOLERANCE if self.spec.dtype == "float32" else max(TOLERANCE, SHARE * spread)
+        spread = largest_difference(*self._expected, self._valid)
+        allowed = TOLERANCE if self.exact else max(TOLERANCE, SHARE * spread)
         got = self._expected[seed].clone()  # a row without a candidate or position agrees there
         for i, (row, table) in enumerate(zip(self.rows, tables, strict=True)):
             for p, target in enumerate(row.targets):
@@ -66,3 +61,11 @@ class StartProof:
                 f" {allowed:.2g}, the adapters themselves change {spread:.2g}); try --radix off, --engine-arg"
                 " attention_backend=..., or --runtime hf"
             )
+
+
+@torch.no_grad()
+def _by_model(parts: ModelParts, batch: RowBatch, adapter: dict[str, torch.Tensor]) -> torch.Tensor:
+    """`reference_log_probs` of the model with these tensors as its adapter."""
+    for name, tensor in adapter.items():
+        parts.params[name].data.copy_(tensor)
+    return reference_log_probs(parts.model, batch)

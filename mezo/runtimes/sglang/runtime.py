@@ -1,8 +1,8 @@
 """The SGLang runtime: the inference engine computes the losses of both signs in one batch, and keeps what is exact."""
 
 import dataclasses
-import itertools
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -17,12 +17,12 @@ from mezo.config import Machine, Model, SGLang, Workload
 from mezo.data.example import Example
 from mezo.errors import RunError, UserError
 from mezo.method.step import Step, Update
-from mezo.models.families import why_kv_depends
+from mezo.models.load import Checkpoint
 from mezo.models.parts import load_parts
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Writing, refuse_too_long
 from mezo.runtimes.rows import Row, padded, rows_of, scores_of
-from mezo.runtimes.sglang.answers import SCORE_ONLY, count_tokens, greedy, start_of, table_of
+from mezo.runtimes.sglang.answers import SCORE_ONLY, count_tokens, greedy_sampling, start_of, table_of
 from mezo.runtimes.sglang.arguments import (
     backend_of,
     call_tokens,
@@ -38,44 +38,57 @@ from mezo.runtimes.sglang.arguments import (
 )
 from mezo.runtimes.sglang.engine import EngineHandle
 from mezo.runtimes.sglang.proof import StartProof
-from mezo.runtimes.sglang.reuse import warm_ups
+from mezo.runtimes.sglang.reuse import PrefixCache
 from mezo.runtimes.sides import Sides
 
 FLUSH_SECONDS = 10.0
 
 
 class SGLangRuntime:
-    """An SGLang engine with MeZO's state in each tensor-parallel worker; implements `mezo.runtimes.base.Runtime`.
+    """An SGLang engine with MeZO's state in each tensor-parallel worker; implements `Runtime` and `Follower`.
 
     A step is two messages: one call that updates theta and writes both signs into the engine's adapter slots, with
     scalars alone, and one batch of requests that scores them.
 
     KV is reused within one version of theta, whose cache namespace is its own. Where no key or value depends on theta
     all versions and both signs share one namespace, and a prompt seen before costs one token.
+
+    Args:
+        model: which, and what is trained of it.
+        machine: where it runs, with options of this runtime.
+        work: what the run asks for.
+        pad: token id to pad with.
+        checkpoint: of the model, if its configuration has been read.
+    Raises:
+        UserError: SGLang will not do, or this model, device or option with it.
     """
 
-    def __init__(self, model: Model, machine: Machine, work: Workload, pad: int = 0):
+    def __init__(
+        self, model: Model, machine: Machine, work: Workload, pad: int = 0, checkpoint: Checkpoint | None = None
+    ):
         check_version()
         check_device(machine.device)
-        self.model, self.machine, self.work, self.pad = model, machine, work, pad
+        self.machine, self.work, self.pad = machine, work, pad
         self.runtime: SGLang = machine.runtime
         self.options = engine_options(self.runtime)
-        check_heads(model.base, self.runtime.tp)
+        self.checkpoint = checkpoint or Checkpoint.of(model.base)
+        check_heads(self.runtime.tp, self.checkpoint)
         self.pairs = pairs_of(work.num_perturbations, self.options)
         self.backend = backend_of(machine.backend)
         dtype = getattr(torch, model.dtype) if model.dtype != "auto" else default_dtype()
-        self._parts, self.spec = load_parts(model, torch.device("cpu"), dtype)
+        self._parts, self.spec = load_parts(model, torch.device("cpu"), dtype, checkpoint=self.checkpoint)
         self.dtype = self.spec.dtype
         if self.options.get("quantization"):  # another base: a run is not resumed without it
             self.spec = dataclasses.replace(self.spec, dtype=f"{self.dtype}, quantised {self.options['quantization']}")
         if not self._parts.causal:
             raise UserError(f"--model {model.base} fills masks, which SGLang does not score: use --runtime hf")
-        self.kv_depends = why_kv_depends(self.spec.shapes, len(self._parts.layers))
+        self.kv_depends = self._parts.kv_depends
         rule = work.rule
         rule.check_patterns(self.spec.shapes)
         self.rule, self.sides = json.dumps(rule.header() or {}), Sides(rule.rule.one_sided)
         self.device = torch.device("cpu")
-        self.shared = self.kv_depends is None and self.runtime.radix == "auto"
+        radix = self.runtime.radix == "auto"
+        self.cache = PrefixCache(used=radix, shared=radix and self.kv_depends is None)
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
         self.seconds = dict.fromkeys(("kernels", "rpc", "engine"), 0.0)
         self.seconds_filling = 0.0
@@ -83,10 +96,8 @@ class SGLangRuntime:
         self._keep_log = False
         self._scratch = Path(tempfile.mkdtemp(prefix="mezo-engine-"))
         self._sent, self._showing = Counter(), "perturbed"
-        self._versions, self._salt = itertools.count(), ""
-        self._visited: set[tuple[int, ...]] = set()
         self._held = 1
-        self.writing = Writing.of(model.base) if work.max_new_tokens else None
+        self.writing = Writing.of(self.checkpoint) if work.max_new_tokens else None
 
     def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
         """See `Runtime.prepare`. Starts the engine and proves that it scores as the model itself does."""
@@ -96,7 +107,7 @@ class SGLangRuntime:
         if self.runtime.follows:  # the first machine proves and scores
             self._launch()
             return
-        proof = StartProof(self._parts, self.spec, self._all_rows(), self.pad)
+        proof = StartProof(self._parts, self.spec.dtype == "float32", self._all_rows(), self.pad)
         self._parts = None
         self._launch()
         for seed in StartProof.SEEDS:
@@ -107,19 +118,19 @@ class SGLangRuntime:
         self.load({name: torch.zeros(shape) for name, shape in self.spec.shapes.items()})
 
     def _check_lengths(self) -> None:
-        limit = getattr(self._parts.model.config, "max_position_embeddings", None)
+        limit = self._parts.position_limit
         # the engine keeps a place for a token after the prompt
         refuse_too_long(self.work, self.examples, self._longest(), None if limit is None else limit - 1)
 
     def _all_rows(self) -> list[Row]:
-        return [row for nested in self.rows.values() for own in nested for row in own]
+        return [row for nested in self.rows.values() for rows in nested for row in rows]
 
     def _longest(self) -> int:
         return max(len(row.ids) for row in self._all_rows())
 
     def _launch(self) -> None:
-        held = sum(len(row.ids) for row in self._all_rows()) if self.shared else 0
-        adapters = write_placeholders(self._scratch, self.options, self.spec, self.pairs)
+        resident = sum(len(row.ids) for row in self._all_rows()) if self.cache.shared else 0
+        adapters = write_placeholders(self._scratch, self.options, self.spec, self.checkpoint, self.pairs)
         self._placeholder = adapters[0]["lora_path"]
         requests, tokens = largest_call(self.machine, self.work, self.rows, self.pairs)
         self.call_tokens = call_tokens(tokens)
@@ -131,7 +142,7 @@ class SGLangRuntime:
             self.spec,
             adapters,
             self.call_tokens,
-            held,
+            resident,
             requests,
         )
         try:
@@ -142,11 +153,11 @@ class SGLangRuntime:
         if self.runtime.follows:
             return
         shapes = json.dumps({name: list(shape) for name, shape in self.spec.shapes.items()})
-        options = {"pairs": self.pairs, "share": self.shared, "backend": self.backend, "rule": self.rule}
+        options = {"pairs": self.pairs, "share": self.cache.shared, "backend": self.backend, "rule": self.rule}
         self.ranks = self._call("setup", shapes=shapes, **options)
 
     def follow(self) -> None:
-        """On the second and later machines of an engine: serve until the trainer, on the first, ends it."""
+        """See `Follower.follow`."""
         self.engine.follow()
 
     def load(self, theta: dict[str, torch.Tensor]) -> None:
@@ -232,10 +243,10 @@ class SGLangRuntime:
 
     def describe(self) -> str:
         """See `Runtime.describe`."""
-        n = sum(rows * cols for rows, cols in self.spec.shapes.values())
+        n = sum(map(math.prod, self.spec.shapes.values()))
         if self.runtime.radix == "off":
             cache = "radix cache off"
-        elif self.shared:
+        elif self.cache.shared:
             cache = "one radix namespace for all: no key or value depends on theta"
         else:
             cache = f"a radix namespace for each version of theta ({self.kv_depends})"
@@ -277,14 +288,12 @@ class SGLangRuntime:
             if time.monotonic() > deadline:
                 raise RunError(f"the SGLang engine did not flush its cache within {FLUSH_SECONDS} s")
             time.sleep(0.01)
-        self._visited.clear()
+        self.cache.flushed()
 
     def _changed(self, showing: str) -> None:
-        """What the slots hold has changed: from now on requests live in another namespace, unless all share one."""
+        """The slots hold something else."""
         self._showing = showing
-        if not self.shared:
-            self._salt = f"mezo-{next(self._versions)}"
-            self._visited.clear()
+        self.cache.theta_changed()
 
     def _show(self, what: str) -> None:
         self._call("show", what=what)
@@ -298,10 +307,10 @@ class SGLangRuntime:
         for part in self._parts_of(groups, len(names)):
             rows = [row for group in groups[part] for row in group]
             tables = self._read(groups[part], rows, names, count)
-            for i, own in enumerate(scores):
-                own.append(scores_of(examples[part], rows, tables[i * len(rows) : (i + 1) * len(rows)]))
+            for i, of_slot in enumerate(scores):
+                of_slot.append(scores_of(examples[part], rows, tables[i * len(rows) : (i + 1) * len(rows)]))
         self._call("report")  # no score leaves before every rank has said whose requests it saw
-        return [padded(own) for own in scores]
+        return [padded(of_slot) for of_slot in scores]
 
     def _write(
         self, split: str, indices: Sequence[int], names: Sequence[str], count: TokenCount, new: int, stop: Sequence[str]
@@ -313,9 +322,9 @@ class SGLangRuntime:
         for part in self._parts_of(groups, len(names), new):
             self._warm(groups[part], names, count)
             requests = [(name, prompt) for name in names for prompt in prompts[part]]
-            answers = self._generate(requests, count, greedy(new, stop, self.writing.ends))
-            for own, answer in zip((own for own in texts for _ in prompts[part]), answers, strict=True):
-                own.append(self.writing.text(answer["output_ids"], stop))
+            answers = self._generate(requests, count, greedy_sampling(new, stop, self.writing.ends))
+            for of_slot, answer in zip((each for each in texts for _ in prompts[part]), answers, strict=True):
+                of_slot.append(self.writing.text(answer["output_ids"], stop))
         self._call("report")
         return texts
 
@@ -323,14 +332,16 @@ class SGLangRuntime:
         """Examples whose requests, for all slots, are one forward pass of the engine: both signs always together."""
         parts, start, tokens = [], 0, 0
         for i, group in enumerate(groups):
-            own = copies * sum(len(row.ids) + new for row in group)
-            if tokens and tokens + own > self.call_tokens:
+            more = copies * sum(len(row.ids) + new for row in group)
+            if tokens and tokens + more > self.call_tokens:
                 parts.append(slice(start, i))
                 start, tokens = i, 0
-            tokens += own
+            tokens += more
         return [*parts, slice(start, len(groups))]
 
-    def _read(self, groups, rows: Sequence[Row], names: Sequence[str], count: TokenCount) -> list[list[dict]]:
+    def _read(
+        self, groups: Sequence[Sequence[Row]], rows: Sequence[Row], names: Sequence[str], count: TokenCount
+    ) -> list[list[dict]]:
         """For every slot and row the log-probabilities of the row's candidates at each scored position."""
         self._warm(groups, names, count)
         wanted = list(rows) * len(names)
@@ -345,22 +356,8 @@ class SGLangRuntime:
 
     def _warm(self, groups: Sequence[Sequence[Row]], names: Sequence[str], count: TokenCount) -> None:
         """Send what the requests to come share ahead of them."""
-        for wave in self._waves(groups) if self.runtime.radix == "auto" else []:
-            # in a shared namespace one slot warms the cache of all
-            owners = names[:1] if self.shared else names
-            self._generate([(name, ids) for name in owners for ids in wave], count)
-
-    def _waves(self, groups: Sequence[Sequence[Row]]) -> list[list[tuple[int, ...]]]:
-        """Prefixes to send ahead. In a shared namespace every prompt's first visit goes ahead of both signs."""
-        usable = [[(row.ids, row.positions[0]) for row in group] for group in groups]
-        if not self.shared:
-            waves = [[ids for ids in wave if ids not in self._visited] for wave in warm_ups(usable)]
-            self._visited.update(*waves)
-            return [wave for wave in waves if wave]
-        fresh = [(ids, n) for group in usable for ids, n in group if n and ids[:n] not in self._visited]
-        prompts = list(dict.fromkeys(ids[:n] for ids, n in fresh))
-        self._visited |= set(prompts)
-        return [*warm_ups([[(ids, len(ids))] for ids in prompts])[:1], prompts] if prompts else []
+        for wave in self.cache.ahead(groups):
+            self._generate([(name, ids) for name in self.cache.owners(names) for ids in wave], count)
 
     def _generate(
         self, requests: list[tuple[str, Sequence[int]]], count: TokenCount, sampling: dict = SCORE_ONLY, **wanted
@@ -371,7 +368,7 @@ class SGLangRuntime:
             input_ids=[list(ids) for _, ids in requests],
             lora_path=[name for name, _ in requests],
             sampling_params=sampling,
-            cache_salt=self._salt or None,
+            cache_salt=self.cache.namespace or None,
             **wanted,
         )
         self.seconds["engine"] += time.perf_counter() - began

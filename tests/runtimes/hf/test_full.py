@@ -135,12 +135,12 @@ def test_a_model_of_two_dtypes_is_refused(tmp_path_factory):
     before, kept._keep_in_fp32_modules_strict = kept._keep_in_fp32_modules_strict, {"norm"}
     try:
         with pytest.raises(UserError, match=r"holds .*norm.weight in torch.float32, the rest in torch.bfloat16"):
-            load_parts(config.model.base, torch.device("cpu"), torch.bfloat16)
+            load_parts(config.model, torch.device("cpu"), torch.bfloat16)
     finally:
         kept._keep_in_fp32_modules_strict = before
 
 
-def test_rows_of_a_large_theta_are_compared_in_turn():
+def test_slices_of_a_large_theta_are_compared_in_turn():
     """Every element is compared within a few watched steps, and a wrong one is named by its place in the whole."""
     shapes = {"matrix": (20, 5), "vector": (40,), "cube": (2, 3, 4), "scalar": ()}
     params = {name: torch.ones(shape) for name, shape in shapes.items()}

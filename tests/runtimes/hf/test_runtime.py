@@ -1,5 +1,6 @@
 """The hf runtime: exact trunk cache on every family, kernels in use, PEFT equivalence."""
 
+import dataclasses
 import random
 
 import pytest
@@ -11,7 +12,7 @@ from mezo.config import Config
 from mezo.data.example import Example
 from mezo.errors import UserError
 from mezo.method.step import Step, Update
-from mezo.models.families import layer_of
+from mezo.models.families import FAMILIES, GENERIC
 from mezo.models.merge import merge
 from mezo.run.adapter import save_adapter
 from mezo.runtimes.hf.runtime import HFRuntime
@@ -99,7 +100,7 @@ def test_trunk_plan_follows_the_adapted_modules(family, adapted):
     built = runtime(model, examples(4, name in ENCODERS), **adapters(adapted, name))
     kind = None if built.trunk is None else "scored" if built.trunk.keep_kv else "layers"
     assert kind == {"all layers": None, "two layers": "layers"}.get(adapted, "scored")
-    layers = {layer_of(name) for name in built.spec.shapes}
+    layers = {GENERIC.layer_of(name) for name in built.spec.shapes}
     assert (
         layers
         == {
@@ -119,7 +120,8 @@ def test_key_adapters_keep_whole_rows(llama):
 
 def test_trunk_cache_wrongly_planned_is_refused(llama, monkeypatch):
     """Keys of the last layer do depend on a k_proj adapter: forcing their reuse must be caught at start-up."""
-    monkeypatch.setattr("mezo.models.parts.KV_FREE", {"q_proj", "k_proj"})
+    wrong = dataclasses.replace(FAMILIES["llama"], kv_free=frozenset({"q_proj", "k_proj"}))
+    monkeypatch.setitem(FAMILIES, "llama", wrong)
     with pytest.raises(UserError, match=r"not exact.*differ by.*--trunk-cache off"):
         runtime(llama, examples(8), layers_to_transform=(2,), target_modules=("q_proj", "k_proj"))
 
@@ -130,8 +132,9 @@ def save_model(model, directory):
 
 
 @pytest.mark.parametrize("layers", [(), (1, 2)], ids=["no trunk", "trunk"])
-def test_models_that_change_their_logits_after_the_head_are_refused(tmp_path, layers):
-    """Granite divides its logits: scores from the bare head would be wrong by that factor."""
+def test_models_that_change_their_logits_unknown_to_the_table_are_refused(tmp_path, monkeypatch, layers):
+    """Granite divides its logits: where nobody had said so, scores would be wrong by that factor."""
+    monkeypatch.delitem(FAMILIES, "granite")
     torch.manual_seed(0)
     model = GraniteForCausalLM(GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=8.0))
     path, adapted = save_model(model, tmp_path), {"layers_to_transform": layers, "target_modules": ("q_proj", "v_proj")}

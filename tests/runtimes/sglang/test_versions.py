@@ -127,9 +127,9 @@ def test_a_namespace_kept_after_an_update_is_caught(runtime, plain, monkeypatch)
     runtime.load(noisy(runtime))
     runtime.perturb(Step([7, 8], 1e-2))
     runtime.score_pairs("train", range(4))
-    salt = runtime._salt
+    salt = runtime.cache.namespace
     runtime.update(step, Step([7, 8], 1e-2))
-    runtime._salt = salt
+    runtime.cache.namespace = salt
     stale = runtime.score_pairs("train", range(4))[0][0]
     plain.load(noisy(plain))
     plain.update(step, Step([7], 1e-2))

@@ -1,12 +1,13 @@
 """The SGLang plugin (entry-point group sglang.srt.plugins): puts MeZO's state into the engine's scheduler processes.
 
-It does nothing unless the trainer started the engine: the trainer leaves a token in the environment and, for as long as
-the engine starts, the same token in a file that its user alone can read.
+It does nothing unless a trainer started the engine; `handshake.py` has how that is known.
 """
 
 import functools
 import importlib
 import signal
+from collections.abc import Callable
+from types import ModuleType
 
 from mezo.runtimes.sglang.inside.handshake import started_by_trainer
 
@@ -46,16 +47,16 @@ def _allow_unpinned_memory() -> None:
 class _UnpinnedTorch:
     """`torch` as those modules see it: factory functions that ignore pin_memory. Nobody else's torch is changed."""
 
-    def __init__(self, torch):
+    def __init__(self, torch: ModuleType):
         self._torch = torch
         for name in ("tensor", "zeros", "empty", "arange", "full", "ones"):
             setattr(self, name, _without_pin_memory(getattr(torch, name)))
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> object:
         return getattr(self._torch, name)
 
 
-def _without_pin_memory(function):
+def _without_pin_memory(function: Callable) -> Callable:
     @functools.wraps(function)
     def call(*args, pin_memory=False, **kwargs):
         return function(*args, **kwargs)

@@ -1,10 +1,16 @@
 """Where a canonical LoRA parameter lies in SGLang's adapter pool, read off the engine's own slicing of weights."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
-from mezo.models.families import HEAD, STACKED, layer_of, module_of
+from mezo.models.families import HEAD, family_of, module_of
+
+if TYPE_CHECKING:
+    from sglang.srt.lora.lora_manager import LoRAManager
+    from sglang.srt.lora.mem_pool import LoRAMemoryPool
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Shard:
     row_start: int
     col_start: int
 
-    def view(self, pool, slot: int) -> torch.Tensor:
+    def view(self, pool: "LoRAMemoryPool", slot: int) -> torch.Tensor:
         """The block's storage in a slot."""
         kind = "" if self.layer is not None else "lm_head_"
         buffer = getattr(pool, f"{kind}{self.factor}_buffer")[self.leaf]
@@ -42,7 +48,7 @@ class Shard:
         return full[self.row_start : self.row_start + rows, self.col_start : self.col_start + cols]
 
 
-def shard_of(manager, name: str, full_shape: tuple[int, int]) -> Shard:
+def shard_of(manager: "LoRAManager", name: str, full_shape: tuple[int, int]) -> Shard:
     """Locate a parameter in the pool of a `LoRAManager`.
 
     The engine's slicing methods are applied to row and column numbers in place of weights: what comes out says which
@@ -55,27 +61,27 @@ def shard_of(manager, name: str, full_shape: tuple[int, int]) -> Shard:
     Raises:
         ValueError: the engine has no such module, or holds it in a form that is not a block of rows or columns.
     """
-    path, layer = module_of(name), layer_of(name)
-    parent, _, leaf = path.rpartition(".")
-    stacked, position = STACKED.get(leaf, (leaf, 0))
+    family = family_of(manager.base_hf_config)
+    layer, (parent, _, leaf) = family.layer_of(name), module_of(name).rpartition(".")
+    stacked, position = family.stack_of(leaf)
     module = f"{parent}.{stacked}".removeprefix(".")
     modules = {HEAD: manager.lm_head_module} if layer is None else manager.lora_modules[layer]
-    found = modules.get(module)
-    if found is None:
+    adapted = modules.get(module)
+    if adapted is None:
         known = sorted({n.rsplit(".", 1)[-1] for n in modules})
         raise ValueError(f"the engine has no LoRA module {module}; layer {layer} has {', '.join(known)}")
     place = {"module": module, "leaf": stacked, "layer": layer, "full_shape": full_shape}
     if name.endswith("lora_A.weight"):
         r, fan_in = full_shape
-        start, end = _run(found.slice_lora_a_weights(torch.arange(fan_in)[None].clone())[0], name)
+        start, end = _run(adapted.slice_lora_a_weights(torch.arange(fan_in)[None].clone())[0], name)
         rows, cols = (position * r, (position + 1) * r), (0, end - start)
         shard = Shard(**place, factor="A", rows=rows, cols=cols, row_start=0, col_start=start)
     else:
-        sizes = _member_sizes(found.base_layer, full_shape[0])
+        sizes = _member_sizes(adapted.base_layer, full_shape[0])
         first = sum(sizes[:position])
         if len(sizes) <= position or sizes[position] != full_shape[0]:
             raise ValueError(f"{name} has {full_shape[0]} rows, the engine's {stacked} has members of {sizes}")
-        ids = found.slice_lora_b_weights(torch.arange(sum(sizes))[:, None].clone())[:, 0]
+        ids = adapted.slice_lora_b_weights(torch.arange(sum(sizes))[:, None].clone())[:, 0]
         mine = ((ids >= first) & (ids < first + sizes[position])).nonzero().flatten()
         low, high = _run(mine, name)
         start, _ = _run(ids[mine] - first, name)
@@ -86,12 +92,12 @@ def shard_of(manager, name: str, full_shape: tuple[int, int]) -> Shard:
     return shard
 
 
-def _member_sizes(base, rows: int) -> list[int]:
+def _member_sizes(base: nn.Module, outputs: int) -> list[int]:
     """Full output sizes of what a module stacks; QKV counts each key and value head once, however often it is held."""
     if hasattr(base, "total_num_kv_heads"):
         kv = base.total_num_kv_heads * base.head_size
         return [base.total_num_heads * base.head_size, kv, kv]
-    return list(getattr(base, "output_sizes", [rows]))
+    return list(getattr(base, "output_sizes", [outputs]))
 
 
 def _run(numbers: torch.Tensor, name: str) -> tuple[int, int]:
@@ -102,7 +108,7 @@ def _run(numbers: torch.Tensor, name: str) -> tuple[int, int]:
     return start, start + n
 
 
-def _check_view(shard: Shard, pool, name: str) -> None:
+def _check_view(shard: Shard, pool: "LoRAMemoryPool", name: str) -> None:
     view = tuple(shard.view(pool, 0).shape)
     wanted = tuple(end - start for start, end in (shard.rows, shard.cols))
     inside = shard.row_start + wanted[0] <= shard.full_shape[0] and shard.col_start + wanted[1] <= shard.full_shape[1]

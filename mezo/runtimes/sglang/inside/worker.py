@@ -8,23 +8,30 @@ import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from sglang.srt.managers.io_struct import RpcReqOutput
+from sglang.srt.managers.io_struct import RpcReqInput, RpcReqOutput
 
+from mezo.atomic import replacing
 from mezo.method.rules.logged import LoggedRule
 from mezo.method.step import Step, Update
-from mezo.models.families import why_kv_depends
-from mezo.runtimes.sglang.inside.handshake import ENDED, directory
+from mezo.models.families import family_of, why_kv_depends
+from mezo.runtimes.sglang.inside.handshake import ENDED, METHOD, scratch_directory
 from mezo.runtimes.sglang.inside.shards import Shard, shard_of
 from mezo.runtimes.theta import PerturbedTheta
 from mezo_kernels import ParamLayout, ParamSlot
 
-PREFIX = "mezo_"
+if TYPE_CHECKING:
+    from sglang.srt.lora.mem_pool import LoRAMemoryPool
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler import Scheduler
+
 logger = logging.getLogger(__name__)
 
 
@@ -40,25 +47,38 @@ class Seen:
 seen = Seen()
 
 
-def see_request(result, req, *args, **kwargs) -> None:
+def see_request(result: None, req: "Req", *args, **kwargs) -> None:
     """After `Req.__init__`: count the request, and let adapters that change no key or value share one namespace."""
     seen.requests[req.lora_id] += 1
     if req.lora_id in seen.shared:
         req.extra_key = req.extra_key[: -len(req.lora_id)] or None
 
 
-def see_load(result, pool, uid, *args, **kwargs) -> None:
-    """After `LoRAMemoryPool.load_lora_weight_to_buffer`: a slot of ours must be loaded once and never again."""
+def see_load(result: None, pool: "LoRAMemoryPool", uid: str | None, *args, **kwargs) -> None:
+    """After `LoRAMemoryPool.load_lora_weight_to_buffer`: a slot of ours must be loaded once and never again.
+
+    Args:
+        result: what it returned.
+        pool: whose method it is.
+        uid: LoRA id of the adapter, None of the base model.
+        args, kwargs: its other arguments.
+    """
     seen.loads[uid] += 1
 
 
-def answer(original, scheduler, request) -> RpcReqOutput:
-    """Around `Scheduler.handle_rpc_request`: run one of our methods on every rank and tell how each of them fared."""
-    if not request.method.startswith(PREFIX):
+def answer(original: Callable, scheduler: "Scheduler", request: RpcReqInput) -> RpcReqOutput:
+    """Around `Scheduler.handle_rpc_request`: run one of our methods on every rank and tell how each of them fared.
+
+    Args:
+        original: the method, for requests that are not ours.
+        scheduler: of this rank.
+        request: names a method of `Worker`, after METHOD, and its parameters.
+    """
+    if not request.method.startswith(METHOD):
         return original(scheduler, request)
     worker = scheduler.__dict__.get("mezo") or scheduler.__dict__.setdefault("mezo", Worker(scheduler))
     try:
-        mine = {"value": getattr(worker, request.method.removeprefix(PREFIX))(**(request.parameters or {}))}
+        mine = {"value": getattr(worker, request.method.removeprefix(METHOD))(**(request.parameters or {}))}
     except Exception as error:
         logger.exception("%s failed", request.method)
         mine = {"error": f"{type(error).__name__}: {error}"}
@@ -71,13 +91,13 @@ def answer(original, scheduler, request) -> RpcReqOutput:
 class Worker:
     """One rank's part. Public methods are called by RPC, with scalars, on all ranks, between forward passes."""
 
-    def __init__(self, scheduler):
+    def __init__(self, scheduler: "Scheduler"):
         self.scheduler, self.group = scheduler, scheduler.tp_group
         self.rank, self.size = self.group.rank_in_group, self.group.world_size
         self.manager = scheduler.tp_worker.model_runner.lora_manager
         self.ids: dict[str, str] = {}
 
-    def gather(self, value) -> list:
+    def gather(self, value: object) -> list:
         """The value of every rank, in order."""
         return [value] if self.size == 1 else self.group.all_gather_object(value)
 
@@ -94,7 +114,8 @@ class Worker:
             Elements of this rank's shard, dtype of the slots, and the reason why keys and values depend on theta.
         """
         shapes = {name: tuple(shape) for name, shape in json.loads(shapes).items()}
-        reason = why_kv_depends(shapes, self.manager.base_hf_config.num_hidden_layers)
+        base = self.manager.base_hf_config
+        reason = why_kv_depends(shapes, base.num_hidden_layers, family_of(base))
         if share and reason:
             raise ValueError(f"the adapters may not share a cache: {reason}")
         known = {ref.lora_name: lora_id for lora_id, ref in self.manager.lora_refs.items()}
@@ -143,13 +164,12 @@ class Worker:
     def save(self, path: str) -> dict:
         """Rank 0 writes theta, whole, to a safetensors file; a factor that several ranks hold must be equal on all."""
         names = self.theta.master.names
-        own = {n: (self.shards[n], t.cpu()) for n, t in zip(names, self.theta.master.tensors, strict=True)}
-        parts = self.gather(own)
+        blocks = {n: (self.shards[n], t.cpu()) for n, t in zip(names, self.theta.master.tensors, strict=True)}
+        parts = self.gather(blocks)
         if self.rank == 0:
             full = {name: _join(name, [part[name] for part in parts]) for name in names}
-            part = Path(path + ".part")
-            save_file(full, part)
-            part.rename(path)
+            with replacing(Path(path)) as part:
+                save_file(full, part)
         return {}
 
     def update(self, message: str, watch: bool) -> dict:
@@ -193,7 +213,7 @@ class Worker:
 
     def end(self) -> dict:
         """Tell the machines that only wait for it that the trainer has done with the engine."""
-        (directory() / ENDED).touch()
+        (scratch_directory() / ENDED).touch()
         return {}
 
     def report(self) -> dict:
@@ -210,8 +230,8 @@ class Worker:
         """The slots are where they were, hold what we wrote, and nothing is reading them."""
         busy, last = self.scheduler, self.scheduler.last_batch
         # a batch that has just been answered is still the last one until the engine's loop comes round again
-        held = [*busy.waiting_queue, *busy.running_batch.reqs, *(last.reqs if last is not None else ())]
-        if busy.chunked_req is not None or not all(req.finished() for req in held):
+        requests = [*busy.waiting_queue, *busy.running_batch.reqs, *(last.reqs if last is not None else ())]
+        if busy.chunked_req is not None or not all(req.finished() for req in requests):
             raise RuntimeError("the engine still has requests in flight")
         pool = self.manager.memory_pool
         for name, lora_id in self.ids.items():

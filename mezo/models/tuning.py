@@ -1,0 +1,56 @@
+"""What a tuning is: a function `attach` that takes its options and a base model, and returns that with what is trained.
+
+`lora.py`, `prefix.py` and `full.py` are one tuning each; `parts.py` has the table of them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mezo.models.attention import Prefix
+from mezo.models.load import Checkpoint
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model taken apart, with nothing attached to it.
+
+    Args:
+        checkpoint: where it comes from.
+        model: with its head.
+        body: the transformer without its head.
+        layers: of the body, in order.
+        head: hidden states -> logits.
+    """
+
+    checkpoint: Checkpoint
+    model: nn.Module
+    body: nn.Module
+    layers: nn.ModuleList
+    head: nn.Module
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A model with what is trained of it: what the `attach` of every tuning returns.
+
+    Args:
+        model: to run.
+        params: trained parameters by canonical name.
+        peft: fields of adapter_config.json; None where the base model's own parameters are trained.
+        title: what the parameters are, for people.
+        noise: from a theta and a seed, tensors in the order of `params`: another theta, float32, at which scores are
+            others. The proof at the start of a run scores there.
+        initial: from the seed of a run theta_0, where the model at hand decides it; None where a log's header says it.
+        prefix: keys and values in front of every layer's own, if that is what is trained.
+    """
+
+    model: nn.Module
+    params: dict[str, nn.Parameter]
+    peft: dict | None
+    title: str
+    noise: Callable[[Mapping[str, torch.Tensor], int], Iterator[torch.Tensor]]
+    initial: Callable[[int], dict[str, torch.Tensor]] | None = None
+    prefix: Prefix | None = None

@@ -1,0 +1,73 @@
+"""The proof at every start that the hf runtime scores as the model's own forward pass does."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from mezo.errors import UserError
+from mezo.runtimes.reference import EXAMPLES, TOLERANCE, largest_difference, reference_log_probs
+from mezo.runtimes.rows import Row, RowBatch
+
+
+class StartProof:
+    """The rows that a proof scores: those of the longest example, and of the first few of its split.
+
+    The caller fills its caches for `batch` under one theta and scores under another, as in training: keys, values or
+    hidden states that are reused although they depend on theta are found so.
+
+    Args:
+        rows: of each example by split.
+        pad: token id for padding.
+        device: of the model.
+        dtype: of the model.
+    """
+
+    def __init__(self, rows: Mapping[str, Sequence[Sequence[Row]]], pad: int, device: torch.device, dtype: torch.dtype):
+        self.split, self.indices = _hardest(rows)
+        self.rows = [row for i in self.indices for row in rows[self.split][i]]
+        self.pad, self.device, self.dtype = pad, device, dtype
+        self.batch = RowBatch.of(self.rows, pad, device)
+
+    @torch.no_grad()
+    def check(self, model: nn.Module, log_probs: torch.Tensor, flag: str, remedy: str) -> None:
+        """Compare with the model's own forward pass, under the weights that are in use.
+
+        In 16 bits no difference is small by itself: what the same rows differ by in batches of other sizes is allowed.
+
+        Args:
+            model: with its head.
+            log_probs: what the runtime says of `batch`, float64 (rows, scored, candidates), normalised.
+            flag: option that a refusal names.
+            remedy: what a refusal says to do.
+        Raises:
+            UserError: the log-probabilities are not the model's.
+        """
+        expected, allowed = reference_log_probs(model, self.batch), TOLERANCE
+        if self.dtype != torch.float32:
+            sizes = {1, 2, 3} & set(range(len(self.rows)))
+            allowed = max(1e-6, *(self._noise(model, expected, size) for size in sizes), 0.0)
+        worst = largest_difference(log_probs, expected, self.batch.valid)
+        if not worst <= allowed:
+            raise UserError(
+                f"{flag}: option log-probabilities are not exact on this model, they differ by {worst:.2g} from its"
+                f" full forward pass (allowed {allowed:.2g}); {remedy}"
+            )
+
+    def _noise(self, model: nn.Module, expected: torch.Tensor, size: int) -> float:
+        """How far the model's own log-probabilities move when the rows are run `size` at a time."""
+        worst = 0.0
+        for start in range(0, len(self.rows), size):
+            part = RowBatch.of(self.rows[start : start + size], self.pad, self.device)
+            again = reference_log_probs(model, part)
+            before = expected[start : start + size, : again.shape[1], : again.shape[2]]
+            worst = max(worst, largest_difference(again, before, part.valid))
+        return worst
+
+
+def _hardest(rows: Mapping[str, Sequence[Sequence[Row]]]) -> tuple[str, list[int]]:
+    """The split with the longest row, and the numbers of its longest and first examples."""
+    length = lambda split, i: max(len(row.ids) for row in rows[split][i])  # noqa: E731
+    longest = {split: max(range(len(nested)), key=lambda i: length(split, i)) for split, nested in rows.items()}
+    split = max(longest, key=lambda split: length(split, longest[split]))
+    return split, sorted({longest[split], *range(min(EXAMPLES, len(rows[split])))})

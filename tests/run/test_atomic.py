@@ -1,0 +1,46 @@
+"""Atomic writes: an error leaves what was there, and nothing else."""
+
+import pytest
+
+from mezo.atomic import SCRATCH, remove_partial, replacing
+from mezo.run.files import replace_file
+
+
+def listing(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    replace_file(path, b"first")
+    with pytest.raises(ZeroDivisionError), replacing(path) as part:
+        part.write_bytes(b"half" * (1 // 0 if part.write_bytes(b"half") else 1))
+    assert (path.read_bytes(), listing(tmp_path)) == (b"first", ["file"])
+    replace_file(path, b"second")
+    assert (path.read_bytes(), listing(tmp_path)) == (b"second", ["file"])
+
+
+def write(part, name):
+    part.mkdir()
+    (part / name).touch()
+
+
+def test_a_directory_with_something_in_it_gives_way_only_where_it_may(tmp_path):
+    path = tmp_path / "directory"
+    with replacing(path) as part:
+        write(part, "first")
+    with pytest.raises(OSError, match="not empty"), replacing(path) as part:
+        write(part, "second")
+    assert (listing(path), listing(tmp_path)) == (["first"], ["directory"])
+    with replacing(path, old=True) as part:
+        write(part, "second")
+    assert (listing(path), listing(tmp_path)) == (["second"], ["directory"])
+
+
+def test_what_killed_processes_left_is_removed_by_name(tmp_path):
+    for name in ("a", "a.b"):
+        write(tmp_path / f"{SCRATCH}{name}-xyz", "half")
+    remove_partial(tmp_path, "a")
+    assert listing(tmp_path) == [f"{SCRATCH}a.b-xyz"]
+    remove_partial(tmp_path)
+    assert listing(tmp_path) == []
