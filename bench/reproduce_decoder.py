@@ -74,7 +74,7 @@ def mean_std(values: Sequence[float]) -> dict:
 
 def few_shot(scratch: Path, sample: Sample = Sample(), steps: int = STEPS) -> dict:
     """Part (b): the demo's run for each number of shots and seed, an ordinary `mezo train` each."""
-    base = sample.config("it-was", steps, scratch / "unused").replace(**write_pools(scratch, sample))
+    base = sample.config("it-was", steps, scratch / "unused").replace(**write_pools(scratch, sample), report=False)
     shots = {}
     for k, options in sample.shots.items():
         results = []
@@ -105,7 +105,7 @@ def accuracy_study(scratch: Path, sample: Sample = Sample(), study: Mapping[str,
         study: options of the `Config` that all runs share; "steps" and "eval_every" are among them.
     """
     base = sample.config("it-was", study["steps"], scratch / "unused")
-    base = base.replace(**write_pools(scratch, sample), **study, objective="accuracy")
+    base = base.replace(**write_pools(scratch, sample), **study, objective="accuracy", report=False)
     still = base.replace(lr=STILL, eval_every=study["steps"])
     configs = [
         still.replace(output_dir=str(scratch / f"{batch}-{eps}"), batch_size=batch, eps=eps)

@@ -94,6 +94,7 @@ def encoder(
         num_test=sample.num_test,
         objective="cross_entropy",
         noise=False,
+        report=False,
         **write_pools(scratch, sample),
         **options,
     )

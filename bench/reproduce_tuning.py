@@ -39,6 +39,7 @@ def tuning(
         steps: of each run.
     """
     base = sample.config("it-was", steps, scratch / "unused").replace(
+        report=False,
         **write_pools(scratch, sample),
         **shots,
         target_modules=(),

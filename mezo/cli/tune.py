@@ -8,6 +8,7 @@ from rich.table import Table
 
 from mezo.cli.parsing import given
 from mezo.config import Config
+from mezo.config.options import flag_of
 from mezo.errors import UserError
 
 
@@ -41,7 +42,9 @@ def main(argv: list[str]) -> int:
     values = given(argv, "mezo tune", Options, Config.options())
     path = values.pop("resume", "")
     if path and values:
-        raise UserError(f"mezo tune --resume {path} takes no other option, got {next(iter(values))}: the plan is fixed")
+        raise UserError(
+            f"mezo tune --resume {path} takes no other option, got {flag_of(next(iter(values)))}: the plan is fixed"
+        )
     own = {field.name: values.pop(field.name) for field in fields(Options) if field.name in values}
     config = None if path else Config.of(**values)
     from mezo.studies import tune

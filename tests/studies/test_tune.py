@@ -216,8 +216,8 @@ MISTAKES = {
     "too short": ({}, {"rungs": 4, "trial_steps": 7}, "--trial-steps 7 is too short for 4 rungs: give at least 8"),
     "rule": ({"update_rule": "adam"}, {"grid_eps": (1e-2,)}, "lr is estimated for steps of plain SGD: give --grid-lr"),
     "trials": ({}, {"num_trials": -1}, "--num-trials must be 0 or more, got -1"),
-    "negative lr": ({}, {"grid_lr": (1e-3, -1.0)}, "--lr must be a finite number > 0, got -1.0"),
-    "eps nan": ({}, {"grid_eps": (float("nan"),)}, "--eps must be a finite number > 0, got nan"),
+    "negative lr": ({}, {"grid_lr": (1e-3, -1.0)}, "--lr must be a float32 number above 0, got -1.0"),
+    "eps nan": ({}, {"grid_eps": (float("nan"),)}, "--eps must be a float32 number above 0, got nan"),
 }
 
 
@@ -238,7 +238,7 @@ def test_command_line(tiny_options, as_flags, tmp_path, capsys):
     assert main(["tune", *as_flags(options)]) == 0
     out = capsys.readouterr().out
     assert "estimated at the start: eps" in out
-    assert out.splitlines()[-1].startswith("mezo train --model")
+    assert out.splitlines()[-1].startswith("mezo train --train-file")
     result = json.loads((Path(options["output_dir"]) / "result.json").read_text())
     assert len(result["rungs"]) == 4
     assert len({row["lr"] for row in result["rungs"]}) == 4

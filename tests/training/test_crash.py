@@ -15,6 +15,7 @@ def crash_test():
     return module.crash_test
 
 
+@pytest.mark.slow  # test_trainer.py kills a run once
 def test_a_run_killed_while_it_steps_ends_the_same(crash_test, tmp_path):
     result = crash_test(moments=1, steps=600, seed=7, directory=tmp_path)
     assert result["killed_while"] == {"stepping": 1}

@@ -173,7 +173,7 @@ def test_instruments_and_gradient_look_at_a_prefix(config):
 
 
 def test_trials_of_a_sweep_start_from_one_prefix(config):
-    found = tune.tune(config, grid_lr=(1e-2, 1e-3), rungs=1, trial_steps=2)
+    found = tune.tune(config, grid_lr=(1e-2, 1e-3), grid_eps=(1e-1,), rungs=1, trial_steps=2)
     starts = [path.read_bytes() for path in Path(config.machine.output_dir).glob(f"*/{INITIAL}")]
     assert len(starts) == 2
     assert starts[0] == starts[1]

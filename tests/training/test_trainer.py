@@ -109,7 +109,7 @@ def interrupted_copy(run, target, steps, torn=b""):
     shutil.copytree(run, target)
     for name in ("result.json", "adapter", "report.html"):
         path = target / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     lines = (target / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
     (target / "trajectory.jsonl").write_bytes(b"".join(lines[: steps + 1]) + torn)
     rows = (target / "metrics.jsonl").read_text().splitlines()

@@ -46,6 +46,7 @@ def machines(flags):
     return [start(flags, "nnodes=2", f"node-rank={node}", address) for node in (0, 1)]
 
 
+@pytest.mark.slow  # test_versions.py: what is refused; test_parallel.py: ranks of one machine
 def test_two_machines_train_as_one_process_does(options, tmp_path):
     before = set(Path(tempfile.gettempdir()).glob("mezo-placeholder-*"))
     first, second = machines(options("two", **ENGINE))
