@@ -5,6 +5,7 @@ from rich.table import Table
 
 
 def show_result(result: dict) -> None:
+    """Print what result.json says of a run."""
     for split in ("train", "test"):
         if split in result:
             show_splits({f"{split} before": result[split]["before"], f"{split} after": result[split]["after"]})
@@ -20,6 +21,7 @@ def show_result(result: dict) -> None:
 
 
 def show_splits(splits: dict[str, dict]) -> None:
+    """Print a table with a line for each split, from its figures by name."""
     names = {"accuracy": "accuracy", "auc": "AUC", "f1": "F1", "exact_match": "exact match", "reward": "reward"}
     keys = [key for key in (*names, "loss") if any(key in row for row in splits.values())]
     table = Table("split", *(names.get(key, key) for key in keys))

@@ -6,6 +6,7 @@ from mezo.errors import UserError
 
 
 def main(argv: list[str]) -> int:
+    """Run the command; return its exit code."""
     if argv:
         raise UserError(f"mezo tasks takes no options, got {argv[0]}")
     from mezo.tasks import TASKS

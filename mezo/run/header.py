@@ -50,6 +50,7 @@ def starting_file(config: Config, runtime: Runtime) -> Path | bytes | None:
 
 
 def content_of(initial: Path | bytes) -> bytes:
+    """What is in a starting file, given as its path or as its content."""
     return initial if isinstance(initial, bytes) else initial.read_bytes()
 
 
