@@ -36,7 +36,7 @@ def test_call(benchmark, device, monkeypatch):
         "through torch.library": lambda: library(layout.tensors, [layout.geometry], 1e-6, 1, 0, "normal", None),
     }
     if device == "cpu":
-        from mezo_kernels import cpu
+        from mezo_kernels.numba import step as cpu
 
         def parallel():
             with monkeypatch.context() as patch:

@@ -1,6 +1,7 @@
 """Who may import whom, read from the syntax tree of every module: one list, and what is not allowed fails."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -182,3 +183,12 @@ def test_the_reader_of_imports_sees_every_form():
     source = "import a.b\nfrom c import d\nfrom .base import e\nfrom ..optim import f\ndef g():\n    import peft\n"
     found = imports("mezo.runtimes.imagined", source)
     assert {"a.b", "c.d", "mezo.runtimes.base.e", "mezo.optim.f", "peft"} <= found
+
+
+@pytest.mark.parametrize("path", sorted([*(ROOT / "bench").glob("*.py"), *(ROOT / "examples").glob("*.py")]), ids=str)
+def test_what_benches_and_examples_import_is_there(path):
+    """Anywhere in a file: an import inside a function fails only when a measurement is under way."""
+    for other in sorted(imports(path.stem, path.read_text())):
+        module, _, name = other.rpartition(".")
+        if other.partition(".")[0] in PACKAGES and module:
+            assert other in IMPORTS or hasattr(importlib.import_module(module), name), other
