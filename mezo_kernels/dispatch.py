@@ -6,6 +6,7 @@ before benchmarks. A new op is an entry here; a new backend is a folder and an e
 A backend is an implementation of all ops. An op goes to one of them by name or by device.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -92,7 +93,7 @@ class Op:
         *rest, backend = arguments
         return self.run(_function(self.name, backend, self.device(*rest)), *rest)
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """Of the op, and of its function in every backend."""
         return self.schema.partition("(")[0]
@@ -111,7 +112,7 @@ def available_backends(device: str | torch.device = "cpu") -> list[str]:
 def check_backend(name: str | None, device: torch.device) -> None:
     """Raise ValueError if a backend, or the one chosen by device where `name` is None, cannot run there."""
     if name is None:
-        if device.type != "meta" and _default(device) is None:
+        if device.type != "meta" and _default(device.type) is None:
             raise ValueError(f"no compiled backend for device {device}; pass backend='reference'")
         return
     if name not in BACKENDS:
@@ -127,12 +128,14 @@ def call(op: str, *arguments: Any) -> Any:
     return OPS[op](*arguments)
 
 
-def _default(device: torch.device) -> str | None:
-    return next((name for name, backend in BACKENDS.items() if backend.default_on == device.type), None)
+@functools.cache
+def _default(kind: str) -> str | None:
+    """The backend of a type of device, such as "cpu"; looked up at every call, which costs a microsecond uncached."""
+    return next((name for name, backend in BACKENDS.items() if backend.default_on == kind), None)
 
 
 def _function(op: str, backend: str | None, device: torch.device) -> Callable:
-    return getattr(importlib.import_module(BACKENDS[backend or _default(device)].module), op)
+    return getattr(importlib.import_module(BACKENDS[backend or _default(device.type)].module), op)
 
 
 def _seeds(words: Sequence[int]) -> list[int]:
