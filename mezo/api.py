@@ -1,4 +1,4 @@
-"""What each command does, as functions; cli.py parses arguments and prints errors."""
+"""What each command does, as functions that scripts may call; `mezo/cli/` parses arguments and prints errors."""
 
 import time
 from collections.abc import Iterator
@@ -51,9 +51,25 @@ def train(config: Config, until: int | None = None) -> dict | None:
 
 
 def start(
-    config: Config, runtime: Runtime, splits: dict, seconds: float = 0.0, ranks: Ranks | None = None, until=None
+    config: Config,
+    runtime: Runtime,
+    splits: dict,
+    seconds: float = 0.0,
+    ranks: Ranks | None = None,
+    until: int | None = None,
 ) -> dict | None:
-    """`train` on what is loaded already, which took so many seconds."""
+    """`train` on what is loaded already.
+
+    Args:
+        config: the run's.
+        runtime: prepared.
+        splits: tokenised examples by split, as `loaded` gives them.
+        seconds: what loading took.
+        ranks: the processes that share the work; by default those that torchrun started.
+        until: number of steps after which it pauses.
+    Returns:
+        As `train`.
+    """
     ranks = ranks or Ranks()
     initial = starting_file(config, runtime)
     header = make_header(config, runtime.spec, splits, initial)
@@ -106,7 +122,7 @@ def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None, u
     Args:
         path: run directory.
         ranks: the processes that share the work.
-        machine: options of `mezo.config.MACHINE` that differ from the run's: where and how it goes on.
+        machine: options that a resumed run may have otherwise (marked RESUMABLE): where, how and how far it goes on.
         until: number of steps after which it pauses again.
     Returns:
         As `train`; for a finished run, its result.
@@ -127,9 +143,27 @@ def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None, u
 
 
 def carry_on(
-    run: RunDirectory, config: Config, runtime: Runtime, splits: dict, seconds: float = 0.0, ranks=None, until=None
+    run: RunDirectory,
+    config: Config,
+    runtime: Runtime,
+    splits: dict,
+    seconds: float = 0.0,
+    ranks: Ranks | None = None,
+    until: int | None = None,
 ) -> dict | None:
-    """`resume` an open run on what is loaded already, which took so many seconds."""
+    """`resume` an open run on what is loaded already.
+
+    Args:
+        run: its directory, opened.
+        config: the run's.
+        runtime: prepared.
+        splits: tokenised examples by split, as `loaded` gives them.
+        seconds: what loading took.
+        ranks: the processes that share the work; by default those that torchrun started.
+        until: number of steps after which it pauses.
+    Returns:
+        As `train`.
+    """
     ranks = ranks or Ranks()
     first_line, records = read_trajectory(run.trajectory)
     # the adapter it started from has been copied into the run: its source may be gone
@@ -228,7 +262,17 @@ def run_to_score(path: Path) -> tuple[dict, Path | None]:
 
 
 def replay(run: str, output_dir: str, until: str = "best", backend: str | None = None, model: str = "") -> int:
-    """Rebuild theta from a run's log and write it as the run keeps it; return the number of steps applied."""
+    """Rebuild theta from a run's log and write it as the run keeps it; return the number of steps applied.
+
+    Args:
+        run: its directory.
+        output_dir: directory to create.
+        until: "best" (what the run kept), "last", or a number of steps.
+        backend: of the fused ops; None by device.
+        model: where the base of a run that trained all of it is now; empty is where the log says.
+    Raises:
+        UserError: no such run, or something is at `output_dir` already.
+    """
     refuse_output(output_dir)
     theta, header, steps = rebuild(run, until, backend, model)
     outcome.write(Path(output_dir), header, theta)

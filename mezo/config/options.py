@@ -211,7 +211,12 @@ def refuse_strangers(options: Mapping[str, Option], values: Mapping[str, Any]) -
 
 
 def over(options: Mapping[str, Option], base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` over `base`; another kind of a choice leaves the base's options of the former kind behind."""
+    """`given` over `base`; another kind of a choice leaves the base's options of the former kind behind.
+
+    Args:
+        options: all there are, by flat name.
+        base, given: values by flat name.
+    """
     left = {option.name for option, _ in strangers(options, {**base, **given})} - set(given)
     return {name: value for name, value in {**base, **given}.items() if name not in left}
 

@@ -57,7 +57,14 @@ def content_of(initial: Path | bytes) -> bytes:
 def make_header(
     config: Config, spec: TrainedSpec, splits: dict[str, Sequence[Example]], initial: Path | bytes | None = None
 ) -> dict:
-    """Header of a new run's log; `initial` is its `starting_file`."""
+    """Header of a new run's log.
+
+    Args:
+        config: the run's.
+        spec: what is trained.
+        splits: tokenised examples by split.
+        initial: the run's `starting_file`.
+    """
     init = {"kind": "stream" if spec.peft else "base"}
     if initial is not None:
         init = {"kind": "file", "file": INITIAL, "sha256": hashlib.sha256(content_of(initial)).hexdigest()}

@@ -167,7 +167,14 @@ def _of_named_options(scores: torch.Tensor, examples: Sequence[Example]) -> dict
 
 
 def score_split(runtime: Runtime, split: str, n: int, size: int) -> torch.Tensor:
-    """Option scores of all n examples of a split at theta, `size` at a time, padded with -inf to one width."""
+    """Option scores of all examples of a split at theta, float64 (n, options), padded with -inf to one width.
+
+    Args:
+        runtime: with the examples prepared.
+        split: its name.
+        n: examples of the split.
+        size: examples scored at a time.
+    """
     parts = [runtime.score(split, range(i, min(n, i + size))) for i in range(0, n, size)]
     width = max(part.shape[1] for part in parts)
     pad = torch.nn.functional.pad
