@@ -188,7 +188,7 @@ def _carry_through(trainer: Trainer, ranks: Ranks, until: int | None) -> dict | 
 
 
 def _check_ranks(config: Config, ranks: Ranks) -> None:
-    shared = config.method.batch_size if config.machine.parallel == "data" else config.method.num_perturbations
+    shared = config.method.batch_size if config.machine.parallel == "data" else config.method.perturbations
     if shared < ranks.size:
         name = "batch-size" if config.machine.parallel == "data" else "num-perturbations"
         raise UserError(f"--{name} {shared} cannot be shared by {ranks.size} ranks: raise it or start fewer")

@@ -40,6 +40,12 @@ def _check_method(method: Method) -> None:
     warmup, decay, ratio = method.warmup_steps, method.weight_decay, method.max_loss_ratio
     require(warmup <= method.steps, f"--warmup-steps must be at most --steps, got {warmup}")
     require(decay * method.lr < 1, f"--weight-decay must be at least 0 and below 1 / lr, got {decay}")
+    size, directions, name = method.batch_size, method.directions, method.rule.name
+    fits = f"--directions must divide --batch-size, {size}, into groups of equal size; got {directions}"
+    require(size % directions == 0, fits)
+    why = "compares several thetas on the same examples; use another rule"
+    shared = directions == 1 or not (method.rule.one_sided or method.rule.compares)
+    require(shared, f"--directions must be 1, got {directions}: --update-rule {name} {why}")
     require(bool(decay) or not method.no_decay, "--no-decay needs --weight-decay: give it, or leave both")
     require(ratio == 0 or ratio > 1, f"--max-loss-ratio must be 0 or a finite number > 1, got {ratio}")
     read = method.scores or method.best_metric == "auto"

@@ -21,6 +21,9 @@ class HF:
     wherever the result is the same to the bit, on a CPU in its memory, on a GPU in the GPU's."""
     trunk_cache_bytes: Annotated[int, Ge(1), RESUMABLE] = 4 << 30
     """Most bytes of these hidden states; the least recently used ones go first."""
+    copies_bytes: Annotated[int, Ge(1), RESUMABLE] = 2 << 30
+    """Most bytes of perturbed copies of the trained parameters that --directions holds at once; where those of a step
+    do not fit, it takes several forward passes."""
 
 
 @dataclass(frozen=True)

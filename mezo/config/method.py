@@ -29,7 +29,11 @@ class Step:
     eps: Positive = 1e-2
     """How far theta is moved to either side, along random directions z, to measure the loss there."""
     num_perturbations: AtLeastOne = 1
-    """Directions z of a step, whose estimates are averaged; two forward passes each."""
+    """Directions z that every example of a step is measured along, whose estimates are averaged; two forward passes
+    each."""
+    directions: AtLeastOne = 1
+    """Groups that a batch is divided into, each measured along directions z of its own: more directions for the same
+    forward passes. --directions equal to --batch-size gives each example its own."""
     normalise_z: bool = False
     """Divide each z by its root mean square over all trained parameters, so that all directions have one length."""
     clip: NotBelowZero = 0.0
@@ -43,6 +47,16 @@ class Step:
     """Seed of the run: the fresh adapter, the batches and the directions z are functions of it."""
     rule: Annotated[Rule, Choice("update_rule", RULES)] = SGD()  # noqa: RUF009  frozen
     """What moves theta, from the losses of a step."""
+
+    @property
+    def perturbations(self) -> int:
+        """Perturbations of a step: --num-perturbations of each group of the batch."""
+        return self.directions * self.num_perturbations
+
+    @property
+    def group_size(self) -> int:
+        """Examples of a group."""
+        return self.batch_size // self.directions
 
     @property
     def half_distance(self) -> float:

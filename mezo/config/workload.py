@@ -13,7 +13,8 @@ class Workload:
         rule: the update rule that moves theta.
         steps: of the run.
         batch_size: training examples of a step.
-        num_perturbations: directions of a step.
+        perturbations: of a step.
+        directions: groups that a batch is divided into, each with perturbations of its own.
         seed: of the run.
         objectives: names of what is minimised.
         scores: a step needs option scores.
@@ -24,7 +25,8 @@ class Workload:
     rule: LoggedRule = field(default_factory=LoggedRule)
     steps: int = 1
     batch_size: int = 1
-    num_perturbations: int = 1
+    perturbations: int = 1
+    directions: int = 1
     seed: int = 0
     objectives: tuple[str, ...] = ("cross_entropy",)
     scores: bool = True

@@ -79,14 +79,19 @@ class Prefix:
         """Tokens of the prefix."""
         return len(self.weight)
 
-    def cache(self, rows: int) -> DynamicCache:
-        """A new key-value cache for a batch of so many rows that begins with the prefix; gradients flow to it."""
-        parts = self.weight.view(self.tokens, 2 * self.layers, self.heads, -1).permute(1, 2, 0, 3)
-        parts = parts[:, None].expand(-1, rows, -1, -1, -1).unbind(0)
+    def cache(self, rows: int, weights: torch.Tensor | None = None) -> DynamicCache:
+        """A new key-value cache for a batch of so many rows that begins with the prefix; gradients flow to it.
+
+        Args:
+            rows: of the batch.
+            weights: (rows, *weight.shape), a prefix for each row; None takes `weight` for all.
+        """
+        weights = self.weight.expand(rows, -1, -1) if weights is None else weights
+        parts = weights.view(rows, self.tokens, 2 * self.layers, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         return DynamicCache(zip(parts[::2], parts[1::2], strict=True))
 
-    def inputs(self, rows: int, mask: torch.Tensor | None = None) -> dict:
+    def inputs(self, rows: int, mask: torch.Tensor | None = None, weights: torch.Tensor | None = None) -> dict:
         """Arguments of a forward pass behind the prefix; `mask`, (rows, length), says where there are tokens."""
         if mask is not None:
             mask = nn.functional.pad(mask, (self.tokens, 0), value=1)
-        return {"past_key_values": self.cache(rows), "attention_mask": mask}
+        return {"past_key_values": self.cache(rows, weights), "attention_mask": mask}

@@ -81,11 +81,19 @@ class Runtime(Protocol):
     def equalise(self) -> None:
         """Write theta, rounded once, to every perturbed copy: what `score_pairs` then differs by is noise."""
 
-    def score_pairs(self, split: str, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def score_pairs(
+        self, split: str, indices: Sequence[int], shares: Sequence[Sequence[int]] | None = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Option scores at theta + eps z and theta - eps z of each perturbation of the last step; one-sided at
         theta + eps z of each and theta itself, which is scored once a batch.
 
-        Each is float64 (len(indices), options), padded with -inf.
+        Args:
+            split: name of the split.
+            indices: numbers of examples in it.
+            shares: for the first so many perturbations, places in `indices` of the examples that are scored under it;
+                None scores all of them under every perturbation. Not one-sided.
+        Returns:
+            Of each perturbation two tensors, float64 (examples, options), padded with -inf.
         """
 
     def score(self, split: str, indices: Sequence[int]) -> torch.Tensor:
@@ -103,12 +111,18 @@ class Runtime(Protocol):
         """
 
     def generate_pairs(
-        self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]
+        self,
+        split: str,
+        indices: Sequence[int],
+        max_new_tokens: int,
+        stop: Sequence[str],
+        shares: Sequence[Sequence[int]] | None = None,
     ) -> list[tuple[list[str], list[str]]]:
         """As `generate`, at theta + eps z and theta - eps z of each perturbation of the last step.
 
         Args:
             split, indices, max_new_tokens, stop: as there.
+            shares: see `score_pairs`.
         """
 
     def describe(self) -> str:

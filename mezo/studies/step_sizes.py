@@ -2,8 +2,10 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from mezo.config import Config
 from mezo.data.example import Example
@@ -73,12 +75,7 @@ def estimate(
     loss, slopes, curvatures, thirds = zip(*(derivatives(line, config.method.eps) for line in lines), strict=True)
     sigma = max(rms(noise) / math.sqrt(70), 2**-53 * abs(loss[0]))
     slope, third = rms(slopes), max(rms(thirds), 1e-30)
-    error = (
-        spread_over_batch(
-            probe.kept, probe.measurement.labels, probe.objective, config.method.eps, config.method.batch_size
-        )
-        or 0.0
-    )
+    error = spread_over_batch(probe.example_grads, config.method.batch_size) or 0.0
     signal = max(1 - (error / slope) ** 2, LEAST_SHARE) if slope else LEAST_SHARE
     curvature = rms(curvatures)
     eps = min(max((3 * sigma / (math.sqrt(2) * third)) ** (1 / 3), EPS_RANGE[0]), EPS_RANGE[1])
@@ -90,10 +87,9 @@ class _Probe:
     """Losses along the directions and batches of the first steps."""
 
     def __init__(self, config: Config, runtime: Runtime, examples: Sequence[Example], judged: dict[str, Judge]):
-        self.config, self.runtime = config, runtime
-        self.measurement = Measurement(config, runtime, examples, judged, Ranks())
-        self.objective: Callable = self.measurement.objective
-        self.kept: list = []
+        self.config, self.runtime = config.replace(directions=1), runtime  # z is the same for a whole batch
+        self.measurement = Measurement(self.config, runtime, examples, judged, Ranks())
+        self.example_grads: list[torch.Tensor] = []
 
     def line(self, k: int, distance: float, reach: int) -> list[float]:
         """Losses at theta + i distance z, i = -reach .. reach, on the batch of step k.
@@ -108,13 +104,13 @@ class _Probe:
         for i in range(1, reach + 1):
             self.runtime.perturb(Step([seed], i * distance))
             self.measurement.recent.clear()
-            losses = self.measurement.held_losses(1, batch)
+            losses = self.measurement.held_losses([0], batch)
             if distance == self.config.method.eps and i == 1:
-                self.kept += self.measurement.recent
+                self.example_grads += self.measurement.example_grads()
             above += losses.plus
             below += losses.minus
         self.runtime.equalise()
-        return [*below[::-1], *self.measurement.held_losses(1, batch).plus, *above]
+        return [*below[::-1], *self.measurement.held_losses([0], batch).plus, *above]
 
 
 def fourth_differences(losses: list[float]) -> list[float]:

@@ -4,7 +4,7 @@ Nothing here changes a run: the same log comes of it with and without.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -37,8 +37,10 @@ class Instruments:
         """What is due after these records and not among the rows there are; only finite numbers.
 
         `noise`: of projected_grad, from scoring the same theta again, beside its root mean square since the last one.
-        `spread`: standard deviation over a step's perturbations and standard error of the mean over its batch, of
-        projected_grad; and what the base's dtype leaves of a perturbation (`realised_perturbation`).
+        `spread`: standard deviation over a step's perturbations and standard error of the mean over its examples, of
+        projected_grad; how much the examples' gradients agree (`coherence`), and by how much a direction for each
+        example divides the variance of the estimate against one for all (`directions_gain`); what the base's dtype
+        leaves of a perturbation (`realised_perturbation`).
         `gradient`: `against_gradient`, where --true-gradient asks for it.
         """
         step = len(records)
@@ -63,7 +65,7 @@ class Instruments:
         eps = self.config.method.half_distance
         self.runtime.equalise()
         batch = self.measurement.batches(step - 1)
-        once, again = (self.measurement.held_losses(1, batch) for _ in range(2))
+        once, again = (self.measurement.held_losses([0], batch) for _ in range(2))
         self._restore(step)
         plus, minus, plus_again, minus_again = (*once.plus, *once.minus, *again.plus, *again.minus)
         differences = (plus - minus, plus_again - minus_again, plus - plus_again, minus - minus_again)
@@ -79,32 +81,46 @@ class Instruments:
         measurement, config = self.measurement, self.config
         first, rule = measurement.first(measurement.step(step)), config.method.rule
         theta, dtype = self.runtime.theta(), getattr(torch, self.runtime.spec.dtype.split(",")[0])
+        if measurement.group_size == 1 and measurement.recent:  # no two examples have had one z
+            measurement.recent.append(self._under_one_z(step))
+        grads = list(measurement.example_grads())
+        rho, size = coherence(grads), config.method.batch_size
         return {
             "over_perturbations": spread_over_perturbations(records),
-            "over_batch": spread_over_batch(
-                measurement.recent,
-                measurement.labels,
-                measurement.objective,
-                config.method.half_distance,
-                config.method.batch_size,
-            ),
+            "over_batch": spread_over_batch(grads, measurement.group_size),
+            "coherence": rho,
+            "directions_gain": None if rho is None else max(1.0, 1 + (size - 1) * rho),
             **realised_perturbation(theta, dtype, first.seeds[0], first.eps[0], rule.distribution, rule.one_sided),
         }
+
+    def _under_one_z(self, step: int) -> Scores:
+        """Scores of the next step's batch, all of it under the first of the step's perturbations."""
+        batch = self.measurement.batches(step)
+        (pair,) = self.runtime.score_pairs("train", batch, [range(len(batch))])
+        return [(batch, pair)]
 
     def _gradient(self, step: int, records: Sequence[StepRecord]) -> dict:
         """The next step's estimate beside autograd's gradient of its batch at the same theta."""
         measurement, batch = self.measurement, self.measurement.batches(step)
-        mine, grads = measurement.estimate(measurement.step(step))
+        whole = measurement.step(step)
+        places, grads = measurement.estimate(whole)
         self._restore(step)
+        groups = [batch[i : i + measurement.group_size] for i in range(0, len(batch), measurement.group_size)]
+        gradients = [self._gradient_of(group) for group in groups]
+        mine, norms = whole.part(places), measurement.norms(whole.part(places).seeds)
+        measured = [measurement.group(k) for k in places]
+        return against_gradient(mine.seeds, grads, gradients, self.config.method.rule.distribution, norms, measured)
+
+    def _gradient_of(self, examples: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Autograd's gradient of the mean loss of some training examples."""
         runtime = require(self.runtime, Differentiable, "--true-gradient")
-        size, total = self.config.machine.micro_batch_size or len(batch), None
-        for i in range(0, len(batch), size):
-            part = batch[i : i + size]
-            share, labels = len(part) / len(batch), measurement.labels[part]
-            found = runtime.gradient("train", part, lambda s, n=share, y=labels: n * measurement.objective(s, y))
-            total = found if total is None else {name: total[name] + found[name] for name in found}
-        norms = measurement.norms(mine.seeds)
-        return against_gradient(mine.seeds, grads, total, self.config.method.rule.distribution, norms)
+        measurement, size, total = self.measurement, self.config.machine.micro_batch_size or len(examples), None
+        for i in range(0, len(examples), size):
+            part = examples[i : i + size]
+            share, labels = len(part) / len(examples), measurement.labels[part]
+            added = runtime.gradient("train", part, lambda s, n=share, y=labels: n * measurement.objective(s, y))
+            total = added if total is None else {name: total[name] + added[name] for name in added}
+        return total
 
     def _restore(self, step: int) -> None:
         """Write the next step's perturbations again."""
@@ -127,28 +143,42 @@ def spread_over_perturbations(records: Sequence[StepRecord]) -> float | None:
     return rms([torch.tensor(grads, dtype=torch.float64).std().item() for grads in groups]) if groups else None
 
 
-def spread_over_batch(
-    recent: Sequence[Scores], labels: torch.Tensor, objective: Callable, eps: float, batch_size: int
-) -> float | None:
-    """Standard error of projected_grad as a mean over the examples of a batch, pooled over the last steps.
+def spread_over_batch(example_grads: Sequence[torch.Tensor], size: int) -> float | None:
+    """Standard error of projected_grad as a mean over examples, pooled over the last steps.
 
     Args:
-        recent: (indices, scores of both signs by perturbation) of batches or parts of them.
-        labels: of the training examples.
-        objective: (scores, labels) -> loss, a mean over examples.
-        eps: of the perturbations; half of it where one sign is theta itself.
-        batch_size: examples that a step's projected_grad is the mean over.
+        example_grads: of each z, the projected_grad of each example: see `Measurement.example_grads`.
+        size: examples that one projected_grad is the mean over.
     Returns:
-        sqrt(pooled variance of (loss_plus_i - loss_minus_i) / (2 eps) / batch_size); None below two examples.
+        sqrt(pooled variance / size); None below two examples.
     """
     squares, freedom = 0.0, 0
-    for indices, pairs in recent:
-        for pair in pairs:
-            losses = [[objective(s[i : i + 1], labels[[n]]).item() for i, n in enumerate(indices)] for s in pair]
-            grads = torch.tensor(losses, dtype=torch.float64).diff(dim=0)[0] / (2 * eps)
-            if len(indices) > 1 and grads.isfinite().all():
-                squares, freedom = squares + (grads - grads.mean()).square().sum().item(), freedom + len(indices) - 1
-    return math.sqrt(squares / freedom / batch_size) if freedom else None
+    for grads in example_grads:
+        squares, freedom = squares + (grads - grads.mean()).square().sum().item(), freedom + len(grads) - 1
+    return math.sqrt(squares / freedom / size) if freedom else None
+
+
+def coherence(example_grads: Sequence[torch.Tensor]) -> float | None:
+    """How much the gradients g_i of the examples agree: rho = |mean g_i|^2 / mean |g_i|^2, 1 where all are equal.
+
+    Along one z the projected_grads c_i = z . g_i of two examples have E[c_i c_j] = g_i . g_j and E[c_i^2] = |g_i|^2, so
+    the mean of c_i c_j over pairs of examples, over that of c_i^2, estimates rho; it may come out below 0.
+
+    With a direction for each of B examples the estimate's variance is 1 + (B - 1) rho times smaller than with one for
+    all of them: d/B mean |g_i|^2 against d |mean g_i|^2 + d/B (mean |g_i|^2 - |mean g_i|^2), d parameters.
+
+    Args:
+        example_grads: of each z, the projected_grad of each example, two or more.
+
+    >>> coherence([torch.tensor([2.0, 2.0, 2.0])]), coherence([torch.tensor([1.0, -1.0])]), coherence([])
+    (1.0, -1.0, None)
+    """
+    products = squares = 0.0
+    for grads in example_grads:
+        square = grads.square().sum().item()
+        products += (grads.sum().item() ** 2 - square) / (len(grads) - 1)
+        squares += square
+    return products / squares if squares else None
 
 
 def realised_perturbation(
@@ -199,47 +229,51 @@ def realised_perturbation(
 def against_gradient(
     seeds: Sequence[int],
     grads: Sequence[float],
-    gradient: dict[str, torch.Tensor],
+    gradients: Sequence[dict[str, torch.Tensor]],
     distribution: str = "normal",
     norms: Sequence[float] = (),
+    groups: Sequence[int] = (),
 ) -> dict:
     """The estimate mean_k projected_grad_k z_k against the gradient itself.
 
     Args:
         seeds: of z_k.
         grads: projected_grad of each.
-        gradient: by canonical name, on the CPU.
+        gradients: of each group of the batch, by canonical name, on the CPU; grad is their mean.
         distribution: of z.
         norms: what each z was divided by; () if nothing.
+        groups: number of the group that each projected_grad was measured on; () if there is one.
     Returns:
         cosine: of the angle between the two; in d dimensions about sqrt(n / (n + d + 1)), `expected_cosine`, is all
         that n random directions can give (E[g z] = grad, E|g z|^2 = (d + 2) |grad|^2); sqrt(n / (n + d - 1)) for z of
-        one length (E|g z|^2 = d |grad|^2).
-        projected_grad_error: root mean square of projected_grad_k - z_k . grad over that of z_k . grad: what finite
+        one length (E|g z|^2 = d |grad|^2). Of groups with gradients g_i, whose directions differ, n times
+        |grad|^2 / mean |g_i|^2 stands for n.
+        projected_grad_error: root mean square of projected_grad_k - z_k . g_i over that of z_k . g_i: what finite
         eps, rounding and noise add. gradient_norm: |grad|.
 
     >>> gradient = {"w": torch.tensor([1.0, 2.0])}
     >>> (z,) = torch.stack([standard_normal(7, "w", 0, 2)])
-    >>> found = against_gradient([7], [float(z @ gradient["w"])], gradient)
+    >>> found = against_gradient([7], [float(z @ gradient["w"])], [gradient])
     >>> round(found["gradient_norm"] ** 2), found["expected_cosine"], found["projected_grad_error"] < 1e-6
     (5, 0.5, True)
     """
-    n, size = len(seeds), sum(part.numel() for part in gradient.values())
-    norms = list(norms) or [1.0] * n
+    n, size = len(seeds), sum(part.numel() for part in gradients[0].values())
+    norms, groups = list(norms) or [1.0] * n, list(groups) or [0] * n
     spread = 1 if distribution == "normal" and norms == [1.0] * n else -1
-    slopes, squared, product = [0.0] * n, 0.0, 0.0
-    for name, part in gradient.items():
-        flat = part.flatten().double()
+    slopes, squared, product, whole, of_groups = [0.0] * n, 0.0, 0.0, 0.0, 0.0
+    for name, part in gradients[0].items():
+        parts = torch.stack([gradient[name].flatten().double() for gradient in gradients])
         raw = [DRAW[distribution](seed, name, 0, part.numel()).double() for seed in seeds]
         z = [direction / norm for direction, norm in zip(raw, norms, strict=True)]
-        estimate = sum(g * direction for g, direction in zip(grads, z, strict=True)) / n
-        slopes = [slope + (direction @ flat).item() for slope, direction in zip(slopes, z, strict=True)]
-        squared, product = squared + (estimate @ estimate).item(), product + (estimate @ flat).item()
-    norm = math.sqrt(sum(part.double().square().sum().item() for part in gradient.values()))
+        estimate, mean = sum(g * direction for g, direction in zip(grads, z, strict=True)) / n, parts.mean(0)
+        slopes = [slope + (z[k] @ parts[groups[k]]).item() for k, slope in enumerate(slopes)]
+        squared, product = squared + (estimate @ estimate).item(), product + (estimate @ mean).item()
+        whole, of_groups = whole + (mean @ mean).item(), of_groups + parts.square().sum().item() / len(parts)
+    norm, agreement = math.sqrt(whole), whole / of_groups if of_groups else 1.0
     error, slope = rms([g - s for g, s in zip(grads, slopes, strict=True)]), rms(slopes)
     return {
         "cosine": product / (math.sqrt(squared) * norm) if squared and norm else None,
-        "expected_cosine": math.sqrt(n / (n + size + spread)),
+        "expected_cosine": math.sqrt(n * agreement / (n * agreement + size + spread)),
         "projected_grad_error": error / slope if slope else None,
         "gradient_norm": norm,
     }

@@ -2,7 +2,7 @@
 
 import functools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -22,22 +22,22 @@ from mezo_kernels import root_mean_square
 
 RECENT = 16  # calls of the runtime whose scores are kept for the spread over a batch
 SMALLEST = 2.0**-126  # normal float32
-Scores = tuple[
-    Sequence[int], list[tuple[torch.Tensor, torch.Tensor]]
-]  # indices, and scores of both signs by perturbation
+Scores = list[tuple[Sequence[int], tuple[torch.Tensor, torch.Tensor]]]
+"""Of one call of a runtime, by perturbation: numbers of the examples, and their scores at both signs."""
 
 
 class BatchTotals:
     """What is known of a batch at the copies of a step's perturbations: micro-batches and ranks add to it.
 
     Args:
-        count: perturbations.
+        places: numbers of the perturbations in the step.
         judges: names of what judges generated text.
-        size: examples of the batch.
+        size: examples that are measured under each perturbation.
     """
 
-    def __init__(self, count: int, judges: Sequence[str], size: int):
+    def __init__(self, places: Sequence[int], judges: Sequence[str], size: int):
         self.judges, self.size = list(judges), size
+        self.row, count = {k: row for row, k in enumerate(places)}, len(places)
         self.sums = torch.zeros(count, 2, dtype=torch.float64)  # of losses by scores, both signs
         self.verdicts = torch.zeros(count, 2, len(self.judges), size, dtype=torch.float64)  # on each example's text
 
@@ -53,7 +53,7 @@ class BatchTotals:
         return self
 
     def losses(self, weights: dict[str, float], z_score: bool) -> Losses:
-        """L = sum / B - sum_j w_j mean r_j of each perturbation, both signs, with B examples and judges j.
+        """L = sum / n - sum_j w_j mean r_j of each perturbation, both signs, with n examples and judges j.
 
         Args:
             weights: w_j by name.
@@ -86,6 +86,9 @@ class Measurement:
         self.config, self.runtime, self.examples, self.ranks = config, runtime, examples, ranks
         self.rule, self.half_distance = config.method.rule, config.method.half_distance
         self.labels = torch.tensor([example.label for example in examples])
+        self.group_size, per_group = config.method.group_size, config.method.num_perturbations
+        self.group = lambda k: k // per_group  # of the batch, that perturbation k measures
+        self.mine = self._mine(config.method.batch_size)
         self.batches = Batches(len(examples), config.method.batch_size, config.method.seed)
         self.objective = mixture(config.method.objectives)
         self.judges = {name: judge for name, judge in judges.items() if name in config.method.objectives}
@@ -97,7 +100,7 @@ class Measurement:
     def step(self, number: int) -> Step:
         """The perturbations of a step."""
         config = self.config
-        return Step.of_run(config.method.seed, number, config.method.num_perturbations, config.method.eps, self.norm)
+        return Step.of_run(config.method.seed, number, config.method.perturbations, config.method.eps, self.norm)
 
     def norms(self, seeds: Sequence[int]) -> tuple[float, ...]:
         """Root mean square of each z where --normalise-z divides by it; else ()."""
@@ -110,8 +113,18 @@ class Measurement:
     def _places(self, step: Step) -> list[list[int]]:
         """This rank's perturbations of a step, as many at a time as the runtime holds."""
         rank, size, held = self.ranks.rank, self.ranks.size, self.runtime.pairs
-        places = range(len(step)) if self.config.machine.parallel == "data" else range(rank, len(step), size)
+        if self.config.machine.parallel == "data":
+            groups = {at // self.group_size for at in self.mine}
+            places = [k for k in range(len(step)) if self.group(k) in groups]
+        else:
+            places = range(rank, len(step), size)
         return [list(places[i : i + held]) for i in range(0, len(places), held)]
+
+    def _mine(self, size: int) -> range:
+        """Places of a batch of so many examples that this rank measures."""
+        rank, ranks = self.ranks.rank, self.ranks.size
+        by_data = self.config.machine.parallel == "data"
+        return range(rank * size // ranks, (rank + 1) * size // ranks) if by_data else range(size)
 
     def record(self, step: Step, watch: bool = False) -> StepRecord:
         """Score a step's batch and form the update.
@@ -157,31 +170,47 @@ class Measurement:
             batch: indices of the examples.
             watch: compare what the runtime wrote with the reference, before any loss leaves this process.
         """
-        rank, size = self.ranks.rank, self.ranks.size
-        by_data = self.config.machine.parallel == "data"
-        mine = range(rank * len(batch) // size, (rank + 1) * len(batch) // size) if by_data else range(len(batch))
-        totals = BatchTotals(len(step), self.judges, len(batch))
+        totals = BatchTotals(range(len(step)), self.judges, self.group_size)
         for n, places in enumerate(self._places(step)):
             if n:
                 self.runtime.perturb(step.part(places), watch=watch)
-            self._measure(totals, places, batch, mine)
+            self._measure(totals, places, batch, self.mine)
             if watch:
                 check_kernels(self.runtime, step.number)
         return self._mean(totals.unpack(self.ranks.gather(totals.pack())))
 
-    def estimate(self, step: Step) -> tuple[Step, tuple[float, ...]]:
-        """This rank's perturbations of a step, and their projected_grads; other copies are written."""
-        grads, batch, parts = (), self.batches(step.number), [step.part(places) for places in self._places(step)]
-        for part in parts:
-            self.runtime.perturb(part)
-            grads += self.held_losses(len(part), batch).projected_grads(self.half_distance)
-        return step.part([k for places in self._places(step) for k in places]), grads
+    def estimate(self, step: Step) -> tuple[list[int], tuple[float, ...]]:
+        """Numbers of this rank's perturbations of a step, and their projected_grads; other copies are written."""
+        grads, batch = (), self.batches(step.number)
+        for places in self._places(step):
+            self.runtime.perturb(step.part(places))
+            grads += self.held_losses(places, batch).projected_grads(self.half_distance)
+        return [k for places in self._places(step) for k in places], grads
 
-    def held_losses(self, count: int, batch: list[int]) -> Losses:
-        """Mean losses of a batch at the copies that the runtime holds, of `count` perturbations, all measured here."""
-        totals = BatchTotals(count, self.judges, len(batch))
-        self._measure(totals, range(count), batch, range(len(batch)))
+    def held_losses(self, places: Sequence[int], batch: list[int]) -> Losses:
+        """Mean losses at the copies that the runtime holds, all measured here.
+
+        Args:
+            places: numbers, in a step, of the perturbations that the copies are taken for.
+            batch: indices of the examples.
+        """
+        totals = BatchTotals(places, self.judges, self.group_size)
+        self._measure(totals, places, batch, range(len(batch)))
         return self._mean(totals)
+
+    def example_grads(self) -> Iterator[torch.Tensor]:
+        """projected_grad of each example, float64 (examples,), of every z that several examples had in the last calls.
+
+        Those that are not finite are left out.
+        """
+        for scores in self.recent:
+            for indices, pair in scores:
+                losses = [
+                    [self.objective(s[i : i + 1], self.labels[[n]]).item() for i, n in enumerate(indices)] for s in pair
+                ]
+                grads = torch.tensor(losses, dtype=torch.float64).diff(dim=0)[0] / (2 * self.half_distance)
+                if len(indices) > 1 and grads.isfinite().all():
+                    yield grads
 
     def _mean(self, totals: BatchTotals) -> Losses:
         return totals.losses(self.config.method.objectives, self.config.method.z_score_rewards)
@@ -191,29 +220,49 @@ class Measurement:
 
         The same z for every micro-batch.
         """
-        config, size = self.config, self.config.machine.micro_batch_size or len(mine)
+        groups = {self.group(k) for k in places}
+        mine = [at for at in mine if at // self.group_size in groups]
+        size = self.config.machine.micro_batch_size or len(mine)
         for start in range(0, len(mine), size):
             part = mine[start : start + size]
-            indices = [batch[at] for at in part]
-            scores = self.runtime.score_pairs("train", indices) if config.method.scores else []
-            if scores and not self.judges:
-                self.recent.append((indices, scores))
-            for k, pair in zip(places, scores, strict=bool(scores)):
-                for sign, option_scores in enumerate(pair):
-                    totals.sums[k, sign] += self.objective(option_scores, self.labels[indices]).item() * len(part)
+            owned = [[i for i, at in enumerate(part) if at // self.group_size == self.group(k)] for k in places]
+            call = ("train", [batch[at] for at in part], None if len(groups) == 1 else owned)
+            at = {k: [part[i] for i in each] for k, each in zip(places, owned, strict=True)}
+            if self.config.method.scores:
+                self._score(totals, at, batch, call)
             if self.judges:
-                self._judge(totals, places, part, indices)
+                self._judge(totals, at, batch, call)
 
-    def _judge(self, totals: BatchTotals, places: Sequence[int], part: Sequence[int], indices: Sequence[int]) -> None:
-        """Add what each judge says of the texts at the copies that the runtime holds."""
-        texts = self.runtime.generate_pairs(
-            "train", indices, self.config.method.max_new_tokens, self.config.method.stops
-        )
-        for k, pair in zip(places, texts, strict=True):
+    def _score(self, totals: BatchTotals, at: dict[int, list[int]], batch: list[int], call: tuple) -> None:
+        """Add the losses by scores at the copies that the runtime holds.
+
+        Args:
+            totals: to add to.
+            at: by perturbation, places in the batch.
+            batch: indices of the examples.
+            call: arguments of the runtime that ask for these.
+        """
+        scores: Scores = []
+        for (k, places), pair in zip(at.items(), self.runtime.score_pairs(*call), strict=True):
+            indices = [batch[place] for place in places]
+            scores.append((indices, pair))
+            for sign, option_scores in enumerate(pair if indices else ()):
+                loss = self.objective(option_scores, self.labels[indices]).item()
+                totals.sums[totals.row[k], sign] += loss * len(indices)
+        if not self.judges:
+            self.recent.append(scores)
+
+    def _judge(self, totals: BatchTotals, at: dict[int, list[int]], batch: list[int], call: tuple) -> None:
+        """Add what each judge says of the texts at the copies that the runtime holds. See `_score`."""
+        split, indices, owned = call
+        method = self.config.method
+        texts = self.runtime.generate_pairs(split, indices, method.max_new_tokens, method.stops, owned)
+        for (k, places), pair in zip(at.items(), texts, strict=True):
             for sign, outputs in enumerate(pair):
                 for j, judge in enumerate(self.judges.values()):
-                    for at, index, output in zip(part, indices, outputs, strict=True):
-                        totals.verdicts[k, sign, j, at] = judge(self.examples[index], output)
+                    for place, output in zip(places, outputs, strict=True):
+                        verdict = judge(self.examples[batch[place]], output)
+                        totals.verdicts[totals.row[k], sign, j, place % self.group_size] = verdict
 
 
 def check_kernels(runtime: Runtime, step: int) -> None:

@@ -19,6 +19,7 @@ from mezo.report.monitor import Monitor
 from mezo.run.trajectory import StepRecord, read_trajectory
 from mezo.training.instruments import (
     against_gradient,
+    coherence,
     realised_perturbation,
     spread_over_batch,
     spread_over_perturbations,
@@ -89,13 +90,23 @@ def test_spread_over_the_batch_foretells_how_batches_differ():
     batches = torch.arange(4000).view(-1, 16)
     losses = [[cross_entropy(s[batch], labels[batch]).item() for s in scores] for batch in batches]
     observed = (torch.tensor(losses).diff(dim=1) / 2e-2).std().item()
-    recent = [(batch.tolist(), [(scores[0][batch], scores[1][batch])]) for batch in batches[:100]]
-    assert spread_over_batch(recent, labels, cross_entropy, 1e-2, 16) == pytest.approx(observed, rel=0.1)
-    halves = [
-        (part.tolist(), [(scores[0][part], scores[1][part])]) for batch in batches[:100] for part in batch.chunk(2)
-    ]
-    assert spread_over_batch(halves, labels, cross_entropy, 1e-2, 16) == pytest.approx(observed, rel=0.1)
-    assert spread_over_batch([([0], [(scores[0][:1], scores[1][:1])])], labels, cross_entropy, 1e-2, 1) is None
+    one_each = [[cross_entropy(s[[i]], labels[[i]]).item() for s in scores] for i in range(1600)]
+    grads = torch.tensor(one_each, dtype=torch.float64).diff(dim=1).flatten() / 2e-2
+    assert spread_over_batch(grads.split(16), 16) == pytest.approx(observed, rel=0.1)
+    assert spread_over_batch(grads.split(8), 16) == pytest.approx(observed, rel=0.1)
+    assert spread_over_batch([], 16) is None
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.3, 1.0])
+def test_coherence_is_the_share_of_the_gradient_that_examples_agree_on(shared):
+    """Along many z, of gradients drawn with a common part: against the gradients themselves."""
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    gradients = math.sqrt(shared) * draw(50) + math.sqrt(1 - shared) * draw(32, 50)
+    norm = gradients.square().sum(1).mean()
+    pairs = (gradients.sum(0).square().sum() - 32 * norm) / (32 * 31)
+    found = coherence([gradients @ draw(50) for _ in range(4000)])
+    assert found == pytest.approx((pairs / norm).item(), abs=0.02)
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
@@ -153,7 +164,7 @@ def test_the_true_gradient_of_two_directions_is_their_combination():
     gradient = {"a": torch.tensor([1.0, -2.0, 0.5]), "b": torch.tensor([[3.0]])}
     z = [[standard_normal(seed, name, 0, part.numel()) for name, part in gradient.items()] for seed in (1, 2)]
     flat, full = [torch.cat(parts).double() for parts in z], torch.tensor([1.0, -2.0, 0.5, 3.0]).double()
-    found = against_gradient([1, 2], [2.0, -1.0], gradient)
+    found = against_gradient([1, 2], [2.0, -1.0], [gradient])
     estimate = (2 * flat[0] - flat[1]) / 2
     assert found["cosine"] == pytest.approx(torch.cosine_similarity(estimate, full, dim=0).item(), rel=1e-6)
     slopes = torch.stack(flat) @ full

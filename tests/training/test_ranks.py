@@ -29,6 +29,8 @@ EXACT = {
     "fzoo": {"update_rule": "fzoo", "lr": 1e-4},
     "momentum": {"update_rule": "momentum", "normalise_z": True, "lr": 1e-3},
     "prefix": {"tuning": "prefix", "eps": 1e-1},
+    # a perturbation at a time, as the ranks have them: in one pass of all of them sums are ordered otherwise
+    "directions": {"directions": 4, "num_perturbations": 1, "copies_bytes": 1},
     # dev does not improve: the ranks end together
     "early stopping": {"lr": 1e-12, "eval_every": 2, "early_stopping": 3},
 }
@@ -102,6 +104,7 @@ def finished(tmp_path_factory, base, rewarded):
     folder = tmp_path_factory.mktemp("ranks")
     wanted = {
         "data": {**base, **SHORT},
+        "data directions": {**base, **SHORT, "directions": 4},
         **{name: {**base, **PERTURBATIONS, **options} for name, options in EXACT.items()},
         **{f"reward {parallel}": {**rewarded, "parallel": parallel} for parallel in REWARDS},
         "more ranks than work": {**base, **SHORT, "parallel": "perturbations"},
@@ -132,6 +135,8 @@ def test_sharing_the_batch_equals_one_process_to_summation_order(finished, base,
     same_losses(alone(tmp_path, **base, **SHORT), folder / "data")
     result = json.loads((folder / "data" / "result.json").read_text())
     assert result["ranks"] == RANKS
+    assert codes["data directions"] == 0, done.stderr
+    same_losses(alone(tmp_path / "directions", **base, **SHORT, directions=4), folder / "data directions")
     # three float64 numbers a rank each step, and two where theta is compared: a hash, and whether to stop
     assert 3 * 8 * RANKS <= result["bytes_exchanged_per_step"] <= 5 * 8 * RANKS
 

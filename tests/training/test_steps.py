@@ -47,8 +47,8 @@ def test_noise_is_the_spread_of_losses_over_two_eps(tiny_config, monkeypatch):
     equalise = HFRuntime.equalise
     monkeypatch.setattr(HFRuntime, "equalise", lambda self: (measuring.append(1), equalise(self))[1])
 
-    def noisy(self, split, indices):
-        ((plus, minus),) = score(self, split, indices)
+    def noisy(self, split, indices, shares):
+        ((plus, minus),) = score(self, split, indices, shares)
         if measuring:
             measuring[:] = measuring * 2 if len(measuring) < 2 else []
             plus = plus + torch.tensor([0.0, 1e-3], dtype=plus.dtype)

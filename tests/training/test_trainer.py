@@ -303,7 +303,7 @@ def test_ctrl_c_finishes_the_step_and_resumes(tiny_config, monkeypatch, tmp_path
 
 def test_training_learns(tiny_config):
     everywhere = {"target_modules": LAST_LAYER["llama"], "layers_to_transform": ()}
-    result = train(tiny_config.replace(steps=200, batch_size=16, eval_every=50, **everywhere))
+    result = train(tiny_config.replace(steps=200, batch_size=16, lr=3e-3, eval_every=50, **everywhere))
     assert result["test"]["before"]["accuracy"] < 0.6
     assert result["test"]["after"]["accuracy"] >= 0.9
 

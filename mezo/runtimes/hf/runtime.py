@@ -1,9 +1,10 @@
 """The in-process runtime: transformers computes the losses, the trunk cache saves what theta cannot change."""
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from mezo.models.parts import load_parts
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Writing, greedy, refuse_too_long
 from mezo.runtimes.hf.proof import StartProof
+from mezo.runtimes.hf.rowwise import RowsLost, RowWise, why_not
 from mezo.runtimes.hf.trunk import GROUP, Trunk, no_cache
 from mezo.runtimes.rows import RowBatch, by_length, option_scores, rows_of, scored
 from mezo.runtimes.sides import Sides
@@ -25,6 +27,7 @@ from mezo.runtimes.theta import PerturbedTheta
 from mezo_kernels import ParamLayout, available_backends
 
 CALL = 48  # tokens whose time a forward pass of none takes on a CPU, where the weights are read for each call
+SIGNS = ("plus", "minus")
 WATCHED = 1 << 20  # elements of a whole model that a watched step compares with the reference
 
 
@@ -35,6 +38,9 @@ class HFRuntime:
     trained parameters at it, so nothing is copied and nothing is ever restored by arithmetic. Where the base itself
     is trained nothing else is left of it: 12 bytes a parameter in float32, 8 in 16 bits.
 
+    With --directions the copies of as many perturbations as fit --copies-bytes lie there, and one forward pass runs
+    all rows at both signs of all of them (`rowwise.py`). Where the model cannot, a forward pass runs each.
+
     Args:
         model: which, and what is trained of it.
         machine: where it runs, with options of this runtime.
@@ -44,8 +50,6 @@ class HFRuntime:
     Raises:
         UserError: no such device or backend, or the model cannot be loaded or trained so.
     """
-
-    pairs = 1
 
     def __init__(
         self, model: Model, machine: Machine, work: Workload, pad: int = 0, checkpoint: Checkpoint | None = None
@@ -61,15 +65,18 @@ class HFRuntime:
         self.options: HF = machine.runtime
         self.params = list(self.parts.params.values())
         self.whole = self.spec.peft is None
-        empty = lambda dtype: [torch.zeros_like(p, dtype=dtype) for p in self.params]  # noqa: E731
-        start = [p.data.float() for p in self.params] if self.whole else empty(torch.float32)
+        start = [p.data.float() if self.whole else torch.zeros_like(p, dtype=torch.float32) for p in self.params]
         self.master = ParamLayout(dict(zip(self.spec.shapes, start, strict=True)))
-        self.plus, self.minus = self.master.like(empty(self.dtype)), self.master.like(empty(self.dtype))
-        self.copies = {"plus0": self.plus, "minus0": self.minus}
+        self.pairs, self.why_not_rowwise = self._pairs_held(), why_not(self.parts)
+        self.rowwise: RowWise | None = None
+        pairs = self._allocate(by_row=work.directions > 1 and self.why_not_rowwise is None)
+        self.plus, self.minus = pairs[0]
+        named = ((f"{sign}{k}", copy) for k, pair in enumerate(pairs) for sign, copy in zip(SIGNS, pair, strict=True))
+        self.copies, self.held = dict(named), self.pairs
         rule = work.rule
         rule.check_patterns(self.master.names)
         watched = WATCHED if self.whole else None
-        self.perturbed = PerturbedTheta(self.master, [(self.plus, self.minus)], self.backend, rule, watched)
+        self.perturbed = PerturbedTheta(self.master, pairs, self.backend, rule, watched)
         self.sides = Sides(rule.rule.one_sided)
         self.seconds = dict.fromkeys(("kernels", "forward"), 0.0)
         self.examples: dict[str, Sequence[Example]] = {}
@@ -78,6 +85,24 @@ class HFRuntime:
         self.vocabulary = "lm_cross_entropy" in work.objectives
         if self.writing and not self.parts.causal:
             raise UserError(f"--model {model.base} fills masks and generates no text: use another model")
+
+    def _allocate(self, by_row: bool) -> list[tuple[ParamLayout, ParamLayout]]:
+        """Room for the perturbed copies, (plus, minus) of each pair; `by_row`: where `rowwise` finds them."""
+        zeros = lambda p, *copies: torch.zeros(*copies, *p.shape, dtype=self.dtype, device=self.device)  # noqa: E731
+        if not by_row:
+            copies = [self.master.like([zeros(p) for p in self.params]) for _ in range(2 * self.pairs)]
+        else:
+            stacks = [zeros(p, 2 * self.pairs) for p in self.params]
+            self.rowwise = RowWise(self.parts, stacks)
+            copies = [self.master.like(list(copy)) for copy in zip(*stacks, strict=True)]
+        return list(zip(copies[: self.pairs], copies[self.pairs :], strict=True))
+
+    def _pairs_held(self) -> int:
+        """Perturbations whose copies are held at once: one where they are scored one after the other anyway."""
+        if self.work.directions == 1 or why_not(self.parts):
+            return 1
+        fit = self.options.copies_bytes // (2 * self.dtype.itemsize * self.master.n_elements)
+        return max(1, min(fit, self.work.perturbations))
 
     def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
         """See `Runtime.prepare`. Raises UserError if the trunk cache is not exact on this model."""
@@ -148,6 +173,7 @@ class HFRuntime:
         """See `Runtime.update`: one fused pass."""
         with self._timed("kernels"):
             self.perturbed.update(updates, then, watch=watch)
+        self.held = len(then or ())
         self.sides.written(theta_changed=bool(updates))
 
     def perturb(self, step: Step, *, watch: bool = False) -> None:
@@ -158,20 +184,58 @@ class HFRuntime:
         """See `Runtime.equalise`."""
         self.perturbed.show([self.plus, self.minus])
         self.sides.equalised()
+        self.held = 1
 
     def verify(self) -> str | None:
         """See `Runtime.verify`: what is compared is what the model's parameters point at."""
-        return self.perturbed.verify([self._use(copy) for copy in (self.plus, self.minus)])
+        used = [self.copies[f"{sign}{k}"] for k in range(self.held) for sign in SIGNS]
+        return self.perturbed.verify([self._use(copy) for copy in used])
 
     @torch.no_grad()
-    def score_pairs(self, split: str, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def score_pairs(
+        self, split: str, indices: Sequence[int], shares: Sequence[Sequence[int]] | None = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """See `Runtime.score_pairs`. Both signs run on the same gathered batch."""
 
         def read(names: list[str]) -> list[torch.Tensor]:
             return self._with_each(names, self._forward(split, indices, self.tokens, signs=len(names)))
 
         with self._timed("forward"):
-            return self.sides.pairs(1, ("scores", split, *indices), read)
+            if shares is None:
+                return self.sides.pairs(self.held, ("scores", split, *indices), read)
+            batches = [[indices[i] for i in share] for share in shares]
+            if self.rowwise:
+                return self._pairs_at_once(batches, lambda all_, copies: self._scores(split, all_, copies))
+            return [
+                self._pair(k, batch, lambda b: self._forward(split, b, self.tokens, signs=1)())
+                for k, batch in enumerate(batches)
+            ]
+
+    def _pairs_at_once(self, batches: Sequence[Sequence[int]], run: Callable) -> list[tuple]:
+        """What one pass gives for batch k at plus k and at minus k, for all k.
+
+        Args:
+            batches: numbers of examples, one batch a perturbation.
+            run: from numbers of examples and the copy of each, results in order.
+        """
+        flat = [i for batch in batches for i in batch]
+        owners = [k for k, batch in enumerate(batches) for _ in batch]
+        results = run(flat * 2, [*owners, *(self.pairs + k for k in owners)])
+        ends = list(itertools.accumulate(map(len, batches)))
+        spans = [slice(end - len(batch), end) for end, batch in zip(ends, batches, strict=True)]
+        plus, minus = results[: len(flat)], results[len(flat) :]
+        return [(plus[span], minus[span]) for span in spans]
+
+    def _pair(self, k: int, batch: Sequence[int], run: Callable) -> tuple:
+        """What `run` returns of a batch, which may be empty, at plus k and at minus k."""
+        if not batch:
+            return [], []
+        return tuple(self._with_each([f"{sign}{k}" for sign in SIGNS], lambda: run(batch)))
+
+    def _scores(self, split: str, indices: Sequence[int], copies: Sequence[int]) -> torch.Tensor:
+        """Option scores of examples, each at a copy of its own."""
+        of_rows = [copy for i, copy in zip(indices, copies, strict=True) for _ in self.rows[split][i]]
+        return self._forward(split, indices, self.tokens, signs=1, copies=of_rows)()
 
     @torch.no_grad()
     def score(self, split: str, indices: Sequence[int]) -> torch.Tensor:
@@ -185,15 +249,28 @@ class HFRuntime:
         return self._write(split, indices, max_new_tokens, stop, self.eval_tokens)
 
     def generate_pairs(
-        self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]
+        self,
+        split: str,
+        indices: Sequence[int],
+        max_new_tokens: int,
+        stop: Sequence[str],
+        shares: Sequence[Sequence[int]] | None = None,
     ) -> list[tuple[list[str], list[str]]]:
         """See `Runtime.generate_pairs`."""
-
-        def read(names: list[str]) -> list[list[str]]:
-            return self._with_each(names, lambda: self._write(split, indices, max_new_tokens, stop, self.tokens))
-
+        write = lambda batch: self._write(split, batch, max_new_tokens, stop, self.tokens)  # noqa: E731
+        read = lambda names: self._with_each(names, lambda: write(indices))  # noqa: E731
         with self._timed("forward"):
-            return self.sides.pairs(1, ("texts", split, *indices), read)
+            if shares is None:
+                return self.sides.pairs(self.held, ("texts", split, *indices), read)
+            batches = [[indices[i] for i in share] for share in shares]
+            if self.rowwise is None or self.parts.prefix:
+                return [self._pair(k, batch, write) for k, batch in enumerate(batches)]
+
+            def run(examples: Sequence[int], copies: Sequence[int]) -> list[str]:
+                with self.rowwise.using(copies):
+                    return write(examples)
+
+            return self._pairs_at_once(batches, run)
 
     def _with_each(self, names: Sequence[str], run: Callable) -> list:
         """What `run` returns with each of these copies in use, in order."""
@@ -244,7 +321,19 @@ class HFRuntime:
             cache = f"trunk cache on {self.trunk.storage} ({self.trunk.nbytes / 2**20:.0f} MiB; runs {kind})"
             if self.trunk.full:
                 cache += "; it is full and computes rows again: raise --trunk-cache-bytes"
-        return f"{n:,} {self.parts.attached.title}, {self.dtype} base on {self.device}, {cache}"
+        return (
+            f"{n:,} {self.parts.attached.title}, {self.dtype} base on {self.device}, {cache}{self._describe_passes()}"
+        )
+
+    def _describe_passes(self) -> str:
+        """How the perturbations of a step share forward passes, where the batch is divided among directions."""
+        if self.work.directions == 1:
+            return ""
+        if self.rowwise is None:
+            return f"; {self.work.directions} directions, a forward pass each: {self.why_not_rowwise}"
+        passes = -(-self.work.perturbations // self.pairs)
+        held = f"{self.pairs} of {self.work.perturbations} perturbations" if passes > 1 else "all perturbations"
+        return f"; {self.work.directions} directions, a forward pass holds {held} at both signs"
 
     def close(self) -> None:
         """See `Runtime.close`."""
@@ -263,15 +352,24 @@ class HFRuntime:
         for p, tensor in zip(self.params, tensors, strict=True):
             p.data = tensor
 
-    def _forward(self, split: str, indices: Sequence[int], count: TokenCount, signs: int) -> Callable[[], torch.Tensor]:
-        """Gather a batch and count its tokens; each call of the result scores it with the weights then in use."""
+    def _forward(
+        self, split: str, indices: Sequence[int], count: TokenCount, signs: int, copies: Sequence[int] | None = None
+    ) -> Callable[[], torch.Tensor]:
+        """Gather a batch and count its tokens; each call of the result scores it.
+
+        Args:
+            split, indices: the examples.
+            count: of tokens.
+            signs: how often the result will be called.
+            copies: of each row, which copy runs it; None runs all with the weights in use at the call.
+        """
         rows = [row for i in indices for row in self.rows[split][i]]
         batch = RowBatch.of(rows, self.pad, self.device)
         examples = [self.examples[split][i] for i in indices]
         n_layers, first = len(self.parts.layers), self.parts.first
         tokens = sum(len(row.ids) for row in rows)
         count.scored += signs * tokens
-        hidden, filled = self._hidden(split, indices, batch)
+        hidden, filled = self._hidden(split, indices, batch, copies)
         if self.trunk is None:
             count.computed += signs * tokens
         else:
@@ -279,53 +377,86 @@ class HFRuntime:
             count.computed += signs * run * (n_layers - first) / n_layers + self._trunk_share(filled)
 
         def scores() -> torch.Tensor:
-            return option_scores(examples, self._log_probs(hidden(), batch.targets, self.vocabulary), batch.valid.cpu())
+            log_probs = self._log_probs(hidden(), batch.targets, self.vocabulary, copies)
+            return option_scores(examples, log_probs, batch.valid.cpu())
 
         return scores
 
-    def _hidden(self, split: str, indices: Sequence[int], batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:
-        """A function that gives the hidden states at the scored positions, and the tokens whose trunk was run."""
+    def _hidden(
+        self, split: str, indices: Sequence[int], batch: RowBatch, copies: Sequence[int] | None = None
+    ) -> tuple[Callable[[], torch.Tensor], int]:
+        """A function that gives the hidden states at the scored positions, and the tokens whose trunk was run.
+
+        Args:
+            split, indices: the examples.
+            batch: their rows.
+            copies: see `_forward`.
+        """
         starts = self.first_row[split]
         numbers = [n for i in indices for n in range(starts[i], starts[i] + len(self.rows[split][i]))]
         if self.device.type != "cpu" or (self.trunk and self.trunk.keep_kv):
-            return self._run_of(split, numbers, batch)
+            return self._run_of(split, numbers, batch, copies)
         groups = by_length(batch.lengths.tolist(), CALL)
         runs, filled = zip(
-            *(self._run_of(split, [numbers[n] for n in group], batch.part(group)) for group in groups), strict=True
+            *(
+                self._run_of(
+                    split, [numbers[n] for n in group], batch.part(group), copies and [copies[n] for n in group]
+                )
+                for group in groups
+            ),
+            strict=True,
         )
         back = torch.tensor([n for group in groups for n in group]).argsort()
         return lambda: torch.cat([run() for run in runs])[back], sum(filled)
 
-    def _run_of(self, split: str, numbers: Sequence[int], batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:
+    def _run_of(
+        self, split: str, numbers: Sequence[int], batch: RowBatch, copies: Sequence[int] | None
+    ) -> tuple[Callable[[], torch.Tensor], int]:
+        """See `_hidden`; of rows that are run together."""
         if self.trunk is None:
-            return lambda: self._full_hidden(batch), 0
-        return self.trunk.hidden(split, numbers, batch)
+            run, filled = functools.partial(self._full_hidden, batch), 0
+        else:
+            trunk, filled = self.trunk.hidden(split, numbers, batch)
+            run = lambda prefix=None: trunk()  # noqa: E731  a prefix has no trunk below it
+        if copies is None:
+            return run, filled
+
+        def by_row() -> torch.Tensor:
+            with self.rowwise.using(copies) as prefix:
+                return run(prefix)
+
+        return by_row, filled
 
     def _trunk_share(self, tokens: int) -> float:
         """Work of filling the cache, in tokens through the whole model; keys and values count as one layer."""
         return tokens * (self.parts.first + self.trunk.keep_kv) / len(self.parts.layers)
 
-    def _full_hidden(self, batch: RowBatch) -> torch.Tensor:
+    def _full_hidden(self, batch: RowBatch, prefixes: torch.Tensor | None = None) -> torch.Tensor:
         mask, prefix = None if self.parts.causal else batch.mask, self.parts.prefix
         others = {"attention_mask": mask, **no_cache(self.parts.causal)}
-        out = self.parts.body(input_ids=batch.ids, **prefix.inputs(len(batch.ids), mask) if prefix else others)
-        return scored(out.last_hidden_state, batch.positions)
+        inputs = prefix.inputs(len(batch.ids), mask, prefixes) if prefix else others
+        return scored(self.parts.body(input_ids=batch.ids, **inputs).last_hidden_state, batch.positions)
 
-    def _log_probs(self, hidden: torch.Tensor, targets: torch.Tensor, vocabulary: bool) -> torch.Tensor:
+    def _log_probs(
+        self, hidden: torch.Tensor, targets: torch.Tensor, vocabulary: bool, copies: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """log p of the targets.
 
         Args:
             hidden: (rows, scored, hidden_size) final hidden states.
             targets: (rows, scored, candidates) token ids.
             vocabulary: normalise over the vocabulary; else they are right up to a constant of each position.
+            copies: see `_forward`.
         Returns:
             (rows, scored, candidates) float64, on the CPU.
         """
         tokens, inverse = targets.unique(return_inverse=True)
-        logits = None if vocabulary else self.parts.some_logits(hidden, tokens)
+        by_row = copies is not None and self.rowwise.head_trained
+        logits = None if vocabulary or by_row else self.parts.some_logits(hidden, tokens)
         if logits is not None:
             return logits.gather(-1, inverse).double().cpu()
-        logits = self.parts.logits(hidden)
+        with self.rowwise.using(copies) if by_row else nullcontext():
+            logits = self.parts.logits(hidden)
         log_z = logits.double().logsumexp(-1, keepdim=True) if vocabulary else 0.0
         return (logits.gather(-1, targets).double() - log_z).cpu()
 
@@ -353,13 +484,30 @@ class HFRuntime:
         self._use_noise(seed=1)  # what is cached by now is of another theta, as in training
         log_probs = self._log_probs(hidden(), proof.batch.targets, vocabulary=True)
         proof.check(self.parts.model, log_probs, flag, remedy)
+        if self.rowwise:
+            self._prove_rowwise(proof)
 
-    def _use_noise(self, seed: int) -> None:
-        """Write a theta that changes scores to the plus copy, which no step has written yet, and use it."""
+    def _prove_rowwise(self, proof: StartProof) -> None:
+        """Give up passes of rows with copies of their own, in favour of one for each copy, if scores change."""
+        first, last = 0, 2 * self.pairs - 1
+        self._use_noise(seed=2, copy=f"minus{self.pairs - 1}")
+        copies = [copy for copy in (first, last) for _ in proof.rows]
+        rows = RowBatch.of(proof.rows * 2, self.pad, self.device)
+        try:
+            hidden, _ = self._hidden(proof.split, proof.indices * 2, rows, copies)
+            log_probs = self._log_probs(hidden(), rows.targets, vocabulary=True, copies=copies)
+            for copy, own in zip((self.plus, self.copies[f"minus{self.pairs - 1}"]), log_probs.chunk(2), strict=True):
+                self._use(copy)
+                proof.check(self.parts.model, own, "--directions", "")
+        except (RowsLost, UserError) as error:
+            self.rowwise, self.why_not_rowwise = None, str(error).strip("; ")
+
+    def _use_noise(self, seed: int, copy: str = "plus0") -> None:
+        """Write a theta that changes scores to a copy, which no step has written yet, and use it."""
         theta = dict(zip(self.master.names, self.master.tensors, strict=True))
-        for tensor, noise in zip(self.plus.tensors, self.parts.attached.noise(theta, seed), strict=True):
+        for tensor, noise in zip(self.copies[copy].tensors, self.parts.attached.noise(theta, seed), strict=True):
             tensor.copy_(noise)
-        self._use(self.plus)
+        self._use(self.copies[copy])
 
 
 def _starts(rows: list[list]) -> list[int]:

@@ -224,7 +224,7 @@ def test_a_wrong_prefix_is_found_at_the_start(llama, monkeypatch):
     """Values taken for keys: PEFT's forward pass says otherwise."""
     right = Prefix.cache
 
-    def swapped(self, rows):
+    def swapped(self, rows, weights=None):
         cache = right(self, rows)
         for layer in cache.layers:
             layer.keys, layer.values = layer.values, layer.keys

@@ -1,0 +1,97 @@
+"""A forward pass in which every row is run by a copy of its own of what is trained.
+
+The products of the frozen base are taken once over all rows, whatever copy they belong to; those of the adapters,
+which are small, are batched products over rows. So all directions of a step, and both signs, are one forward pass.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from mezo.models.parts import ModelParts
+
+
+class RowsLost(Exception):
+    """A module was called with something else than the rows of the batch: tokens of an expert, say."""
+
+
+class RowWise:
+    """Copies of what is trained, and the forward pass that gives each row one of them.
+
+    Args:
+        parts: the model; `why_not` is None.
+        stacks: of each trained parameter, in order, its copies: (copies, *shape).
+    """
+
+    def __init__(self, parts: ModelParts, stacks: Sequence[torch.Tensor]):
+        owners = _owners(parts)
+        self.prefix = stacks[0] if parts.prefix else None
+        self.linear = (
+            [] if parts.prefix else [(owners[id(p)], s) for p, s in zip(parts.params.values(), stacks, strict=True)]
+        )
+        trained = {id(module) for module, _ in self.linear}
+        self.head_trained = any(id(module) in trained for module in parts.head.modules())
+
+    @contextmanager
+    def using(self, copies: Sequence[int]) -> Iterator[torch.Tensor | None]:
+        """Meanwhile row i of a batch is run by copy copies[i]; yields the prefix of each row, if one is trained.
+
+        Raises:
+            RowsLost: in the forward pass, of a model that such a pass is not possible with.
+        """
+        chosen = _chosen(copies)
+        for module, stack in self.linear:
+            module.forward = functools.partial(_linear, weights=stack[chosen], rows=len(copies))
+        try:
+            yield None if self.prefix is None else self.prefix[list(copies)]
+        finally:
+            for module, _ in self.linear:
+                del module.forward
+
+
+def why_not(parts: ModelParts) -> str | None:
+    """Why rows cannot have copies of their own, None if they can."""
+    if parts.prefix:
+        return None
+    owners = _owners(parts)
+    return next(
+        (f"{name} is no adapter of a linear layer" for name, p in parts.params.items() if id(p) not in owners), None
+    )
+
+
+def _owners(parts: ModelParts) -> dict[int, nn.Module]:
+    """By id of its weight, each linear layer of an adapter, or head beside one."""
+    if parts.attached.peft is None:  # the base itself: a copy of it for every row is no small thing
+        return {}
+    linear = (module for module in parts.model.modules() if type(module) is nn.Linear and module.bias is None)
+    return {id(module.weight): module for module in linear}
+
+
+def _chosen(copies: Sequence[int]) -> slice | list[int]:
+    """What takes the copies of rows out of a stack: a view where each copy has as many rows, one after the other.
+
+    >>> _chosen([2, 2, 3, 3]), _chosen([0, 1, 0])
+    (slice(2, 4, None), [0, 1, 0])
+    """
+    first, last = copies[0], copies[-1]
+    each, rest = divmod(len(copies), last - first + 1) if last >= first else (0, 1)
+    if not rest and list(copies) == [first + i // each for i in range(len(copies))]:
+        return slice(first, last + 1)
+    return list(copies)
+
+
+def _linear(x: torch.Tensor, weights: torch.Tensor, rows: int) -> torch.Tensor:
+    """Inputs times the weights of their rows.
+
+    Args:
+        x: (rows, ..., inputs), or the tokens of all rows, one after the other, (rows * tokens, inputs).
+        weights: (groups, outputs, inputs), of groups of as many rows.
+        rows: of the batch.
+    """
+    if len(x) % rows:
+        raise RowsLost(f"a layer was given {len(x)} rows where the batch has {rows}")
+    grouped = x.reshape(len(weights), -1, x.shape[-1])
+    return torch.bmm(grouped, weights.mT).view(*x.shape[:-1], -1)
