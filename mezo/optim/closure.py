@@ -101,27 +101,31 @@ class Watch:
         """
         remedy = "a smaller lr helps where it diverges; `skipped_steps` counts on"
         if skipped:
-            self._warn(f"MeZO skipped a step, a loss or its coefficient is not finite (losses {losses[:4]}): {remedy}")
+            self._warn(
+                "skipped",
+                f"MeZO skipped a step, a loss or its coefficient is not finite (losses {losses[:4]}): {remedy}",
+            )
             return
         mean = sum(losses) / len(losses)
         self.first = mean if self.first is None else self.first
         if mean > max(self.first, DIVERGED * abs(self.best)):
             self._warn(
+                "diverged",
                 f"the loss is {mean:.4g}, more than {DIVERGED:g} times the best so far, {self.best:.4g}, "
-                "and above the first: MeZO diverges where it stays there; a smaller lr helps"
+                "and above the first: MeZO diverges where it stays there; a smaller lr helps",
             )
         self.best = min(self.best, mean)
         self.equal_steps = self.equal_steps + 1 if len(set(losses)) == 1 else 0
         if self.equal_steps == EQUAL_STEPS:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             self._warn(
+                "equal",
                 f"all losses of a step were equal to the last bit, {EQUAL_STEPS} steps in a row: the loss does not "
-                f"depend on these parameters: {shown}; or eps is below what the loss can tell (16 bits, an accuracy)"
+                f"depend on these parameters: {shown}; or eps is below what the loss can tell (16 bits, an accuracy)",
             )
 
-    def _warn(self, message: str) -> None:
-        """Once for each place in this class that warns."""
-        kind = message[:12]
+    def _warn(self, kind: str, message: str) -> None:
+        """Warn once of each kind."""
         if kind not in self.warned:
             self.warned.add(kind)
             warnings.warn(message, stacklevel=3)

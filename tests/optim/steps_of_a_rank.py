@@ -1,4 +1,4 @@
-"""What each rank of `test_optimizer_ranks.py` does: 20 steps on its own data, in every way; rank 0 writes what came out."""
+"""What each rank of `test_optimizer_ranks.py` does: 20 steps on its own data, in every way; rank 0 writes them."""
 
 import sys
 
