@@ -14,6 +14,7 @@ from mezo_kernels.philox import tensor_id
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # columns of `ParamLayout.geometry`, one row a parameter; local (r, c) is element first_index + r full_cols + c
 STRIDED, TENSOR_ID, FIRST_INDEX, ROWS, COLS, FULL_COLS = range(6)
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _serial = itertools.count()
 
 
@@ -112,11 +113,24 @@ class ParamLayout:
 
 
 def canonical_name(name: str) -> str:
-    """PEFT's state-dict key of a parameter: the adapter name in `lora_A.<adapter>.weight` is dropped.
+    """A parameter's name in the bare model, without what wrappers add to it.
+
+    The adapter name in `lora_A.<adapter>.weight` is dropped, which leaves PEFT's state-dict key; so are `_orig_mod` of
+    torch.compile, the names of FSDP's and of activation checkpoints' wrappers, and DDP's `module` in front.
 
     >>> canonical_name("base_model.model.layers.0.q_proj.lora_A.default.weight")
     'base_model.model.layers.0.q_proj.lora_A.weight'
+    >>> canonical_name("module._orig_mod.layers.0.weight")
+    'layers.0.weight'
     """
+    parts = [part for part in without_adapter(name).split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def without_adapter(name: str) -> str:
+    """`canonical_name` as it was at first: optimizer states of that time hold parameters under these names."""
     parts = name.split(".")
     lora = [i for i, part in enumerate(parts) if part in ("lora_A", "lora_B")]
     if lora and lora[-1] + 2 < len(parts):

@@ -420,10 +420,11 @@ def test_a_state_of_an_older_version_is_loaded(momentum):
     old, new = MeZO([("theta", theta)], lr=0.1, **rule), MeZO([("theta", same)], lr=0.1)
     old.step(lambda: theta.square().sum())
     state = old.state_dict()
-    del state["mezo"]["normalise_z"]
+    beside = ("seed", "num_perturbations", "distribution", "steps", "skipped_steps", "projected_grads")
     for group in state["param_groups"]:
+        state["mezo"] = {name: group.pop(name) for name in beside}
         group["momentum"] = momentum
-        for name in ("rule", "betas", "adam_eps") if momentum else ("rule", "betas", "adam_eps", "updates"):
+        for name in ("rule", "z_names", "normalise_z") if momentum else ("rule", "z_names", "normalise_z", "updates"):
             del group[name]
     new.load_state_dict(state)
     for optimizer, p in ((old, theta), (new, same)):

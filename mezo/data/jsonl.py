@@ -49,6 +49,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
         # utf-8-sig: some editors put a byte order mark first.
         lines = Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
     except UnicodeDecodeError as error:
+        refuse_binary(path, error.object)
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
@@ -57,11 +58,23 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
 
 
+MAGIC = {b"\x1f\x8b": ("gzip", "unpack it"), b"PAR1": ("Parquet", "write it with datasets' Dataset.to_json")}
+"""First bytes of files that are no text, what they are, and the remedy."""
+
+
+def refuse_binary(path: str | Path, content: bytes) -> None:
+    """Raise UserError that names the format, where the first bytes are those of a known one."""
+    for magic, (name, remedy) in MAGIC.items():
+        if content.startswith(magic):
+            raise UserError(f"{path} is a {name} file, expected JSON lines: {remedy}")
+
+
 def _parse(line: str, where: str) -> dict:
     if not line.strip():
         raise UserError(f"{where} is blank: remove it, one JSON object a line")
     try:
-        row = json.loads(line)
+        # NaN stands for a missing value, as null does: where a task reads the field, it is refused as that
+        row = json.loads(line, parse_constant=lambda name: None if name == "NaN" else float(name))
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "nested too deeply")
         raise UserError(f"{where} is not JSON ({reason}): {line!r:.60}: one JSON object a line") from None

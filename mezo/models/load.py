@@ -72,7 +72,7 @@ def load_base(checkpoint: Checkpoint, dtype: torch.dtype | str, bare: bool = Fal
     auto = AutoModel if bare else AutoModelForMaskedLM if checkpoint.masked else AutoModelForCausalLM
     try:
         return auto.from_pretrained(checkpoint.name, dtype=dtype, attn_implementation=ATTENTION).eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # ImportError: a quantised checkpoint without its library
         raise _unloadable(checkpoint.name, error) from error
 
 

@@ -1,5 +1,8 @@
 """Bad data and contradictory options: a one-line error with the remedy."""
 
+import gzip
+import json
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -139,8 +142,16 @@ def test_unreadable_file(bpe, make, tmp_path):
     config = make([OK], label_words=WORDS)
     (tmp_path / "train.jsonl").write_bytes(b'{"text": "\xff"}')
     refuses(config, bpe, r"train\.jsonl is not UTF-8 \(byte 10\)")
+    (tmp_path / "train.jsonl").write_bytes(gzip.compress(json.dumps(OK).encode()))
+    refuses(config, bpe, r"train\.jsonl is a gzip file, expected JSON lines: unpack it")
+    (tmp_path / "train.jsonl").write_bytes(b"PAR1\x15\x04\xff")
+    refuses(config, bpe, r"train\.jsonl is a Parquet file, expected JSON lines")
     (tmp_path / "train.jsonl").unlink()
     refuses(config, bpe, r"train\.jsonl cannot be read: No such file")
+
+
+def test_nan_is_a_missing_value(bpe, make):
+    refuses(make([OK, {**OK, "text": float("nan")}], label_words=WORDS), bpe, "line 2.*text")
 
 
 def test_unknown_task_and_wrong_number_of_words(bpe, hub):

@@ -44,6 +44,9 @@ class StartProof:
             UserError: the log-probabilities are not the model's.
         """
         expected, allowed = reference_log_probs(model, self.batch), TOLERANCE
+        if expected[self.batch.valid.cpu()].isnan().any():
+            remedy = "use --dtype bfloat16" if self.dtype == torch.float16 else "its weights may be damaged"
+            raise UserError(f"--model: its own log-probabilities are NaN in {self.dtype}: {remedy}")
         if self.dtype != torch.float32:
             sizes = {1, 2, 3} & set(range(len(self.rows)))
             allowed = max(1e-6, *(self._noise(model, expected, size) for size in sizes), 0.0)

@@ -142,6 +142,15 @@ def test_models_that_change_their_logits_unknown_to_the_table_are_refused(tmp_pa
         runtime(path, examples(4), **adapted)
 
 
+@pytest.mark.parametrize("layers", [(), (1, 2)], ids=["no trunk", "trunk"])
+def test_a_model_that_overflows_in_float16_is_told_to_run_in_bfloat16(tmp_path, layers):
+    torch.manual_seed(0)
+    model = GraniteForCausalLM(GraniteConfig(**SIZES, num_key_value_heads=2, embedding_multiplier=1e6))
+    path, adapted = save_model(model, tmp_path), {"layers_to_transform": layers, "target_modules": ("q_proj", "v_proj")}
+    with pytest.raises(UserError, match=r"NaN in torch\.float16: use --dtype bfloat16"):
+        runtime(path, examples(4), dtype="float16", **adapted)
+
+
 def test_a_sliding_window_shorter_than_a_row_keeps_whole_rows(tmp_path):
     """The short rows come first: the window matters for the last one alone."""
     torch.manual_seed(0)
