@@ -244,7 +244,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     if kind is float and (isinstance(value, int | str) and not isinstance(value, bool)):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     fits = type(value) is kind
     require(fits, f"{name} must be {KINDS[kind]}, got {value!r}")

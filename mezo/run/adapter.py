@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from mezo.atomic import replacing
 from mezo.errors import UserError
 from mezo.models.spec import LINEAR_HEAD
-from mezo.run.files import replace_file
+from mezo.run.files import read_object, replace_file
+from mezo.run.schema import Peft, validated
 from mezo.run.trajectory import read_trajectory
 from mezo_kernels import canonical_name
 
@@ -86,10 +87,10 @@ def load_adapter(directory: str | Path, shapes: dict[str, tuple[int, ...]]) -> d
 
 def read_peft_config(directory: str | Path) -> dict:
     """adapter_config.json of an adapter directory."""
-    try:
-        return json.loads((Path(directory) / PEFT_CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory} is neither a run nor an adapter: no readable {PEFT_CONFIG} there") from error
+    path = Path(directory) / PEFT_CONFIG
+    if not path.is_file():
+        raise UserError(f"{directory} is neither a run nor an adapter: no readable {PEFT_CONFIG} there")
+    return validated(Peft, read_object(path), str(path))
 
 
 def adapter_options(directory: str | Path) -> dict:

@@ -9,8 +9,9 @@ from filelock import FileLock, Timeout
 from mezo.atomic import remove_partial, replacing
 from mezo.config import Config
 from mezo.errors import UserError
-from mezo.run.files import drop_torn_line, read_lines, replace_file
+from mezo.run.files import drop_torn_line, parsed, read_lines, read_object, replace_file
 from mezo.run.header import INITIAL, content_of
+from mezo.run.schema import Metrics, Result, validated
 
 
 class RunDirectory:
@@ -77,13 +78,16 @@ class RunDirectory:
     def read_config(self) -> Config:
         """The configuration the run was started with."""
         try:
-            return Config.of_run(json.loads(self.config.read_text()))
-        except (OSError, ValueError) as error:
+            return Config.of_run(read_object(self.config))
+        except UserError as error:
             raise UserError(f"{self.path}: not a run directory with a readable config.json ({error})") from error
 
     def read_metrics(self) -> list[dict]:
         """Evaluations so far, oldest first."""
-        return [row for _, row in read_lines(self.metrics)] if self.metrics.is_file() else []
+        if not self.metrics.is_file():
+            return []
+        lines = ((f"{self.metrics}: line {number}", line) for number, line in read_lines(self.metrics))
+        return [validated(Metrics, parsed(line, where), where) for where, line in lines]
 
     def write_metrics(self, rows: list[dict]) -> None:
         """Replace the evaluations."""
@@ -91,7 +95,7 @@ class RunDirectory:
 
     def read_result(self) -> dict:
         """result.json of a finished run."""
-        return json.loads(self.result.read_text())
+        return validated(Result, read_object(self.result), str(self.result))
 
     def _acquire(self) -> None:
         self._lock = FileLock(self.path / ".lock")  # the OS frees it where its process ends
