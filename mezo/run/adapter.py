@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from mezo.atomic import replacing
 from mezo.errors import UserError
 from mezo.models.spec import LINEAR_HEAD
-from mezo.run.files import read_object, replace_file
+from mezo.run.files import RESTORE, read_object, replace_file
 from mezo.run.schema import Peft, validated
 from mezo.run.trajectory import read_trajectory
 from mezo_kernels import canonical_name
@@ -39,6 +39,15 @@ def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
         return {canonical_name(name): tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"adapter {directory}: {WEIGHTS} cannot be read there ({error})") from error
+
+
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a file of weights by canonical name; what they hold is not read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {canonical_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {RESTORE}") from error
 
 
 def is_prefix(peft: dict) -> bool:
