@@ -11,7 +11,7 @@ from mezo.data.rewards import judges, trusted_reward
 from mezo.errors import UserError
 from mezo.models.load import Checkpoint, load_tokenizer
 from mezo.run import outcome
-from mezo.run.adapter import adapter_options, load_adapter
+from mezo.run.adapter import adapter_options, check_base, load_adapter
 from mezo.run.agreement import check_lines
 from mezo.run.directory import RunDirectory, launch_id, refuse_existing
 from mezo.run.export import refuse_output
@@ -228,6 +228,8 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
         raise UserError("--engine-arg node_rank: only mezo train runs on several machines; use one, or --runtime hf")
     with loaded(config) as (runtime, splits, _):
         if adapter is not None:
+            spec, linear = runtime.spec, config.model.tuning.head == "linear"
+            check_base(adapter, config.model.base, linear, {"model_hash": spec.model_hash, "dtype": spec.dtype})
             runtime.load(load_adapter(adapter, runtime.spec.shapes))
         judged = judges(config.method)
         return {split: evaluate_split(config, runtime, split, own, judged) for split, own in splits.items()}

@@ -39,6 +39,10 @@ def main(argv: list[str]) -> int:
     else:
         if values.pop("trust_reward", False):
             raise UserError("--trust-reward belongs to --resume, a new run has --reward: leave it out")
+        if values.get("adapter") and "model" not in values:
+            from mezo.run.adapter import adapter_options
+
+            values["model"] = adapter_options(values["adapter"])["model"]
         config = Config.of(**values)
         from mezo.api import train
 

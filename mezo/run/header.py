@@ -16,7 +16,7 @@ from mezo.data.example import Example
 from mezo.data.rewards import reward_hash
 from mezo.errors import UserError
 from mezo.models.spec import TrainedSpec
-from mezo.run.adapter import WEIGHTS, load_adapter
+from mezo.run.adapter import WEIGHTS, check_base, load_adapter
 from mezo.run.trajectory import FORMAT, VERSIONS
 from mezo.runtimes.base import InitialTheta, Runtime, require
 from mezo_kernels import Z_STREAM_VERSION, lora_init
@@ -45,6 +45,8 @@ def starting_file(config: Config, runtime: Runtime) -> Path | bytes | None:
     """
     tuning = config.model.tuning
     if tuning.adapter:
+        loaded = {"model_hash": runtime.spec.model_hash, "dtype": runtime.spec.dtype}
+        check_base(Path(tuning.adapter), config.model.base, tuning.head == "linear", loaded)
         return Path(tuning.adapter) / WEIGHTS
     if tuning.name != "prefix":
         return None

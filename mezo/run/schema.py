@@ -63,6 +63,13 @@ class Peft(_Fields):
         return self
 
 
+class BaseHash(_Fields):
+    """What base an adapter was trained on."""
+
+    model_hash: Text
+    dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")]
+
+
 class Stream(_Fields):
     """theta_0 from the z stream."""
 
