@@ -22,7 +22,15 @@ WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BASE = "mezo_base.json"
 """What base an adapter was trained on: `model_hash` and `dtype`, as in the header of its log."""
 
-HARMLESS = ("peft_type", "task_type", "base_model_name_or_path", "inference_mode", "peft_version", "modules_to_save")
+HARMLESS = (
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "modules_to_save",
+)
 LORA = "r lora_alpha target_modules layers_to_transform lora_dropout use_rslora fan_in_fan_out megatron_core".split()
 PREFIX = "num_virtual_tokens num_layers num_attention_heads token_dim encoder_hidden_size num_transformer_submodules"
 KNOWN = {"LORA": (*HARMLESS, *LORA), "PREFIX_TUNING": (*HARMLESS, *PREFIX.split(), "prefix_projection")}
@@ -112,7 +120,8 @@ def check_trainable(peft: dict, directory: str) -> None:
         raise UserError(f"adapter {directory}: peft_type must be LORA or PREFIX_TUNING, got {kind}")
     defaults = peft_defaults(kind)
     for key, value in peft.items():
-        if key not in KNOWN[kind] and value and value != defaults.get(key):
+        gaussian = (key, value) == ("init_lora_weights", "gaussian")  # a start of lora_A, which the weights replace
+        if key not in KNOWN[kind] and value and value != defaults.get(key) and not gaussian:
             raise UserError(
                 f"adapter {directory}: {key} is {value!r:.60}, only plain LoRA or a prefix can be used here"
             )

@@ -1,0 +1,105 @@
+"""Runs that somebody else made, or that a disk damaged: one line and exit code 2, or the right result."""
+
+import contextlib
+import random
+import re
+import resource
+import shutil
+
+import pytest
+
+from mezo.api import train
+from mezo.cli.main import main
+from mezo.config import Config
+from mezo.errors import UserError
+from mezo.report import tables
+from mezo.run.adapter import PEFT_CONFIG, read_adapter, same_bits
+
+FILES = ("config.json", "trajectory.jsonl", "metrics.jsonl", "result.json",
+         "adapter/adapter_config.json", "adapter/mezo_base.json", "adapter/adapter_model.safetensors")  # fmt: skip
+NUMBER = re.compile(rb"-?\d+(\.\d+)?(e-?\d+)?")
+ODD = (
+    b"-1",
+    b"1e999",
+    b"NaN",
+    b"null",
+    b"[]",
+    b"{}",
+    b'"abc"',
+    b"true",
+    b"1000000000000",
+    b"0",
+    b"1" * 400,
+    b"[" * 200_000,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model, tiny_data):
+    run = tmp_path_factory.mktemp("runs") / "run"
+    config = Config.of(
+        model=tiny_model, **tiny_data, output_dir=str(run), prompt="{text} It was", label_words=(" terrible", " great"),
+        target_modules=("q_proj", "o_proj"), layers_to_transform=(2,), steps=12, batch_size=8, lr=3e-2, eval_every=4,
+        report=False,
+    )  # fmt: skip
+    train(config)
+    return run
+
+
+def damaged(data, draw):
+    """What a fault, a fool or a foe makes of a file."""
+    at, line = draw.randrange(len(data)), data.split(b"\n")
+    kind = draw.choice(("flip", "cut", "drop", "repeat", "insert", "number", "value", "key", "lines", "zeros"))
+    if kind in ("number", "value") and (found := list(NUMBER.finditer(data))):
+        one = draw.choice(found)
+        other = draw.choice(ODD) if kind == "value" else str(draw.randrange(10)).encode()
+        return data[: one.start()] + other + data[one.start() + 1 if kind == "number" else one.end() :]
+    draw.shuffle(line)
+    return {
+        "flip": data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :],
+        "cut": data[:at],
+        "drop": data[:at] + data[at + draw.randrange(1, 40) :],
+        "repeat": data[:at] + data[max(0, at - 60) :],
+        "insert": data[:at] + draw.choice(ODD) + data[at:],
+        "key": data.replace(b'"', b"'", 1) if draw.random() < 0.2 else re.sub(rb"[a-z]_[a-z]", b"x_y", data, count=1),
+        "lines": b"\n".join(line),
+        "zeros": data[:at] + bytes(len(data) - at),
+    }.get(kind, b"")
+
+
+def outcome_of(command, capsys):
+    """Exit code of a command, which must be 0, or 2 with one line."""
+    capsys.readouterr()
+    code, shown = main(command), capsys.readouterr().err
+    assert code == 0 or (code, shown.count("\n")) == (2, 1), (command, shown)
+    assert len(shown) < 2000
+    return code
+
+
+def check_damage(run, name, tmp_path, capsys, times, seed):
+    """Damage a file so many times; then every command ends well or in one line, and no other theta is written."""
+    whole, draw, right = (run / name).read_bytes(), random.Random(f"{name}{seed}"), read_adapter(run / "adapter")
+    copy, before = shutil.copytree(run, tmp_path / "copy"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for i in range(times):
+        (copy / name).write_bytes(damaged(whole, draw))
+        out = tmp_path / f"out-{i}"
+        for command in (["trajectory", "show"], ["trajectory", "verify"], *([["report"]] if i % 20 == 0 else [])):
+            outcome_of([*command, str(copy)], capsys)
+        with contextlib.suppress(UserError):  # what `mezo report` prints; its figures take long
+            assert tables.tables(str(copy))
+            tables.warnings(str(copy))
+        if outcome_of(["replay", str(copy), "--output-dir", str(out)], capsys) == 0:
+            assert same_bits(read_adapter(out), right) is None
+            assert (out / PEFT_CONFIG).read_bytes() == (run / "adapter" / PEFT_CONFIG).read_bytes()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6  # kB
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_one_line_or_changes_nothing(finished, name, tmp_path, capsys):
+    check_damage(finished, name, tmp_path, capsys, 8, "quick")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_200_damages_of_a_file(finished, name, tmp_path, capsys):
+    check_damage(finished, name, tmp_path, capsys, 200, "all")
