@@ -246,8 +246,8 @@ def typed(name: str, value: Any, kind: Any) -> Any:
             return float(value)
         except (ValueError, OverflowError):
             pass
-    fits = type(value) is kind
-    require(fits, f"{name} must be {KINDS[kind]}, got {value!r}")
+    fits = type(value) is kind and (kind is not int or abs(value) <= 2**64)
+    require(fits, f"{name} must be {KINDS[kind]}, got {value!r:.200}")
     return value
 
 

@@ -67,6 +67,7 @@ class RunDirectory:
         run = cls(Path(path))
         if not run.config.is_file() or not run.trajectory.is_file():
             raise UserError(f"--resume {path}: not a run directory (no config.json or no trajectory.jsonl there)")
+        run._refuse_links()
         run._acquire()
         for directory in (run.path, run.adapter):
             remove_partial(directory)
@@ -84,7 +85,7 @@ class RunDirectory:
 
     def read_metrics(self) -> list[dict]:
         """Evaluations so far, oldest first."""
-        if not self.metrics.is_file():
+        if not self.metrics.exists():
             return []
         lines = ((f"{self.metrics}: line {number}", line) for number, line in read_lines(self.metrics))
         return [validated(Metrics, parsed(line, where), where) for where, line in lines]
@@ -96,6 +97,12 @@ class RunDirectory:
     def read_result(self) -> dict:
         """result.json of a finished run."""
         return validated(Result, read_object(self.result), str(self.result))
+
+    def _refuse_links(self) -> None:
+        """Raise UserError for a link in place of a file: what is written to the run would be written elsewhere."""
+        for path in (self.path / ".lock", *(own for own in vars(self).values() if isinstance(own, Path))):
+            if path != self.path and path.is_symlink():
+                raise UserError(f"{path} is a symbolic link, which is not written through: put the file itself there")
 
     def _acquire(self) -> None:
         self._lock = FileLock(self.path / ".lock")  # the OS frees it where its process ends

@@ -1,6 +1,8 @@
 """Runs that somebody else made, or that a disk damaged: one line and exit code 2, or the right result."""
 
 import contextlib
+import json
+import os
 import random
 import re
 import resource
@@ -103,3 +105,75 @@ def test_a_damaged_file_is_one_line_or_changes_nothing(finished, name, tmp_path,
 @pytest.mark.parametrize("name", FILES)
 def test_200_damages_of_a_file(finished, name, tmp_path, capsys):
     check_damage(finished, name, tmp_path, capsys, 200, "all")
+
+
+def rewritten(copy, **changes):
+    """A run with other fields in its header, and no configuration or adapter that would contradict it."""
+    for name in ("config.json", "result.json", "metrics.jsonl"):
+        (copy / name).unlink()
+    shutil.rmtree(copy / "adapter")
+    first, *lines = (copy / "trajectory.jsonl").read_text().splitlines(keepends=True)
+    (copy / "trajectory.jsonl").write_text("".join([json.dumps(json.loads(first) | changes) + "\n", *lines]))
+
+
+HUGE = {"base_model.model.q_proj.lora_A.weight": [8, 10**8], "base_model.model.q_proj.lora_B.weight": [2**30, 8]}
+HEADERS = {
+    "shapes of text": {"shapes": "abc"},
+    "a seed of text": {"run_seed": "x"},
+    "a negative seed": {"run_seed": -1},
+    "a rule of a number": {"rule": 5},
+    "eight terabytes": {"shapes": {"base_model.model.x.weight": [10**6, 10**6]}},
+    "a huge adapter": {"shapes": {**HUGE, **{f"base_model.model.{i}.lora_A.weight": [8, 2**31] for i in range(20)}}},
+    "an adapter that is a list": {"peft": [1, 2]},
+    "a rank of a billion": {"peft": {"peft_type": "LORA", "r": 10**9, "lora_alpha": 1, "target_modules": ["x"]}},
+    "a start outside": {"init": {"kind": "file", "file": "../../../etc/passwd", "sha256": "0"}},
+    "a start to download": {"init": {"kind": "base"}, "peft": None, "model": "nobody/there"},
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_is_not_trusted(finished, name, tmp_path, capsys):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    rewritten(copy, **HEADERS[name])
+    assert outcome_of(["replay", str(copy), "--until", "last", "--output-dir", str(tmp_path / "out")], capsys) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_copied_while_it_trained_is_refused(finished, tmp_path, capsys):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    (copy / "result.json").unlink()
+    (copy / "trajectory.jsonl").write_text("".join((copy / "trajectory.jsonl").open().readlines()[:6]))
+    for command in (["trajectory", "verify", str(copy)], ["replay", str(copy), "--output-dir", str(tmp_path / "out")]):
+        capsys.readouterr()
+        assert main(command) == 2
+        assert "they are not of one moment" in capsys.readouterr().err
+
+
+def sparse(path):
+    path.touch()
+    os.truncate(path, 1 << 38)
+
+
+@pytest.mark.parametrize("name", ["trajectory.jsonl", "config.json", "metrics.jsonl"])
+def test_what_has_no_end_is_not_read(finished, name, tmp_path, capsys):
+    """A log of a billion updates (a sparse file stands for it), a pipe, a device."""
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    for make in (lambda path: path.symlink_to("/dev/zero"), os.mkfifo, sparse):
+        (copy / name).unlink()
+        make(copy / name)
+        for command in (
+            ["trajectory", "verify", str(copy)],
+            ["replay", str(copy), "--output-dir", str(tmp_path / "x")],
+        ):
+            assert outcome_of(command, capsys) == 2
+
+
+@pytest.mark.parametrize("name", [".lock", "trajectory.jsonl", "metrics.jsonl", "adapter"])
+def test_nothing_is_written_through_a_link(finished, name, tmp_path, capsys):
+    copy, victim = shutil.copytree(finished, tmp_path / "copy"), tmp_path / "victim"
+    (copy / name).rename(victim) if (copy / name).exists() else victim.write_text("mine")
+    (copy / name).symlink_to(victim)
+    before = victim.read_bytes() if victim.is_file() else sorted(victim.iterdir())
+    for command in (["trajectory", "truncate", str(copy), "--step", "2"], ["train", "--resume", str(copy)]):
+        assert outcome_of(command, capsys) == 2
+    assert before == (victim.read_bytes() if victim.is_file() else sorted(victim.iterdir()))
