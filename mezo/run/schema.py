@@ -183,7 +183,7 @@ class Change(_Fields):
 class Result(_Fields):
     """result.json."""
 
-    __pydantic_extra__: dict[str, float | dict[str, float]]
+    __pydantic_extra__: dict[str, float]
 
     test: Change | None = None
     train: Change | None = None

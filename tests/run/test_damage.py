@@ -9,13 +9,18 @@ import resource
 import shutil
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mezo.api import train
 from mezo.cli.main import main
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.report import tables
-from mezo.run.adapter import PEFT_CONFIG, read_adapter, same_bits
+from mezo.run.adapter import PEFT_CONFIG, adapter_options, base_of, read_adapter, same_bits
+from mezo.run.agreement import check_run
+from mezo.run.directory import RunDirectory
+from mezo.run.trajectory import read_trajectory
 
 FILES = ("config.json", "trajectory.jsonl", "metrics.jsonl", "result.json",
          "adapter/adapter_config.json", "adapter/mezo_base.json", "adapter/adapter_model.safetensors")  # fmt: skip
@@ -177,3 +182,38 @@ def test_nothing_is_written_through_a_link(finished, name, tmp_path, capsys):
     for command in (["trajectory", "truncate", str(copy), "--step", "2"], ["train", "--resume", str(copy)]):
         assert outcome_of(command, capsys) == 2
     assert before == (victim.read_bytes() if victim.is_file() else sorted(victim.iterdir()))
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.parametrize("name", [name for name in FILES if "safetensors" not in name])
+def test_any_field_may_hold_anything(finished, tmp_path, name, data):
+    """A field of the first line, or of a field in it, is replaced; the readers say so or give what is usable."""
+    run = RunDirectory(tmp_path / "run")
+    if not run.path.exists():
+        shutil.copytree(finished, run.path)
+    text = (finished / name).read_text()
+    lines = text.splitlines() if name.endswith("l") else [text]
+    values = place = json.loads(lines[0])
+    key = data.draw(st.sampled_from(sorted(place)))
+    if isinstance(place[key], dict) and data.draw(st.booleans()):
+        place = place[key]
+        key = data.draw(st.sampled_from(sorted(place)))
+    place[key] = data.draw(anything)
+    (run.path / name).write_text("\n".join([json.dumps(values), *lines[1:], ""]))
+    with contextlib.suppress(UserError):
+        check_run(run, *read_trajectory(run.trajectory))
+    with contextlib.suppress(UserError):
+        tables.tables(str(run.path))
+        tables.warnings(str(run.path))
+    with contextlib.suppress(UserError):
+        adapter_options(run.adapter)
+    with contextlib.suppress(UserError):
+        base_of(run.adapter)
