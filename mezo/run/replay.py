@@ -69,6 +69,12 @@ def rebuild(
 def _refuse_download(first_line: dict, path: str | Path, given: str) -> None:
     """Raise UserError where theta_0 is a model that would be fetched and that the user did not name."""
     model = first_line["model"]
-    if first_line["init"]["kind"] != "base" or given or Path(model).is_dir() or in_cache(model):
+    if (
+        first_line["init"]["kind"] != "base"
+        or given
+        or Path(model).is_absolute()
+        or Path(model).is_dir()
+        or in_cache(model)
+    ):
         return
     raise UserError(f"{path} started from {model}, which would be downloaded: give --model {model} if that is wanted")
