@@ -7,17 +7,18 @@ from pathlib import Path
 
 from mezo.config import Config, refuse_contradiction
 from mezo.config.options import over, refuse_strangers
-from mezo.data.rewards import judges
+from mezo.data.rewards import judges, trusted_reward
 from mezo.errors import UserError
 from mezo.models.load import Checkpoint, load_tokenizer
 from mezo.run import outcome
-from mezo.run.adapter import adapter_options, load_adapter
+from mezo.run.adapter import adapter_options, check_base, load_adapter
+from mezo.run.agreement import check_lines
 from mezo.run.directory import RunDirectory, launch_id, refuse_existing
 from mezo.run.export import refuse_output
 from mezo.run.header import INITIAL, initial_theta, make_header, starting_file
 from mezo.run.replay import rebuild, replay_records
 from mezo.run.stopping import stalled
-from mezo.run.trajectory import read_trajectory
+from mezo.run.trajectory import read_header, read_trajectory
 from mezo.runtimes.base import Follower, Runtime, require
 from mezo.tasks import load_splits, with_objective
 from mezo.training.evaluation import evaluate_split
@@ -42,7 +43,7 @@ def train(config: Config, until: int | None = None) -> dict | None:
         return follow(with_objective(with_adapter_options(config).absolute()))
     ranks, config = Ranks(), with_objective(with_adapter_options(config).absolute())
     if ranks.restarted and _started_here(config):
-        return resume(config.machine.output_dir, ranks, until=until)
+        return resume(config.machine.output_dir, ranks, until=until, reward=config.method.reward)
     if ranks.leads:
         refuse_existing(config.machine.output_dir)
     _check_ranks(config, ranks)
@@ -116,7 +117,14 @@ def _started_here(config: Config) -> bool:
     return known and run.read_config() == config
 
 
-def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None, until: int | None = None) -> dict | None:
+def resume(
+    path: str,
+    ranks: Ranks | None = None,
+    machine: dict | None = None,
+    until: int | None = None,
+    reward: str = "",
+    trust_reward: bool = False,
+) -> dict | None:
     """Carry an interrupted run through, to the bit; check a finished one.
 
     Args:
@@ -124,20 +132,25 @@ def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None, u
         ranks: the processes that share the work.
         machine: options that a resumed run may have otherwise (marked RESUMABLE): where, how and how far it goes on.
         until: number of steps after which it pauses again.
+        reward: the run's own reward, wherever its file is now.
+        trust_reward: run the code of the reward that the run names.
     Returns:
         As `train`; for a finished run, its result.
     """
     if machine and (config := RunDirectory(Path(path)).read_config().replace(**machine)).machine.follows:
-        return follow(config)
+        sha256 = read_header(RunDirectory(Path(path)).trajectory).get("reward_hash")
+        return follow(config.replace(reward=trusted_reward(config.method.reward, sha256, reward, trust_reward, path)))
     ranks = ranks or Ranks()
     run = RunDirectory.open(path) if ranks.leads else RunDirectory(Path(path))
     config = run.read_config().replace(**(machine or {}))
-    _, records = read_trajectory(run.trajectory)
+    first_line, records = read_trajectory(run.trajectory)
     ended = len(records) >= config.method.steps or stalled(run.read_metrics(), config.method.early_stopping)
     # the patience that ended a run may have been given when it was resumed; without an option nobody asks it to go on
     if run.result.is_file() and (ended or (not machine and run.read_result().get("stopped_early"))):
         return _check_finished(run)
     _check_ranks(config, ranks)
+    own = trusted_reward(config.method.reward, first_line.get("reward_hash"), reward, trust_reward, path)
+    config = config.replace(reward=own)
     with loaded(config, need="train") as (runtime, splits, seconds):
         return carry_on(run, config, runtime, splits, seconds, ranks, until)
 
@@ -169,6 +182,8 @@ def carry_on(
     # the adapter it started from has been copied into the run: its source may be gone
     own = config.replace(adapter="") if config.model.tuning.adapter else config
     _same_run(first_line, make_header(own, runtime.spec, splits), str(run.path))
+    if ranks.leads:
+        check_lines(run, first_line, records)
     runtime.load(initial_theta(first_line, run.path / INITIAL))
     if ranks.leads:
         run.result.unlink(missing_ok=True)  # of a run that ended early and now goes on
@@ -213,17 +228,20 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
         raise UserError("--engine-arg node_rank: only mezo train runs on several machines; use one, or --runtime hf")
     with loaded(config) as (runtime, splits, _):
         if adapter is not None:
+            spec, linear = runtime.spec, config.model.tuning.head == "linear"
+            check_base(adapter, config.model.base, linear, {"model_hash": spec.model_hash, "dtype": spec.dtype})
             runtime.load(load_adapter(adapter, runtime.spec.shapes))
         judged = judges(config.method)
         return {split: evaluate_split(config, runtime, split, own, judged) for split, own in splits.items()}
 
 
-def evaluate_target(given: dict, target: Path | None = None) -> dict[str, dict]:
+def evaluate_target(given: dict, target: Path | None = None, trust_reward: bool = False) -> dict[str, dict]:
     """`evaluate` of what the user names.
 
     Args:
         given: flat options.
         target: a run or an adapter directory; None is the model alone.
+        trust_reward: run the code of the reward that a run names.
     Raises:
         UserError: also if options say otherwise of the adapter than it does itself.
     """
@@ -234,6 +252,8 @@ def evaluate_target(given: dict, target: Path | None = None) -> dict[str, dict]:
         base, adapter = run_to_score(target)
         tuning = {"tuning"} | {option.name for option in Config.options().values() if option.choice == "tuning"}
         fixed = {name: value for name, value in base.items() if name in tuning}
+        sha256, reward = read_header(target / "trajectory.jsonl").get("reward_hash"), given.get("reward", "")
+        base |= {"reward": trusted_reward(base["reward"], sha256, reward, trust_reward, str(target))}
     elif (target / "config.json").is_file():
         raise UserError(f"mezo eval {target}: that is a model: use mezo eval --model {target}")
     else:

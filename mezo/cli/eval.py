@@ -22,6 +22,8 @@ class Options:
     alone."""
     config: str = ""
     """YAML file that may give any of the options below by name; flags win over it."""
+    trust_reward: bool = False
+    """Run the code of the reward that a run names, if its file is the one the run began with."""
 
 
 def main(argv: list[str]) -> int:
@@ -31,5 +33,6 @@ def main(argv: list[str]) -> int:
     target = values.pop("target", "")
     from mezo.api import evaluate_target
 
-    show_splits(evaluate_target(values, Path(target) if target else None))
+    trust = values.pop("trust_reward", False)
+    show_splits(evaluate_target(values, Path(target) if target else None, trust))
     return 0

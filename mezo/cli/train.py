@@ -8,6 +8,7 @@ from mezo.cli.parsing import given
 from mezo.cli.showing import show_result
 from mezo.config import Config, refuse_contradiction
 from mezo.config.options import RESUMABLE
+from mezo.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -21,18 +22,27 @@ class Options:
     """YAML file that may give any of the options below by name, such as batch_size: 8; flags win over it."""
     resume: str = ""
     """Directory of a run that was stopped: it goes on, to the same bits as if it had not been. Only options that say
-    where, how or how far it is computed may be given beside it."""
+    where, how or how far it is computed may be given beside it, and --reward."""
+    trust_reward: bool = False
+    """With --resume: run the code of the reward that the run names, if its file is the one the run began with."""
 
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
     values = given(argv, "mezo train", Options, Config.options())
     if path := values.pop("resume", ""):
+        trust, reward = values.pop("trust_reward", False), values.pop("reward", "")
         machine = _resumable(path, values)
         from mezo.api import resume
 
-        result = resume(path, machine=machine)
+        result = resume(path, machine=machine, reward=reward, trust_reward=trust)
     else:
+        if values.pop("trust_reward", False):
+            raise UserError("--trust-reward belongs to --resume, a new run has --reward: leave it out")
+        if values.get("adapter") and "model" not in values:
+            from mezo.run.adapter import adapter_options
+
+            values["model"] = adapter_options(values["adapter"])["model"]
         config = Config.of(**values)
         from mezo.api import train
 

@@ -35,12 +35,15 @@ class Options:
     """Steps of the last rung; 0 is a quarter of --steps."""
     num_trials: int = 0
     """Trials; 0 is 8, or every pair where both grids are given."""
+    trust_reward: bool = False
+    """With --resume: run the code of the reward that the sweep names, if its file is the one the sweep began with."""
 
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
     values = given(argv, "mezo tune", Options, Config.options())
-    path = values.pop("resume", "")
+    path, trust = values.pop("resume", ""), values.pop("trust_reward", False)
+    reward = values.pop("reward", "") if path else ""
     if path and values:
         raise UserError(
             f"mezo tune --resume {path} takes no other option, got {flag_of(next(iter(values)))}: the plan is fixed"
@@ -49,7 +52,7 @@ def main(argv: list[str]) -> int:
     config = None if path else Config.of(**values)
     from mezo.studies import tune
 
-    result = tune.resume(path) if path else tune.tune(config, **own)
+    result = tune.resume(path, reward, trust) if path else tune.tune(config, **own)
     if result is None:
         return 130
     _show(result)

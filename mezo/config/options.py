@@ -244,10 +244,10 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     if kind is float and (isinstance(value, int | str) and not isinstance(value, bool)):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
-    fits = type(value) is kind
-    require(fits, f"{name} must be {KINDS[kind]}, got {value!r}")
+    fits = type(value) is kind and (kind is not int or abs(value) <= 2**64)
+    require(fits, f"{name} must be {KINDS[kind]}, got {value!r:.200}")
     return value
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import math
 import numbers
@@ -83,10 +84,53 @@ def reward_hash(source: str) -> str:
     """SHA-256 of the file that a reward is defined in; what that file imports is not covered."""
     place = source.rpartition(":")[0]
     try:
-        file = place if place.endswith(".py") else importlib.util.find_spec(place).origin
+        file = place if place.endswith(".py") else _origin(place)
         return hashlib.sha256(Path(file).read_bytes()).hexdigest()
     except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
         raise UserError(f"--reward {source}: {place} cannot be read ({error}): restore it") from error
+
+
+def trusted_reward(named: str, sha256: str | None, given: str, trusted: bool, run: str) -> str:
+    """The reward of a run that is read back, once the user has said so and its file is the one the run had.
+
+    A run directory may come from somebody else, and to import a reward is to run its code. Nothing is imported here.
+
+    Args:
+        named: the reward that the run names; "" for none.
+        sha256: `reward_hash` of the run.
+        given: what the user gives as --reward, "" for nothing.
+        trusted: the user gives --trust-reward.
+        run: for the error.
+    Returns:
+        `given`, else `named`.
+    Raises:
+        UserError: the user has not said so, or it is another file or function.
+    """
+    if not named:
+        return given
+    if not given and not trusted:
+        raise UserError(
+            f"{run}: its reward {named} is Python code that this would run: read it and give --trust-reward, or"
+            " --reward with your own copy"
+        )
+    source = given or named
+    if source.rpartition(":")[2] != named.rpartition(":")[2]:
+        raise UserError(f"--reward {source}: {run} has the function {named.rpartition(':')[2]}: give that one")
+    if (found := reward_hash(source)) != sha256:
+        raise UserError(
+            f"--reward {source}: {run} was made with another file (reward_hash {sha256}, got {found}): give that one"
+        )
+    return source
+
+
+def _origin(module: str) -> str:
+    """The file of a module, found without running any package that it lies in."""
+    top, *inner = module.split(".")
+    spec, name = importlib.util.find_spec(top), top
+    for part in inner:
+        name = f"{name}.{part}"
+        spec = importlib.machinery.PathFinder.find_spec(name, spec.submodule_search_locations)
+    return spec.origin
 
 
 def _import(source: str, place: str) -> ModuleType:

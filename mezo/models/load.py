@@ -76,6 +76,14 @@ def load_base(checkpoint: Checkpoint, dtype: torch.dtype | str, bare: bool = Fal
         raise _unloadable(checkpoint.name, error) from error
 
 
+def checkpoint_hash(model: str, dtype: str, bare: bool = False) -> str:
+    """`weights_hash` of a path or hub id loaded in a dtype; `bare`: without its head."""
+    base = load_base(Checkpoint.of(model), getattr(torch, dtype), bare)
+    if bare:
+        base.pooler = None  # as a run with a linear head has it
+    return weights_hash(base)
+
+
 def weights_hash(base: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of the base weights, tied ones once."""
     digest = hashlib.sha256()

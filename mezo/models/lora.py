@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import nn
 
@@ -46,6 +46,11 @@ def attach(tuning: Lora, base: Base) -> Attached:
         head = getattr(base.model, LINEAR_HEAD).modules_to_save["default"]
         params[f"base_model.model.{LINEAR_HEAD}.weight"] = head.weight  # as PEFT's state dict calls it
     return Attached(model, params, _peft_fields(lora, base.checkpoint.name), "LoRA parameters", _noise)
+
+
+def peft_defaults(kind: str) -> dict[str, object]:
+    """PEFT's defaults of the fields of adapter_config.json; `kind` is "LORA" or "PREFIX_TUNING"."""
+    return {"LORA": LoraConfig, "PREFIX_TUNING": PrefixTuningConfig}[kind]().to_dict()
 
 
 def _noise(theta: Mapping[str, torch.Tensor], seed: int) -> Iterator[torch.Tensor]:

@@ -1,31 +1,54 @@
 """Adapters in PEFT's format: written, read and checked."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from mezo.atomic import replacing
 from mezo.errors import UserError
+from mezo.models.load import checkpoint_hash
+from mezo.models.lora import peft_defaults
 from mezo.models.spec import LINEAR_HEAD
-from mezo.run.files import replace_file
-from mezo.run.trajectory import read_trajectory
+from mezo.run.files import RESTORE, read_object, replace_file
+from mezo.run.schema import BaseHash, Peft, validated
+from mezo.run.trajectory import read_header, read_trajectory
 from mezo_kernels import canonical_name
 
 WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BASE = "mezo_base.json"
+"""What base an adapter was trained on: `model_hash` and `dtype`, as in the header of its log."""
+
+HARMLESS = (
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "modules_to_save",
+)
+LORA = "r lora_alpha target_modules layers_to_transform lora_dropout use_rslora fan_in_fan_out megatron_core".split()
+PREFIX = "num_virtual_tokens num_layers num_attention_heads token_dim encoder_hidden_size num_transformer_submodules"
+KNOWN = {"LORA": (*HARMLESS, *LORA), "PREFIX_TUNING": (*HARMLESS, *PREFIX.split(), "prefix_projection")}
+"""Fields of adapter_config.json that are read here, or change nothing of an adapter's function."""
 
 
-def save_adapter(directory: Path, peft: dict, theta: dict[str, torch.Tensor]) -> None:
-    """Write theta as a PEFT adapter: adapter_config.json and fp32 adapter_model.safetensors.
+def save_adapter(directory: Path, peft: dict, theta: dict[str, torch.Tensor], base: dict | None = None) -> None:
+    """Write theta as a PEFT adapter: adapter_config.json and fp32 adapter_model.safetensors, and what base it is for.
 
     Args:
         directory: created if needed; files are replaced one by one, each atomically.
         peft: fields of adapter_config.json.
         theta: float32 tensors by canonical name.
+        base: its model_hash and dtype, where they are known.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    if base:
+        replace_file(directory / BASE, json.dumps(base).encode())
     replace_file(directory / PEFT_CONFIG, json.dumps(peft, indent=2).encode())
     with replacing(directory / WEIGHTS) as part:
         save_file({name: tensor.contiguous() for name, tensor in theta.items()}, part, metadata={"format": "pt"})
@@ -40,31 +63,86 @@ def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"adapter {directory}: {WEIGHTS} cannot be read there ({error})") from error
 
 
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a file of weights by canonical name; what they hold is not read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {canonical_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {RESTORE}") from error
+
+
 def is_prefix(peft: dict) -> bool:
     """Whether an adapter is keys and values of a prefix."""
     return peft.get("peft_type") == "PREFIX_TUNING"
 
 
+def base_of(adapter: Path) -> dict | None:
+    """`model_hash` and `dtype` of the base that an adapter was trained on, by itself or by the run it lies in."""
+    if (adapter / BASE).exists():
+        return validated(BaseHash, read_object(adapter / BASE), str(adapter / BASE))
+    log = adapter.absolute().parent / "trajectory.jsonl"
+    if adapter.name != "adapter" or not log.is_file():
+        return None
+    return {key: read_header(log)[key] for key in ("model_hash", "dtype")}
+
+
+def check_base(adapter: Path, model: str, bare: bool = False, loaded: dict | None = None) -> None:
+    """Raise UserError if an adapter was trained on other weights than those of a model; one made elsewhere passes.
+
+    Args:
+        adapter: its directory.
+        model: path or hub id of the base at hand.
+        bare: it is used without its head.
+        loaded: `model_hash` and `dtype` of the model as it is loaded, if it is.
+    """
+    known = base_of(adapter)
+    if known is None:
+        return
+    if loaded is None or loaded["dtype"] != known["dtype"]:
+        found = checkpoint_hash(model, known["dtype"], bare)
+    else:
+        found = loaded["model_hash"]
+    if found != known["model_hash"]:
+        raise UserError(
+            f"--model {model}: other weights than {adapter} was trained on (SHA-256 in {known['dtype']}): give those;"
+            f" to use the adapter here all the same, copy its {WEIGHTS} and {PEFT_CONFIG} alone to a directory"
+        )
+
+
 def check_trainable(peft: dict, directory: str) -> None:
-    """Raise UserError if an adapter is neither a prefix nor LoRA on linear layers of one rank and no more."""
-    if is_prefix(peft):
-        return  # PEFT saves what the network of a projection gives, not the network
-    if peft.get("peft_type") != "LORA":
-        raise UserError(f"adapter {directory}: peft_type must be LORA or PREFIX_TUNING, got {peft.get('peft_type')}")
-    for key in (
-        "use_dora",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "trainable_token_indices",
-    ):
-        if peft.get(key):
-            raise UserError(f"adapter {directory}: {key} is {peft[key]}, only plain LoRA can be trained on")
+    """Raise UserError by name for what makes an adapter another function than a prefix or plain LoRA is.
+
+    A field is known here, or at PEFT's default, or off: newer versions of PEFT write fields that this one has not.
+    """
+    kind = peft.get("peft_type")
+    if kind not in KNOWN:
+        raise UserError(f"adapter {directory}: peft_type must be LORA or PREFIX_TUNING, got {kind}")
+    defaults = peft_defaults(kind)
+    for key, value in peft.items():
+        gaussian = (key, value) == ("init_lora_weights", "gaussian")  # a start of lora_A, which the weights replace
+        if key not in KNOWN[kind] and value and value != defaults.get(key) and not gaussian:
+            raise UserError(
+                f"adapter {directory}: {key} is {value!r:.60}, only plain LoRA or a prefix can be used here"
+            )
     saved = peft.get("modules_to_save") or []
     if saved not in ([], [LINEAR_HEAD]):
         raise UserError(f"adapter {directory}: modules_to_save is {saved}, only plain LoRA can be trained on")
-    if peft.get("bias", "none") != "none" or not isinstance(peft["target_modules"], list):
-        raise UserError(f"adapter {directory}: expected bias none and a list of target_modules")
+    if kind == "LORA" and peft.get("use_rslora") and math.isqrt(peft["r"]) ** 2 != peft["r"]:
+        raise UserError(
+            f"adapter {directory}: use_rslora with r {peft['r']}: its scale is lora_alpha / r of no whole lora_alpha"
+        )
+    if not float(peft.get("lora_alpha") or 1).is_integer():
+        raise UserError(f"adapter {directory}: lora_alpha must be a whole number, got {peft['lora_alpha']}")
+
+
+def _targets(peft: dict, directory: Path) -> tuple[str, ...]:
+    """Names of the adapted modules; a pattern of PEFT's is written out by the modules that have weights."""
+    targets = peft["target_modules"]
+    if isinstance(targets, list):
+        return tuple(targets)
+    names = (name.removeprefix("base_model.model.") for name in shapes_in(directory / WEIGHTS))
+    return tuple(name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight"))
 
 
 def load_adapter(directory: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -86,10 +164,10 @@ def load_adapter(directory: str | Path, shapes: dict[str, tuple[int, ...]]) -> d
 
 def read_peft_config(directory: str | Path) -> dict:
     """adapter_config.json of an adapter directory."""
-    try:
-        return json.loads((Path(directory) / PEFT_CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory} is neither a run nor an adapter: no readable {PEFT_CONFIG} there") from error
+    path = Path(directory) / PEFT_CONFIG
+    if not path.is_file():
+        raise UserError(f"{directory} is neither a run nor an adapter: no readable {PEFT_CONFIG} there")
+    return validated(Peft, read_object(path), str(path))
 
 
 def adapter_options(directory: str | Path) -> dict:
@@ -103,13 +181,14 @@ def adapter_options(directory: str | Path) -> dict:
     model = peft.get("base_model_name_or_path") or ""
     if is_prefix(peft):
         return {"model": model, "tuning": "prefix", "num_prefix_tokens": peft["num_virtual_tokens"]}
-    layers = peft.get("layers_to_transform")
+    layers = peft.get("layers_to_transform") if isinstance(peft["target_modules"], list) else None
     return {
         "model": model,
         "tuning": "lora",
         "r": peft["r"],
-        "lora_alpha": peft["lora_alpha"],
-        "target_modules": tuple(peft["target_modules"]),
+        # rsLoRA: lora_alpha / sqrt(r) = (lora_alpha sqrt(r)) / r (Kalajdzievski 2023, arXiv 2312.03732)
+        "lora_alpha": int(peft["lora_alpha"]) * (math.isqrt(peft["r"]) if peft.get("use_rslora") else 1),
+        "target_modules": _targets(peft, Path(directory)),
         "layers_to_transform": tuple([layers] if isinstance(layers, int) else layers or ()),
         "head": "linear" if peft.get("modules_to_save") else "model",
     }

@@ -9,8 +9,9 @@ from filelock import FileLock, Timeout
 from mezo.atomic import remove_partial, replacing
 from mezo.config import Config
 from mezo.errors import UserError
-from mezo.run.files import drop_torn_line, read_lines, replace_file
+from mezo.run.files import drop_torn_line, parsed, read_lines, read_object, replace_file
 from mezo.run.header import INITIAL, content_of
+from mezo.run.schema import Metrics, Result, validated
 
 
 class RunDirectory:
@@ -66,6 +67,7 @@ class RunDirectory:
         run = cls(Path(path))
         if not run.config.is_file() or not run.trajectory.is_file():
             raise UserError(f"--resume {path}: not a run directory (no config.json or no trajectory.jsonl there)")
+        run._refuse_links()
         run._acquire()
         for directory in (run.path, run.adapter):
             remove_partial(directory)
@@ -77,13 +79,16 @@ class RunDirectory:
     def read_config(self) -> Config:
         """The configuration the run was started with."""
         try:
-            return Config.of_run(json.loads(self.config.read_text()))
-        except (OSError, ValueError) as error:
+            return Config.of_run(read_object(self.config))
+        except UserError as error:
             raise UserError(f"{self.path}: not a run directory with a readable config.json ({error})") from error
 
     def read_metrics(self) -> list[dict]:
         """Evaluations so far, oldest first."""
-        return [row for _, row in read_lines(self.metrics)] if self.metrics.is_file() else []
+        if not self.metrics.exists():
+            return []
+        lines = ((f"{self.metrics}: line {number}", line) for number, line in read_lines(self.metrics))
+        return [validated(Metrics, parsed(line, where), where) for where, line in lines]
 
     def write_metrics(self, rows: list[dict]) -> None:
         """Replace the evaluations."""
@@ -91,7 +96,13 @@ class RunDirectory:
 
     def read_result(self) -> dict:
         """result.json of a finished run."""
-        return json.loads(self.result.read_text())
+        return validated(Result, read_object(self.result), str(self.result))
+
+    def _refuse_links(self) -> None:
+        """Raise UserError for a link in place of a file: what is written to the run would be written elsewhere."""
+        for path in (self.path / ".lock", *(own for own in vars(self).values() if isinstance(own, Path))):
+            if path != self.path and path.is_symlink():
+                raise UserError(f"{path} is a symbolic link, which is not written through: put the file itself there")
 
     def _acquire(self) -> None:
         self._lock = FileLock(self.path / ".lock")  # the OS frees it where its process ends

@@ -6,7 +6,7 @@ from mezo.errors import UserError
 from mezo.models.families import complete_fields, complete_stacks
 from mezo.models.load import Checkpoint
 from mezo.models.merge import cast, merge
-from mezo.run.adapter import is_prefix, read_adapter, read_peft_config, save_adapter
+from mezo.run.adapter import base_of, check_base, is_prefix, read_adapter, read_peft_config, save_adapter
 from mezo.run.directory import RunDirectory
 
 
@@ -34,13 +34,14 @@ def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -
     if peft.get("modules_to_save") and form != "peft":
         raise UserError(f"--format {form}: the adapter has a linear head, which this form cannot hold; use peft")
     if form == "merged":
+        check_base(adapter, peft["base_model_name_or_path"])
         merge(peft["base_model_name_or_path"], adapter, Path(output_dir), dtype)
         return
     tensors = read_adapter(adapter)
     if form == "sglang":
         tensors = complete_stacks(Checkpoint.of(peft["base_model_name_or_path"]).config, tensors)
         peft = complete_fields(peft, tensors)
-    save_adapter(Path(output_dir), peft, tensors)
+    save_adapter(Path(output_dir), peft, tensors, base_of(adapter))
 
 
 def refuse_output(path: str) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +16,7 @@ from mezo.data.example import Example
 from mezo.data.rewards import reward_hash
 from mezo.errors import UserError
 from mezo.models.spec import TrainedSpec
-from mezo.run.adapter import WEIGHTS, load_adapter
+from mezo.run.adapter import WEIGHTS, check_base, load_adapter
 from mezo.run.trajectory import FORMAT, VERSIONS
 from mezo.runtimes.base import InitialTheta, Runtime, require
 from mezo_kernels import Z_STREAM_VERSION, lora_init
@@ -43,6 +45,8 @@ def starting_file(config: Config, runtime: Runtime) -> Path | bytes | None:
     """
     tuning = config.model.tuning
     if tuning.adapter:
+        loaded = {"model_hash": runtime.spec.model_hash, "dtype": runtime.spec.dtype}
+        check_base(Path(tuning.adapter), config.model.base, tuning.head == "linear", loaded)
         return Path(tuning.adapter) / WEIGHTS
     if tuning.name != "prefix":
         return None
@@ -93,8 +97,17 @@ def initial_theta(first_line: dict, initial: Path | bytes | None = None) -> dict
         return load_adapter(initial, shapes)
     if kind != "stream":
         raise UserError(f"the log starts from {kind!r}, which this program does not know; use the one that wrote it")
+    _refuse_too_large(shapes)
     seed = first_line["run_seed"]
     return {n: lora_init(seed, n, s) if n.endswith("lora_A.weight") else torch.zeros(s) for n, s in shapes.items()}
+
+
+def _refuse_too_large(shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise UserError for a theta that this machine has no memory for, before any of it is allocated."""
+    size = 4 * sum(map(math.prod, shapes.values()))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise UserError(f"the log is of {size:,} bytes of parameters, this machine has {memory:,}: use a larger one")
 
 
 def header(run_seed: int, data_hash: str, init: dict, spec: dict) -> dict:

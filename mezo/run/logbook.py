@@ -3,20 +3,15 @@
 import gzip
 import itertools
 import math
-import sys
 from pathlib import Path
 
-from rich.progress import track
-
 from mezo.errors import UserError
-from mezo.method.schedule import learning_rate
-from mezo.method.step import Step, Update
 from mezo.run import outcome
+from mezo.run.agreement import check_run
 from mezo.run.directory import RunDirectory, best_step
-from mezo.run.files import drop_torn_line, replace_file
+from mezo.run.files import replace_file
 from mezo.run.replay import rebuild
 from mezo.run.trajectory import read_trajectory
-from mezo_kernels import root_mean_square
 
 
 def summary(run: str) -> dict:
@@ -49,47 +44,9 @@ def verify(run: str) -> int:
     """
     directory = RunDirectory(Path(run))
     first, records = read_trajectory(directory.trajectory)
-    config = directory.read_config()
-    quick = not config.method.normalise_z or not sys.stderr.isatty()  # else every z is drawn for its length
-    rule, norm = (
-        config.method.rule,
-        (lambda seed: root_mean_square(first["shapes"], seed)) if config.method.normalise_z else None,
-    )
-    for record in track(records, "verify", transient=True, disable=quick):
-        line, update = f"{directory.trajectory}: line {record.step + 2}", record.update
-        step = Step.of_run(first["run_seed"], record.step, len(update.seeds), config.method.eps)
-        if update.seeds != step.seeds:
-            raise UserError(f"{line}: seeds {update.seeds} are not those of step {record.step}, {step.seeds}")
-        if update.skipped:
-            if any(update.coefficients) or update.decay != 1:
-                raise UserError(f"{line}: a skipped step must change nothing")
-            continue
-        grads = record.losses.projected_grads(config.method.half_distance)
-        lr = learning_rate(
-            record.step, config.method.steps, config.method.lr, config.method.lr_schedule, config.method.warmup_steps
-        )
-        norms = list(map(norm, step.seeds)) if norm else []
-        expected = rule.plan(
-            step.seeds, grads, record.losses, lr, config.method.weight_decay, config.method.clip, norms
-        )
-        expected = rule.choose(expected, record.tried) if rule.compares else expected
-        if record.projected_grads != grads or not _near(update, expected, 1e-15 * config.method.lr / lr if lr else 0.0):
-            raise UserError(
-                f"{line}: the estimates or coefficients do not follow from the losses and the configuration"
-            )
+    directory.read_config()  # without it nothing is to follow from
+    check_run(directory, first, records, lengths=True)
     return len(records)
-
-
-def _near(update: Update, expected: Update, slack: float) -> bool:
-    """Whether an update is the expected one: another machine's cosine may differ in its last bit.
-
-    Args:
-        update: of the log.
-        expected: what the losses give here.
-        slack: relative error of lr, which counts for more the nearer lr comes to 0.
-    """
-    numbers = [(*one.coefficients, one.decay, one.lr or 0.0) for one in (update, expected)]
-    return all(math.isclose(a, b, rel_tol=1e-12 + slack) for a, b in zip(*numbers, strict=True))
 
 
 def truncate(run: str, step: int) -> Path:
@@ -99,11 +56,11 @@ def truncate(run: str, step: int) -> Path:
         The folder in the run directory that holds the files as they were.
     """
     directory = RunDirectory.open(run)
-    drop_torn_line(directory.trajectory)
-    _, records = read_trajectory(directory.trajectory)
+    first, records = read_trajectory(directory.trajectory)
     if not 0 <= step <= len(records):
         raise UserError(f"--step must be from 0 to {len(records)}, got {step}")
     lines = directory.trajectory.read_bytes().splitlines(keepends=True)
+    check_run(directory, first, records)
     rows = directory.read_metrics()
     # a test score after the run, and that it stopped, belong to the run's end
     ends = lambda row: row["step"] > 0 and row["split"] in ("test", "train", "stop")  # noqa: E731

@@ -21,7 +21,9 @@ def save(run: RunDirectory, runtime: Runtime) -> None:
     if runtime.spec.peft is None:
         require(runtime, Savable, "--tuning full").save_model(run.model)
     else:
-        save_adapter(run.adapter, runtime.spec.peft, runtime.theta())
+        spec = runtime.spec
+        base = {"model_hash": spec.model_hash, "dtype": spec.dtype}
+        save_adapter(run.adapter, spec.peft, runtime.theta(), base)
 
 
 def read(run: RunDirectory, spec: TrainedSpec) -> dict[str, torch.Tensor]:
@@ -44,7 +46,8 @@ def write(directory: Path, first_line: dict, theta: dict[str, torch.Tensor]) -> 
 
         write_parameters(theta, first_line["model"], first_line["dtype"], directory)
     else:
-        save_adapter(directory, first_line["peft"], theta)
+        base = {key: first_line[key] for key in ("model_hash", "dtype")}
+        save_adapter(directory, first_line["peft"], theta, base)
 
 
 def difference(run: RunDirectory, first_line: dict, theta: dict[str, torch.Tensor]) -> str | None:

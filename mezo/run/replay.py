@@ -9,6 +9,8 @@ from rich.progress import track
 from mezo.errors import UserError
 from mezo.method.rules.logged import LoggedRule
 from mezo.method.step import Update
+from mezo.models.cached import in_cache
+from mezo.run.agreement import check_run
 from mezo.run.directory import RunDirectory, best_step
 from mezo.run.header import INITIAL, initial_theta
 from mezo.run.trajectory import StepRecord, read_trajectory
@@ -51,12 +53,28 @@ def rebuild(
     run = RunDirectory(directory)
     if until == "best" and not run.metrics.is_file():
         raise UserError(f"{run.metrics} is missing, which says which step was best; give --until last or a number")
+    check_run(run, first_line, records)
     best = best_step(run.read_metrics()) if until == "best" else None
     if until not in ("best", "last") and not (until.isdecimal() and int(until) <= len(records)):
         raise UserError(f"--until must be best, last or a number of steps from 0 to {len(records)}, got {until}")
     steps = len(records) if until == "last" else best if until == "best" else int(until)
     steps = len(records) if steps is None else steps
+    _refuse_download(first_line, path, model)
     theta = {name: tensor.float() for name, tensor in initial_theta(first_line, directory / INITIAL).items()}
     rebuilt = PerturbedTheta(ParamLayout(theta), [], backend, LoggedRule.of_header(first_line))
     replay_records(rebuilt.update, records[:steps])
     return theta, first_line, steps
+
+
+def _refuse_download(first_line: dict, path: str | Path, given: str) -> None:
+    """Raise UserError where theta_0 is a model that would be fetched and that the user did not name."""
+    model = first_line["model"]
+    if (
+        first_line["init"]["kind"] != "base"
+        or given
+        or Path(model).is_absolute()
+        or Path(model).is_dir()
+        or in_cache(model)
+    ):
+        return
+    raise UserError(f"{path} started from {model}, which would be downloaded: give --model {model} if that is wanted")

@@ -7,24 +7,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from mezo.errors import UserError
 from mezo.method.estimator import Losses
 from mezo.method.rules import RULES
 from mezo.method.step import Update
-from mezo.run.files import read_lines, write_line
+from mezo.run.files import RESTORE, parsed, read_lines, write_line
+from mezo.run.schema import RECORD, Header, validated, why
 from mezo_kernels import Z_STREAM_VERSION
 
 FORMAT, VERSIONS = "mezo-trajectory", (1, 2)  # version 2 adds the rule of runs that are not plain SGD, and init "base"
-
-
-HEADER = ("z_stream", "run_seed", "data_hash", "init", "peft", "shapes", "model", "model_hash", "dtype")
-
-
-LISTS = ("seeds", "projected_grads", "coefficients", "loss_plus", "loss_minus")  # of a line: one item a perturbation
-LINE = ("step", *LISTS, "decay", "skipped")
-OPTIONAL = ("lr", "tried")  # fields that version 1 has not
-
-
 FSYNC_SECONDS = 1.0
 
 
@@ -64,38 +57,21 @@ class StepRecord:
         return json.dumps({key: _encode(value) for key, value in values.items()}, allow_nan=False) + "\n"
 
     @classmethod
-    def from_dict(cls, values: dict) -> "StepRecord":
-        """Inverse of `to_line`. Raises TypeError or ValueError if the values are not a record's."""
-        given = {key: _decode(value) for key, value in values.items()}
-        odd = [*(key for key in LINE if key not in given), *(key for key in given if key not in (*LINE, *OPTIONAL))]
-        if odd:
-            raise ValueError(f"{odd[0]} is missing, or is no field of a step")
-        lists = [given[key] for key in LISTS]
-        if not all(isinstance(v, tuple) for v in lists) or len({len(v) for v in lists}) != 1 or not given["seeds"]:
+    def of_line(cls, line: str | bytes) -> "StepRecord":
+        """Inverse of `to_line`. Raises ValueError if the line is not a record."""
+        values = RECORD.validator.validate_json(line)
+        seeds, losses = values["seeds"], Losses(values["loss_plus"], values["loss_minus"])
+        lists = (values["projected_grads"], values["coefficients"], losses.plus, losses.minus)
+        if any(len(own) != len(seeds) for own in lists):
             raise ValueError("expected lists of equal length, one item a perturbation")
-        if not all(type(seed) is int and 0 <= seed < 2**64 for seed in given["seeds"]):
-            raise ValueError(f"expected seeds in [0, 2**64), got {given['seeds']}")
-        lr, tried = given.get("lr"), given.get("tried", ())
-        numbers = [given["decay"], *tried, *([] if lr is None else [lr]), *(v for own in lists[1:] for v in own)]
-        if type(given["step"]) is not int or not all(type(v) in (int, float) for v in numbers):
-            raise ValueError("expected numbers")
-        if not all(map(math.isfinite, (given["decay"], lr or 0.0, *given["coefficients"]))):
-            raise ValueError("expected finite coefficients, decay and lr")
-        update = Update(given["seeds"], given["coefficients"], given["decay"], lr, given["skipped"])
-        losses = Losses(given["loss_plus"], given["loss_minus"])
-        return cls(given["step"], update, losses, given["projected_grads"], tried)
+        update = Update(seeds, values["coefficients"], values["decay"], values.get("lr"), values["skipped"])
+        return cls(values["step"], update, losses, values["projected_grads"], values.get("tried", ()))
 
 
 def _encode(value):
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     return [_encode(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _decode(value):
-    if isinstance(value, list):
-        return tuple(_decode(v) for v in value)
-    return float(value) if isinstance(value, str) else value
 
 
 class TrajectoryWriter:
@@ -131,24 +107,43 @@ def read_trajectory(path: Path) -> tuple[dict, list[StepRecord]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a run directory that `mezo train` has started")
     lines = read_lines(path)
-    _, first = next(lines, (0, {}))
-    if first.get("format") != FORMAT or first.get("version") not in VERSIONS:
-        got = f"{first.get('format')} version {first.get('version')}"
-        raise UserError(f"{path}: expected a header of {FORMAT} version {' or '.join(map(str, VERSIONS))}, got {got}")
-    missing = [key for key in HEADER if key not in first]
-    if missing:
-        raise UserError(f"{path}: the header lacks {missing[0]}; restore the file from a copy")
-    if first["z_stream"] != Z_STREAM_VERSION:
-        raise UserError(f"{path}: written with z stream {first['z_stream']}, this program has {Z_STREAM_VERSION}")
-    rule = RULES.get(first.get("rule", {}).get("name", "sgd"))
+    first = read_header(path, next(lines, (1, b"{}"))[1])
+    rule = RULES.get((first.get("rule") or {}).get("name", "sgd"))
     records, needs_lr = [], rule is not None and rule().kernel() is not None
-    for number, values in lines:
+    for number, line in lines:
         try:
-            records.append(StepRecord.from_dict(values))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: line {number} is not a step record ({error})") from error
-        if needs_lr and records[-1].update.lr is None and not records[-1].update.skipped:
-            raise UserError(f"{path}: line {number} lacks lr, which its rule needs; restore the file from a copy")
-        if records[-1].step != len(records) - 1:
-            raise UserError(f"{path}: line {number} holds step {records[-1].step}, expected {len(records) - 1}")
+            record = StepRecord.of_line(line)
+        except ValueError as error:
+            raise UserError(f"{path}: line {number} {_fault(error)}; {RESTORE}") from error
+        if needs_lr and record.update.lr is None and not record.update.skipped:
+            raise UserError(f"{path}: line {number} lacks lr, which its rule needs; {RESTORE}")
+        if record.step != len(records):
+            raise UserError(f"{path}: line {number} holds step {record.step}, expected {len(records)}")
+        records.append(record)
     return first, records
+
+
+def read_header(path: Path, line: bytes | None = None) -> dict:
+    """The header of a log alone.
+
+    Args:
+        path: of the log.
+        line: its first line, if that has been read.
+    Raises:
+        UserError: no header, another format or version, a field of another type or outside its bounds.
+    """
+    first = parsed(next(read_lines(path), (1, b"{}"))[1] if line is None else line, f"{path}: line 1")
+    if first.get("format") != FORMAT or first.get("version") not in VERSIONS:
+        got = f"{first.get('format')!r:.60} version {first.get('version')!r:.60}"
+        raise UserError(f"{path}: expected a header of {FORMAT} version {' or '.join(map(str, VERSIONS))}, got {got}")
+    if first.get("z_stream") != Z_STREAM_VERSION:
+        got = f"{first.get('z_stream')!r:.60}"
+        raise UserError(f"{path}: written with z stream {got}, this program has {Z_STREAM_VERSION}")
+    return validated(Header, first, f"{path}: the header")
+
+
+def _fault(error: ValueError) -> str:
+    """What is wrong with a line that is no record."""
+    if not isinstance(error, ValidationError):
+        return f"is not a step record ({error})"
+    return f"is {'damaged' if error.errors()[0]['type'] == 'json_invalid' else 'not a step record'}: it {why(error)}"

@@ -113,7 +113,8 @@ def _carry_through(config: Config) -> dict | None:
     directory = RunDirectory(Path(config.machine.output_dir))
     if directory.result.is_file():
         return directory.read_result()
-    return resume(str(directory.path)) if directory.path.exists() else train(config)
+    known = directory.path.exists()  # `_refuse_other` found it to be of this configuration
+    return resume(str(directory.path), reward=config.method.reward) if known else train(config)
 
 
 def _best(runs: list[Config], results: list[dict]) -> dict:

@@ -23,7 +23,7 @@ from mezo.api import carry_on, loaded, start, with_adapter_options
 from mezo.config import Config
 from mezo.config.options import flag_of
 from mezo.data.example import Example
-from mezo.data.rewards import judges
+from mezo.data.rewards import judges, reward_hash, trusted_reward
 from mezo.errors import Diverged, RunError, UserError
 from mezo.run.directory import RunDirectory, refuse_existing
 from mezo.run.files import drop_torn_line, replace_file
@@ -91,6 +91,7 @@ def tune(
             "centre": centre,
             "trials": len(pairs[: num_trials or None]) or num_trials or TRIALS,
             "estimate": dataclasses.asdict(sizes) if sizes else None,
+            "reward_hash": reward_hash(config.method.reward) if config.method.reward else None,
         }
         Path(config.machine.output_dir).mkdir(parents=True)
         direction = "maximize" if compared_by(config)[0] > 0 else "minimize"
@@ -100,11 +101,17 @@ def tune(
         for values in first:
             study.enqueue_trial(values)
         study.set_user_attr("plan", plan)
-        return _sweep(Path(config.machine.output_dir), study, runtime, splits)
+        return _sweep(Path(config.machine.output_dir), study, runtime, splits, config.method.reward)
 
 
-def resume(path: str) -> dict | None:
-    """Go on with a sweep where it was stopped; a finished one gives its result."""
+def resume(path: str, reward: str = "", trust_reward: bool = False) -> dict | None:
+    """Go on with a sweep where it was stopped; a finished one gives its result.
+
+    Args:
+        path: its directory.
+        reward: the sweep's own reward, wherever its file is now.
+        trust_reward: run the code of the reward that the sweep names.
+    """
     _refuse_ranks()
     directory = Path(path)
     try:
@@ -116,10 +123,12 @@ def resume(path: str) -> dict | None:
         raise UserError(f"--resume {path}: not a sweep of mezo tune, no readable {STUDY} there ({error})") from error
     if (directory / "result.json").is_file():
         return json.loads((directory / "result.json").read_text())
+    own = trusted_reward(config.method.reward, plan.get("reward_hash"), reward, trust_reward, path)
+    config = config.replace(reward=own)
     with loaded(
         trial_config(config, plan["rungs"], "trial", config.method.lr, config.method.eps), need="train"
     ) as loaded_before:
-        return _sweep(directory, study, *loaded_before[:2])
+        return _sweep(directory, study, *loaded_before[:2], config.method.reward)
 
 
 def rung_steps(rungs: int, longest: int) -> list[int]:
@@ -212,10 +221,10 @@ def _journal(directory: Path) -> optuna.storages.JournalStorage:
     return optuna.storages.JournalStorage(JournalFileBackend(str(directory / STUDY)))
 
 
-def _sweep(directory: Path, study: optuna.Study, runtime: Runtime, splits: dict) -> dict | None:
+def _sweep(directory: Path, study: optuna.Study, runtime: Runtime, splits: dict, reward: str) -> dict | None:
     """Make what is left of a sweep's trials, and its result; None after Ctrl-C."""
     plan, say = study.user_attrs["plan"], Console(stderr=True, highlight=False)
-    config = Config.of_run(plan["config"]).replace(output_dir=str(directory))
+    config = Config.of_run(plan["config"]).replace(output_dir=str(directory), reward=reward)
     study.pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=plan["rungs"][0], reduction_factor=2)
     while (trial := _next_trial(study, plan["trials"])) is not None:
         values = {name: _suggest(trial, name, plan) for name in AROUND}

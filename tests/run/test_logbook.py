@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -15,7 +15,7 @@ from mezo.cli.main import main
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.run import logbook
-from mezo.run.adapter import PEFT_CONFIG, WEIGHTS
+from mezo.run.adapter import BASE, PEFT_CONFIG, WEIGHTS, adapter_options
 from mezo.run.directory import RunDirectory
 from mezo.run.export import export
 from mezo.run.replay import rebuild
@@ -134,12 +134,82 @@ def test_an_adapter_made_elsewhere_is_a_start(finished, tmp_path, tiny_options):
     assert all(torch.equal(theta[name], halves[name].float()) for name in halves | theta)
 
 
-@pytest.mark.parametrize("change", [{"peft_type": "IA3"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
-def test_other_adapters_are_refused(finished, tmp_path, tiny_options, change):
-    foreign = tmp_path / "foreign"
-    shutil.copytree(finished / "adapter", foreign)
+def foreign_adapter(finished, tmp_path, **change):
+    """A copy of an adapter without what says it is ours."""
+    foreign = shutil.copytree(finished / "adapter", tmp_path / "foreign")
+    (foreign / BASE).unlink()
     config = json.loads((foreign / PEFT_CONFIG).read_text())
     (foreign / PEFT_CONFIG).write_text(json.dumps({**config, **change}))
+    return foreign
+
+
+def test_rslora_and_a_pattern_of_targets_are_converted(finished, tmp_path):
+    """r 16 and alpha 2: PEFT scales by 2 / sqrt(16), which is 8 / 16."""
+    targets = r"model\.layers\.2\.self_attn\.(q|o)_proj"
+    plain = PeftModel(build("llama"), LoraConfig(r=16, lora_alpha=2, use_rslora=True, target_modules=targets))
+    plain.save_pretrained(tmp_path / "rs")
+    found = adapter_options(tmp_path / "rs")
+    assert (found["r"], found["lora_alpha"]) == (16, 8)
+    assert tuple(sorted(found["target_modules"])) == (
+        "model.layers.2.self_attn.o_proj",
+        "model.layers.2.self_attn.q_proj",
+    )
+    (layer,) = [m for name, m in plain.named_modules() if name.endswith("layers.2.self_attn.q_proj")]
+    assert layer.scaling["default"] == found["lora_alpha"] / found["r"]
+    config = json.loads((tmp_path / "rs" / PEFT_CONFIG).read_text())
+    (tmp_path / "rs" / PEFT_CONFIG).write_text(json.dumps({**config, "r": 8}))
+    with pytest.raises(UserError, match="use_rslora with r 8"):
+        adapter_options(tmp_path / "rs")
+
+
+def test_fields_at_their_default_or_off_are_no_reason_to_refuse(finished, tmp_path):
+    off = {"layer_replication": None, "loftq_config": {}, "use_of_next_year": False, "init_lora_weights": True}
+    assert adapter_options(foreign_adapter(finished, tmp_path, **off))["r"] == 8
+
+
+def test_an_adapter_says_what_its_base_is(finished, tmp_path, tiny_options, capsys):
+    """Wherever a base is loaded beside an adapter of ours it must be the one; the file that says so may be left out."""
+    other = str(tmp_path / "other")
+    model = build("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0, 0] += 1
+    shutil.copytree(tiny_options["model"], other)
+    model.save_pretrained(other)
+    adapter = shutil.copytree(finished / "adapter", tmp_path / "adapter")
+    config = json.loads((adapter / PEFT_CONFIG).read_text())
+    (adapter / PEFT_CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": other}))
+    out = str(tmp_path / "out")
+    base = ["--steps", "1", "--output-dir", out, "--train-file", tiny_options["train_file"]]
+    words = ["--prompt", "{text} It was", "--label-words", " terrible", " great"]
+    commands = (
+        ["eval", str(finished), "--model", other],
+        ["export", str(adapter), "--output-dir", out, "--format", "merged"],
+        ["train", "--adapter", str(adapter), *base, *words],  # the model is the one that the adapter names
+    )
+    for command in commands:
+        assert main(command) == 2
+        assert "other weights than" in capsys.readouterr().err
+        assert not Path(out).exists()
+    (adapter / BASE).unlink()
+    assert main(commands[2]) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"peft_type": "IA3"},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"layer_replication": [[0, 2]]},
+        {"alora_invocation_tokens": [3]},
+        {"of_next_year": "on"},
+        {"bias": "all"},
+        {"init_lora_weights": "pissa"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_adapters_are_refused(finished, tmp_path, tiny_options, change):
+    foreign = foreign_adapter(finished, tmp_path, **change)
     with pytest.raises(UserError, match=next(iter(change))):
         train(Config.of(**{**tiny_options, "adapter": str(foreign)}))
     assert not Path(tiny_options["output_dir"]).exists()

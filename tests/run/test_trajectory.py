@@ -52,12 +52,12 @@ def test_every_float_and_seed_round_trips(grads, loss, seed):
     n = len(grads)
     update = Update((seed,) * n, tuple(grads), grads[0], lr=loss if math.isfinite(loss) else None)
     written = StepRecord(0, update, Losses((loss,) * n, (-loss,) * n), tuple(grads), (loss, 1.0, 2.0))
-    assert StepRecord.from_dict(json.loads(written.to_line())) == written
+    assert StepRecord.of_line(written.to_line()) == written
 
 
 def test_a_loss_that_is_not_finite_round_trips():
     written = StepRecord(0, Update.skip((1,)), Losses((math.inf,), (-math.inf,)), (math.nan,))
-    again = StepRecord.from_dict(json.loads(written.to_line()))
+    again = StepRecord.of_line(written.to_line())
     assert (again.losses.plus, again.losses.minus) == ((math.inf,), (-math.inf,))
     assert math.isnan(again.projected_grads[0])
 

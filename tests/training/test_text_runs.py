@@ -90,23 +90,31 @@ def test_resume_is_exact(config, tmp_path, name):
     run, copy = Path(config.machine.output_dir), tmp_path / "copy"
     assert result["zero_gradient_share"] < 0.9, "texts differ, or nothing is proved"
     interrupted_copy(run, copy, 13)
-    again = resume(str(copy))
+    again = resume(str(copy), trust_reward=True)
     assert (copy / "trajectory.jsonl").read_bytes() == (run / "trajectory.jsonl").read_bytes()
     assert same_bits(adapter(copy), adapter(run))
     assert again["test"] == result["test"]
 
 
-def test_a_resume_with_another_reward_is_refused(config, tmp_path):
+def test_a_reward_is_run_only_where_the_user_says_so_and_it_is_the_same_file(config, tmp_path, capsys):
     train(config.replace(steps=4))
     run, copy = Path(config.machine.output_dir), tmp_path / "copy"
     assert len(read_trajectory(run / "trajectory.jsonl")[0]["reward_hash"]) == 64
     interrupted_copy(run, copy, 2)
-    (tmp_path / "mine.py").write_text(SHARE.replace("great", "poor"))
-    with pytest.raises(UserError, match="reward_hash of the log and of the file at hand differ"):
+    with pytest.raises(UserError, match=r"is Python code that this would run: read it and give --trust-reward"):
         resume(str(copy))
+    shutil.copy(tmp_path / "mine.py", tmp_path / "moved.py")
+    (tmp_path / "mine.py").write_text("raise SystemExit('imported')")
+    for command in (["train", "--resume", str(copy)], ["eval", str(copy)]):
+        for word in ([], ["--trust-reward"], ["--reward", f"{tmp_path / 'mine.py'}:share"]):
+            assert main([*command, *word]) == 2
+            assert ("was made with another file" if word else "--trust-reward") in capsys.readouterr().err
+    assert main(["train", "--resume", str(copy), "--reward", f"{tmp_path / 'moved.py'}:other"]) == 2
+    assert main(["train", "--resume", str(copy), "--reward", f"{tmp_path / 'moved.py'}:share"]) == 0
     (tmp_path / "mine.py").unlink()
-    with pytest.raises(UserError, match=r"no such file: .*mine\.py"):
-        resume(str(copy))
+    interrupted_copy(run, tmp_path / "again", 2)
+    with pytest.raises(UserError, match=r"mine\.py cannot be read"):
+        resume(str(tmp_path / "again"), trust_reward=True)
 
 
 def test_what_a_reward_reads_is_of_the_data_hash(config, write):

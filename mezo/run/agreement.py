@@ -1,0 +1,126 @@
+"""Whether the files of a run belong together: its log, its configuration, its evaluations and what it kept."""
+
+import math
+import sys
+from collections.abc import Sequence
+
+from rich.progress import track
+
+from mezo.config import Config
+from mezo.errors import UserError
+from mezo.method.schedule import learning_rate
+from mezo.method.step import Step, Update
+from mezo.run.adapter import PEFT_CONFIG, WEIGHTS, read_peft_config, shapes_in
+from mezo.run.directory import RunDirectory, best_step
+from mezo.run.files import RESTORE
+from mezo.run.trajectory import StepRecord
+from mezo_kernels import root_mean_square
+
+
+def check_run(run: RunDirectory, first: dict, records: Sequence[StepRecord], lengths: bool = False) -> None:
+    """Raise UserError at the first thing in which two files of a run, or a line of its log and the rest, disagree.
+
+    Files that are not there are not missed: a log is enough for a theta.
+
+    Args:
+        run: its directory.
+        first, records: of its log.
+        lengths: under --normalise-z draw every z again for its length, so that the coefficients can be checked.
+    """
+    check_steps(run, len(records))
+    if run.adapter.is_dir() and first["peft"] is not None:
+        _check_adapter(run, first)
+    check_lines(run, first, records, lengths)
+
+
+def check_lines(run: RunDirectory, first: dict, records: Sequence[StepRecord], lengths: bool = False) -> None:
+    """Raise UserError where the header or a line does not follow from the configuration; see `check_run`."""
+    config = run.read_config() if run.config.exists() else None
+    if config is not None:
+        _check_header(run, first, config)
+    for record in track(records, "check", transient=True, disable=len(records) < 1e5 or not sys.stderr.isatty()):
+        line = f"{run.trajectory}: line {record.step + 2}"
+        seeds = Step.of_run(first["run_seed"], record.step, len(record.update.seeds), 1.0).seeds
+        if record.update.seeds != seeds:
+            raise UserError(f"{line}: seeds {record.update.seeds} are not those of step {record.step}, {seeds}")
+        if config is not None:
+            _check_line(line, record, config, first, lengths)
+
+
+def check_steps(run: RunDirectory, steps: int) -> None:
+    """Raise UserError if the evaluations or the result of a run are of another number of steps than its log holds."""
+    metrics = run.read_metrics()
+    last = max((row["step"] for row in metrics), default=0)
+    if last > steps:
+        raise UserError(
+            f"{run.metrics} goes to step {last}, {run.trajectory.name} to step {steps}: they are not of one moment, as"
+            " where a run is copied while it trains; copy it again"
+        )
+    dev = [row["step"] for row in metrics if row["split"] == "dev"]
+    if dev != sorted(set(dev)):
+        raise UserError(f"{run.metrics}: the evaluations of dev are not in the order of their steps; {RESTORE}")
+    if not run.result.exists():
+        return
+    best = best_step(metrics)
+    found, kept = run.read_result(), (steps, steps if best is None else best)
+    if (found["steps"], found["best_step"]) != kept:
+        raise UserError(
+            f"{run.result}: best step {found['best_step']} of {found['steps']}, but the log and metrics.jsonl say"
+            f" {kept[1]} of {kept[0]}; {RESTORE}"
+        )
+
+
+def _check_header(run: RunDirectory, first: dict, config: Config) -> None:
+    """Compare what header and config.json both say."""
+    said = {
+        "run_seed": (first["run_seed"], config.method.seed),
+        "rule": (first.get("rule"), config.method.logged_rule.header()),
+        "reward_hash": (bool(first.get("reward_hash")), "reward" in config.method.objectives),
+        "peft": (first["peft"] is None, config.model.tuning.name == "full"),
+        "dtype": (first["dtype"], first["dtype"] if config.model.dtype == "auto" else config.model.dtype),
+    }
+    for name, (logged, configured) in said.items():
+        if logged != configured:
+            raise UserError(f"{run.trajectory}: {name} of the header is not what config.json says; {RESTORE}")
+
+
+def _check_adapter(run: RunDirectory, first: dict) -> None:
+    """Compare what the header says of the adapter with the one that is there."""
+    if (run.adapter / PEFT_CONFIG).exists() and read_peft_config(run.adapter) != first["peft"]:
+        raise UserError(f"{run.adapter / PEFT_CONFIG} is not what the header of the log says; {RESTORE}")
+    weights = run.adapter / WEIGHTS
+    if weights.exists() and shapes_in(weights) != {name: tuple(shape) for name, shape in first["shapes"].items()}:
+        raise UserError(f"{weights} has other parameters than the header of the log; {RESTORE}")
+
+
+def _check_line(line: str, record: StepRecord, config: Config, first: dict, lengths: bool) -> None:
+    """Raise UserError unless the estimates and the update of a step follow from its losses and the configuration."""
+    update, method = record.update, config.method
+    if update.skipped:
+        if any(update.coefficients) or update.decay != 1:
+            raise UserError(f"{line}: a skipped step must change nothing")
+        return
+    fault = UserError(f"{line}: the estimates or coefficients do not follow from the losses and the configuration")
+    grads = record.losses.projected_grads(method.half_distance)
+    if record.projected_grads != grads:
+        raise fault
+    if method.normalise_z and not lengths:
+        return
+    norms = [root_mean_square(first["shapes"], seed) for seed in update.seeds] if method.normalise_z else []
+    lr = learning_rate(record.step, method.steps, method.lr, method.lr_schedule, method.warmup_steps)
+    expected = method.rule.plan(update.seeds, grads, record.losses, lr, method.weight_decay, method.clip, norms)
+    expected = method.rule.choose(expected, record.tried) if method.rule.compares else expected
+    if not _near(update, expected, 1e-15 * method.lr / lr if lr else 0.0):
+        raise fault
+
+
+def _near(update: Update, expected: Update, slack: float) -> bool:
+    """Whether an update is the expected one: another machine's cosine may differ in its last bit.
+
+    Args:
+        update: of the log.
+        expected: what the losses give here.
+        slack: relative error of lr, which counts for more the nearer lr comes to 0.
+    """
+    numbers = [(*one.coefficients, one.decay, one.lr or 0.0) for one in (update, expected)]
+    return all(math.isclose(a, b, rel_tol=1e-12 + slack) for a, b in zip(*numbers, strict=True))
