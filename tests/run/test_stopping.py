@@ -142,7 +142,7 @@ def diverging(tiny_config, tmp_path, monkeypatch):
     modules = {"target_modules": LAST_LAYER["llama"]}
     good = tiny_config.replace(steps=300, batch_size=16, eval_every=50, output_dir=str(tmp_path / "good"), **modules)
     train(good)
-    start = {"adapter": good.machine.output_dir + "/adapter", "lr": 1.0, "warmup_steps": 12, "steps": 20}
+    start = {"adapter": good.machine.output_dir + "/adapter", "lr": 0.3, "warmup_steps": 12, "steps": 20}
     return tiny_config.replace(max_loss_ratio=1.5, **modules, **start)
 
 
