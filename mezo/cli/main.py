@@ -5,10 +5,15 @@ Subcommands of a parser library would import the options of all commands, and wh
 
 import importlib
 import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
-from mezo.errors import RunError, UserError
+from mezo.errors import RunError, Terminated, UserError
 
 COMMANDS = {
     "Start here": {
@@ -45,7 +50,11 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; exit code 0, 1 (the run or check failed), 2 (a mistake in the call) or 130 (Ctrl-C)."""
+    """Run a command.
+
+    Returns:
+        0, 1 (the run or check failed), 2 (a mistake in the call), 130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP).
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -56,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module="torchvision")  # SGLang brings it; nothing here looks at pictures
     try:
-        return importlib.import_module(f"mezo.cli.{argv[0]}").main(argv[1:])
+        with _ending_on_signals():
+            return importlib.import_module(f"mezo.cli.{argv[0]}").main(argv[1:])
     except UserError as error:
         return _fail(str(error), 2)
     except RunError as error:
@@ -65,6 +75,31 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{error}; nothing that was logged is lost, `mezo train --resume RUN` continues a run", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except Terminated as error:
+        return _fail(f"ended by {signal.Signals(error.code - 128).name}", error.code)
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end the command by an exception, so that it puts its things away; a second one kills it.
+
+    A signal that is ignored, as by nohup, stays so.
+    """
+    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    raise Terminated(number)
 
 
 def _fail(message: str, code: int) -> int:

@@ -4,14 +4,15 @@ import difflib
 import hashlib
 import json
 import os
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import yaml
 from packaging.version import Version
-from safetensors.torch import save_file
 
+from mezo.atomic import replacing
 from mezo.config import Machine, SGLang, Workload
 from mezo.config.machine import engine_argument
 from mezo.errors import UserError
@@ -19,6 +20,7 @@ from mezo.models.families import complete_fields, complete_stacks
 from mezo.models.load import Checkpoint
 from mezo.models.spec import TrainedSpec
 from mezo.runtimes.sglang.engine import PATIENCE, accelerated
+from mezo.runtimes.sglang.scratch import Scratch
 from mezo_kernels import available_backends
 
 OLDEST = "0.5.23"
@@ -217,31 +219,45 @@ def engine_arguments(
     return arguments | options
 
 
-def write_placeholders(
-    scratch: Path, options: dict, spec: TrainedSpec, checkpoint: Checkpoint, pairs: int
-) -> list[dict]:
-    """Adapters of zeros that reserve the slots plus0, minus0, ...; return the engine's `lora_paths`.
+def placeholder_of(
+    options: dict, spec: TrainedSpec, checkpoint: Checkpoint
+) -> tuple[dict[str, torch.Tensor], tuple[Path, ...]]:
+    """The adapter of zeros that reserves slots, and the folder beside the engine's own in which it has to be, if any.
 
-    Members of a stack that are not trained stay zero for good.
+    Members of a stack that are not trained stay zero for good. The machines of one engine know adapters by path: it
+    must be the same on all, which the path of a process's own folder is not.
 
     Args:
-        scratch: a directory of this process; of an engine over several machines the path of the adapters must be the
-            same on all, which know them by it, and another directory beside it is used.
         options: --engine-arg.
         spec: what is trained.
         checkpoint: of the base model.
+    """
+    zeros = complete_stacks(checkpoint.config, {name: torch.zeros(shape) for name, shape in spec.shapes.items()})
+    if options.get("nnodes", 1) == 1:
+        return zeros, ()
+    facts = json.dumps([options["dist_init_addr"], spec.peft, spec.shapes], sort_keys=True)
+    name = f"mezo-placeholder-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+    return zeros, (Path(tempfile.gettempdir()) / name,)
+
+
+def write_placeholders(
+    scratch: Scratch, zeros: dict[str, torch.Tensor], beside: tuple[Path, ...], spec: TrainedSpec, pairs: int
+) -> list[dict]:
+    """Adapters that reserve the slots plus0, minus0, ...; return the engine's `lora_paths`.
+
+    Args:
+        scratch: of the engine.
+        zeros, beside: see `placeholder_of`.
+        spec: what is trained.
         pairs: perturbations held at once.
     """
-    directory = scratch / "placeholder"
-    if options.get("nnodes", 1) > 1:
-        facts = json.dumps([options["dist_init_addr"], spec.peft, spec.shapes], sort_keys=True)
-        directory = scratch.parent / f"mezo-placeholder-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+    directory = beside[0] if beside else scratch.path / "placeholder"
     directory.mkdir(exist_ok=True)
-    tensors = complete_stacks(checkpoint.config, {name: torch.zeros(shape) for name, shape in spec.shapes.items()})
-    save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
-    (scratch / "adapter_config.json").write_text(json.dumps(complete_fields(spec.peft, tensors)))
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        (scratch / name).replace(directory / name)  # two processes of one machine may do so at once
+    # two processes of one machine may do so at once
+    with replacing(directory / "adapter_model.safetensors") as part:
+        scratch.save(zeros, part, {"format": "pt"})
+    with replacing(directory / "adapter_config.json") as part:
+        part.write_text(json.dumps(complete_fields(spec.peft, zeros)))
     names = [f"{sign}{k}" for k in range(pairs) for sign in ("plus", "minus")]
     return [{"lora_name": name, "lora_path": str(directory), "pinned": True} for name in names]
 

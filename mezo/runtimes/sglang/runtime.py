@@ -3,15 +3,12 @@
 import dataclasses
 import json
 import math
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mezo.config import Machine, Model, SGLang, Workload
 from mezo.data.example import Example
@@ -34,11 +31,13 @@ from mezo.runtimes.sglang.arguments import (
     engine_options,
     largest_call,
     pairs_of,
+    placeholder_of,
     write_placeholders,
 )
 from mezo.runtimes.sglang.engine import EngineHandle
 from mezo.runtimes.sglang.proof import StartProof
 from mezo.runtimes.sglang.reuse import PrefixCache
+from mezo.runtimes.sglang.scratch import Scratch, bytes_of
 from mezo.runtimes.sides import Sides
 
 FLUSH_SECONDS = 10.0
@@ -93,8 +92,7 @@ class SGLangRuntime:
         self.seconds = dict.fromkeys(("kernels", "rpc", "engine"), 0.0)
         self.seconds_filling = 0.0
         self.engine: EngineHandle | None = None
-        self._keep_log = False
-        self._scratch = Path(tempfile.mkdtemp(prefix="mezo-engine-"))
+        self._scratch: Scratch | None = None
         self._sent, self._showing = Counter(), "perturbed"
         self._held = 1
         self.writing = Writing.of(self.checkpoint) if work.max_new_tokens else None
@@ -116,6 +114,7 @@ class SGLangRuntime:
             proof.check(seed, self._read([[row] for row in proof.rows], proof.rows, ["plus0"], TokenCount()))
         self._flush()  # a prompt's first visit is the run's own, and is counted
         self.load({name: torch.zeros(shape) for name, shape in self.spec.shapes.items()})
+        self.engine.training = True
 
     def _check_lengths(self) -> None:
         limit = self._parts.position_limit
@@ -130,8 +129,10 @@ class SGLangRuntime:
 
     def _launch(self) -> None:
         resident = sum(len(row.ids) for row in self._all_rows()) if self.cache.shared else 0
-        adapters = write_placeholders(self._scratch, self.options, self.spec, self.checkpoint, self.pairs)
-        self._placeholder = adapters[0]["lora_path"]
+        zeros, beside = placeholder_of(self.options, self.spec, self.checkpoint)
+        needed = bytes_of(zeros) + 4 * sum(map(math.prod, self.spec.shapes.values()))
+        self._scratch = Scratch(self.machine.output_dir, needed, beside)
+        adapters = write_placeholders(self._scratch, zeros, beside, self.spec, self.pairs)
         requests, tokens = largest_call(self.machine, self.work, self.rows, self.pairs)
         self.call_tokens = call_tokens(tokens)
         arguments = engine_arguments(
@@ -145,11 +146,7 @@ class SGLangRuntime:
             resident,
             requests,
         )
-        try:
-            self.engine = EngineHandle(arguments, self._scratch)
-        except UserError:
-            self._keep_log = True
-            raise
+        self.engine = EngineHandle(arguments, self._scratch)
         if self.runtime.follows:
             return
         shapes = json.dumps({name: list(shape) for name, shape in self.spec.shapes.items()})
@@ -162,8 +159,8 @@ class SGLangRuntime:
 
     def load(self, theta: dict[str, torch.Tensor]) -> None:
         """See `Runtime.load`. Theta goes through a file: at the start of a run and at its end, never in a step."""
-        path = self._scratch / "theta.safetensors"
-        save_file({name: theta[name].float().contiguous() for name in self.spec.shapes}, path)
+        path = self._scratch.path / "theta.safetensors"
+        self._scratch.save({name: theta[name].float().contiguous() for name in self.spec.shapes}, path)
         self._call("load", path=str(path))
         path.unlink()
         self.sides.loaded()
@@ -171,7 +168,7 @@ class SGLangRuntime:
 
     def theta(self) -> dict[str, torch.Tensor]:
         """See `Runtime.theta`."""
-        path = self._scratch / "theta.safetensors"
+        path = self._scratch.path / "theta.safetensors"
         self._call("save", path=str(path))
         full = load_file(path)
         path.unlink()
@@ -255,13 +252,13 @@ class SGLangRuntime:
 
     def close(self) -> None:
         """See `Runtime.close`."""
-        failed = self._keep_log or (self.engine is not None and self.engine.failed)
-        if self.engine is not None:
-            self.engine.close()
-            self.engine = None
-            shutil.rmtree(self._placeholder, ignore_errors=True)
-        if not failed:  # else the engine's log is wanted
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        try:
+            if self.engine is not None:
+                self.engine.close()
+        finally:
+            if self._scratch is not None:
+                self._scratch.close()
+            self.engine = self._scratch = None
 
     def _call(self, method: str, **parameters) -> list[dict]:
         began = time.perf_counter()
