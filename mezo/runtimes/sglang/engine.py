@@ -121,6 +121,8 @@ class EngineHandle:
                 if time.monotonic() > deadline:
                     raise self._failure(f"the SGLang engine did not answer for {self.patience:.0f} s")
             return task.result()
+        except UserError:
+            raise
         except ValueError as error:
             raise self._failure(f"the SGLang engine refused a request: {error}") from error
         finally:
@@ -240,6 +242,11 @@ def _environment(arguments: dict) -> dict[str, str | None]:
         wanted["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, group)) for group in groups)
     ours = {name: os.environ.get(name, value) for name, value in wanted.items()}
     return {**hidden, "OMP_NUM_THREADS": str(threads), **ours}
+
+
+def engine_environment():
+    """Context in which SGLang's modules are imported as the processes of an engine of one rank import them."""
+    return _environ(_environment({}))
 
 
 @contextmanager

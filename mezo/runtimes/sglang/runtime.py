@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -32,12 +33,19 @@ from mezo.runtimes.sglang.arguments import (
     largest_call,
     pairs_of,
     placeholder_of,
+    refuse_small_limits,
     write_placeholders,
 )
 from mezo.runtimes.sglang.engine import EngineHandle
 from mezo.runtimes.sglang.proof import StartProof
 from mezo.runtimes.sglang.reuse import PrefixCache
 from mezo.runtimes.sglang.scratch import Scratch, bytes_of
+from mezo.runtimes.sglang.support import (
+    model_class,
+    refuse_small_shared_memory,
+    refuse_window,
+    refuse_without_lora,
+)
 from mezo.runtimes.sides import Sides
 
 FLUSH_SECONDS = 10.0
@@ -71,7 +79,11 @@ class SGLangRuntime:
         self.runtime: SGLang = machine.runtime
         self.options = engine_options(self.runtime)
         self.checkpoint = checkpoint or Checkpoint.of(model.base)
+        if self.checkpoint.masked:
+            raise UserError(f"--model {model.base} fills masks, which SGLang does not score: use --runtime hf")
+        self._served = model_class(self.checkpoint)
         check_heads(self.runtime.tp, self.checkpoint)
+        refuse_small_shared_memory(self.runtime.tp, shutil.disk_usage("/dev/shm").free)
         self.pairs = pairs_of(work.num_perturbations, self.options)
         self.backend = backend_of(machine.backend)
         dtype = getattr(torch, model.dtype) if model.dtype != "auto" else default_dtype()
@@ -79,8 +91,7 @@ class SGLangRuntime:
         self.dtype = self.spec.dtype
         if self.options.get("quantization"):  # another base: a run is not resumed without it
             self.spec = dataclasses.replace(self.spec, dtype=f"{self.dtype}, quantised {self.options['quantization']}")
-        if not self._parts.causal:
-            raise UserError(f"--model {model.base} fills masks, which SGLang does not score: use --runtime hf")
+        refuse_without_lora(self.checkpoint, self._served, self.spec.shapes)
         self.kv_depends = self._parts.kv_depends
         rule = work.rule
         rule.check_patterns(self.spec.shapes)
@@ -120,6 +131,11 @@ class SGLangRuntime:
         limit = self._parts.position_limit
         # the engine keeps a place for a token after the prompt
         refuse_too_long(self.work, self.examples, self._longest(), None if limit is None else limit - 1)
+        longest = self._longest() + self.work.max_new_tokens
+        refuse_window(self.checkpoint, self._served, longest)
+        self._requests, tokens = largest_call(self.machine, self.work, self.rows, self.pairs)
+        self.call_tokens = call_tokens(tokens)
+        refuse_small_limits(self.options, min(tokens, self.call_tokens), longest + 1)
 
     def _all_rows(self) -> list[Row]:
         return [row for nested in self.rows.values() for rows in nested for row in rows]
@@ -133,8 +149,6 @@ class SGLangRuntime:
         needed = bytes_of(zeros) + 4 * sum(map(math.prod, self.spec.shapes.values()))
         self._scratch = Scratch(self.machine.output_dir, needed, beside)
         adapters = write_placeholders(self._scratch, zeros, beside, self.spec, self.pairs)
-        requests, tokens = largest_call(self.machine, self.work, self.rows, self.pairs)
-        self.call_tokens = call_tokens(tokens)
         arguments = engine_arguments(
             self.runtime,
             self.work.seed,
@@ -144,7 +158,7 @@ class SGLangRuntime:
             adapters,
             self.call_tokens,
             resident,
-            requests,
+            self._requests,
         )
         self.engine = EngineHandle(arguments, self._scratch)
         if self.runtime.follows:
