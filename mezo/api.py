@@ -1,5 +1,6 @@
 """What each command does, as functions that scripts may call; `mezo/cli/` parses arguments and prints errors."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +21,11 @@ from mezo.run.stopping import stalled
 from mezo.run.trajectory import read_trajectory
 from mezo.runtimes.base import Follower, Runtime, require
 from mezo.tasks import load_splits, with_objective
-from mezo.training.evaluation import evaluate_split
+from mezo.training.evaluation import evaluate_split, evaluation_interval
 from mezo.training.ranks import Ranks
 from mezo.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 def train(config: Config, until: int | None = None) -> dict | None:
@@ -122,7 +125,8 @@ def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None, u
     Args:
         path: run directory.
         ranks: the processes that share the work.
-        machine: options that a resumed run may have otherwise (marked RESUMABLE): where, how and how far it goes on.
+        machine: options that a resumed run may have otherwise (marked RESUMABLE): where, how and how far it goes on;
+            and `steps`, if there are more than the run has.
         until: number of steps after which it pauses again.
     Returns:
         As `train`; for a finished run, its result.
@@ -131,15 +135,33 @@ def resume(path: str, ranks: Ranks | None = None, machine: dict | None = None, u
         return follow(config)
     ranks = ranks or Ranks()
     run = RunDirectory.open(path) if ranks.leads else RunDirectory(Path(path))
-    config = run.read_config().replace(**(machine or {}))
+    saved = run.read_config()
+    config = _longer(saved, machine or {})
     _, records = read_trajectory(run.trajectory)
-    ended = len(records) >= config.method.steps or stalled(run.read_metrics(), config.method.early_stopping)
+    stuck = stalled(run.read_metrics(), config.method.early_stopping)
+    if stuck and config.method.steps > saved.method.steps:
+        raise UserError(
+            f"--steps {config.method.steps}: dev did not improve for {config.method.early_stopping} evaluations, which"
+            " ended the run: give --early-stopping 0, or a larger number, too"
+        )
+    ended = len(records) >= config.method.steps or stuck
     # the patience that ended a run may have been given when it was resumed; without an option nobody asks it to go on
     if run.result.is_file() and (ended or (not machine and run.read_result().get("stopped_early"))):
         return _check_finished(run)
     _check_ranks(config, ranks)
     with loaded(config, need="train") as (runtime, splits, seconds):
         return carry_on(run, config, runtime, splits, seconds, ranks, until)
+
+
+def _longer(saved: Config, machine: dict) -> Config:
+    """A run's configuration with what it is resumed with. If it is lengthened it is evaluated as often as before."""
+    config = saved.replace(**machine)
+    steps = saved.method.steps
+    if config.method.steps < steps:
+        raise UserError(f"--steps {config.method.steps}: the run has {steps}; a larger number lengthens it")
+    if config.method.steps == steps or config.method.eval_every:
+        return config
+    return config.replace(eval_every=evaluation_interval(saved))
 
 
 def carry_on(
@@ -171,11 +193,23 @@ def carry_on(
     _same_run(first_line, make_header(own, runtime.spec, splits), str(run.path))
     runtime.load(initial_theta(first_line, run.path / INITIAL))
     if ranks.leads:
+        steps = run.read_config().method.steps
+        if config.method.steps > steps:
+            _say_schedule(config, len(records), steps)
+            run.lengthen(run.read_config().replace(steps=config.method.steps, eval_every=config.method.eval_every))
         run.result.unlink(missing_ok=True)  # of a run that ended early and now goes on
         run.write_metrics([row for row in run.read_metrics() if row["step"] <= len(records)])
     replay_records(runtime.update, records)
     trainer = Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds)
     return _carry_through(trainer, ranks, until)
+
+
+def _say_schedule(config: Config, done: int, before: int) -> None:
+    steps, schedule = config.method.steps, config.method.lr_schedule
+    log.info("lengthened from %d to %d steps, evaluated every %d", before, steps, config.method.eval_every)
+    if schedule != "constant":
+        text = "--lr-schedule %s: the %d steps done had the learning rates of a run of %d, the rest have"
+        log.info(f"{text} those of one of %d", schedule, done, before, steps)
 
 
 def _carry_through(trainer: Trainer, ranks: Ranks, until: int | None) -> dict | None:

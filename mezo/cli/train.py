@@ -21,7 +21,8 @@ class Options:
     """YAML file that may give any of the options below by name, such as batch_size: 8; flags win over it."""
     resume: str = ""
     """Directory of a run that was stopped: it goes on, to the same bits as if it had not been. Only options that say
-    where, how or how far it is computed may be given beside it."""
+    where, how or how far it is computed may be given beside it; more --steps than it has lengthen a run, a finished
+    one too."""
 
 
 def main(argv: list[str]) -> int:
@@ -51,7 +52,8 @@ def _resumable(path: str, values: dict[str, Any]) -> dict[str, Any]:
     from mezo.run.directory import RunDirectory
 
     saved, options = RunDirectory(Path(path)).read_config().to_dict(), Config.options()
-    machine = {name: value for name, value in values.items() if RESUMABLE in options[name].marks}
+    may = lambda name: RESUMABLE in options[name].marks or name == "steps"  # noqa: E731
+    machine = {name: value for name, value in values.items() if may(name)}
     others = {name: value for name, value in values.items() if name not in machine}
     refuse_contradiction(others, {name: saved.get(name) for name in others}, "the run")
     return machine

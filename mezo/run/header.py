@@ -97,6 +97,46 @@ def initial_theta(first_line: dict, initial: Path | bytes | None = None) -> dict
     return {n: lora_init(seed, n, s) if n.endswith("lora_A.weight") else torch.zeros(s) for n, s in shapes.items()}
 
 
+def lengthened(first_line: dict, done: int, before: int, steps: int) -> dict:
+    """The header of a run that is given more steps: `lengthened` lists each time, and what was planned before it.
+
+    Args:
+        first_line: header of its log.
+        done: steps in the log.
+        before: steps that were planned.
+        steps: that are planned now.
+
+    >>> lengthened({"version": 1}, 40, 40, 60)
+    {'version': 1, 'lengthened': [{'at': 40, 'from': 40, 'to': 60}]}
+    """
+    chain = [each for each in first_line.get("lengthened", []) if each["to"] <= before]  # else it was cut short
+    return {**first_line, "lengthened": [*chain, {"at": done, "from": before, "to": steps}]}
+
+
+def planned_steps(first_line: dict, step: int, steps: int) -> int:
+    """How long the run was to be when it did a step: what its learning rate follows.
+
+    Args:
+        first_line: header of its log.
+        step: number of the step.
+        steps: that are planned now.
+    """
+    return next((each["from"] for each in first_line.get("lengthened", []) if step < each["at"]), steps)
+
+
+def shortened(first_line: dict, done: int) -> dict:
+    """The header of a run that is cut back to fewer steps: what it does again, it does as it is planned now.
+
+    Args:
+        first_line: header of its log.
+        done: steps that are left.
+    """
+    if "lengthened" not in first_line:
+        return first_line
+    chain = [{**each, "at": min(each["at"], done)} for each in first_line["lengthened"]]
+    return {**first_line, "lengthened": chain}
+
+
 def header(run_seed: int, data_hash: str, init: dict, spec: dict) -> dict:
     """First line of a log: with the records it is all that replay needs.
 

@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import json
 import math
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from mezo.method.step import Step, Update
 from mezo.run import outcome
 from mezo.run.directory import RunDirectory, best_step
 from mezo.run.files import drop_torn_line, replace_file
+from mezo.run.header import planned_steps, shortened
 from mezo.run.replay import rebuild
 from mezo.run.trajectory import read_trajectory
 from mezo_kernels import root_mean_square
@@ -35,10 +37,17 @@ def summary(run: str) -> dict:
         "start": start[first["init"]["kind"]],
         "run seed": str(first["run_seed"]),
         "steps": f"{len(records)} ({sum(record.update.skipped for record in records)} skipped)",
+        **_lengthened(first),
         "|projected_grad|": f"mean {sum(grads) / max(len(grads), 1):.4g}, {grads.count(0)} of {len(grads)} zero",
         "size": f"{len(data):,} bytes, {len(gzip.compress(data)):,} compressed; the {what} is {4 * elements:,}",
         "torn last line": f"{torn} bytes, to be dropped" if torn else "no",
     }
+
+
+def _lengthened(first_line: dict) -> dict[str, str]:
+    chain = first_line.get("lengthened", [])
+    each = (f"from {one['from']} to {one['to']} steps after {one['at']}" for one in chain)
+    return {"lengthened": ", ".join(each)} if chain else {}
 
 
 def verify(run: str) -> int:
@@ -65,9 +74,9 @@ def verify(run: str) -> int:
                 raise UserError(f"{line}: a skipped step must change nothing")
             continue
         grads = record.losses.projected_grads(config.method.half_distance)
-        lr = learning_rate(
-            record.step, config.method.steps, config.method.lr, config.method.lr_schedule, config.method.warmup_steps
-        )
+        method = config.method
+        planned = planned_steps(first, record.step, method.steps)
+        lr = learning_rate(record.step, planned, method.lr, method.lr_schedule, method.warmup_steps)
         norms = list(map(norm, step.seeds)) if norm else []
         expected = rule.plan(
             step.seeds, grads, record.losses, lr, config.method.weight_decay, config.method.clip, norms
@@ -100,7 +109,7 @@ def truncate(run: str, step: int) -> Path:
     """
     directory = RunDirectory.open(run)
     drop_torn_line(directory.trajectory)
-    _, records = read_trajectory(directory.trajectory)
+    first_line, records = read_trajectory(directory.trajectory)
     if not 0 <= step <= len(records):
         raise UserError(f"--step must be from 0 to {len(records)}, got {step}")
     lines = directory.trajectory.read_bytes().splitlines(keepends=True)
@@ -117,6 +126,8 @@ def truncate(run: str, step: int) -> Path:
     for path in (directory.trajectory, directory.metrics, *outcomes):
         if path.exists():
             path.rename(aside / path.name)
+    if "lengthened" in first_line:
+        lines[0] = json.dumps(shortened(first_line, step)).encode() + b"\n"
     replace_file(directory.trajectory, b"".join(lines[: step + 1]))
     directory.write_metrics(rows)
     if rebuilt:

@@ -52,7 +52,7 @@ class Evaluations:
         self.config, self.runtime, self.splits, self.judges, self.run = config, runtime, splits, judges, run
         self.clock, self.instruments = clock, Instruments(config, runtime, measurement, clock)
         self.metrics = [row for row in run.read_metrics() if row["step"] <= done]
-        self.every = config.method.eval_every or max(1, config.method.steps // TENTHS)
+        self.every = evaluation_interval(config)
 
     def due(self, step: int) -> bool:
         """Whether anything is to be looked at after so many steps."""
@@ -102,6 +102,11 @@ class Evaluations:
         sign, key = best_by(self.config)
         others = [r[key] for r in self.metrics if r["split"] == "dev" and r["step"] < row["step"]]
         return row[key] is not None and all(sign * row[key] > sign * other for other in others if other is not None)
+
+
+def evaluation_interval(config: Config) -> int:
+    """Steps from one evaluation to the next."""
+    return config.method.eval_every or max(1, config.method.steps // TENTHS)
 
 
 def best_by(config: Config) -> tuple[int, str]:

@@ -107,8 +107,10 @@ def test_train_eval_replay_resume(tiny_options, as_flags, tmp_path, capfd):
     assert main(["replay", run, "--output-dir", str(tmp_path / "again")]) == 2
     assert main(["train", "--resume", run]) == 0
     assert main(["train", "--resume", run, "--steps", "10"]) == 0
-    assert main(["train", "--resume", run, "--steps", "11"]) == 2
-    assert "--steps 11 contradicts the run, which has 10" in capfd.readouterr().err
+    assert main(["train", "--resume", run, "--steps", "9"]) == 2
+    assert "--steps 9: the run has 10; a larger number lengthens it" in capfd.readouterr().err
+    assert main(["train", "--resume", run, "--steps", "20"]) == 0
+    assert json.loads((Path(run) / "result.json").read_text())["steps"] == 20
 
 
 @pytest.mark.parametrize(
