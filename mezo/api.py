@@ -1,6 +1,5 @@
 """What each command does, as functions that scripts may call; `mezo/cli/` parses arguments and prints errors."""
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from mezo.config.options import over, refuse_strangers
 from mezo.data.rewards import judges
 from mezo.errors import UserError
 from mezo.models.load import Checkpoint, load_tokenizer
+from mezo.progress import say
 from mezo.run import outcome
 from mezo.run.adapter import adapter_options, load_adapter
 from mezo.run.directory import RunDirectory, launch_id, refuse_existing
@@ -24,8 +24,6 @@ from mezo.tasks import load_splits, with_objective
 from mezo.training.evaluation import evaluate_split, evaluation_interval
 from mezo.training.ranks import Ranks
 from mezo.training.trainer import Trainer
-
-log = logging.getLogger(__name__)
 
 
 def train(config: Config, until: int | None = None) -> dict | None:
@@ -206,10 +204,10 @@ def carry_on(
 
 def _say_schedule(config: Config, done: int, before: int) -> None:
     steps, schedule = config.method.steps, config.method.lr_schedule
-    log.info("lengthened from %d to %d steps, evaluated every %d", before, steps, config.method.eval_every)
+    say(f"lengthened from {before} to {steps} steps, evaluated every {config.method.eval_every}")
     if schedule != "constant":
-        text = "--lr-schedule %s: the %d steps done had the learning rates of a run of %d, the rest have"
-        log.info(f"{text} those of one of %d", schedule, done, before, steps)
+        past = f"the {done} steps done had the learning rates of a run of {before}"
+        say(f"--lr-schedule {schedule}: {past}, the rest have those of one of {steps}")
 
 
 def _carry_through(trainer: Trainer, ranks: Ranks, until: int | None) -> dict | None:
@@ -317,6 +315,7 @@ def replay(run: str, output_dir: str, until: str = "best", backend: str | None =
 def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, dict, float]]:
     """Runtime, examples and the seconds it took. Data first: it is quick to load, and most mistakes are there."""
     started = time.perf_counter()
+    say(f"loading the data and {config.model.base}")
     config.data.refuse_missing_files()
     tokenizer = load_tokenizer(config.model.base)
     checkpoint = Checkpoint.of(config.model.base)
@@ -335,7 +334,7 @@ def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, d
     runtime = _runtime(config, pad, checkpoint)
     try:
         runtime.prepare(splits)
-        yield runtime, splits, time.perf_counter() - started - runtime.seconds_filling
+        yield runtime, splits, time.perf_counter() - started - runtime.seconds_filling - runtime.seconds_proving
     finally:
         runtime.close()
 

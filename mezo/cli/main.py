@@ -4,6 +4,7 @@ Subcommands of a parser library would import the options of all commands, and wh
 """
 
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module="torchvision")  # SGLang brings it; nothing here looks at pictures
     try:
-        with _ending_on_signals():
+        with _ending_on_signals(), _saying_what_begins():
             return importlib.import_module(f"mezo.cli.{argv[0]}").main(argv[1:])
     except UserError as error:
         return _fail(str(error), 2)
@@ -95,6 +96,18 @@ def _ending_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _saying_what_begins() -> Iterator[None]:
+    """Show the lines of `mezo.progress` on standard error; of several processes, those of the first."""
+    log, handler = logging.getLogger("mezo"), logging.StreamHandler()
+    before, wanted = log.level, logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    log.addHandler(handler), log.setLevel(wanted)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler), log.setLevel(before)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

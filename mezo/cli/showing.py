@@ -6,14 +6,20 @@ from rich.table import Table
 
 def show_result(result: dict) -> None:
     """Print what result.json says of a run."""
+    from mezo.report.tables import time_spent  # brings torch, which --help does without
+
     for split in ("train", "test"):
         if split in result:
             show_splits({f"{split} before": result[split]["before"], f"{split} after": result[split]["after"]})
     console = Console()
     best, steps, seconds = result["best_step"], result["steps"], result["seconds_training"]
-    console.print(f"best step {best} of {steps}; {seconds:.1f} s of training, {result['steps_per_second']:.1f} steps/s")
+    console.print(f"best step {best} of {steps}; {seconds:.1f} s of steps, {result['steps_per_second']:.1f} steps/s")
     scored, reused = result["tokens_scored"], result["tokens_reused"]
     console.print(f"{scored:,} tokens scored, {reused:,} of them reused; {result['skipped_steps']} steps skipped")
+    table = Table("time", "", "", "", "", show_header=False)
+    for row in time_spent(result):
+        table.add_row(*row)
+    console.print(table)
     if "checked_steps" in result:
         console.print(
             f"the run is finished; its log gives what it kept, bit for bit ({result['checked_steps']} steps replayed)"

@@ -50,6 +50,7 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
     return {
         "result": facts,
         "before, after": _changes(result),
+        "seconds of the run": time_spent(result),
         "tokens": [_tokens(result, prefix, what) for prefix, what in (("", "training"), ("eval_", "evaluation"))],
         "seconds of training": _seconds(result),
     }
@@ -121,6 +122,31 @@ def _tokens(result: dict, prefix: str, what: str) -> tuple[str, ...]:
     scored, computed, reused = (result[f"{prefix}tokens_{kind}"] for kind in ("scored", "computed", "reused"))
     share = 100 * reused / max(scored, 1)
     return what, f"{scored:,} scored", f"{computed:,} computed", f"{reused:,} reused ({share:.1f} %)"
+
+
+SPENT = {
+    "loading": ("seconds_loading", "", "data, model, and an engine's start"),
+    "proof": ("seconds_proof", "", "scores compared with those of the model itself"),
+    "compilation": ("seconds_compilation", "", "the first call of the kernels"),
+    "cache": ("seconds_cache_filling", "tokens_cache_filled", "what training does not change, computed once"),
+    "evaluation": ("seconds_evaluation", "eval_tokens_scored", "dev, test, and how good the estimates are"),
+    "steps": ("seconds_training", "tokens_scored", ""),
+}
+
+
+def time_spent(result: dict) -> list[tuple[str, ...]]:
+    """Where all of a run's time went: part, seconds, share, tokens a second, what it is; what took none is left out.
+
+    Args:
+        result: what result.json holds.
+    """
+    seconds = {part: result.get(key, 0.0) for part, (key, _, _) in SPENT.items()}
+    total, rows = max(sum(seconds.values()), 1e-9), []
+    for part, (_, tokens, what) in SPENT.items():
+        if seconds[part] and seconds[part] > 0:
+            rate = f"{result[tokens] / seconds[part]:,.0f} tokens/s" if result.get(tokens) else ""
+            rows.append((part, f"{seconds[part]:.1f} s", f"{100 * seconds[part] / total:.1f} %", rate, what))
+    return [*rows, ("in all", f"{total:.1f} s", "", "", "")]
 
 
 def _seconds(result: dict) -> list[tuple[str, ...]]:

@@ -11,6 +11,7 @@ from mezo.data.answers import METRICS, best
 from mezo.data.example import Example
 from mezo.data.rewards import Judge
 from mezo.method.objectives import evaluate, predictions
+from mezo.progress import EVERY, told
 from mezo.report.monitor import Monitor
 from mezo.run import outcome
 from mezo.run.directory import RunDirectory
@@ -153,7 +154,7 @@ def evaluate_split(
         parts = [range(i, min(n, i + size)) for i in range(0, n, size)]
         outputs = [
             text
-            for part in parts
+            for part in told(parts, f"texts of {split}, batches", EVERY)
             for text in runtime.generate(split, part, config.method.max_new_tokens, config.method.stops)
         ]
         for name, judge in judges.items():
@@ -180,7 +181,8 @@ def score_split(runtime: Runtime, split: str, n: int, size: int) -> torch.Tensor
         n: examples of the split.
         size: examples scored at a time.
     """
-    parts = [runtime.score(split, range(i, min(n, i + size))) for i in range(0, n, size)]
+    batches = [range(i, min(n, i + size)) for i in range(0, n, size)]
+    parts = [runtime.score(split, batch) for batch in told(batches, f"scoring {split}, batches", EVERY)]
     width = max(part.shape[1] for part in parts)
     pad = torch.nn.functional.pad
     return torch.cat([pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in parts])

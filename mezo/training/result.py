@@ -59,6 +59,7 @@ def result(
         "seconds_training": seconds["training"],
         "seconds_of_training": {**clock.parts, "bookkeeping": seconds["training"] - sum(clock.parts.values())},
         "seconds_loading": seconds["loading"],
+        "seconds_proof": seconds["proving"],
         "seconds_cache_filling": seconds["filling"],
         "seconds_compilation": seconds["compilation"],
         "seconds_evaluation": seconds["evaluation"],
@@ -72,6 +73,7 @@ def result(
         "eval_tokens_scored": eval_tokens.scored,
         "eval_tokens_computed": round(eval_tokens.computed),
         "eval_tokens_reused": round(eval_tokens.reused),
+        "tokens_cache_filled": clock.filled,
         **_instruments(metrics),
         "zero_gradient_share": sum(g == 0 for g in grads) / max(len(grads), 1),
         "clipped_share": sum(abs(g) > config.method.clip for g in grads) / max(len(grads), 1)

@@ -17,6 +17,7 @@ from mezo.errors import RunError, UserError
 from mezo.method.step import Step, Update
 from mezo.models.load import Checkpoint
 from mezo.models.parts import load_parts
+from mezo.progress import say
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Writing, refuse_too_long
 from mezo.runtimes.rows import Row, padded, rows_of, scores_of
@@ -36,7 +37,7 @@ from mezo.runtimes.sglang.arguments import (
     refuse_small_limits,
     write_placeholders,
 )
-from mezo.runtimes.sglang.engine import EngineHandle
+from mezo.runtimes.sglang.engine import EngineHandle, accelerated
 from mezo.runtimes.sglang.proof import StartProof
 from mezo.runtimes.sglang.reuse import PrefixCache
 from mezo.runtimes.sglang.scratch import Scratch, bytes_of
@@ -101,7 +102,7 @@ class SGLangRuntime:
         self.cache = PrefixCache(used=radix, shared=radix and self.kv_depends is None)
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
         self.seconds = dict.fromkeys(("kernels", "rpc", "engine"), 0.0)
-        self.seconds_filling = 0.0
+        self.seconds_filling, self.tokens_filled, self.seconds_proving = 0.0, 0, 0.0
         self.engine: EngineHandle | None = None
         self._scratch: Scratch | None = None
         self._sent, self._showing = Counter(), "perturbed"
@@ -116,13 +117,19 @@ class SGLangRuntime:
         if self.runtime.follows:  # the first machine proves and scores
             self._launch()
             return
+        say("computing what the engine must find, on a few examples")
+        began = time.perf_counter()
         proof = StartProof(self._parts, self.spec.dtype == "float32", self._all_rows(), self.pad)
         self._parts = None
+        self.seconds_proving = time.perf_counter() - began
         self._launch()
+        say("proving that the engine scores as transformers and PEFT do")
+        began = time.perf_counter()
         for seed in StartProof.SEEDS:
             self.load(proof.adapter(seed))
             self._show("theta")
             proof.check(seed, self._read([[row] for row in proof.rows], proof.rows, ["plus0"], TokenCount()))
+        self.seconds_proving += time.perf_counter() - began
         self._flush()  # a prompt's first visit is the run's own, and is counted
         self.load({name: torch.zeros(shape) for name, shape in self.spec.shapes.items()})
         self.engine.training = True
@@ -160,6 +167,7 @@ class SGLangRuntime:
             resident,
             self._requests,
         )
+        say(f"starting the SGLang engine on {'GPU' if accelerated() else 'CPU'}, which takes a minute or so")
         self.engine = EngineHandle(arguments, self._scratch)
         if self.runtime.follows:
             return
