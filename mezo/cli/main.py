@@ -3,6 +3,7 @@
 Subcommands of a parser library would import the options of all commands, and what these import, for each call.
 """
 
+import difflib
 import importlib
 import logging
 import os
@@ -12,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from types import FrameType
 
 from mezo.errors import RunError, Terminated, UserError
@@ -47,7 +49,9 @@ def usage() -> str:
     lines = ["usage: mezo COMMAND [options]"]
     for title, commands in COMMANDS.items():
         lines += ["", f"{title}:", *(f"  {name:<11} {summary}" for name, summary in commands.items())]
-    return "\n".join([*lines, "", "mezo COMMAND --help lists a command's options."])
+    return "\n".join(
+        [*lines, "", "mezo COMMAND --help lists a command's options; mezo --version says which one this is."]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,8 +65,13 @@ def main(argv: list[str] | None = None) -> int:
         print(usage())
         return 0 if argv else 2
     names = [name for commands in COMMANDS.values() for name in commands]
+    if argv[0] == "--version":
+        print(f"mezo {version('mezo-kernels')}")
+        return 0
     if argv[0] not in names:
-        return _fail(f"unknown command {argv[0]!r}: expected one of {', '.join(names)}", 2)
+        near = difflib.get_close_matches(argv[0], names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return _fail(f"unknown command {argv[0]!r}: expected one of {', '.join(names)}{hint}", 2)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module="torchvision")  # SGLang brings it; nothing here looks at pictures
     try:

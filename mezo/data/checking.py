@@ -83,11 +83,21 @@ def _texts(row: Row, name: str, where: str) -> tuple[str, ...]:
 
 def _field(row: Row, name: str, where: str) -> str:
     if name not in row:
-        raise UserError(f"{where} has no field {name!r}, which the prompt takes; it has {_names(row)}: change --prompt")
+        raise UserError(
+            f"{where} has no field {name!r}, which the prompt takes; it has {_names(row)}: {_remedy(row, name)}"
+        )
     value = row[name]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{where}: field {name!r} must be a string or a number, got {value!r:.60}")
     return _encodable(str(value), name, where)
+
+
+def _remedy(row: Row, missing: str) -> str:
+    if {"messages", "conversations"} & set(row):
+        return "conversations are not read; write a text field and a label, or prompt, options and answer, on each line"
+    if missing == "prompt" and "label" in row:
+        return "give --label-words, the word of each label in order"
+    return "change --prompt"
 
 
 def _encodable(text: str, name: str, where: str) -> str:

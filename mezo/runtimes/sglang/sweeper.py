@@ -17,6 +17,7 @@ from pathlib import Path
 SHARED = "/dev/shm"
 OF_ENGINES = ("sgl_shm_", "sglang_loads_", "sem.loky-", "nccl-", "cuda.shm.")
 """Begin the names of an engine's files in shared memory; what else it uses there may be a user's model."""
+UNNAMED = "sglang_loads_"
 LOOK = 2.0  # seconds between looks at what an engine has in shared memory
 PAUSE = 0.02  # seconds for killed processes to go
 PATIENCE = 60.0  # seconds after which a process that does not go is left alone
@@ -68,6 +69,21 @@ def shared_files(pids: list[int]) -> set[str]:
     return {f"{SHARED}/{name}" for name in used if name.startswith(OF_ENGINES) and "/" not in name}
 
 
+def orphans(since: float) -> set[str]:
+    """Files that a dead process of an engine left in shared memory, of the kind whose names do not tell whose they are.
+
+    Args:
+        since: time before which none of them was written.
+    """
+    unused = {f"{SHARED}/{name}" for name in os.listdir(SHARED) if name.startswith(UNNAMED)} - shared_files([*_pids()])
+    found = set()
+    for path in unused:
+        with suppress(OSError):
+            facts = os.stat(path)
+            found |= {path} if facts.st_uid == os.getuid() and facts.st_ctime >= since else set()
+    return found
+
+
 def _pids() -> Iterator[int]:
     return (int(name) for name in os.listdir("/proc") if name.isdecimal())
 
@@ -93,11 +109,15 @@ def main(trainer: int, folder: str, variable: str, *beside: str) -> None:
     os.chdir("/")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    files: set[str] = set()
+    began, seen, files = time.time(), set(), set()
     while not select.select([0], [], [], LOOK)[0]:
         pids = processes(folder, variable)
+        seen |= set(pids)
         files |= shared_files([*pids, trainer]) if pids else set()
-    sweep(folder, variable, files, beside)
+    sweep(folder, variable, files | shared_files([*seen]), beside)
+    for path in orphans(began) if seen else ():
+        with suppress(OSError):
+            os.unlink(path)
 
 
 if __name__ == "__main__":

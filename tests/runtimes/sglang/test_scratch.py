@@ -1,6 +1,7 @@
 """Whatever ends a trainer, at whatever stage: no process of its engine, no folder and no shared memory stay."""
 
 import fcntl
+import mmap
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from mezo.errors import RunError, UserError
 from mezo.runtimes.sglang import scratch as module
 from mezo.runtimes.sglang.inside.handshake import ENVIRONMENT
 from mezo.runtimes.sglang.scratch import LONGEST, Scratch
-from mezo.runtimes.sglang.sweeper import processes
+from mezo.runtimes.sglang.sweeper import orphans, processes
 from tests.tiny_data import flags_of, write_jsonl
 
 TRAINER = """
@@ -79,6 +80,23 @@ def test_nothing_outlives_a_trainer_however_it_ends(temporary, how):
     assert gone(Path(folder), [shared])
     trainer.wait(10)
     assert list(temporary.glob("mezo-*")) == []
+
+
+def test_shared_memory_of_the_dead_is_known_by_its_age_and_by_who_uses_it():
+    """A process that died by itself has nothing open any more, and SGLang's loads do not have its id in their name."""
+    began, mine, old = time.time() - 1, *(f"/dev/shm/sglang_loads_test{os.getpid()}_{n}" for n in "ab")
+    for path in (mine, old):
+        Path(path).touch()
+    try:
+        assert {mine, old} <= orphans(began)
+        assert not {mine, old} & orphans(time.time() + 1), "what was there before is another's"
+        with open(old, "r+b") as file:
+            file.truncate(1)
+            with mmap.mmap(file.fileno(), 1):
+                assert {mine, old} & orphans(began) == {mine}
+    finally:
+        os.unlink(mine)
+        os.unlink(old)
 
 
 def test_the_sweeper_is_no_child_of_the_trainer(temporary):
