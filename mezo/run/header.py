@@ -62,13 +62,15 @@ def make_header(
     Args:
         config: the run's.
         spec: what is trained.
-        splits: tokenised examples by split.
+        splits: tokenised examples by split, as `load_splits` gives them: it says which rows were skipped.
         initial: the run's `starting_file`.
     """
     init = {"kind": "stream" if spec.peft else "base"}
     if initial is not None:
         init = {"kind": "file", "file": INITIAL, "sha256": hashlib.sha256(content_of(initial)).hexdigest()}
-    extra = {"reward_hash": reward_hash(config.method.reward)} if config.method.reward else {}
+    skipped = getattr(splits, "skipped", {})
+    extra = {"skipped_rows": dict(skipped)} if skipped else {}
+    extra |= {"reward_hash": reward_hash(config.method.reward)} if config.method.reward else {}
     rule = config.method.logged_rule.header()
     extra |= {"rule": rule} if rule else {}
     return header(config.method.seed, data_hash(splits), init, {**extra, **asdict(spec)})
