@@ -3,6 +3,7 @@
 Subcommands of a parser library would import the options of all commands, and what these import, for each call.
 """
 
+import atexit
 import difflib
 import importlib
 import logging
@@ -105,6 +106,8 @@ def _ending_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if numbers:  # a Ctrl-C too many would interrupt what Python puts away at its end
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

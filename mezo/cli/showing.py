@@ -4,9 +4,15 @@ from rich.console import Console
 from rich.table import Table
 
 
-def show_result(result: dict) -> None:
-    """Print what result.json says of a run."""
+def show_result(result: dict, run: str = "RUN") -> None:
+    """Print what result.json says of a run.
+
+    Args:
+        result: its content.
+        run: directory of the run, for the commands.
+    """
     from mezo.report.tables import time_spent  # brings torch, which --help does without
+    from mezo.report.verdict import verdicts
 
     for split in ("train", "test"):
         if split in result:
@@ -20,6 +26,8 @@ def show_result(result: dict) -> None:
     for row in time_spent(result):
         table.add_row(*row)
     console.print(table)
+    for text in verdicts(result, run):
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     if "checked_steps" in result:
         console.print(
             f"the run is finished; its log gives what it kept, bit for bit ({result['checked_steps']} steps replayed)"

@@ -29,19 +29,21 @@ def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
     values = given(argv, "mezo train", Options, Config.options())
     if path := values.pop("resume", ""):
+        output = path
         machine = _resumable(path, values)
         from mezo.api import resume
 
         result = resume(path, machine=machine)
     else:
         config = Config.of(**values)
+        output = config.machine.output_dir
         from mezo.api import train
 
         result = train(config)
     if result is None:
         return 130
     if result:
-        show_result(result)
+        show_result(result, output)
     return 0
 
 

@@ -75,8 +75,9 @@ def write_pictures(runs: Sequence[str], directory: Path) -> list[Path]:
 
 def html(runs: Sequence[str]) -> str:
     """The page's text: the same files give the same bytes."""
-    names = _names(runs)
+    names = names_of(runs)
     parts = [HEAD, f"<title>{escape(', '.join(names))}: mezo report</title>\n", CSS, "</head>\n<body>\n"]
+    parts += [_table(title, rows, head) for title, (head, *rows) in beside(runs, names).items()]
     for name, run in zip(names, runs, strict=True):
         parts.append(f"<h1>{escape(name)}</h1>\n")
         warnings = "".join(f"<li>{escape(text)}</li>\n" for text in tables.warnings(run))
@@ -93,17 +94,36 @@ def html(runs: Sequence[str]) -> str:
     return "".join([*parts, _options(names, configs), "</body>\n</html>\n"])
 
 
+def beside(runs: Sequence[str], names: Sequence[str]) -> dict[str, list[tuple[str, ...]]]:
+    """What sets several runs apart, by the title of its table, head first; nothing of a single run.
+
+    Args:
+        runs: directories of finished runs.
+        names: what to call them.
+    """
+    if len(runs) < 2:
+        return {}
+    found = {"runs": tables.comparison(runs, names), "options that differ": tables.differences(runs, names)}
+    return {title: rows for title, rows in found.items() if len(rows) > 1}
+
+
 def _curves(runs: Sequence[str]) -> list[Curves]:
     """What is drawn of each run, under the name that tells it apart."""
     directories = [tables.finished(run) for run in runs]
     return [
         Curves(name, read_trajectory(run.trajectory)[1], run.read_metrics(), run.read_result())
-        for name, run in zip(_names(runs), directories, strict=True)
+        for name, run in zip(names_of(runs), directories, strict=True)
     ]
 
 
-def _names(runs: Sequence[str]) -> list[str]:
-    """Last parts of the paths, as many as tell the runs apart."""
+def names_of(runs: Sequence[str]) -> list[str]:
+    """Last parts of the paths, as many as tell the runs apart.
+
+    Args:
+        runs: directories.
+    Raises:
+        UserError: one is given twice.
+    """
     parts = [Path(run).resolve().parts for run in runs]
     if len(set(parts)) != len(parts):
         raise UserError(f"mezo report: a run is given twice among {', '.join(runs)}: drop one")
@@ -112,8 +132,12 @@ def _names(runs: Sequence[str]) -> list[str]:
     return ["/".join(own[-enough:]) for own in parts]
 
 
-def _table(title: str, rows: Sequence[Sequence[str]]) -> str:
-    lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+def _table(title: str, rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
+    if not rows:
+        return ""
+    titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    lines = f"<tr>{titles}</tr>\n" if head else ""
+    lines += "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
     return f"<table>\n<caption>{escape(title)}</caption>\n{lines}</table>\n"
 
 

@@ -1,9 +1,13 @@
 """What a run did, where its time went and what to look out for, from its files alone: what `mezo report` prints."""
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
+from mezo.config.options import shown
 from mezo.errors import UserError
 from mezo.report.monitor import warning
+from mezo.report.verdict import verdicts
 from mezo.run import outcome
 from mezo.run.directory import RunDirectory
 from mezo.run.stopping import WARNED, WINDOW, loss_ratio
@@ -48,12 +52,54 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
         *_instruments(result),
     ]
     return {
+        "verdict": [(text,) for text in verdicts(result, run)],
         "result": facts,
         "before, after": _changes(result),
         "seconds of the run": time_spent(result),
         "tokens": [_tokens(result, prefix, what) for prefix, what in (("", "training"), ("eval_", "evaluation"))],
         "seconds of training": _seconds(result),
     }
+
+
+HEADLINES = ("reward", "accuracy", "f1", "loss")
+"""Figures of a run, the first of which that it has stands for it in a comparison."""
+
+
+def comparison(runs: Sequence[str], names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Runs beside each other: a head, then a row a run.
+
+    Args:
+        runs: directories of finished runs.
+        names: what to call them.
+    """
+    head = ("run", "figure", "test before", "test after", "best dev", "at step", "of", "steps/s", "seconds in all")
+    return [head, *(_compared(name, finished(run).read_result()) for name, run in zip(names, runs, strict=True))]
+
+
+def _compared(name: str, result: dict) -> tuple[str, ...]:
+    test, dev = result.get("test"), result["dev"]
+    some = test["after"] if test else dev[0] if dev else {}
+    key = next((key for key in HEADLINES if some.get(key) is not None), "loss")
+    at_best = next((row for row in dev if row["step"] == result["best_step"]), {})
+    seconds = sum(result.get(key, 0.0) for key, _, _ in SPENT.values())
+    figures = [
+        _number(row.get(key)) for row in ((test or {}).get("before", {}), (test or {}).get("after", {}), at_best)
+    ]
+    steps = str(result["best_step"]), str(result["steps"])
+    return (name, key, *figures, *steps, f"{result['steps_per_second']:.2f}", f"{seconds:.0f}")
+
+
+def differences(runs: Sequence[str], names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Options that are not the same in all runs: a head, then a row an option; where a run is written is left out.
+
+    Args:
+        runs: directories of runs.
+        names: what to call them.
+    """
+    flat = [RunDirectory(Path(run)).read_config().to_dict() for run in runs]
+    values = {name: [shown(own.get(name, "-")) for own in flat] for name in itertools.chain(*flat)}
+    rows = [(name, *each) for name, each in values.items() if len(set(each)) > 1 and name != "output_dir"]
+    return [("option", *names), *rows]
 
 
 def warnings(run: str) -> list[str]:
