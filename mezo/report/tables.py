@@ -44,7 +44,7 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
     first, records = read_trajectory(directory.trajectory)
     early = ", ended early" if result.get("stopped_early") else ""
     facts = [
-        ("model", first["model"]),
+        ("model", _model_name(first["model"])),
         ("runtime", result["runtime"]),
         ("steps", f"{len(records)}{early}, best {result['best_step']}, {result['skipped_steps']} skipped"),
         ("speed", f"{result['steps_per_second']:.2f} steps/s at batch {config.method.batch_size}"),
@@ -61,8 +61,38 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
     }
 
 
+HEADS = {
+    "before, after": ("figure", "before", "after"),
+    "seconds of the run": ("part", "time", "share", "speed", "what it is"),
+    "tokens": ("of", "scored", "computed", "from a cache"),
+    "seconds of training": ("part", "time", "share", "what it is"),
+}
+"""What the columns of a table hold, where that is not plain to see."""
 HEADLINES = ("reward", "accuracy", "f1", "loss")
 """Figures of a run, the first of which that it has stands for it in a comparison."""
+
+
+def headline(run: str) -> list[str]:
+    """What the run came to, in one line; none where nothing was tested or evaluated.
+
+    Args:
+        run: directory of a finished run.
+    """
+    head, row = comparison([run], [run])
+    found = dict(zip(head, row, strict=True))
+    if found["test after"] != "-":
+        return [f"test {found['figure']} {found['test before']} to {found['test after']}"]
+    return [f"dev {found['figure']} {found['best dev']} at step {found['at step']}"] if found["best dev"] != "-" else []
+
+
+def _model_name(model: str) -> str:
+    """A hub id, of which the path in the hub's cache is an absolute one; any other path as it is.
+
+    >>> _model_name("/home/me/.cache/huggingface/hub/models--org--name/snapshots/0123abc"), _model_name("/data/m")
+    ('org/name', '/data/m')
+    """
+    cached = [part for part in Path(model).parts if part.startswith("models--")]
+    return cached[-1].removeprefix("models--").replace("--", "/") if cached else model
 
 
 def comparison(runs: Sequence[str], names: Sequence[str]) -> list[tuple[str, ...]]:
