@@ -26,6 +26,7 @@ def test_what_begins_is_said_before_it_is_done_and_no_line_is_wrapped(tiny_optio
     assert main(["train", *as_flags(tiny_options)]) == 0
     out, error = capfd.readouterr()
     begins = ["loading the data and", "proving that", "filling the trunk cache: 48 rows of train"]
+    assert all(error.count(text) == 1 for text in begins)
     places = [error.index(text) for text in [*begins, "step      0  test"]]
     assert places == sorted(places)
     assert re.search(r"^1,792 LoRA parameters, .* cache on cpu .*\)$", error, re.MULTILINE)

@@ -116,10 +116,12 @@ def _saying_what_begins() -> Iterator[None]:
     log, handler = logging.getLogger("mezo"), logging.StreamHandler()
     before, wanted = log.level, logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     log.addHandler(handler), log.setLevel(wanted)
+    log.propagate = False  # SGLang gives the root logger a handler of its own
     try:
         yield
     finally:
         log.removeHandler(handler), log.setLevel(before)
+        log.propagate = True
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -46,7 +46,7 @@ class Scratch:
         for left in above.glob(f"{PREFIX}*/{LOCK}"):
             _sweep_if_dead(left)
         self.kept_log = above / f"{PREFIX}{hashlib.sha256(os.path.abspath(run).encode()).hexdigest()[:10]}.log"
-        if (free := shutil.disk_usage(above).free) < needed + SPARE:
+        if (free := shutil.disk_usage(above).free) < (needed := needed + SPARE):
             raise UserError(_no_room(above, needed, f"{free:,} are free"))
         self.keep_log = False
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=above))

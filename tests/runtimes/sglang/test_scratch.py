@@ -135,7 +135,7 @@ def test_a_long_temporary_directory_is_not_taken_for_sockets(tmp_path, monkeypat
 
 
 def test_a_full_temporary_directory_is_named_with_what_is_needed(temporary):
-    with pytest.raises(UserError, match=rf"{temporary} has no room .* 1,000,000,000,000,000 bytes .*TMPDIR"):
+    with pytest.raises(UserError, match=rf"{temporary} has no room .* 1,000,000,001,048,576 bytes .*TMPDIR"):
         Scratch("run", needed=10**15)
     assert list(temporary.iterdir()) == []
     scratch = Scratch("run")
