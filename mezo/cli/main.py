@@ -19,6 +19,7 @@ from types import FrameType
 
 from mezo.errors import RunError, Terminated, UserError
 
+GRACE = 15  # seconds that a command has to put its things away
 COMMANDS = {
     "Start here": {
         "demo": "fine-tune a small model on movie reviews, from download to a report",
@@ -94,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
 def _ending_on_signals() -> Iterator[None]:
     """Have SIGTERM and SIGHUP end the command by an exception, so that it puts its things away; a second one kills it.
 
-    A signal that is ignored, as by nohup, stays so.
+    So does the time: a library that was interrupted may have lost the exception. An ignored signal, as by nohup, stays
+    ignored.
     """
     numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.getsignal(number) for number in numbers}
@@ -104,6 +106,8 @@ def _ending_on_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        if numbers:
+            signal.alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler)
         if numbers:  # a Ctrl-C too many would interrupt what Python puts away at its end
@@ -126,6 +130,8 @@ def _saying_what_begins() -> Iterator[None]:
 
 def _end(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), number))
+    signal.alarm(GRACE)
     raise Terminated(number)
 
 

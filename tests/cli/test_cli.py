@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -322,6 +324,23 @@ def test_sigterm_and_sighup_end_a_command_with_an_exit_code_of_their_own(monkeyp
         assert put_away
         assert f"ended by {signal.Signals(number).name}" in capsys.readouterr().err
         assert signal.getsignal(number) is before
+
+
+LOST = """
+import os, signal, time
+from mezo.cli import main, tasks
+def command(argv):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except SystemExit:
+        time.sleep(60)
+tasks.main, main.GRACE = command, 1
+main.main(["tasks"])
+"""
+
+
+def test_a_command_that_loses_the_exception_is_killed_all_the_same():
+    assert subprocess.run([sys.executable, "-c", LOST], timeout=30).returncode == -signal.SIGTERM
 
 
 def test_an_ignored_sighup_stays_ignored(monkeypatch):
