@@ -10,6 +10,7 @@ from mezo.config.options import over, refuse_strangers
 from mezo.data.rewards import judges, trusted_reward
 from mezo.errors import UserError
 from mezo.models.load import Checkpoint, load_tokenizer
+from mezo.progress import say
 from mezo.run import outcome
 from mezo.run.adapter import adapter_options, check_base, load_adapter
 from mezo.run.agreement import check_lines
@@ -21,7 +22,7 @@ from mezo.run.stopping import stalled
 from mezo.run.trajectory import read_header, read_trajectory
 from mezo.runtimes.base import Follower, Runtime, require
 from mezo.tasks import load_splits, with_objective
-from mezo.training.evaluation import evaluate_split
+from mezo.training.evaluation import evaluate_split, evaluation_interval
 from mezo.training.ranks import Ranks
 from mezo.training.trainer import Trainer
 
@@ -130,7 +131,8 @@ def resume(
     Args:
         path: run directory.
         ranks: the processes that share the work.
-        machine: options that a resumed run may have otherwise (marked RESUMABLE): where, how and how far it goes on.
+        machine: options that a resumed run may have otherwise (marked RESUMABLE): where, how and how far it goes on;
+            and `steps`, if there are more than the run has.
         until: number of steps after which it pauses again.
         reward: the run's own reward, wherever its file is now.
         trust_reward: run the code of the reward that the run names.
@@ -142,9 +144,16 @@ def resume(
         return follow(config.replace(reward=trusted_reward(config.method.reward, sha256, reward, trust_reward, path)))
     ranks = ranks or Ranks()
     run = RunDirectory.open(path) if ranks.leads else RunDirectory(Path(path))
-    config = run.read_config().replace(**(machine or {}))
+    saved = run.read_config()
+    config = _longer(saved, machine or {})
     first_line, records = read_trajectory(run.trajectory)
-    ended = len(records) >= config.method.steps or stalled(run.read_metrics(), config.method.early_stopping)
+    stuck = stalled(run.read_metrics(), config.method.early_stopping)
+    if stuck and config.method.steps > saved.method.steps:
+        raise UserError(
+            f"--steps {config.method.steps}: dev did not improve for {config.method.early_stopping} evaluations, which"
+            " ended the run: give --early-stopping 0, or a larger number, too"
+        )
+    ended = len(records) >= config.method.steps or stuck
     # the patience that ended a run may have been given when it was resumed; without an option nobody asks it to go on
     if run.result.is_file() and (ended or (not machine and run.read_result().get("stopped_early"))):
         return _check_finished(run)
@@ -153,6 +162,17 @@ def resume(
     config = config.replace(reward=own)
     with loaded(config, need="train") as (runtime, splits, seconds):
         return carry_on(run, config, runtime, splits, seconds, ranks, until)
+
+
+def _longer(saved: Config, machine: dict) -> Config:
+    """A run's configuration with what it is resumed with. If it is lengthened it is evaluated as often as before."""
+    config = saved.replace(**machine)
+    steps = saved.method.steps
+    if config.method.steps < steps:
+        raise UserError(f"--steps {config.method.steps}: the run has {steps}; a larger number lengthens it")
+    if config.method.steps == steps or config.method.eval_every:
+        return config
+    return config.replace(eval_every=evaluation_interval(saved))
 
 
 def carry_on(
@@ -186,11 +206,23 @@ def carry_on(
         check_lines(run, first_line, records)
     runtime.load(initial_theta(first_line, run.path / INITIAL))
     if ranks.leads:
+        steps = run.read_config().method.steps
+        if config.method.steps > steps:
+            _say_schedule(config, len(records), steps)
+            run.lengthen(run.read_config().replace(steps=config.method.steps, eval_every=config.method.eval_every))
         run.result.unlink(missing_ok=True)  # of a run that ended early and now goes on
         run.write_metrics([row for row in run.read_metrics() if row["step"] <= len(records)])
     replay_records(runtime.update, records)
     trainer = Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds)
     return _carry_through(trainer, ranks, until)
+
+
+def _say_schedule(config: Config, done: int, before: int) -> None:
+    steps, schedule = config.method.steps, config.method.lr_schedule
+    say(f"lengthened from {before} to {steps} steps, evaluated every {config.method.eval_every}")
+    if schedule != "constant":
+        past = f"the {done} steps done had the learning rates of a run of {before}"
+        say(f"--lr-schedule {schedule}: {past}, the rest have those of one of {steps}")
 
 
 def _carry_through(trainer: Trainer, ranks: Ranks, until: int | None) -> dict | None:
@@ -303,6 +335,7 @@ def replay(run: str, output_dir: str, until: str = "best", backend: str | None =
 def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, dict, float]]:
     """Runtime, examples and the seconds it took. Data first: it is quick to load, and most mistakes are there."""
     started = time.perf_counter()
+    say(f"loading the data and {config.model.base}")
     config.data.refuse_missing_files()
     tokenizer = load_tokenizer(config.model.base)
     checkpoint = Checkpoint.of(config.model.base)
@@ -321,7 +354,7 @@ def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, d
     runtime = _runtime(config, pad, checkpoint)
     try:
         runtime.prepare(splits)
-        yield runtime, splits, time.perf_counter() - started - runtime.seconds_filling
+        yield runtime, splits, time.perf_counter() - started - runtime.seconds_filling - runtime.seconds_proving
     finally:
         runtime.close()
 

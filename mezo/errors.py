@@ -13,6 +13,13 @@ class Diverged(RunError):
     """A run cannot go on for what its losses are: another lr or eps may get further."""
 
 
+class Terminated(SystemExit):
+    """A signal asked this process to end; its exit code is that of a shell, 128 and the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+
+
 def require(condition: bool, message: str) -> None:
     """Raise UserError with the message unless the condition holds."""
     if not condition:

@@ -26,7 +26,7 @@ LAYERS = (
     ("mezo.data", "mezo.models"),
     ("mezo.config", "mezo.optim"),
     ("mezo.method",),
-    ("mezo_kernels", "mezo.errors", "mezo.ranges", "mezo.atomic"),
+    ("mezo_kernels", "mezo.errors", "mezo.ranges", "mezo.atomic", "mezo.progress"),
 )
 """Packages from top to bottom: a module imports its own package, and packages below its own. Neighbours on one line
 do not know each other, but for `NEIGHBOURS`."""

@@ -8,12 +8,13 @@ TEXT = (ROOT / "README.md").read_text()
 
 
 def test_examples_run_and_learn():
-    namespace = {}
+    namespace, found = {}, []
     for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
         exec(block, namespace)
-    model, x, y = namespace["model"], namespace["x"], namespace["y"]
-    assert (model(x).argmax(1) == y).float().mean() > 0.8
-    assert not namespace["plus"].tensors[0].equal(namespace["minus"].tensors[0])
+        model, x, y = namespace["model"], namespace["x"], namespace["y"]
+        found.append(float((model(x).argmax(1) == y).float().mean()))
+    assert len(found) == 2
+    assert min(found) > 0.8
 
 
 def test_links_lead_somewhere():

@@ -3,13 +3,23 @@
 Subcommands of a parser library would import the options of all commands, and what these import, for each call.
 """
 
+import atexit
+import difflib
 import importlib
+import logging
 import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from types import FrameType
 
-from mezo.errors import RunError, UserError
+from mezo.errors import RunError, Terminated, UserError
 
+GRACE = 15  # seconds that a command has to put its things away
 COMMANDS = {
     "Start here": {
         "demo": "fine-tune a small model on movie reviews, from download to a report",
@@ -41,22 +51,34 @@ def usage() -> str:
     lines = ["usage: mezo COMMAND [options]"]
     for title, commands in COMMANDS.items():
         lines += ["", f"{title}:", *(f"  {name:<11} {summary}" for name, summary in commands.items())]
-    return "\n".join([*lines, "", "mezo COMMAND --help lists a command's options."])
+    return "\n".join(
+        [*lines, "", "mezo COMMAND --help lists a command's options; mezo --version says which one this is."]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; exit code 0, 1 (the run or check failed), 2 (a mistake in the call) or 130 (Ctrl-C)."""
+    """Run a command.
+
+    Returns:
+        0, 1 (the run or check failed), 2 (a mistake in the call), 130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP).
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
     names = [name for commands in COMMANDS.values() for name in commands]
+    if argv[0] == "--version":
+        print(f"mezo {version('mezo-kernels')}")
+        return 0
     if argv[0] not in names:
-        return _fail(f"unknown command {argv[0]!r}: expected one of {', '.join(names)}", 2)
+        near = difflib.get_close_matches(argv[0], names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return _fail(f"unknown command {argv[0]!r}: expected one of {', '.join(names)}{hint}", 2)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module="torchvision")  # SGLang brings it; nothing here looks at pictures
     try:
-        return importlib.import_module(f"mezo.cli.{argv[0]}").main(argv[1:])
+        with _ending_on_signals(), _saying_what_begins():
+            return importlib.import_module(f"mezo.cli.{argv[0]}").main(argv[1:])
     except UserError as error:
         return _fail(str(error), 2)
     except RunError as error:
@@ -65,6 +87,52 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{error}; nothing that was logged is lost, `mezo train --resume RUN` continues a run", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except Terminated as error:
+        return _fail(f"ended by {signal.Signals(error.code - 128).name}", error.code)
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end the command by an exception, so that it puts its things away; a second one kills it.
+
+    So does the time: a library that was interrupted may have lost the exception. An ignored signal, as by nohup, stays
+    ignored.
+    """
+    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        if numbers:
+            signal.alarm(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if numbers:  # a Ctrl-C too many would interrupt what Python puts away at its end
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _saying_what_begins() -> Iterator[None]:
+    """Show the lines of `mezo.progress` on standard error; of several processes, those of the first."""
+    log, handler = logging.getLogger("mezo"), logging.StreamHandler()
+    before, wanted = log.level, logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    log.addHandler(handler), log.setLevel(wanted)
+    log.propagate = False  # SGLang gives the root logger a handler of its own
+    try:
+        yield
+    finally:
+        log.removeHandler(handler), log.setLevel(before)
+        log.propagate = True
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), number))
+    signal.alarm(GRACE)
+    raise Terminated(number)
 
 
 def _fail(message: str, code: int) -> int:

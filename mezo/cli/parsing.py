@@ -19,6 +19,21 @@ from mezo.errors import UserError
 POSITIONAL = Mark("positional")
 """Mark of a field that the command line gives without a flag."""
 Options = TypeVar("Options")
+ELSEWHERE = {
+    **dict.fromkeys(("--learning-rate", "--learningrate"), "--lr"),
+    **dict.fromkeys(("--epochs", "--num-epochs", "--num-train-epochs", "--max-steps", "--num-steps"), "--steps"),
+    **dict.fromkeys(("--per-device-train-batch-size", "--train-batch-size", "--bs"), "--batch-size"),
+    **dict.fromkeys(("--model-name-or-path", "--model-name", "--model-path"), "--model"),
+    **dict.fromkeys(("--max-seq-length", "--max-seq-len", "--context-length"), "--max-length"),
+    **dict.fromkeys(("--lora-r", "--lora-rank", "--rank"), "--r"),
+    **dict.fromkeys(("--dataset", "--data", "--train-data", "--data-path"), "--train-file"),
+    **dict.fromkeys(("--tensor-parallel-size", "--tp-size"), "--tp"),
+    **dict.fromkeys(("--zo-eps", "--epsilon"), "--eps"),
+    **dict.fromkeys(("--optimizer", "--optim"), "--update-rule"),
+    "--labels": "--label-words",
+    "--resume-from-checkpoint": "--resume",
+}
+"""Flags of other programs, and what they are called here."""
 
 
 def parse(argv: list[str], prog: str, own: type[Options]) -> Options:
@@ -76,8 +91,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise a UserError; an unknown flag brings the nearest known one."""
         word = message.rpartition("unrecognized arguments: ")[2].split()[0] if "unrecognized" in message else ""
-        near = difflib.get_close_matches(word, [name for name in self._option_string_actions if len(name) > 2], n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        known = [name for name in self._option_string_actions if len(name) > 2]
+        near = [ELSEWHERE.get(word.partition("=")[0], "")] + difflib.get_close_matches(word, known, n=1)
+        hint = next((f"did you mean {name}? " for name in near if name in known), "")
         raise UserError(f"{self.prog}: {message}; {hint}{self.prog} --help lists the options")
 
 

@@ -1,5 +1,6 @@
 """`mezo report`: its options, and what it prints."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,15 @@ class Options:
     """Directory for the page's figures as PNG pictures, made if missing; pictures of the same names are replaced."""
 
 
+def _print(console: Console, title: str, rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> None:
+    if not rows:
+        return
+    table = Table(*head, title=title, title_justify="left", show_header=bool(head))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
     options = parse(argv, "mezo report", Options)
@@ -35,14 +45,15 @@ def main(argv: list[str]) -> int:
     from mezo.report import page, tables
 
     console = Console(highlight=False)
+    if len(options.runs) > 1:
+        names = page.names_of(options.runs)
+        for title, (head, *rows) in page.beside(options.runs, names).items():
+            _print(console, title, rows, head)
     for run in options.runs:
         if len(options.runs) > 1:
             console.rule(run)
         for title, rows in tables.tables(run).items():
-            table = Table(title=title, title_justify="left", show_header=False)
-            for row in rows:
-                table.add_row(*row)
-            console.print(table)
+            _print(console, title, rows, tables.HEADS.get(title, ()))
         for text in tables.warnings(run):
             console.print(f"warning: {text}", markup=False)
     if options.html or len(options.runs) == 1:

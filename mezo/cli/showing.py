@@ -4,16 +4,30 @@ from rich.console import Console
 from rich.table import Table
 
 
-def show_result(result: dict) -> None:
-    """Print what result.json says of a run."""
+def show_result(result: dict, run: str = "RUN") -> None:
+    """Print what result.json says of a run.
+
+    Args:
+        result: its content.
+        run: directory of the run, for the commands.
+    """
+    from mezo.report.tables import time_spent  # brings torch, which --help does without
+    from mezo.report.verdict import verdicts
+
     for split in ("train", "test"):
         if split in result:
             show_splits({f"{split} before": result[split]["before"], f"{split} after": result[split]["after"]})
     console = Console()
     best, steps, seconds = result["best_step"], result["steps"], result["seconds_training"]
-    console.print(f"best step {best} of {steps}; {seconds:.1f} s of training, {result['steps_per_second']:.1f} steps/s")
+    console.print(f"best step {best} of {steps}; {seconds:.1f} s of steps, {result['steps_per_second']:.1f} steps/s")
     scored, reused = result["tokens_scored"], result["tokens_reused"]
     console.print(f"{scored:,} tokens scored, {reused:,} of them reused; {result['skipped_steps']} steps skipped")
+    table = Table("time", "", "", "", "", show_header=False)
+    for row in time_spent(result):
+        table.add_row(*row)
+    console.print(table)
+    for text in verdicts(result, run):
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     if "checked_steps" in result:
         console.print(
             f"the run is finished; its log gives what it kept, bit for bit ({result['checked_steps']} steps replayed)"

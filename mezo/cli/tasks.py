@@ -1,14 +1,19 @@
 """`mezo tasks`: what --task takes."""
 
 import json
+from dataclasses import dataclass
 
-from mezo.errors import UserError
+from mezo.cli.parsing import parse
+
+
+@dataclass(frozen=True)
+class Options:
+    """List what --task of mezo train and mezo eval takes: prompts, label words, and what is trained and reported."""
 
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
-    if argv:
-        raise UserError(f"mezo tasks takes no options, got {argv[0]}")
+    parse(argv, "mezo tasks", Options)
     from mezo.tasks import TASKS
 
     for task in TASKS.values():

@@ -22,7 +22,8 @@ class Options:
     """YAML file that may give any of the options below by name, such as batch_size: 8; flags win over it."""
     resume: str = ""
     """Directory of a run that was stopped: it goes on, to the same bits as if it had not been. Only options that say
-    where, how or how far it is computed may be given beside it, and --reward."""
+    where, how or how far it is computed may be given beside it, and --reward; more --steps than it has lengthen a run,
+    a finished one too."""
     trust_reward: bool = False
     """With --resume: run the code of the reward that the run names, if its file is the one the run began with."""
 
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> int:
     values = given(argv, "mezo train", Options, Config.options())
     if path := values.pop("resume", ""):
         trust, reward = values.pop("trust_reward", False), values.pop("reward", "")
+        output = path
         machine = _resumable(path, values)
         from mezo.api import resume
 
@@ -44,13 +46,14 @@ def main(argv: list[str]) -> int:
 
             values["model"] = adapter_options(values["adapter"])["model"]
         config = Config.of(**values)
+        output = config.machine.output_dir
         from mezo.api import train
 
         result = train(config)
     if result is None:
         return 130
     if result:
-        show_result(result)
+        show_result(result, output)
     return 0
 
 
@@ -61,7 +64,8 @@ def _resumable(path: str, values: dict[str, Any]) -> dict[str, Any]:
     from mezo.run.directory import RunDirectory
 
     saved, options = RunDirectory(Path(path)).read_config().to_dict(), Config.options()
-    machine = {name: value for name, value in values.items() if RESUMABLE in options[name].marks}
+    may = lambda name: RESUMABLE in options[name].marks or name == "steps"  # noqa: E731
+    machine = {name: value for name, value in values.items() if may(name)}
     others = {name: value for name, value in values.items() if name not in machine}
     refuse_contradiction(others, {name: saved.get(name) for name in others}, "the run")
     return machine

@@ -38,6 +38,8 @@ class Data:
     balance: Literal["on", "off"] = "on"
     """on: --num-train, --num-dev and --num-test keep equally many of each class as far as there are, and --k-shot
     refuses a class with fewer. off: random samples, and all of a class with fewer, as in the MeZO paper."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, such as one without a label; the log's header says how many of each split."""
     data_seed: NotNegative = 0
     """Seed that decides which examples are kept, and which are shown as demonstrations."""
     num_demonstrations: NotNegative = 0

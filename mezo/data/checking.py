@@ -1,50 +1,88 @@
 """Rows as they are stored to items of one form: fields, options, label; each mistake named with its line."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from mezo.data.task import Item, Row, Task
 from mezo.errors import UserError
+from mezo.progress import say
+
+SHOWN = 10  # bad rows that an error lists
 
 
 def items_of(
     task: Task,
     split: str,
-    rows: Iterable[Row],
+    rows: Iterable[Row | UserError],
     template_fields: Sequence[str],
     label_words: Sequence[str] = (),
     min_options: int = 2,
-) -> list[Item]:
-    """Checked items of one split; rows without an answer are left out.
+    skip_bad: bool = False,
+) -> tuple[list[Item], int]:
+    """Checked items of one split, and how many bad rows were skipped; rows without an answer are left out.
 
     Args:
         task: whose rows they are.
         split: its name; row i is line i + 1 of the split's source.
-        rows: as they are stored.
+        rows: as they are stored; an error in place of one that could not be read.
         template_fields: fields that each row must have.
         label_words: the options of every row; without them each row has `options` and `answer`.
         min_options: the fewest options a row may bring; 0: it may have none and no answer either.
+        skip_bad: leave out rows with a missing field, or a label or answer that is none of the options.
 
     Raises:
-        UserError: no rows, a missing field, a label or answer that is none of the options.
+        UserError: no rows, or bad ones; it has the first ten of them, and how often each thing is wrong.
 
     >>> task = Task("mine", dict)
-    >>> items_of(task, "train", [{"text": "Fun.", "label": 1}], ["text"], [" bad", " good"])[0].label
+    >>> items_of(task, "train", [{"text": "Fun.", "label": 1}], ["text"], [" bad", " good"])[0][0].label
     1
     """
     source = task.sources.get(split, f"{task.name} {split}")
-    items, empty = [], True
+    items, bad, line = [], [], 0
     for line, stored in enumerate(rows, 1):
-        empty, where = False, f"{source} line {line}"
-        row = _answered(task, stored, where)
-        if row is not None:
-            items.append(_item(row, where, template_fields, label_words, min_options))
+        where = f"{source} line {line}"
+        try:
+            row = _answered(task, stored, where)
+            if row is not None:
+                items.append(_item(row, where, template_fields, label_words, min_options))
+        except UserError as error:
+            bad.append(error)
+    if bad and not (skip_bad and items):
+        raise _all_of(bad, source, line)
     if not items:
-        what = "is empty" if empty else "has no row with a known answer"
+        what = "has no row with a known answer" if line else "is empty"
         raise UserError(f"{source} {what}: give at least one example")
-    return items
+    if bad:
+        say(f"{source}: {len(bad)} of {line} rows are skipped: {_counted(_reasons(bad, source))}")
+    return items, len(bad)
 
 
-def _answered(task: Task, stored: Row, where: str) -> Row | None:
+def _all_of(bad: Sequence[UserError], source: str, rows: int) -> UserError:
+    """One error of those of several rows: the first ten, and how often each thing is wrong."""
+    reasons = _reasons(bad, source)
+    if len(bad) == 1:
+        return bad[0]
+    if len(bad) == rows and len(reasons) == 1:  # the options are wrong, not the rows
+        return UserError(f"{bad[0]}; so it is with all {rows} rows")
+    head = f"{source}: {len(bad)} of {rows} rows cannot be used ({_counted(reasons)})"
+    shown = "".join(f"\n  {error}" for error in bad[:SHOWN])
+    return UserError(f"{head}: correct them, or leave them out with --skip-bad-rows{shown}")
+
+
+def _counted(reasons: Counter) -> str:
+    return ", ".join(f"{count} times: {reason}" for reason, count in reasons.most_common())
+
+
+def _reasons(bad: Sequence[UserError], source: str) -> Counter:
+    """How often each thing is wrong; what is said of a single row after it is left out."""
+    prefix = re.compile(rf"{re.escape(source)} line \d+:? ")
+    return Counter(re.split(r", got |; it has | \(|: ", prefix.sub("", str(error)))[0] for error in bad)
+
+
+def _answered(task: Task, stored: Row | UserError, where: str) -> Row | None:
+    if isinstance(stored, UserError):  # a line that could not be read
+        raise stored
     try:
         return task.row(stored)
     except KeyError as error:
@@ -83,11 +121,21 @@ def _texts(row: Row, name: str, where: str) -> tuple[str, ...]:
 
 def _field(row: Row, name: str, where: str) -> str:
     if name not in row:
-        raise UserError(f"{where} has no field {name!r}, which the prompt takes; it has {_names(row)}: change --prompt")
+        raise UserError(
+            f"{where} has no field {name!r}, which the prompt takes; it has {_names(row)}: {_remedy(row, name)}"
+        )
     value = row[name]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{where}: field {name!r} must be a string or a number, got {value!r:.60}")
     return _encodable(str(value), name, where)
+
+
+def _remedy(row: Row, missing: str) -> str:
+    if {"messages", "conversations"} & set(row):
+        return "conversations are not read; write a text field and a label, or prompt, options and answer, on each line"
+    if missing == "prompt" and "label" in row:
+        return "give --label-words, the word of each label in order"
+    return "change --prompt"
 
 
 def _encodable(text: str, name: str, where: str) -> str:

@@ -39,11 +39,11 @@ def with_files(task: Task, data: Data) -> Task:
     return replace(task, load=lambda: {split: read_jsonl(path) for split, path in files.items()}, sources=files)
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
-    """The objects of a JSON lines file, one a line.
+def read_jsonl(path: str | Path) -> list[dict | UserError]:
+    """The objects of a JSON lines file, one a line; in place of a line that is none, what is wrong with it.
 
     Raises:
-        UserError: the file cannot be read, is not UTF-8, is empty, or has a line that is not a JSON object.
+        UserError: the file cannot be read, is not UTF-8, or is empty.
     """
     try:
         # utf-8-sig: some editors put a byte order mark first.
@@ -69,15 +69,15 @@ def refuse_binary(path: str | Path, content: bytes) -> None:
             raise UserError(f"{path} is a {name} file, expected JSON lines: {remedy}")
 
 
-def _parse(line: str, where: str) -> dict:
+def _parse(line: str, where: str) -> dict | UserError:
     if not line.strip():
-        raise UserError(f"{where} is blank: remove it, one JSON object a line")
+        return UserError(f"{where} is blank: remove it, one JSON object a line")
     try:
         # NaN stands for a missing value, as null does: where a task reads the field, it is refused as that
         row = json.loads(line, parse_constant=lambda name: None if name == "NaN" else float(name))
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "nested too deeply")
-        raise UserError(f"{where} is not JSON ({reason}): {line!r:.60}: one JSON object a line") from None
+        return UserError(f"{where} is not JSON ({reason}): {line!r:.60}: one JSON object a line")
     if not isinstance(row, dict):
-        raise UserError(f'{where} must be a JSON object such as {{"text": ..., "label": 0}}, got {line!r:.60}')
+        return UserError(f'{where} must be a JSON object such as {{"text": ..., "label": 0}}, got {line!r:.60}')
     return row

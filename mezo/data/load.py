@@ -1,6 +1,8 @@
 """From a task's stored rows to tokenised examples: checked, sampled, put into the prompt and encoded."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +17,12 @@ from mezo.data.tokenization import encode
 from mezo.errors import UserError
 
 
+class Splits(dict[str, list[Example]]):
+    """Examples by split; `skipped` has how many bad rows were left out of each, where there were any."""
+
+    skipped: Mapping[str, int] = MappingProxyType({})
+
+
 def examples_of(
     task: Task,
     data: Data,
@@ -22,7 +30,7 @@ def examples_of(
     tokenizer: PreTrainedTokenizerBase,
     masked: bool | None = None,
     pooled: bool = False,
-) -> dict[str, list[Example]]:
+) -> Splits:
     """The tokenised examples of a task: a pure function of its rows, the configuration and the tokenizer.
 
     Args:
@@ -49,10 +57,11 @@ def examples_of(
     right_alone = not any(name in method.objectives for name in ("cross_entropy", "accuracy"))
     # a reward alone asks for no right answer
     min_options = 0 if not method.scores and not _needs_references(method) else 1 if right_alone else 2
-    items = {
-        split: items_of(task, split, rows, template.fields, prompt.label_words, min_options)
+    checked = {
+        split: items_of(task, split, rows, template.fields, prompt.label_words, min_options, data.skip_bad_rows)
         for split, rows in task.load().items()
     }
+    items = {split: own for split, (own, _) in checked.items()}
     kept = sample(items, data, task.dev_size)
     if data.num_demonstrations:
         if "train" not in kept or len(kept) == 1:
@@ -65,7 +74,9 @@ def examples_of(
     if "train" in kept and not (right_alone and method.eval_train):
         kept["train"] = [_right_alone(r) if right_alone else _one_right(r) for r in kept["train"]]
     judged, length = {split: _as_judged(own, method) for split, own in kept.items()}, data.max_length
-    return {split: encode(own, template, tokenizer, length, masked, pooled) for split, own in judged.items()}
+    found = Splits({split: encode(own, template, tokenizer, length, masked, pooled) for split, own in judged.items()})
+    found.skipped = {split: skipped for split, (_, skipped) in checked.items() if skipped}
+    return found
 
 
 def _prompt(task: Task, data: Data, masked: bool) -> Prompt:

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -53,10 +54,13 @@ class Checkpoint:
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory or hub id. Raises UserError if there is none."""
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():  # no hub id begins so
+        raise UserError(f"--model {model}: no such directory; give one with a model in it, or a hub id like org/name")
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {model}: no tokenizer could be loaded ({_first_line(error)})") from error
+        why = f"no tokenizer could be loaded ({_first_line(error)})"
+        raise UserError(f"--model {model}: {why}; give a directory with a model in it, or a hub id") from error
 
 
 def load_base(checkpoint: Checkpoint, dtype: torch.dtype | str, bare: bool = False) -> nn.Module:

@@ -81,7 +81,8 @@ def drawings(runs: Sequence[Curves]) -> list[Drawing]:
     drawn = []
     with rc_context(STYLE):
         for (name, caption), draw in kinds.items():
-            figure = Figure(figsize=(7, 3.2), layout="constrained")
+            height = 1.2 + 0.35 * len(runs) if draw is _parts else 3.2
+            figure = Figure(figsize=(7, height), layout="constrained")
             if draw(figure.subplots(), runs):
                 drawn.append(Drawing(name, caption, figure))
     return drawn

@@ -1,11 +1,13 @@
 """What a person watches while a run goes on: a progress bar and TensorBoard curves."""
 
 import logging
+import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mezo.progress import EVERY, lasting
 from mezo.run.trajectory import StepRecord
 
 NOISY = 0.1  # of projected_grad, from where its noise is warned of
@@ -40,6 +42,8 @@ class Monitor:
 
         self.writer = None if quiet else SummaryWriter(str(directory), purge_step=start)
         self.console = Console(stderr=True, quiet=quiet)
+        self.steps, self.start, self.began = steps, start, time.monotonic()
+        self.due = EVERY
         self.progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -48,7 +52,7 @@ class Monitor:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
-            disable=quiet,
+            disable=quiet or not self.console.is_terminal,
         )
         self.task = self.progress.add_task("", total=steps, completed=start, loss=float("nan"), grad=0.0, rate=0.0)
 
@@ -67,10 +71,21 @@ class Monitor:
         loss = record.losses.mean
         grad = sum(map(abs, record.projected_grads)) / n
         self.progress.update(self.task, completed=record.step + 1, loss=loss, grad=grad, rate=rate)
+        self._tell(record.step + 1, loss, grad, rate)
         if self.writer and record.step % LOG_EVERY == 0:
             points = {"train/loss": loss, "train/abs_projected_grad": grad, "train/steps_per_second": rate}
             for name, value in points.items():
                 self.writer.add_scalar(name, value, record.step)
+
+    def _tell(self, done: int, loss: float, grad: float, rate: float) -> None:
+        """A line a minute where there is no terminal to show a bar in."""
+        seconds = time.monotonic() - self.began
+        if self.console.is_terminal or seconds < self.due:
+            return
+        self.due = seconds + EVERY
+        left = lasting(seconds / (done - self.start) * (self.steps - done))
+        now = f"loss {loss:.4f}  |g| {grad:.3g}  {rate:.1f} steps/s"
+        self.say(f"step {done:>6}  of {self.steps}  {now}, about {left} left")
 
     def evaluation(self, row: dict) -> None:
         """Show one line of metrics.jsonl."""
@@ -96,7 +111,7 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=not self.console.is_terminal)
 
 
 def warning(row: dict) -> str | None:

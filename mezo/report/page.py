@@ -22,13 +22,20 @@ HEAD = f"""<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 """
 CSS = """<style>
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+:root { color-scheme: light dark; --text: #222; --page: #fff; --line: #ddd; --warning: #fff4d6; }
+@media (prefers-color-scheme: dark) { :root { --text: #ddd; --page: #16181c; --line: #3a3d44; --warning: #3d3112; } }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+body { color: var(--text); background: var(--page); }
+h1 { overflow-wrap: break-word; } .headline { font-size: 1.5rem; margin: .4rem 0 1rem; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .3rem 0 1.2rem; }
 caption { text-align: left; font-weight: 600; padding: .2rem 0; }
-td, th { border-bottom: 1px solid #ddd; padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top; }
-td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; } figcaption { font-weight: 600; }
-.warnings { background: #fff4d6; padding: .6rem 2rem; border-left: 4px solid #d99a00; }
+td, th { border-bottom: 1px solid var(--line); padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top; }
+th { font-weight: 400; opacity: .75; }
+td { overflow-wrap: break-word; font-variant-numeric: tabular-nums; }
+figure { margin: 1rem 0; } figcaption { font-weight: 600; padding-bottom: .3rem; }
+figure img { width: 100%; min-width: 34rem; height: auto; background: #fff; border-radius: 4px; }
+.warnings { background: var(--warning); padding: .6rem 2rem; border-left: 4px solid #d99a00; }
 .given { font-weight: 600; }
 </style>
 """
@@ -75,22 +82,37 @@ def write_pictures(runs: Sequence[str], directory: Path) -> list[Path]:
 
 def html(runs: Sequence[str]) -> str:
     """The page's text: the same files give the same bytes."""
-    names = _names(runs)
+    names = names_of(runs)
     parts = [HEAD, f"<title>{escape(', '.join(names))}: mezo report</title>\n", CSS, "</head>\n<body>\n"]
+    parts += [_table(title, rows, head) for title, (head, *rows) in beside(runs, names).items()]
     for name, run in zip(names, runs, strict=True):
         parts.append(f"<h1>{escape(name)}</h1>\n")
+        parts += [f'<p class="headline">{escape(text)}</p>\n' for text in tables.headline(run)]
         warnings = "".join(f"<li>{escape(text)}</li>\n" for text in tables.warnings(run))
         parts += [f'<ul class="warnings">\n{warnings}</ul>\n'] if warnings else []
-        parts += [_table(title, rows) for title, rows in tables.tables(run).items()]
+        parts += [_table(title, rows, tables.HEADS.get(title, ())) for title, rows in tables.tables(run).items()]
     parts.append("<h1>curves</h1>\n" if len(runs) > 1 else "")
     for drawn in drawings(_curves(runs)):
         text, image = escape(drawn.caption), base64.b64encode(drawn.render("svg")).decode()
         parts.append(
             f"<figure>\n<figcaption>{text}</figcaption>\n"
-            f'<img alt="{text}" src="data:image/svg+xml;base64,{image}">\n</figure>\n'
+            f'<div class="wide"><img alt="{text}" src="data:image/svg+xml;base64,{image}"></div>\n</figure>\n'
         )
     configs = [RunDirectory(Path(run)).read_config() for run in runs]
     return "".join([*parts, _options(names, configs), "</body>\n</html>\n"])
+
+
+def beside(runs: Sequence[str], names: Sequence[str]) -> dict[str, list[tuple[str, ...]]]:
+    """What sets several runs apart, by the title of its table, head first; nothing of a single run.
+
+    Args:
+        runs: directories of finished runs.
+        names: what to call them.
+    """
+    if len(runs) < 2:
+        return {}
+    found = {"runs": tables.comparison(runs, names), "options that differ": tables.differences(runs, names)}
+    return {title: rows for title, rows in found.items() if len(rows) > 1}
 
 
 def _curves(runs: Sequence[str]) -> list[Curves]:
@@ -98,12 +120,18 @@ def _curves(runs: Sequence[str]) -> list[Curves]:
     directories = [tables.finished(run) for run in runs]
     return [
         Curves(name, read_trajectory(run.trajectory)[1], run.read_metrics(), run.read_result())
-        for name, run in zip(_names(runs), directories, strict=True)
+        for name, run in zip(names_of(runs), directories, strict=True)
     ]
 
 
-def _names(runs: Sequence[str]) -> list[str]:
-    """Last parts of the paths, as many as tell the runs apart."""
+def names_of(runs: Sequence[str]) -> list[str]:
+    """Last parts of the paths, as many as tell the runs apart.
+
+    Args:
+        runs: directories.
+    Raises:
+        UserError: one is given twice.
+    """
     parts = [Path(run).resolve().parts for run in runs]
     if len(set(parts)) != len(parts):
         raise UserError(f"mezo report: a run is given twice among {', '.join(runs)}: drop one")
@@ -112,9 +140,13 @@ def _names(runs: Sequence[str]) -> list[str]:
     return ["/".join(own[-enough:]) for own in parts]
 
 
-def _table(title: str, rows: Sequence[Sequence[str]]) -> str:
-    lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return f"<table>\n<caption>{escape(title)}</caption>\n{lines}</table>\n"
+def _table(title: str, rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
+    if not rows:
+        return ""
+    titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    lines = f"<tr>{titles}</tr>\n" if head else ""
+    lines += "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f'<div class="wide"><table>\n<caption>{escape(title)}</caption>\n{lines}</table></div>\n'
 
 
 def _options(names: Sequence[str], configs: Sequence[Config]) -> str:
@@ -132,7 +164,8 @@ def _options(names: Sequence[str], configs: Sequence[Config]) -> str:
         lines.append(f"<tr><td>{option.name}</td>{''.join(cells)}</tr>\n")
     head = "".join(f"<th>{escape(name)}</th>" for name in names) if len(names) > 1 else ""
     head = f"<tr><th></th>{head}</tr>\n" if head else ""
-    return f"<details>\n<summary>configuration</summary>\n<table>\n{head}{''.join(lines)}</table>\n</details>\n"
+    table = f'<div class="wide"><table>\n{head}{"".join(lines)}</table></div>\n'
+    return f"<details>\n<summary>configuration</summary>\n{table}</details>\n"
 
 
 def _shown(value: object) -> str:

@@ -1,9 +1,13 @@
 """What a run did, where its time went and what to look out for, from its files alone: what `mezo report` prints."""
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
+from mezo.config.options import shown
 from mezo.errors import UserError
 from mezo.report.monitor import warning
+from mezo.report.verdict import verdicts
 from mezo.run import outcome
 from mezo.run.directory import RunDirectory
 from mezo.run.stopping import WARNED, WINDOW, loss_ratio
@@ -40,7 +44,7 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
     first, records = read_trajectory(directory.trajectory)
     early = ", ended early" if result.get("stopped_early") else ""
     facts = [
-        ("model", first["model"]),
+        ("model", _model_name(first["model"])),
         ("runtime", result["runtime"]),
         ("steps", f"{len(records)}{early}, best {result['best_step']}, {result['skipped_steps']} skipped"),
         ("speed", f"{result['steps_per_second']:.2f} steps/s at batch {config.method.batch_size}"),
@@ -48,11 +52,84 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
         *_instruments(result),
     ]
     return {
+        "verdict": [(text,) for text in verdicts(result, run)],
         "result": facts,
         "before, after": _changes(result),
+        "seconds of the run": time_spent(result),
         "tokens": [_tokens(result, prefix, what) for prefix, what in (("", "training"), ("eval_", "evaluation"))],
         "seconds of training": _seconds(result),
     }
+
+
+HEADS = {
+    "before, after": ("figure", "before", "after"),
+    "seconds of the run": ("part", "time", "share", "speed", "what it is"),
+    "tokens": ("of", "scored", "computed", "from a cache"),
+    "seconds of training": ("part", "time", "share", "what it is"),
+}
+"""What the columns of a table hold, where that is not plain to see."""
+HEADLINES = ("reward", "accuracy", "f1", "loss")
+"""Figures of a run, the first of which that it has stands for it in a comparison."""
+
+
+def headline(run: str) -> list[str]:
+    """What the run came to, in one line; none where nothing was tested or evaluated.
+
+    Args:
+        run: directory of a finished run.
+    """
+    head, row = comparison([run], [run])
+    found = dict(zip(head, row, strict=True))
+    if found["test after"] != "-":
+        return [f"test {found['figure']} {found['test before']} to {found['test after']}"]
+    return [f"dev {found['figure']} {found['best dev']} at step {found['at step']}"] if found["best dev"] != "-" else []
+
+
+def _model_name(model: str) -> str:
+    """A hub id, of which the path in the hub's cache is an absolute one; any other path as it is.
+
+    >>> _model_name("/home/me/.cache/huggingface/hub/models--org--name/snapshots/0123abc"), _model_name("/data/m")
+    ('org/name', '/data/m')
+    """
+    cached = [part for part in Path(model).parts if part.startswith("models--")]
+    return cached[-1].removeprefix("models--").replace("--", "/") if cached else model
+
+
+def comparison(runs: Sequence[str], names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Runs beside each other: a head, then a row a run.
+
+    Args:
+        runs: directories of finished runs.
+        names: what to call them.
+    """
+    head = ("run", "figure", "test before", "test after", "best dev", "at step", "of", "steps/s", "seconds in all")
+    return [head, *(_compared(name, finished(run).read_result()) for name, run in zip(names, runs, strict=True))]
+
+
+def _compared(name: str, result: dict) -> tuple[str, ...]:
+    test, dev = result.get("test"), result["dev"]
+    some = test["after"] if test else dev[0] if dev else {}
+    key = next((key for key in HEADLINES if some.get(key) is not None), "loss")
+    at_best = next((row for row in dev if row["step"] == result["best_step"]), {})
+    seconds = sum(result.get(key, 0.0) for key, _, _ in SPENT.values())
+    figures = [
+        _number(row.get(key)) for row in ((test or {}).get("before", {}), (test or {}).get("after", {}), at_best)
+    ]
+    steps = str(result["best_step"]), str(result["steps"])
+    return (name, key, *figures, *steps, f"{result['steps_per_second']:.2f}", f"{seconds:.0f}")
+
+
+def differences(runs: Sequence[str], names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Options that are not the same in all runs: a head, then a row an option; where a run is written is left out.
+
+    Args:
+        runs: directories of runs.
+        names: what to call them.
+    """
+    flat = [RunDirectory(Path(run)).read_config().to_dict() for run in runs]
+    values = {name: [shown(own.get(name, "-")) for own in flat] for name in itertools.chain(*flat)}
+    rows = [(name, *each) for name, each in values.items() if len(set(each)) > 1 and name != "output_dir"]
+    return [("option", *names), *rows]
 
 
 def warnings(run: str) -> list[str]:
@@ -121,6 +198,31 @@ def _tokens(result: dict, prefix: str, what: str) -> tuple[str, ...]:
     scored, computed, reused = (result[f"{prefix}tokens_{kind}"] for kind in ("scored", "computed", "reused"))
     share = 100 * reused / max(scored, 1)
     return what, f"{scored:,} scored", f"{computed:,} computed", f"{reused:,} reused ({share:.1f} %)"
+
+
+SPENT = {
+    "loading": ("seconds_loading", "", "data, model, and an engine's start"),
+    "proof": ("seconds_proof", "", "scores compared with those of the model itself"),
+    "compilation": ("seconds_compilation", "", "the first call of the kernels"),
+    "cache": ("seconds_cache_filling", "tokens_cache_filled", "what training does not change, computed once"),
+    "evaluation": ("seconds_evaluation", "eval_tokens_scored", "dev, test, and how good the estimates are"),
+    "steps": ("seconds_training", "tokens_scored", ""),
+}
+
+
+def time_spent(result: dict) -> list[tuple[str, ...]]:
+    """Where all of a run's time went: part, seconds, share, tokens a second, what it is; what took none is left out.
+
+    Args:
+        result: what result.json holds.
+    """
+    seconds = {part: result.get(key, 0.0) for part, (key, _, _) in SPENT.items()}
+    total, rows = max(sum(seconds.values()), 1e-9), []
+    for part, (_, tokens, what) in SPENT.items():
+        if seconds[part] and seconds[part] > 0:
+            rate = f"{result[tokens] / seconds[part]:,.0f} tokens/s" if result.get(tokens) else ""
+            rows.append((part, f"{seconds[part]:.1f} s", f"{100 * seconds[part] / total:.1f} %", rate, what))
+    return [*rows, ("in all", f"{total:.1f} s", "", "", "")]
 
 
 def _seconds(result: dict) -> list[tuple[str, ...]]:

@@ -13,6 +13,7 @@ from mezo.method.step import Step, Update
 from mezo.run.adapter import PEFT_CONFIG, WEIGHTS, read_peft_config, shapes_in
 from mezo.run.directory import RunDirectory, best_step
 from mezo.run.files import RESTORE
+from mezo.run.header import planned_steps
 from mezo.run.trajectory import StepRecord
 from mezo_kernels import root_mean_square
 
@@ -107,7 +108,8 @@ def _check_line(line: str, record: StepRecord, config: Config, first: dict, leng
     if method.normalise_z and not lengths:
         return
     norms = [root_mean_square(first["shapes"], seed) for seed in update.seeds] if method.normalise_z else []
-    lr = learning_rate(record.step, method.steps, method.lr, method.lr_schedule, method.warmup_steps)
+    planned = planned_steps(first, record.step, method.steps)
+    lr = learning_rate(record.step, planned, method.lr, method.lr_schedule, method.warmup_steps)
     expected = method.rule.plan(update.seeds, grads, record.losses, lr, method.weight_decay, method.clip, norms)
     expected = method.rule.choose(expected, record.tried) if method.rule.compares else expected
     if not _near(update, expected, 1e-15 * method.lr / lr if lr else 0.0):

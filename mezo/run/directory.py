@@ -10,8 +10,9 @@ from mezo.atomic import remove_partial, replacing
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.run.files import drop_torn_line, parsed, read_lines, read_object, replace_file
-from mezo.run.header import INITIAL, content_of
+from mezo.run.header import INITIAL, content_of, lengthened
 from mezo.run.schema import Metrics, Result, validated
+from mezo.run.trajectory import read_trajectory
 
 
 class RunDirectory:
@@ -82,6 +83,19 @@ class RunDirectory:
             return Config.of_run(read_object(self.config))
         except UserError as error:
             raise UserError(f"{self.path}: not a run directory with a readable config.json ({error})") from error
+
+    def lengthen(self, config: Config) -> None:
+        """Give the run more steps: the log's header says so, then config.json.
+
+        Args:
+            config: the run's, with the new number of steps.
+        """
+        first_line, records = read_trajectory(self.trajectory)
+        before = self.read_config().method.steps
+        lines = self.trajectory.read_bytes().split(b"\n", 1)
+        first = json.dumps(lengthened(first_line, len(records), before, config.method.steps)).encode()
+        replace_file(self.trajectory, first + b"\n" + lines[1])
+        replace_file(self.config, config.to_json().encode())
 
     def read_metrics(self) -> list[dict]:
         """Evaluations so far, oldest first."""

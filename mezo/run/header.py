@@ -66,13 +66,15 @@ def make_header(
     Args:
         config: the run's.
         spec: what is trained.
-        splits: tokenised examples by split.
+        splits: tokenised examples by split, as `load_splits` gives them: it says which rows were skipped.
         initial: the run's `starting_file`.
     """
     init = {"kind": "stream" if spec.peft else "base"}
     if initial is not None:
         init = {"kind": "file", "file": INITIAL, "sha256": hashlib.sha256(content_of(initial)).hexdigest()}
-    extra = {"reward_hash": reward_hash(config.method.reward)} if config.method.reward else {}
+    skipped = getattr(splits, "skipped", {})
+    extra = {"skipped_rows": dict(skipped)} if skipped else {}
+    extra |= {"reward_hash": reward_hash(config.method.reward)} if config.method.reward else {}
     rule = config.method.logged_rule.header()
     extra |= {"rule": rule} if rule else {}
     return header(config.method.seed, data_hash(splits), init, {**extra, **asdict(spec)})
@@ -108,6 +110,46 @@ def _refuse_too_large(shapes: dict[str, tuple[int, ...]]) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
         raise UserError(f"the log is of {size:,} bytes of parameters, this machine has {memory:,}: use a larger one")
+
+
+def lengthened(first_line: dict, done: int, before: int, steps: int) -> dict:
+    """The header of a run that is given more steps: `lengthened` lists each time, and what was planned before it.
+
+    Args:
+        first_line: header of its log.
+        done: steps in the log.
+        before: steps that were planned.
+        steps: that are planned now.
+
+    >>> lengthened({"version": 1}, 40, 40, 60)
+    {'version': 1, 'lengthened': [{'at': 40, 'from': 40, 'to': 60}]}
+    """
+    chain = [each for each in first_line.get("lengthened", []) if each["to"] <= before]  # else it was cut short
+    return {**first_line, "lengthened": [*chain, {"at": done, "from": before, "to": steps}]}
+
+
+def planned_steps(first_line: dict, step: int, steps: int) -> int:
+    """How long the run was to be when it did a step: what its learning rate follows.
+
+    Args:
+        first_line: header of its log.
+        step: number of the step.
+        steps: that are planned now.
+    """
+    return next((each["from"] for each in first_line.get("lengthened", []) if step < each["at"]), steps)
+
+
+def shortened(first_line: dict, done: int) -> dict:
+    """The header of a run that is cut back to fewer steps: what it does again, it does as it is planned now.
+
+    Args:
+        first_line: header of its log.
+        done: steps that are left.
+    """
+    if "lengthened" not in first_line:
+        return first_line
+    chain = [{**each, "at": min(each["at"], done)} for each in first_line["lengthened"]]
+    return {**first_line, "lengthened": chain}
 
 
 def header(run_seed: int, data_hash: str, init: dict, spec: dict) -> dict:

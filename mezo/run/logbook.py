@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from mezo.errors import UserError
 from mezo.run import outcome
 from mezo.run.agreement import check_run
 from mezo.run.directory import RunDirectory, best_step
-from mezo.run.files import replace_file
+from mezo.run.files import drop_torn_line, replace_file
+from mezo.run.header import shortened
 from mezo.run.replay import rebuild
 from mezo.run.trajectory import read_trajectory
 
@@ -30,10 +32,17 @@ def summary(run: str) -> dict:
         "start": start[first["init"]["kind"]],
         "run seed": str(first["run_seed"]),
         "steps": f"{len(records)} ({sum(record.update.skipped for record in records)} skipped)",
+        **_lengthened(first),
         "|projected_grad|": f"mean {sum(grads) / max(len(grads), 1):.4g}, {grads.count(0)} of {len(grads)} zero",
         "size": f"{len(data):,} bytes, {len(gzip.compress(data)):,} compressed; the {what} is {4 * elements:,}",
         "torn last line": f"{torn} bytes, to be dropped" if torn else "no",
     }
+
+
+def _lengthened(first_line: dict) -> dict[str, str]:
+    chain = first_line.get("lengthened", [])
+    each = (f"from {one['from']} to {one['to']} steps after {one['at']}" for one in chain)
+    return {"lengthened": ", ".join(each)} if chain else {}
 
 
 def verify(run: str) -> int:
@@ -56,11 +65,12 @@ def truncate(run: str, step: int) -> Path:
         The folder in the run directory that holds the files as they were.
     """
     directory = RunDirectory.open(run)
-    first, records = read_trajectory(directory.trajectory)
+    drop_torn_line(directory.trajectory)
+    first_line, records = read_trajectory(directory.trajectory)
     if not 0 <= step <= len(records):
         raise UserError(f"--step must be from 0 to {len(records)}, got {step}")
     lines = directory.trajectory.read_bytes().splitlines(keepends=True)
-    check_run(directory, first, records)
+    check_run(directory, first_line, records)
     rows = directory.read_metrics()
     # a test score after the run, and that it stopped, belong to the run's end
     ends = lambda row: row["step"] > 0 and row["split"] in ("test", "train", "stop")  # noqa: E731
@@ -74,6 +84,8 @@ def truncate(run: str, step: int) -> Path:
     for path in (directory.trajectory, directory.metrics, *outcomes):
         if path.exists():
             path.rename(aside / path.name)
+    if "lengthened" in first_line:
+        lines[0] = json.dumps(shortened(first_line, step)).encode() + b"\n"
     replace_file(directory.trajectory, b"".join(lines[: step + 1]))
     directory.write_metrics(rows)
     if rebuilt:

@@ -103,6 +103,14 @@ class Rule(_Fields):
     normalised: StrictBool = False
 
 
+class Lengthening(_Fields):
+    """That a run was given more steps: when, and how many it had and has."""
+
+    at: Count
+    before: Annotated[Count, Field(alias="from")]
+    to: Count
+
+
 class Header(_Fields):
     """The first line of a log."""
 
@@ -111,6 +119,7 @@ class Header(_Fields):
     reward_hash: Text | None = None
     init: Annotated[Stream | Base | File, Field(discriminator="kind")]
     rule: Rule | None = None
+    lengthened: list[Lengthening] = []
     peft: Peft | None
     shapes: Annotated[dict[Text, Annotated[list[Dimension], MaxLen(8)]], MinLen(1)]
     model: Text
@@ -138,6 +147,8 @@ class Clock(_Fields):
     compilation: float
     loading: float
     filling: float
+    proving: float = 0.0
+    tokens_filled: Amount = 0
     parts: dict[Text, float] = {}
     tokens: tuple[Amount, Amount]
     eval_tokens: tuple[Amount, Amount]
@@ -204,6 +215,7 @@ class Result(_Fields):
     eval_tokens_reused: StrictInt
     zero_gradient_share: float
     clipped_share: float
+    examples: dict[Text, Count] = {}
 
     @validates(mode="after")
     def _has_both_of_a_pair(self) -> "Result":

@@ -38,7 +38,8 @@ class Runtime(Protocol):
         spec: what is trained.
         tokens, eval_tokens: work of training and of evaluation.
         seconds: time so far by part, such as "kernels" and "forward".
-        seconds_filling: time so far spent on filling caches ahead of use.
+        seconds_filling, tokens_filled: time and tokens so far spent on filling caches.
+        seconds_proving: time that the proof at the start took.
         pairs: perturbations whose two copies are held at once.
         device: where this process draws numbers.
     """
@@ -48,6 +49,8 @@ class Runtime(Protocol):
     eval_tokens: TokenCount
     seconds: dict[str, float]
     seconds_filling: float
+    tokens_filled: int
+    seconds_proving: float
     pairs: int
     device: torch.device
 

@@ -18,7 +18,8 @@ class Clock:
     def __init__(self, runtime: Runtime, loading: float = 0.0):
         self.runtime = runtime
         self.seconds = dict.fromkeys(("training", "evaluation", "compilation"), 0.0)
-        self.seconds |= {"loading": loading, "filling": runtime.seconds_filling}
+        self.seconds |= {"loading": loading, "filling": runtime.seconds_filling, "proving": runtime.seconds_proving}
+        self.tokens_filled = 0  # by the processes before this one
         self.parts = dict.fromkeys(runtime.seconds, 0.0)
         self.steps, self.steps_here = 0, 0
 
@@ -46,6 +47,11 @@ class Clock:
         """Steps a second of training."""
         return self.steps / max(self.seconds["training"], 1e-9)
 
+    @property
+    def filled(self) -> int:
+        """Tokens that caches were filled with."""
+        return self.tokens_filled + self.runtime.tokens_filled
+
     def row(self) -> dict:
         """The totals as kept in metrics.jsonl."""
         counts = {"tokens": self.runtime.tokens, "eval_tokens": self.runtime.eval_tokens}
@@ -54,6 +60,7 @@ class Clock:
             **self.seconds,
             "parts": dict(self.parts),
             **{k: [c.scored, c.computed] for k, c in counts.items()},
+            "tokens_filled": self.filled,
         }
 
     def restore(self, row: dict) -> None:
@@ -66,4 +73,6 @@ class Clock:
         # another runtime may have done those steps: its parts are kept beside ours
         for part, seconds in row.pop("parts", {}).items():
             self.parts[part] = self.parts.get(part, 0.0) + seconds
-        self.seconds = {name: self.seconds[name] + row[name] for name in self.seconds}
+        # rows of programs before this one lack some of it
+        self.tokens_filled += row.get("tokens_filled", 0)
+        self.seconds = {name: seconds + row.get(name, 0.0) for name, seconds in self.seconds.items()}

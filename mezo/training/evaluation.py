@@ -11,6 +11,7 @@ from mezo.data.answers import METRICS, best
 from mezo.data.example import Example
 from mezo.data.rewards import Judge
 from mezo.method.objectives import evaluate, predictions
+from mezo.progress import EVERY, told
 from mezo.report.monitor import Monitor
 from mezo.run import outcome
 from mezo.run.directory import RunDirectory
@@ -52,7 +53,7 @@ class Evaluations:
         self.config, self.runtime, self.splits, self.judges, self.run = config, runtime, splits, judges, run
         self.clock, self.instruments = clock, Instruments(config, runtime, measurement, clock)
         self.metrics = [row for row in run.read_metrics() if row["step"] <= done]
-        self.every = config.method.eval_every or max(1, config.method.steps // TENTHS)
+        self.every = evaluation_interval(config)
 
     def due(self, step: int) -> bool:
         """Whether anything is to be looked at after so many steps."""
@@ -104,6 +105,11 @@ class Evaluations:
         return row[key] is not None and all(sign * row[key] > sign * other for other in others if other is not None)
 
 
+def evaluation_interval(config: Config) -> int:
+    """Steps from one evaluation to the next."""
+    return config.method.eval_every or max(1, config.method.steps // TENTHS)
+
+
 def best_by(config: Config) -> tuple[int, str]:
     """Which figure of dev chooses the best step, and its sign: 1 where more is better.
 
@@ -148,7 +154,7 @@ def evaluate_split(
         parts = [range(i, min(n, i + size)) for i in range(0, n, size)]
         outputs = [
             text
-            for part in parts
+            for part in told(parts, f"texts of {split}, batches", EVERY)
             for text in runtime.generate(split, part, config.method.max_new_tokens, config.method.stops)
         ]
         for name, judge in judges.items():
@@ -175,7 +181,8 @@ def score_split(runtime: Runtime, split: str, n: int, size: int) -> torch.Tensor
         n: examples of the split.
         size: examples scored at a time.
     """
-    parts = [runtime.score(split, range(i, min(n, i + size))) for i in range(0, n, size)]
+    batches = [range(i, min(n, i + size)) for i in range(0, n, size)]
+    parts = [runtime.score(split, batch) for batch in told(batches, f"scoring {split}, batches", EVERY)]
     width = max(part.shape[1] for part in parts)
     pad = torch.nn.functional.pad
     return torch.cat([pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in parts])

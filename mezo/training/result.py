@@ -1,6 +1,6 @@
 """What result.json says of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mezo.config import Config
 from mezo.run.trajectory import StepRecord
@@ -34,6 +34,7 @@ def result(
     metrics: Sequence[dict],
     clock: Clock,
     ranks: Ranks,
+    examples: Mapping[str, int],
 ) -> dict:
     """The result of a run that reached its last step, or was stopped early.
 
@@ -45,6 +46,7 @@ def result(
         metrics: rows of metrics.jsonl.
         clock: of the run.
         ranks: what they exchanged.
+        examples: how many each split has.
     """
     before = {split: next(r for r in metrics if r["split"] == split) for split in after}
     grads = [g for record in records if not record.update.skipped for g in record.projected_grads]
@@ -53,12 +55,14 @@ def result(
         **{s: {"before": _take(before[s], METRICS), "after": _take(after[s], METRICS)} for s in after},
         "dev": [_take(row, ("step", *METRICS)) for row in metrics if row["split"] == "dev"],
         "best_step": best,
+        "examples": dict(examples),
         "steps": len(records),
         "stopped_early": len(records) < config.method.steps,
         "steps_counted": clock.steps,
         "seconds_training": seconds["training"],
         "seconds_of_training": {**clock.parts, "bookkeeping": seconds["training"] - sum(clock.parts.values())},
         "seconds_loading": seconds["loading"],
+        "seconds_proof": seconds["proving"],
         "seconds_cache_filling": seconds["filling"],
         "seconds_compilation": seconds["compilation"],
         "seconds_evaluation": seconds["evaluation"],
@@ -72,6 +76,7 @@ def result(
         "eval_tokens_scored": eval_tokens.scored,
         "eval_tokens_computed": round(eval_tokens.computed),
         "eval_tokens_reused": round(eval_tokens.reused),
+        "tokens_cache_filled": clock.filled,
         **_instruments(metrics),
         "zero_gradient_share": sum(g == 0 for g in grads) / max(len(grads), 1),
         "clipped_share": sum(abs(g) > config.method.clip for g in grads) / max(len(grads), 1)

@@ -176,7 +176,8 @@ class Trainer:
         step = len(self.records) if best is None else best
         scored = {row["split"] for row in metrics if row["split"] in ("test", "train")}
         after = {split: self.evaluations.evaluate(split, step, self.monitor) for split in sorted(scored)}
-        found = result(self.config, step, after, self.records, metrics, self.clock, self.ranks)
+        sizes = {split: len(examples) for split, examples in self.evaluations.splits.items()}
+        found = result(self.config, step, after, self.records, metrics, self.clock, self.ranks, sizes)
         replace_file(self.run.result, json.dumps(found, indent=2).encode())
         if self.config.method.report:
             self._write_page()

@@ -1,13 +1,19 @@
 """The command line: good calls work, mistakes are one line with a remedy, exit code 2 and nothing written."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
 
 import mezo_kernels.reference
-from mezo.cli.main import main
+from mezo.cli.main import COMMANDS, main
 from mezo.config import Config
 
 
@@ -25,7 +31,11 @@ MISTAKES = {
     "unknown module": ({"target_modules": ("q_proj", "w_proj")}, "--target-modules: no linear layer named w_proj"),
     "unknown layer": ({"layers_to_transform": (7,)}, "layer 7 does not exist; the model has layers 0 to 2"),
     "no such file": ({"train_file": "gone.jsonl"}, "--train-file: no such file: gone.jsonl"),
-    "no such model": ({"model": "./gone"}, "--model ./gone:"),
+    "no such model": ({"model": "./gone"}, "--model ./gone: no such directory; give one with a model in it, or a hub"),
+    "no label words": (
+        {"prompt": "", "label_words": ()},
+        "has no field 'prompt', which the prompt takes; it has 'text', 'label': give --label-words",
+    ),
     "too many shots": ({"k_shot": 40}, "k_shot asks for 40"),
     "field not in data": ({"prompt": "{sentence} It was"}, "sentence"),
     "both limits": ({"k_shot": 2, "num_train": 4}, "--k-shot and --num-train exclude each other"),
@@ -107,8 +117,10 @@ def test_train_eval_replay_resume(tiny_options, as_flags, tmp_path, capfd):
     assert main(["replay", run, "--output-dir", str(tmp_path / "again")]) == 2
     assert main(["train", "--resume", run]) == 0
     assert main(["train", "--resume", run, "--steps", "10"]) == 0
-    assert main(["train", "--resume", run, "--steps", "11"]) == 2
-    assert "--steps 11 contradicts the run, which has 10" in capfd.readouterr().err
+    assert main(["train", "--resume", run, "--steps", "9"]) == 2
+    assert "--steps 9: the run has 10; a larger number lengthens it" in capfd.readouterr().err
+    assert main(["train", "--resume", run, "--steps", "20"]) == 0
+    assert json.loads((Path(run) / "result.json").read_text())["steps"] == 20
 
 
 @pytest.mark.parametrize(
@@ -260,4 +272,82 @@ def test_usage(argv, capsys):
 
 def test_unknown_command(capsys):
     assert main(["trian"]) == 2
-    assert "unknown command 'trian'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "unknown command 'trian'" in error
+    assert "did you mean train?" in error
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mezo {version('mezo-kernels')}\n"
+
+
+COMMANDS_OF_ALL = [name for commands in COMMANDS.values() for name in commands]
+
+
+@pytest.mark.parametrize("command", COMMANDS_OF_ALL)
+def test_every_command_has_the_help_that_is_promised(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: mezo {command}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "ours"), [("--learning-rate", "--lr"), ("--num_train_epochs=3", "--steps"), ("--stpes", "--steps")]
+)
+def test_flags_of_other_programs_are_known(flag, ours, capsys):
+    assert main(["train", flag]) == 2
+    assert f"did you mean {ours}?" in capsys.readouterr().err
+
+
+def test_conversations_are_told_what_to_become(tiny_options, as_flags, tmp_path, capfd):
+    path = write(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
+    options = {**tiny_options, "train_file": path}
+    check_refused(as_flags(options), "conversations are not read; write a text field", options["output_dir"], capfd)
+
+
+def test_sigterm_and_sighup_end_a_command_with_an_exit_code_of_their_own(monkeypatch, capsys):
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+        put_away = []
+
+        def command(argv, number=number, put_away=put_away):
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(5)
+            finally:
+                put_away.append(True)
+
+        monkeypatch.setattr("mezo.cli.tasks.main", command)
+        before = signal.getsignal(number)
+        assert main(["tasks"]) == code
+        assert put_away
+        assert f"ended by {signal.Signals(number).name}" in capsys.readouterr().err
+        assert signal.getsignal(number) is before
+
+
+LOST = """
+import os, signal, time
+from mezo.cli import main, tasks
+def command(argv):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except SystemExit:
+        time.sleep(60)
+tasks.main, main.GRACE = command, 1
+main.main(["tasks"])
+"""
+
+
+def test_a_command_that_loses_the_exception_is_killed_all_the_same():
+    assert subprocess.run([sys.executable, "-c", LOST], timeout=30).returncode == -signal.SIGTERM
+
+
+def test_an_ignored_sighup_stays_ignored(monkeypatch):
+    """As nohup does."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr("mezo.cli.tasks.main", lambda argv: os.kill(os.getpid(), signal.SIGHUP) or 0)
+        assert main(["tasks"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -8,6 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mezo.config import Config
 from mezo.errors import UserError
+from mezo.models.spec import TrainedSpec
+from mezo.run.header import make_header
 from mezo.tasks import load_splits
 
 WORDS = (" terrible", " great")
@@ -163,3 +165,34 @@ def test_dev_and_train_must_not_overlap(bpe, hub):
     refuses(sst2_config(num_train=80, num_dev=40), bpe, r"ask for 20 examples too many")
     refuses(sst2_config(k_shot=30), bpe, r"class 0 has 50 examples, k_shot asks for 30 for train and as many for dev")
     refuses(sst2_config(num_dev=100), bpe, r"--num-dev 100 takes every training example")
+
+
+MIXED = "\n".join(
+    ['{"text": "a film", "label": 0}', '{"text": "a film", "label": 1}', "{text", '{"text": "a"}']
+    + [f'{{"text": "b", "label": {n}}}' for n in range(2, 14)]
+)
+
+
+def test_bad_rows_are_listed_together_with_what_is_wrong_how_often(bpe, make):
+    with pytest.raises(UserError) as error:
+        load_splits(make(MIXED, label_words=WORDS), bpe)
+    head, *shown = str(error.value).split("\n")
+    assert "train.jsonl: 14 of 16 rows cannot be used (12 times: label must be an index into the 2 label words" in head
+    assert "1 times: is not JSON, 1 times: has no field 'label'" in head
+    assert head.endswith("correct them, or leave them out with --skip-bad-rows")
+    assert len(shown) == 10
+    assert "line 3 is not JSON" in shown[0]
+    assert "line 4 has no field 'label'; it has 'text'" in shown[1]
+
+
+def test_bad_rows_can_be_skipped_and_the_header_counts_them(bpe, make, caplog):
+    config = make(MIXED, label_words=WORDS, skip_bad_rows=True)
+    with caplog.at_level("INFO"):
+        splits = load_splits(config, bpe)
+    assert "14 of 16 rows are skipped: 12 times: label must be" in caplog.text
+    assert len(splits["train"]) == 2
+    spec = TrainedSpec("m", "hash", "float32", {}, {})
+    assert make_header(config, spec, splits)["skipped_rows"] == {"train": 14}
+    good = make([OK, {**OK, "label": 1}], label_words=WORDS)
+    assert "skipped_rows" not in make_header(good, spec, load_splits(good, bpe))
+    refuses(make("[1]\n", label_words=WORDS, skip_bad_rows=True), bpe, r"line 1 must be a JSON object")

@@ -152,10 +152,15 @@ def test_command(runs, tmp_path, capsys):
     assert main(["report", full]) == 0
     written = (runs[1] / "report.html").stat().st_mtime_ns
     assert main(["report", full, plain]) == 0
+    printed = capsys.readouterr().out
+    assert "options that differ" in printed
+    assert "num_perturbations" in printed
     assert (runs[1] / "report.html").stat().st_mtime_ns == written, "several runs have no page but that of --html"
     both = tmp_path / "both.html"
     assert main(["report", full, plain, "--html", str(both)]) == 0
-    assert "full, dev" in Reader(both.read_text()).text
+    text = Reader(both.read_text()).text
+    assert "full, dev" in text
+    assert "options that differ" in text
     assert "no result.json there" in refused(["report", str(tmp_path)], capsys)
     assert "give at least one run directory" in refused(["report"], capsys)
     assert "a run is given twice" in refused(["report", full, full, "--html", str(both)], capsys)
@@ -166,6 +171,21 @@ def test_command(runs, tmp_path, capsys):
     assert "cannot be written (No such file or directory)" in refused(["report", full, "--html", nowhere], capsys)
 
 
+def test_several_runs_are_a_row_each_with_what_differs(runs):
+    paths = list(map(str, runs))
+    head, full, plain = tables.comparison(paths, ["full", "plain"])
+    result = json.loads((runs[0] / "result.json").read_text())
+    row = dict(zip(head, full, strict=True))
+    assert row["test after"] == f"{result['test']['after']['accuracy']:.4f}"
+    assert row["at step"] == str(result["best_step"])
+    best = next(each for each in result["dev"] if each["step"] == result["best_step"])
+    assert row["best dev"] == f"{best['accuracy']:.4f}"
+    assert dict(zip(head, plain, strict=True))["best dev"] == "-", "it has no dev set"
+    differ = tables.differences(paths, ["full", "plain"])
+    assert ("num_perturbations", "2", "1") in differ
+    assert not {"lr", "output_dir"} & {name for name, *_ in differ}
+
+
 def refused(argv, capsys):
     assert main(argv) == 2
     return capsys.readouterr().err
@@ -173,10 +193,10 @@ def refused(argv, capsys):
 
 def test_names_tell_runs_apart(tmp_path):
     paths = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
-    assert page._names([str(path) for path in paths]) == ["a/run", "b/run"]
-    assert page._names(["x/run"]) == ["run"]
+    assert page.names_of([str(path) for path in paths]) == ["a/run", "b/run"]
+    assert page.names_of(["x/run"]) == ["run"]
     with pytest.raises(UserError, match="a run is given twice"):
-        page._names(["x", "./x"])
+        page.names_of(["x", "./x"])
 
 
 def test_a_long_run_is_drawn_with_as_many_points_as_a_page_can_bear(runs):

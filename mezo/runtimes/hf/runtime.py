@@ -16,6 +16,7 @@ from mezo.method.step import Step, Update
 from mezo.models.full import save_model
 from mezo.models.load import Checkpoint
 from mezo.models.parts import load_parts
+from mezo.progress import say
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Writing, greedy, refuse_too_long
 from mezo.runtimes.hf.proof import StartProof
@@ -79,6 +80,7 @@ class HFRuntime:
         self.perturbed = PerturbedTheta(self.master, pairs, self.backend, rule, watched)
         self.sides = Sides(rule.rule.one_sided)
         self.seconds = dict.fromkeys(("kernels", "forward"), 0.0)
+        self.seconds_proving = 0.0
         self.examples: dict[str, Sequence[Example]] = {}
         self.trunk: Trunk | None = None
         self.writing = Writing.of(checkpoint) if work.max_new_tokens else None
@@ -152,6 +154,11 @@ class HFRuntime:
     def seconds_filling(self) -> float:
         """Time spent filling the trunk cache so far."""
         return self.trunk.seconds if self.trunk else 0.0
+
+    @property
+    def tokens_filled(self) -> int:
+        """Tokens that the trunk cache was filled with so far."""
+        return self.trunk.tokens if self.trunk else 0
 
     def load(self, theta: dict[str, torch.Tensor]) -> None:
         """See `Runtime.load`."""
@@ -478,6 +485,8 @@ class HFRuntime:
     @torch.no_grad()
     def _prove(self, flag: str, remedy: str) -> None:
         """Raise UserError, which names the flag and says the remedy, if scores are not those of the model itself."""
+        say("proving that the model is scored as it scores itself, on a few examples")
+        began, filled = time.perf_counter(), self.seconds_filling
         proof = StartProof(self.rows, self.pad, self.device, self.dtype)
         self._use_noise(seed=0)
         hidden, _ = self._hidden(proof.split, proof.indices, proof.batch)
@@ -486,6 +495,7 @@ class HFRuntime:
         proof.check(self.parts.model, log_probs, flag, remedy)
         if self.rowwise:
             self._prove_rowwise(proof)
+        self.seconds_proving = time.perf_counter() - began - (self.seconds_filling - filled)
 
     def _prove_rowwise(self, proof: StartProof) -> None:
         """Give up passes of rows with copies of their own, in favour of one for each copy, if scores change."""

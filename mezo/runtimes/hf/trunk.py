@@ -6,7 +6,6 @@ that layer are kept too and only the scored positions are run.
 """
 
 import itertools
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -14,11 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-from rich.progress import track
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mezo.models.attention import Known, attending
+from mezo.progress import say, told
 from mezo.runtimes.rows import Row, RowBatch, scored
 
 GROUP = 16  # rows whose trunk is computed together, fixed from the start: an entry's bits never depend on the batch
@@ -81,6 +80,7 @@ class Trunk:
         self.place: dict[str, list[tuple[int, int]]] = {}
         self.groups: OrderedDict[tuple[str, int], list[Entry]] = OrderedDict()
         self.nbytes, self.seconds, self.full = 0, 0.0, False
+        self.tokens = 0
         attentions = [m for m in layers[first].modules() if hasattr(m, "is_causal") and hasattr(m, "layer_idx")]
         self.attention = attentions[0] if attentions else None
 
@@ -99,8 +99,9 @@ class Trunk:
     @torch.no_grad()
     def fill(self, split: str) -> int:
         """Compute a split's entries ahead of use, until all are there or the limit is reached; return the tokens."""
-        filled, quiet = 0, not sys.stderr.isatty()
-        for group in track(range(len(self.rows[split])), f"trunk cache: {split}", transient=True, disable=quiet):
+        filled, groups = 0, range(len(self.rows[split]))
+        say(f"filling the trunk cache: {sum(map(len, self.rows[split])):,} rows of {split}")
+        for group in told(groups, f"trunk cache, {split}, groups of rows"):
             before = len(self.groups)
             filled += self._fill((split, group))
             if len(self.groups) <= before:
@@ -192,7 +193,9 @@ class Trunk:
             _, gone = self.groups.popitem(last=False)
             self.nbytes -= sum(entry.nbytes for entry in gone)
         self.seconds += time.perf_counter() - started
-        return sum(len(row.ids) for row in rows)
+        tokens = sum(len(row.ids) for row in rows)
+        self.tokens += tokens
+        return tokens
 
     def _capture(self, batch: RowBatch) -> list[Entry]:
         seen = {}

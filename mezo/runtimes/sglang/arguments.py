@@ -4,14 +4,14 @@ import difflib
 import hashlib
 import json
 import os
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import yaml
 from packaging.version import Version
-from safetensors.torch import save_file
 
+from mezo.atomic import replacing
 from mezo.config import Machine, SGLang, Workload
 from mezo.config.machine import engine_argument
 from mezo.errors import UserError
@@ -19,6 +19,8 @@ from mezo.models.families import complete_fields, complete_stacks
 from mezo.models.load import Checkpoint
 from mezo.models.spec import TrainedSpec
 from mezo.runtimes.sglang.engine import PATIENCE, accelerated
+from mezo.runtimes.sglang.scratch import Scratch
+from mezo.runtimes.sglang.support import field_types, value_of
 from mezo_kernels import available_backends
 
 OLDEST = "0.5.23"
@@ -57,15 +59,13 @@ def engine_options(runtime: SGLang) -> dict:
             raise UserError(f"--engine-arg must be key=value, got {text!r}")
         if key in OWN:
             raise UserError(f"--engine-arg {key} is decided by {OWN[key]}: use that")
-        options[key] = yaml.safe_load(value)
-        if key in ONE and options[key] != 1:
-            raise UserError(f"--engine-arg {key}={value}: {ONE[key]}; use --tp, or torchrun with an engine a process")
-    known = _known_arguments()
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=3)
+        if key not in field_types():
+            near = difflib.get_close_matches(key, field_types(), n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise UserError(f"--engine-arg {key}: SGLang's engine has no such argument{hint}")
+        options[key] = value_of(key, value)
+        if key in ONE and options[key] != 1:
+            raise UserError(f"--engine-arg {key}={value}: {ONE[key]}; use --tp, or torchrun with an engine a process")
     _check_nodes(runtime.tp, options)
     return options
 
@@ -73,7 +73,7 @@ def engine_options(runtime: SGLang) -> dict:
 def _check_nodes(tp: int, options: dict) -> None:
     """Raise UserError if several machines are asked for in a way that they could not find each other."""
     nodes, node = options.get("nnodes", 1), options.get("node_rank", 0)
-    if not (isinstance(nodes, int) and nodes >= 1 and isinstance(node, int) and 0 <= node < nodes):
+    if not 0 <= node < nodes:
         raise UserError(f"--engine-arg node_rank must be from 0 to nnodes - 1, got node_rank={node} nnodes={nodes}")
     if tp % nodes:
         raise UserError(f"--tp {tp} cannot be divided among nnodes={nodes}: use a multiple of it")
@@ -81,12 +81,6 @@ def _check_nodes(tp: int, options: dict) -> None:
         raise UserError(
             "--engine-arg nnodes: give dist_init_addr=HOST:PORT, an address of the first machine that all reach"
         )
-
-
-def _known_arguments() -> list[str]:
-    from sglang.srt.server_args import ServerArgs
-
-    return [name for name in ServerArgs.__struct_fields__ if not name.startswith("_")]
 
 
 def check_heads(tp: int, checkpoint: Checkpoint) -> None:
@@ -99,14 +93,14 @@ def check_heads(tp: int, checkpoint: Checkpoint) -> None:
     for what, n in (("attention heads", heads), ("MLP columns", getattr(model, "intermediate_size", tp))):
         if n % tp:
             raise UserError(f"--tp {tp}: {name} has {n} {what}, which {tp} ranks cannot share")
-    if kv % tp and tp % kv:
-        raise UserError(f"--tp {tp}: {name} has {kv} key-value heads, which do not divide or hold it")
+    if kv % tp and (tp % kv or not accelerated()):  # a GPU's ranks may hold copies; on a CPU SGLang adds empty heads
+        raise UserError(f"--tp {tp}: {name} has {kv} key-value heads, which {tp} ranks cannot share")
 
 
 def pairs_of(num_perturbations: int, options: dict) -> int:
     """Perturbations whose two signs are resident at once: all of a step's, as far as the engine's slots go."""
     if "max_loras_per_batch" in options:
-        slots = int(options["max_loras_per_batch"])
+        slots = options["max_loras_per_batch"]
         if slots < 3:
             raise UserError(
                 f"--engine-arg max_loras_per_batch must be at least 3 (both signs and the base), got {slots}"
@@ -148,6 +142,24 @@ def largest_call(machine: Machine, work: Workload, rows: dict[str, list[list]], 
         requests = max(requests, copies * max(map(len, nested)))
         tokens = max(tokens, copies * (new + max(sum(len(row.ids) for row in example) for example in nested)))
     return requests, tokens
+
+
+def refuse_small_limits(options: dict, call: int, row: int) -> None:
+    """Raise UserError if a limit that the user gives the engine is below what a step needs.
+
+    Args:
+        options: --engine-arg.
+        call: tokens of the largest batch of requests.
+        row: tokens of the longest request, with those it generates and one more, whose place the engine keeps.
+    """
+    for key, needed, instead in (
+        ("max_total_tokens", call, "--micro-batch-size or --eval-batch-size"),
+        ("max_prefill_tokens", call, "--micro-batch-size or --eval-batch-size"),
+        ("context_length", row, "--max-length"),
+    ):
+        if (options.get(key) or needed) < needed:
+            given = f"--engine-arg {key}={options[key]}"
+            raise UserError(f"{given}: this run needs {needed}: raise it, leave it out, or lower {instead}")
 
 
 def engine_arguments(
@@ -217,31 +229,45 @@ def engine_arguments(
     return arguments | options
 
 
-def write_placeholders(
-    scratch: Path, options: dict, spec: TrainedSpec, checkpoint: Checkpoint, pairs: int
-) -> list[dict]:
-    """Adapters of zeros that reserve the slots plus0, minus0, ...; return the engine's `lora_paths`.
+def placeholder_of(
+    options: dict, spec: TrainedSpec, checkpoint: Checkpoint
+) -> tuple[dict[str, torch.Tensor], tuple[Path, ...]]:
+    """The adapter of zeros that reserves slots, and the folder beside the engine's own in which it has to be, if any.
 
-    Members of a stack that are not trained stay zero for good.
+    Members of a stack that are not trained stay zero for good. The machines of one engine know adapters by path: it
+    must be the same on all, which the path of a process's own folder is not.
 
     Args:
-        scratch: a directory of this process; of an engine over several machines the path of the adapters must be the
-            same on all, which know them by it, and another directory beside it is used.
         options: --engine-arg.
         spec: what is trained.
         checkpoint: of the base model.
+    """
+    zeros = complete_stacks(checkpoint.config, {name: torch.zeros(shape) for name, shape in spec.shapes.items()})
+    if options.get("nnodes", 1) == 1:
+        return zeros, ()
+    facts = json.dumps([options["dist_init_addr"], spec.peft, spec.shapes], sort_keys=True)
+    name = f"mezo-placeholder-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+    return zeros, (Path(tempfile.gettempdir()) / name,)
+
+
+def write_placeholders(
+    scratch: Scratch, zeros: dict[str, torch.Tensor], beside: tuple[Path, ...], spec: TrainedSpec, pairs: int
+) -> list[dict]:
+    """Adapters that reserve the slots plus0, minus0, ...; return the engine's `lora_paths`.
+
+    Args:
+        scratch: of the engine.
+        zeros, beside: see `placeholder_of`.
+        spec: what is trained.
         pairs: perturbations held at once.
     """
-    directory = scratch / "placeholder"
-    if options.get("nnodes", 1) > 1:
-        facts = json.dumps([options["dist_init_addr"], spec.peft, spec.shapes], sort_keys=True)
-        directory = scratch.parent / f"mezo-placeholder-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+    directory = beside[0] if beside else scratch.path / "placeholder"
     directory.mkdir(exist_ok=True)
-    tensors = complete_stacks(checkpoint.config, {name: torch.zeros(shape) for name, shape in spec.shapes.items()})
-    save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
-    (scratch / "adapter_config.json").write_text(json.dumps(complete_fields(spec.peft, tensors)))
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        (scratch / name).replace(directory / name)  # two processes of one machine may do so at once
+    # two processes of one machine may do so at once
+    with replacing(directory / "adapter_model.safetensors") as part:
+        scratch.save(zeros, part, {"format": "pt"})
+    with replacing(directory / "adapter_config.json") as part:
+        part.write_text(json.dumps(complete_fields(spec.peft, zeros)))
     names = [f"{sign}{k}" for k in range(pairs) for sign in ("plus", "minus")]
     return [{"lora_name": name, "lora_path": str(directory), "pinned": True} for name in names]
 

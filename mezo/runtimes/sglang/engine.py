@@ -17,11 +17,11 @@ import psutil
 import torch
 import zmq
 
-from mezo.errors import RunError, UserError
+from mezo.errors import RunError, Terminated, UserError
 from mezo.runtimes.sglang.inside.handshake import ENDED, METHOD, handshake
+from mezo.runtimes.sglang.scratch import Scratch
 
 POLL = 0.5  # seconds between looks at the engine's processes while an answer is awaited
-LOG = "engine.log"
 PATIENCE = 1800.0  # seconds
 TORCHRUN = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_ADDR|MASTER_PORT)$|TORCHELASTIC_")
 NO_PLUGIN = (
@@ -35,35 +35,36 @@ class EngineHandle:
 
     Args:
         arguments: of `sglang.Engine`.
-        directory: for its log; the caller's, kept while the engine runs.
+        scratch: for its files and processes; closed with the engine, and by the caller if it does not start.
         patience: seconds that one request or call may take.
     Raises:
         UserError: the plugin would be missing, or the engine does not start; then with the engine's own log line.
     """
 
-    def __init__(self, arguments: dict, directory: Path, patience: float = PATIENCE):
-        self.log, self.patience, self.failed = directory / LOG, patience, False
+    def __init__(self, arguments: dict, scratch: Scratch, patience: float = PATIENCE):
+        self.scratch, self.patience = scratch, patience
+        self.model, self.training = arguments["model_path"], False
         _require_plugin()
-        with handshake(directory) as variables:
-            self._start(arguments, {**variables, **_environment(arguments)})
+        with handshake(scratch.path) as variables, scratch.holding_temporary_files() as others:
+            self._start(arguments, {**variables, **others, **_environment(arguments)})
         self.processes = [psutil.Process(pid) for pid in self.engine.get_all_child_pids()]
-        self.nodes, self.ended = arguments.get("nnodes", 1), directory / ENDED
+        self.nodes, self.ended = arguments.get("nnodes", 1), scratch.path / ENDED
 
     def _start(self, arguments: dict, environment: dict[str, str | None]) -> None:
         """Start the engine in this environment, and remember what of it has to be ended."""
-        children, contexts = _children(), _contexts()
+        contexts = _contexts()
         try:
-            with _environ(environment), _output_to(self.log):
+            with _environ(environment), _output_to(self.scratch.log):
                 self.engine = _started(arguments)
         except Exception as error:
+            self.scratch.keep_log = True
             raise UserError(
-                f"the SGLang engine did not start: {self._last_error() or error}; see {self.log}"
+                f"the SGLang engine did not start: {self._last_error() or error}; see {self.scratch.kept_log}"
             ) from error
         finally:
-            self._children = _children() - children
             self._contexts = [c for c in _contexts() if not any(c is other for other in contexts)]
             if not hasattr(self, "engine"):
-                self._sweep()
+                self._destroy_sockets()
 
     def follow(self) -> None:
         """On the second and later machines: wait until the trainer ends the engine.
@@ -103,11 +104,13 @@ class EngineHandle:
 
     def generate(self, **request) -> list[dict]:
         """`Engine.generate`, given up when a process of the engine dies."""
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             return self.engine.loop.run_until_complete(self._guarded(request))
         finally:
             # the engine's first request takes SIGTERM for the event loop, which does not run between requests
-            self.engine.loop.remove_signal_handler(signal.SIGTERM)
+            if self.engine.loop.remove_signal_handler(signal.SIGTERM):
+                signal.signal(signal.SIGTERM, handler)
 
     async def _guarded(self, request: dict) -> list[dict]:
         task = asyncio.ensure_future(self.engine.async_generate(**request))
@@ -118,6 +121,8 @@ class EngineHandle:
                 if time.monotonic() > deadline:
                     raise self._failure(f"the SGLang engine did not answer for {self.patience:.0f} s")
             return task.result()
+        except UserError:
+            raise
         except ValueError as error:
             raise self._failure(f"the SGLang engine refused a request: {error}") from error
         finally:
@@ -130,41 +135,43 @@ class EngineHandle:
                 line = self._last_error()
                 raise self._failure(f"the SGLang engine died (process {process.pid}){f': {line}' if line else ''}")
 
-    def _failure(self, what: str) -> RunError:
-        self.failed = True
-        return RunError(f"{what}; its log is {self.log}; nothing that was trained is lost, resume the run")
+    def _failure(self, what: str) -> UserError | RunError:
+        """The error of this phase: until training begins there is nothing to resume, and another runtime may do."""
+        self.scratch.keep_log = True
+        what = f"{what}; its log is {self.scratch.kept_log}"
+        if self.training:
+            return RunError(f"{what}; nothing that was trained is lost, resume the run")
+        return UserError(f"{what}; --model {self.model} does not run there: use --runtime hf, or other --engine-arg")
 
     def close(self) -> None:
-        """End the engine's processes, and its tasks in this one: the event loop is the next engine's too."""
+        """End the engine, and its tasks in this process: the event loop is the next engine's too."""
         if self.engine.tokenizer_manager is None:  # not the first machine
-            self.engine.shutdown()
-            self._sweep()
+            self._shut_down()
             return
-        if self.nodes > 1 and not self.failed:
+        if self.nodes > 1 and not self.scratch.keep_log:
             with suppress(RunError):
                 self.call("end")
         tasks = [task for task in self.engine.tokenizer_manager.asyncio_tasks if not task.done()]
         for task in tasks:
             task.cancel()
         self.engine.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        self.engine.shutdown()
-        self._sweep()
+        self._shut_down()
         self.engine.loop.remove_signal_handler(signal.SIGQUIT)
 
-    def _sweep(self) -> None:
-        """End what the engine leaves: processes when it does not start, and sockets that wait for the dead.
+    def _shut_down(self) -> None:
+        self.scratch.close()  # before the engine kills its processes: they know what shared memory they use
+        self.engine.shutdown()
+        self._destroy_sockets()
 
-        A message to a dead process keeps its socket, and whoever collects the garbage waits for it forever.
-        """
-        for process in self._children:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+    def _destroy_sockets(self) -> None:
+        """A message to a dead process keeps its socket, and whoever collects the garbage waits for it forever."""
         for context in self._contexts:
             context.destroy(linger=0)
 
     def _last_error(self) -> str:
         """The last line of the engine's log that speaks of an error."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.is_file() else []
+        log = self.scratch.log
+        lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
         wrong = [line.strip() for line in lines if re.search(r"error|exception|killed|signal", line, re.IGNORECASE)]
         return wrong[-1][:300] if wrong else ""
 
@@ -175,10 +182,6 @@ def _require_plugin() -> None:
     installed = any(point.name == "mezo" for point in entry_points(group="sglang.srt.plugins"))
     if not installed or (allowed and "mezo" not in allowed):
         raise UserError(NO_PLUGIN)
-
-
-def _children() -> set[psutil.Process]:
-    return set(psutil.Process().children(recursive=True))
 
 
 def _contexts() -> list[zmq.Context]:
@@ -209,7 +212,7 @@ class _Signals:
 
     def sigterm_handler(self, signum: int | None = None, frame: FrameType | None = None) -> None:
         """SIGTERM while the first request runs."""
-        sys.exit(143)
+        raise Terminated(signal.SIGTERM)
 
     def running_phase_sigquit_handler(self, signum: int | None = None, frame: FrameType | None = None) -> None:
         """SIGQUIT of a child."""
@@ -239,6 +242,11 @@ def _environment(arguments: dict) -> dict[str, str | None]:
         wanted["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, group)) for group in groups)
     ours = {name: os.environ.get(name, value) for name, value in wanted.items()}
     return {**hidden, "OMP_NUM_THREADS": str(threads), **ours}
+
+
+def engine_environment():
+    """Context in which SGLang's modules are imported as the processes of an engine of one rank import them."""
+    return _environ(_environment({}))
 
 
 @contextmanager

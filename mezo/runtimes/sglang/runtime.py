@@ -4,14 +4,12 @@ import dataclasses
 import json
 import math
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mezo.config import Machine, Model, SGLang, Workload
 from mezo.data.example import Example
@@ -19,6 +17,7 @@ from mezo.errors import RunError, UserError
 from mezo.method.step import Step, Update
 from mezo.models.load import Checkpoint
 from mezo.models.parts import load_parts
+from mezo.progress import say
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Writing, refuse_too_long
 from mezo.runtimes.rows import Row, padded, rows_of, scores_of
@@ -34,11 +33,20 @@ from mezo.runtimes.sglang.arguments import (
     engine_options,
     largest_call,
     pairs_of,
+    placeholder_of,
+    refuse_small_limits,
     write_placeholders,
 )
-from mezo.runtimes.sglang.engine import EngineHandle
+from mezo.runtimes.sglang.engine import EngineHandle, accelerated
 from mezo.runtimes.sglang.proof import StartProof
 from mezo.runtimes.sglang.reuse import PrefixCache
+from mezo.runtimes.sglang.scratch import Scratch, bytes_of
+from mezo.runtimes.sglang.support import (
+    model_class,
+    refuse_small_shared_memory,
+    refuse_window,
+    refuse_without_lora,
+)
 from mezo.runtimes.sides import Sides
 
 FLUSH_SECONDS = 10.0
@@ -72,7 +80,11 @@ class SGLangRuntime:
         self.runtime: SGLang = machine.runtime
         self.options = engine_options(self.runtime)
         self.checkpoint = checkpoint or Checkpoint.of(model.base)
+        if self.checkpoint.masked:
+            raise UserError(f"--model {model.base} fills masks, which SGLang does not score: use --runtime hf")
+        self._served = model_class(self.checkpoint)
         check_heads(self.runtime.tp, self.checkpoint)
+        refuse_small_shared_memory(self.runtime.tp, shutil.disk_usage("/dev/shm").free)
         self.pairs = pairs_of(work.num_perturbations, self.options)
         self.backend = backend_of(machine.backend)
         dtype = getattr(torch, model.dtype) if model.dtype != "auto" else default_dtype()
@@ -80,8 +92,7 @@ class SGLangRuntime:
         self.dtype = self.spec.dtype
         if self.options.get("quantization"):  # another base: a run is not resumed without it
             self.spec = dataclasses.replace(self.spec, dtype=f"{self.dtype}, quantised {self.options['quantization']}")
-        if not self._parts.causal:
-            raise UserError(f"--model {model.base} fills masks, which SGLang does not score: use --runtime hf")
+        refuse_without_lora(self.checkpoint, self._served, self.spec.shapes)
         self.kv_depends = self._parts.kv_depends
         rule = work.rule
         rule.check_patterns(self.spec.shapes)
@@ -91,10 +102,9 @@ class SGLangRuntime:
         self.cache = PrefixCache(used=radix, shared=radix and self.kv_depends is None)
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
         self.seconds = dict.fromkeys(("kernels", "rpc", "engine"), 0.0)
-        self.seconds_filling = 0.0
+        self.seconds_filling, self.tokens_filled, self.seconds_proving = 0.0, 0, 0.0
         self.engine: EngineHandle | None = None
-        self._keep_log = False
-        self._scratch = Path(tempfile.mkdtemp(prefix="mezo-engine-"))
+        self._scratch: Scratch | None = None
         self._sent, self._showing = Counter(), "perturbed"
         self._held = 1
         self.writing = Writing.of(self.checkpoint) if work.max_new_tokens else None
@@ -107,20 +117,32 @@ class SGLangRuntime:
         if self.runtime.follows:  # the first machine proves and scores
             self._launch()
             return
+        say("computing what the engine must find, on a few examples")
+        began = time.perf_counter()
         proof = StartProof(self._parts, self.spec.dtype == "float32", self._all_rows(), self.pad)
         self._parts = None
+        self.seconds_proving = time.perf_counter() - began
         self._launch()
+        say("proving that the engine scores as transformers and PEFT do")
+        began = time.perf_counter()
         for seed in StartProof.SEEDS:
             self.load(proof.adapter(seed))
             self._show("theta")
             proof.check(seed, self._read([[row] for row in proof.rows], proof.rows, ["plus0"], TokenCount()))
+        self.seconds_proving += time.perf_counter() - began
         self._flush()  # a prompt's first visit is the run's own, and is counted
         self.load({name: torch.zeros(shape) for name, shape in self.spec.shapes.items()})
+        self.engine.training = True
 
     def _check_lengths(self) -> None:
         limit = self._parts.position_limit
         # the engine keeps a place for a token after the prompt
         refuse_too_long(self.work, self.examples, self._longest(), None if limit is None else limit - 1)
+        longest = self._longest() + self.work.max_new_tokens
+        refuse_window(self.checkpoint, self._served, longest)
+        self._requests, tokens = largest_call(self.machine, self.work, self.rows, self.pairs)
+        self.call_tokens = call_tokens(tokens)
+        refuse_small_limits(self.options, min(tokens, self.call_tokens), longest + 1)
 
     def _all_rows(self) -> list[Row]:
         return [row for nested in self.rows.values() for rows in nested for row in rows]
@@ -130,10 +152,10 @@ class SGLangRuntime:
 
     def _launch(self) -> None:
         resident = sum(len(row.ids) for row in self._all_rows()) if self.cache.shared else 0
-        adapters = write_placeholders(self._scratch, self.options, self.spec, self.checkpoint, self.pairs)
-        self._placeholder = adapters[0]["lora_path"]
-        requests, tokens = largest_call(self.machine, self.work, self.rows, self.pairs)
-        self.call_tokens = call_tokens(tokens)
+        zeros, beside = placeholder_of(self.options, self.spec, self.checkpoint)
+        needed = bytes_of(zeros) + 4 * sum(map(math.prod, self.spec.shapes.values()))
+        self._scratch = Scratch(self.machine.output_dir, needed, beside)
+        adapters = write_placeholders(self._scratch, zeros, beside, self.spec, self.pairs)
         arguments = engine_arguments(
             self.runtime,
             self.work.seed,
@@ -143,13 +165,10 @@ class SGLangRuntime:
             adapters,
             self.call_tokens,
             resident,
-            requests,
+            self._requests,
         )
-        try:
-            self.engine = EngineHandle(arguments, self._scratch)
-        except UserError:
-            self._keep_log = True
-            raise
+        say(f"starting the SGLang engine on {'GPU' if accelerated() else 'CPU'}, which takes a minute or so")
+        self.engine = EngineHandle(arguments, self._scratch)
         if self.runtime.follows:
             return
         shapes = json.dumps({name: list(shape) for name, shape in self.spec.shapes.items()})
@@ -162,8 +181,8 @@ class SGLangRuntime:
 
     def load(self, theta: dict[str, torch.Tensor]) -> None:
         """See `Runtime.load`. Theta goes through a file: at the start of a run and at its end, never in a step."""
-        path = self._scratch / "theta.safetensors"
-        save_file({name: theta[name].float().contiguous() for name in self.spec.shapes}, path)
+        path = self._scratch.path / "theta.safetensors"
+        self._scratch.save({name: theta[name].float().contiguous() for name in self.spec.shapes}, path)
         self._call("load", path=str(path))
         path.unlink()
         self.sides.loaded()
@@ -171,7 +190,7 @@ class SGLangRuntime:
 
     def theta(self) -> dict[str, torch.Tensor]:
         """See `Runtime.theta`."""
-        path = self._scratch / "theta.safetensors"
+        path = self._scratch.path / "theta.safetensors"
         self._call("save", path=str(path))
         full = load_file(path)
         path.unlink()
@@ -255,13 +274,13 @@ class SGLangRuntime:
 
     def close(self) -> None:
         """See `Runtime.close`."""
-        failed = self._keep_log or (self.engine is not None and self.engine.failed)
-        if self.engine is not None:
-            self.engine.close()
-            self.engine = None
-            shutil.rmtree(self._placeholder, ignore_errors=True)
-        if not failed:  # else the engine's log is wanted
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        try:
+            if self.engine is not None:
+                self.engine.close()
+        finally:
+            if self._scratch is not None:
+                self._scratch.close()
+            self.engine = self._scratch = None
 
     def _call(self, method: str, **parameters) -> list[dict]:
         began = time.perf_counter()

@@ -10,6 +10,7 @@ import torch
 
 from mezo.errors import RunError
 from mezo.runtimes.sglang.engine import EngineHandle
+from mezo.runtimes.sglang.scratch import Scratch
 
 PAIRS = 3  # perturbations whose slots every engine has
 LARGE = {"max_total_tokens": 32768, "max_prefill_tokens": 16384, "max_running_requests": 256}
@@ -36,24 +37,23 @@ class Engines:
     """At most one engine, and how many were started.
 
     Args:
-        directory: for logs and adapters of zeros.
+        directory: stands for a run's, which an engine's log is named by.
     """
 
     def __init__(self, directory: Path):
         self.directory, self.starts = directory, 0
         self.key, self.handle, self.unguarded = "", None, False
 
-    def take(self, arguments: dict, directory: Path) -> EngineHandle:
+    def take(self, arguments: dict, scratch: Scratch) -> EngineHandle:
         """In place of `EngineHandle`: an engine whose cache is empty, and whose guards are as they were."""
         if arguments.get("nnodes", 1) > 1:
-            return EngineHandle(arguments, directory)
+            return EngineHandle(arguments, scratch)
         key = _key(arguments)
         if key != self.key or not self._begins():
             self.close()
             self.starts += 1
-            own = self.directory / str(self.starts)
-            own.mkdir()
-            self.handle, self.key = Kept(_large(arguments, own), own), key
+            own = Scratch(str(self.directory / str(self.starts)))
+            self.handle, self.key = Kept(_large(arguments, own.path), own), key
             assert self._begins()
         return self.handle
 
@@ -61,7 +61,7 @@ class Engines:
         """Whether the engine serves anew: all requests answered, its cache empty, its guards as they should be."""
         if self.handle.engine is None:
             return False
-        self.handle.failed = False
+        self.handle.scratch.keep_log = self.handle.training = False
         try:
             self.handle.call("test_begin", unguarded=self.unguarded)
             while not all(answer["flushed"] for answer in self.handle.call("flush")):

@@ -11,6 +11,7 @@ from mezo.run.adapter import save_adapter
 from mezo.run.export import export
 from mezo.runtimes.sglang.engine import EngineHandle, _environment, accelerated
 from mezo.runtimes.sglang.inside.handshake import ENVIRONMENT, started_by_trainer
+from mezo.runtimes.sglang.scratch import Scratch
 from tests.runtimes.sglang.conftest import engine, examples, noisy, reference
 from tests.tiny_models import build
 
@@ -59,14 +60,17 @@ def test_exported_adapters_are_served_with_equal_logits(llama, tmp_path, own_eng
     forms = {"peft": ("q_proj", "v_proj"), "sglang": ("q_proj", "up_proj")}
     wanted = [exported(tmp_path / f"{form} run", tmp_path / form, form, forms[form], llama) for form in forms]
     paths = [{"lora_name": form, "lora_path": str(tmp_path / form)} for form in forms]
-    served = EngineHandle({"model_path": llama, "lora_paths": paths, "lora_backend": "torch_native", **CPU}, tmp_path)
+    scratch = Scratch(str(tmp_path))
     try:
+        arguments = {"model_path": llama, "lora_paths": paths, "lora_backend": "torch_native", **CPU}
+        served = EngineHandle(arguments, scratch)
         answers = served.generate(
             input_ids=[IDS] * 2, lora_path=list(forms), sampling_params={"max_new_tokens": 0}, return_logprob=True,
             token_ids_logprob=[list(range(64))] * 2, logprob_start_len=[-1] * 2,
         )  # fmt: skip
-    finally:
         served.close()
+    finally:
+        scratch.close()
     for answer, expected in zip(answers, wanted, strict=True):
         got = [value for value, _, _ in answer["meta_info"]["output_token_ids_logprobs"][0]]
         assert torch.allclose(torch.tensor(got), expected, atol=5e-5, rtol=0)

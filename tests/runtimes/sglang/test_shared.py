@@ -119,7 +119,7 @@ def trusting(monkeypatch):
 def test_sharing_with_key_adapters_is_refused_by_the_workers(llama, data, trusting):
     """They look at what is trained themselves."""
     with (
-        pytest.raises(RunError, match=r"may not share a cache: .*k_proj.* may change keys or values"),
+        pytest.raises(UserError, match=r"may not share a cache: .*k_proj.* may change keys or values"),
         engine(llama, data, **WITH_KEYS),
     ):
         pass

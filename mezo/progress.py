@@ -1,0 +1,55 @@
+"""Saying what a program is doing wherever a person may wait for it: what begins, how much there is, a line a minute.
+
+Lines go to the logger "mezo". The command line shows them on standard error; a script that wants them does as much.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from rich.progress import track
+
+FIRST, EVERY = 5.0, 60.0  # seconds until the first estimate, and from one line to the next
+log = logging.getLogger("mezo")
+Item = TypeVar("Item")
+
+
+def say(text: str) -> None:
+    """Say what begins."""
+    log.info(text)
+
+
+def told(items: Sequence[Item], what: str, first: float = FIRST) -> Iterator[Item]:
+    """The items, with a word on how far they are: a bar in a terminal, else a line now and then.
+
+    Args:
+        items: each of which takes some time.
+        what: is done with them.
+        first: seconds until the first line.
+    """
+    if sys.stderr.isatty():
+        yield from track(items, what, transient=True)
+        return
+    started, due = time.monotonic(), first
+    for done, item in enumerate(items):
+        seconds = time.monotonic() - started
+        if done and seconds >= due:
+            log.info(
+                "%s: %d of %d, about %s left", what, done, len(items), lasting(seconds / done * (len(items) - done))
+            )
+            due = seconds + EVERY
+        yield item
+
+
+def lasting(seconds: float) -> str:
+    """A time as a person says it.
+
+    >>> lasting(0.4), lasting(59), lasting(90), lasting(5400)
+    ('1 s', '59 s', '1 min 30 s', '1 h 30 min')
+    """
+    whole = max(1, round(seconds))
+    hours, minutes = whole // 3600, whole // 60 % 60
+    parts = ((hours, "h"), (minutes, "min"), (0 if hours else whole % 60, "s"))
+    return " ".join(f"{n} {unit}" for n, unit in parts if n)

@@ -1,0 +1,69 @@
+"""What a finished run's own numbers say of it in words, and what to do then."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+MUCH_NOISE = 1.0  # times the signal
+STILL = 0.9  # of the fall of the dev loss: if less of it was done a quarter before the end, it goes on
+RISEN = 0.25  # of that fall, lost again
+FEWEST = 4  # evaluations to judge by
+
+
+def verdicts(result: Mapping[str, Any], run: str = "RUN") -> list[str]:
+    """A sentence on each thing that the run knows of itself: whether it still learns, its signal, its dev set.
+
+    Args:
+        result: what result.json holds; what an older program did not write is not judged.
+        run: its directory, for the commands.
+    """
+    return [text for text in (_learning(result, run), _signal(result), _dev_size(result)) if text]
+
+
+def _learning(result: Mapping[str, Any], run: str) -> str:
+    """From the dev losses: falling to the end, at rest, or rising again."""
+    points = [(row["loss"], row["step"]) for row in result["dev"] if row.get("loss") is not None]
+    if len(points) < FEWEST:
+        return ""
+    losses = [loss for loss, _ in points]
+    first, last, (lowest, at) = losses[0], losses[-1], min(points)
+    if lowest == first:
+        return f"not learning: the dev loss was never below its first, {first:.4f}; find --lr and --eps by mezo tune"
+    if last - lowest > RISEN * (first - lowest):
+        return f"the dev loss was lowest at step {at}, {lowest:.4f}, and rose to {last:.4f}: lower --lr, or stop there"
+    before = min(losses[: -max(1, len(losses) // 4)])
+    if last == lowest and first - before < STILL * (first - last):
+        longer = f"mezo train --resume {run} --steps {2 * result['steps']}"
+        return f"learning: the dev loss was still falling at the end, {first:.4f} to {last:.4f}; go on with {longer}"
+    return f"learned: the dev loss went from {first:.4f} to {lowest:.4f} at step {at}, and is at rest"
+
+
+def _signal(result: Mapping[str, Any]) -> str:
+    """Of projected_grad: what is left of its size without the chance of the batch, against that chance."""
+    size, noise = result.get("projected_grad_rms"), result.get("projected_grad_batch_error")
+    if not size or not noise:
+        return ""
+    signal = math.sqrt(max(size**2 - noise**2, 0.0))
+    if signal < MUCH_NOISE * noise:
+        return (
+            f"signal below noise: of projected_grad, {size:.3g}, {noise:.3g} is chance of the batch; use a larger"
+            " --batch-size or more --num-perturbations"
+        )
+    return f"the signal is {signal / noise:.1f} times the noise that the batch puts on projected_grad"
+
+
+def _dev_size(result: Mapping[str, Any]) -> str:
+    """Whether the gain in dev accuracy is more than the chance of so few examples."""
+    n = result.get("examples", {}).get("dev")
+    found = [row["accuracy"] for row in result["dev"] if row.get("accuracy") is not None]
+    if not n or len(found) < 2:
+        return ""
+    best = max(found)
+    error, gain = math.sqrt(max(best * (1 - best), 1 / (4 * n)) / n), best - found[0]
+    if gain > 2 * error:
+        return ""
+    return (
+        f"dev is small: the standard error of its accuracy is {100 * error:.1f} points with {n} examples, the best is"
+        f" {100 * gain:.1f} above the first: the choice of the best step may be chance; take more examples, or"
+        " --best-metric loss"
+    )

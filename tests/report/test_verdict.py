@@ -1,0 +1,46 @@
+"""What a run's own numbers say, in words with a remedy; and several runs beside each other."""
+
+import re
+
+import pytest
+
+from mezo.report.verdict import verdicts
+
+
+def result(losses=(), accuracies=(), n=None, **others):
+    rows = [{"step": 10 * i, "loss": loss, "accuracy": None} for i, loss in enumerate(losses)]
+    rows += [{"step": 10 * i, "loss": None, "accuracy": value} for i, value in enumerate(accuracies)]
+    return {"dev": rows, "steps": 40, "examples": {"dev": n} if n else {}, **others}
+
+
+@pytest.mark.parametrize(
+    ("losses", "text"),
+    [
+        ((1.0, 0.9, 0.8, 0.7, 0.6), "learning: .* still falling .* mezo train --resume runs/x --steps 80"),
+        ((1.0, 0.6, 0.51, 0.50, 0.50), "learned: .* 1.0000 to 0.5000 at step 30, and is at rest"),
+        ((1.0, 0.6, 0.5, 0.7, 0.9), "lowest at step 20, 0.5000, and rose to 0.9000: lower --lr"),
+        ((1.0, 1.1, 1.2, 1.3), "not learning: .* mezo tune"),
+    ],
+    ids=["falling", "at_rest", "risen", "never"],
+)
+def test_the_dev_loss_says_what_to_do_next(losses, text):
+    (found,) = verdicts(result(losses), "runs/x")
+    assert re.search(text, found), found
+
+
+def test_a_signal_below_the_noise_asks_for_more_of_it():
+    weak = verdicts(result(projected_grad_rms=1.2, projected_grad_batch_error=1.0))
+    assert weak == [
+        "signal below noise: of projected_grad, 1.2, 1 is chance of the batch; use a larger --batch-size or more"
+        " --num-perturbations"
+    ]
+    strong = verdicts(result(projected_grad_rms=5.0, projected_grad_batch_error=3.0))
+    assert strong == ["the signal is 1.3 times the noise that the batch puts on projected_grad"]
+
+
+def test_a_gain_within_chance_names_the_size_of_dev():
+    (found,) = verdicts(result(accuracies=(0.493, 0.50, 0.503), n=150))
+    assert "the standard error of its accuracy is 4.1 points with 150 examples" in found
+    assert "the best is 1.0 above the first" in found
+    assert verdicts(result(accuracies=(0.5, 0.7), n=150)) == []
+    assert verdicts(result(accuracies=(0.5, 0.5))) == [], "a result of an older program says nothing of sizes"
