@@ -47,7 +47,8 @@ def layout(device: str, *dtypes: torch.dtype, written: bool = True, aligned: boo
         return (((count * 37) % 256 - 128) / 64).view(shape).to(dtype).to(device)
 
     if aligned:
-        return ParamLayout({"whole_tiles": values(4096), "part_of_a_tile": values(51, 8), "one_unit": values(8)})
+        # a GPU's tile has 2048 elements
+        return ParamLayout({"whole_tiles": values(4096), "one_unit_more": values(257, 8), "part_of_one": values(408)})
     return ParamLayout(
         [
             ParamSlot("contiguous", values(4096)),
@@ -61,6 +62,9 @@ def layout(device: str, *dtypes: torch.dtype, written: bool = True, aligned: boo
             ParamSlot("rows_apart", values(20, 27)[:, :24]),
             ParamSlot("unaligned_address", values(2051)[1:]),
             ParamSlot("columns_apart", values(12, 16)[:, ::2]),
+            ParamSlot("rows_end_inside_blocks", values(12, 24)[:, :22], (12, 64)),
+            ParamSlot("rows_begin_inside_blocks", values(8, 16), (8, 62), 0, 4),
+            ParamSlot("shard_inside_a_block", values(1024), (9000,), 5),
         ]
     )
 

@@ -231,8 +231,12 @@ def _move(machine: Machine, instruction: Instruction, mask: np.ndarray) -> None:
         machine.write(to, machine.read(source, dtype(f"b{bits}")), mask)
 
 
-def _names(operand: str | list[str]) -> list[str]:
-    return operand if isinstance(operand, list) else [operand]
+def _names(opcode: str, operand: str | list[str]) -> list[str]:
+    names = operand if isinstance(operand, list) else [operand]
+    count = 4 if ".v4." in opcode else 2 if ".v2." in opcode else 1
+    if len(names) != count:
+        raise ValueError(f"{opcode} has {len(names)} registers, expected {count}")
+    return names
 
 
 def _load_parameter(machine: Machine, instruction: Instruction, mask: np.ndarray) -> None:
@@ -242,11 +246,11 @@ def _load_parameter(machine: Machine, instruction: Instruction, mask: np.ndarray
 
 
 def _load(machine: Machine, instruction: Instruction, mask: np.ndarray) -> None:
-    names, (base, offset) = _names(instruction.operands[0]), instruction.operands[1]
+    names, place = _names(instruction.opcode, instruction.operands[0]), instruction.operands[1]
     bits, shared = int(instruction.opcode[-2:]), ".shared" in instruction.opcode
     if not mask.any():
         return
-    address = machine.address((base, offset), "u32" if shared else "u64")[mask]
+    address = machine.address(place, "u32" if shared else "u64")[mask]
     if shared:
         found = machine.shared.load(machine.program_of[mask], machine.thread_of[mask], address, len(names), bits)
     else:
@@ -258,7 +262,7 @@ def _load(machine: Machine, instruction: Instruction, mask: np.ndarray) -> None:
 
 
 def _store(machine: Machine, instruction: Instruction, mask: np.ndarray) -> None:
-    place, names = instruction.operands[0], _names(instruction.operands[1])
+    place, names = instruction.operands[0], _names(instruction.opcode, instruction.operands[1])
     kind, shared = dtype(f"b{instruction.opcode[-2:]}"), ".shared" in instruction.opcode
     if not mask.any():
         return
