@@ -40,7 +40,7 @@ def perturb_(
     >>> w
     tensor([-0.2909,  0.3179, -0.8736,  1.5387])
     """
-    _check(distribution, backend, layout.device)
+    _check(distribution, backend, layout.device, layout.names[0])
     _finite("scale", scale)
     check_seed(seed)
     dispatch.call("perturb_", layout.tensors, [layout.geometry], float(scale), *halves([seed]), distribution, backend)
@@ -89,7 +89,7 @@ def step_(
     >>> (plus.tensors[0] + minus.tensors[0]) / 2
     tensor([1.0291, 0.9682, 1.0874, 0.8461])
     """
-    _check(distribution, backend, layout.device)
+    _check(distribution, backend, layout.device, layout.names[0])
     passes = [(0, 0.0, decay)] if decay != 1 else []
     passes += [(*update, 1.0) if len(update) == 2 else tuple(update) for update in updates]
     for seed, coefficient, factor in passes:
@@ -151,7 +151,7 @@ def rule_step_(
     >>> m
     tensor([-0.5817,  0.6358])
     """
-    _check(distribution, backend, layout.device)
+    _check(distribution, backend, layout.device, layout.names[0])
     _check_state(layout, rule, state)
     numbers, all_seeds = [], []
     for update in updates:
@@ -235,7 +235,7 @@ def rademacher(
 
 def _elements(seed, name, start, n_elements, distribution, device, backend) -> torch.Tensor:
     device = torch.device(device)
-    _check(distribution, backend, device)
+    _check(distribution, backend, device, name)
     check_seed(seed)
     if not 0 <= start <= start + n_elements < 2**63:
         raise ValueError(f"expected 0 <= start and 0 <= n_elements, got start {start}, n_elements {n_elements}")
@@ -276,7 +276,8 @@ def _check_targets(layout: ParamLayout, targets: Sequence[ParamLayout]) -> None:
         if not layout.same_elements(target):
             raise ValueError("plus and minus must hold the same elements in the same order; build with layout.like()")
         if target.device != layout.device:
-            raise ValueError(f"plus and minus must be on {layout.device} like theta, got {target.device}")
+            name = layout.names[0]
+            raise ValueError(f"{name}: plus and minus must be on {layout.device} like theta, got {target.device}")
 
 
 def _check_update(update: RuleUpdate) -> None:
@@ -309,7 +310,9 @@ def _finite(what: str, value: float) -> None:
         raise ValueError(f"{what} must be a finite float32 number, got {value}")
 
 
-def _check(distribution: str, backend: str | None, device: torch.device) -> None:
+def _check(distribution: str, backend: str | None, device: torch.device, name: str) -> None:
     if distribution not in STREAMS:
         raise ValueError(f"distribution must be one of {', '.join(STREAMS)}; got {distribution!r}")
     dispatch.check_backend(backend, device)
+    if device.type == "meta":
+        raise ValueError(f"{name}: a meta tensor holds no numbers; load it onto a device first")
