@@ -129,9 +129,11 @@ class Shared:
         spot = self._spot(program, address, values.shape[1] * values.itemsize)
         self._order(self.stored[spot], thread)
         self._order(self.loaded[spot], thread)
-        self.bytes[spot] = np.ascontiguousarray(values).view(np.uint8)
-        self.stored[spot] = thread[:, None]
-        self._order(self.stored[spot], thread)
+        given = np.ascontiguousarray(values).view(np.uint8)
+        self.bytes[spot], self.stored[spot] = given, thread[:, None]
+        # threads that hold copies of one value may store it together
+        if (self.bytes[spot] != given).any():
+            raise AccessError("two threads store different values to one place of shared memory")
 
     def _spot(self, program: np.ndarray, address: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         if (address % size).any() or (address + size > self.bytes.shape[1]).any():

@@ -105,6 +105,8 @@ def test_threads_that_part_meet_again():
         ("st.global.b32 [%rd2], %r1; st.global.b32 [%rd2], %r1", "stored to twice"),
         ("st.global.b32 [%rd2], %r1; ld.global.b32 %r2, [%rd2]", "stored to by the same launch"),
         ("shl.b32 %r3, %r1, 2; st.shared.b32 [%r3], %r1; xor.b32 %r3, %r3, 4; ld.shared.b32 %r2, [%r3]", "barrier"),
+        ("mov.b32 %r3, 0; st.shared.b32 [%r3], %r1", "different values"),
+        ("mov.b32 %r3, 0; st.shared.b32 [%r3], %r3; ld.shared.b32 %r2, [%r3]", "without a barrier"),
         ("st.shared.b32 [%r1+300], %r1", "beyond its end"),
     ],
 )
