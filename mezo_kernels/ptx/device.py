@@ -67,7 +67,8 @@ class Device:
 
     def _load(self, name: str, ptx: str | bytes, shared: int, device: Any) -> tuple:
         text = ptx.decode() if isinstance(ptx, bytes) else ptx
-        return None, parse(self.edit(text), shared), 0, 0, 1024
+        program = parse(self.edit(text), shared)
+        return program, program, 0, 0, 1024  # module, function, registers, spills, threads at most
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable:
         """A function that Triton calls with a grid and the kernel's arguments."""

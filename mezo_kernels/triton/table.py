@@ -23,6 +23,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # 16 elements a lane: enough loads in flight, few enough registers. The interpreter pays 8 ms a program instead
 BLOCK_SIZE = 8192 if INTERPRETED else 2048
 PART = BLOCK_SIZE if INTERPRETED else 512  # elements of a GENERAL tile at a time: addresses take registers too
+# HIP counts the threads of a grid in 32 bits; even, so that every part of the tiles is aligned to 16 bytes
+MAX_PROGRAMS = 1 << 23
 # every float32 operation of the z stream is rounded on its own, so nothing may be contracted
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -65,8 +67,10 @@ class Table:
             ValueError: this Triton would change the bits of z on this device.
         """
         constants |= {"MODE": self.mode, "WIDTH": self.width, "BLOCK_SIZE": BLOCK_SIZE, "PART": PART}
+        columns = self.slots.shape[1]
         with on_device(self.slots.device):
-            kernel[(len(self.tiles),)](self.slots, self.tiles, self.slots.shape[1], *arguments, **constants, **LAUNCH)
+            for tiles in self.tiles.split(MAX_PROGRAMS):
+                kernel[(len(tiles),)](self.slots, tiles, columns, *arguments, **constants, **LAUNCH)
 
 
 def on_device(device: torch.device):
@@ -98,7 +102,11 @@ def build(
         theta: n tensors, one a parameter.
         plus, minus: n tensors for each pair, concatenated.
         geometry: int64 (n, 6), which elements theta holds: `ParamLayout.geometry`.
+    Raises:
+        ValueError: a CUDA graph is being captured, which cannot record the copy of a new table.
     """
+    if theta[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ValueError("a capture needs its table before: call the op once with these tensors, then capture it")
     n = len(theta)
     targets = [[t for k in range(i, len(plus), n) for t in (plus[k], minus[k])] for i in range(n)]
     rows = [row[layout.TENSOR_ID :] for row in geometry.tolist()]

@@ -92,14 +92,20 @@ def test_more_planted_bugs_are_found():
     assert_found(report("mutants", "TILE_MORE"))
 
 
+def pytest_on(target: str, *files: Path) -> None:
+    options = ["-p", "tests.kernels.ptx.plugin", "-p", "no:cacheprovider", "-m", "not gpu"]
+    compiled("-m", "pytest", *options, *files, MEZO_PTX=target)
+
+
+def test_launch_path():
+    pytest_on("sm_90", HERE / "launches.py")
+
+
 @pytest.mark.slow  # test_every_case_of_every_op runs the same kernels on fewer shapes
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_the_tests_of_the_kernels(target):
     """Those that otherwise run in Triton's interpreter, on compiled kernels."""
-    tests = [ROOT / "tests" / "kernels" / name for name in ("test_triton.py", "test_rules.py")]
-    options = ["-p", "tests.kernels.ptx.plugin", "-p", "no:cacheprovider", "-m", "not gpu"]
-    text = compiled("-m", "pytest", *options, *tests, MEZO_PTX=target)
-    assert "passed" in text or "100%" in text
+    pytest_on(target, *(ROOT / "tests" / "kernels" / name for name in ("test_triton.py", "test_rules.py")))
 
 
 def test_cases_hold_storage_for_every_mode():
