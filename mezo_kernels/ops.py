@@ -90,12 +90,7 @@ def step_(
     tensor([1.0291, 0.9682, 1.0874, 0.8461])
     """
     _check(distribution, backend, layout.device, layout.names[0])
-    passes = [(0, 0.0, decay)] if decay != 1 else []
-    passes += [(*update, 1.0) if len(update) == 2 else tuple(update) for update in updates]
-    for seed, coefficient, factor in passes:
-        check_seed(seed)
-        _finite("coefficient", coefficient)
-        _finite("decay", factor)
+    passes = _passes(updates, decay)
     seeds, plus, minus = _pairs(layout, next_seed, eps, plus, minus)
     dispatch.call(
         "step_",
@@ -243,21 +238,39 @@ def _elements(seed, name, start, n_elements, distribution, device, backend) -> t
     return dispatch.call("standard_normal", *arguments)
 
 
+def _passes(updates: Sequence[tuple], decay: float) -> list[tuple[int, float, float]]:
+    """(seed, coefficient, decay) of each pass over theta, checked."""
+    passes = [(0, 0.0, decay)] if decay != 1 else []
+    passes += [(*update, 1.0) if len(update) == 2 else tuple(update) for update in updates]
+    for seed, coefficient, factor in passes:
+        check_seed(seed)
+        _finite("coefficient", coefficient)
+        _finite("decay", factor)
+    return passes
+
+
+def _next_seeds(next_seed: int | Sequence[int] | None) -> list[int]:
+    seeds = [next_seed] if isinstance(next_seed, int) else list(next_seed or [])
+    return [check_seed(seed) for seed in seeds]
+
+
+def _check_eps(eps: float | None) -> None:
+    if eps is None or not (math.isfinite(eps) and eps > 0):
+        raise ValueError(f"eps must be a finite number > 0 where next_seed is given, got {eps}")
+
+
 def _pairs(layout, next_seed, eps, plus, minus):
     """Lists of next seeds, plus and minus layouts, checked once for each combination of layouts."""
     if next_seed is None and plus is None and minus is None:
         return [], [], []
-    seeds = [next_seed] if isinstance(next_seed, int) else list(next_seed or [])
+    seeds = _next_seeds(next_seed)
     plus, minus = ([t] if isinstance(t, ParamLayout) else list(t or []) for t in (plus, minus))
     if not len(seeds) == len(plus) == len(minus):
         raise ValueError(
             f"next_seed, plus and minus must come together and in equal numbers, "
             f"got {len(seeds)} seeds, {len(plus)} plus and {len(minus)} minus layouts"
         )
-    if eps is None or not (math.isfinite(eps) and eps > 0):
-        raise ValueError(f"eps must be a finite number > 0 where next_seed is given, got {eps}")
-    for seed in seeds:
-        check_seed(seed)
+    _check_eps(eps)
     targets = (*plus, *minus)
     key = tuple(target.serial for target in targets)
     if key not in layout.checked_targets:

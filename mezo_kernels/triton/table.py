@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,10 @@ MIXED = 3
 
 @dataclass(frozen=True)
 class Table:
-    """What a launch needs to know of a layout: device tables, and the constants that its kernels are compiled for."""
+    """What a launch needs to know of a layout: device tables, and the constants that its kernels are compiled for.
+
+    `compiled` holds these kernels: Triton takes 15 us to find one by its arguments.
+    """
 
     slots: torch.Tensor
     tiles: torch.Tensor
@@ -55,6 +58,7 @@ class Table:
     target: int  # dtype code of plus and minus
     mode: int
     width: int
+    compiled: dict = field(default_factory=dict, compare=False)
 
     def launch(self, kernel: Callable, *arguments: Any, **constants: int) -> None:
         """Run one program a tile: kernel(slots, tiles, columns of slots, *arguments, **constants).
@@ -62,15 +66,20 @@ class Table:
         Args:
             kernel: a `triton.jit` function.
             arguments: tensors and numbers, which may differ from step to step.
-            constants: what the kernel is compiled for, beside the mode and width of this table.
+            constants: what the kernel is compiled for, beside the mode and width of this table; in its own order.
         Raises:
             ValueError: this Triton would change the bits of z on this device.
         """
         constants |= {"MODE": self.mode, "WIDTH": self.width, "BLOCK_SIZE": BLOCK_SIZE, "PART": PART}
-        columns = self.slots.shape[1]
+        columns, key = self.slots.shape[1], (kernel, *constants.values())
         with on_device(self.slots.device):
-            for tiles in self.tiles.split(MAX_PROGRAMS):
-                kernel[(len(tiles),)](self.slots, tiles, columns, *arguments, **constants, **LAUNCH)
+            for tiles in self.tiles.split(MAX_PROGRAMS) if len(self.tiles) > MAX_PROGRAMS else (self.tiles,):
+                if compiled := self.compiled.get(key):
+                    # what Triton would find again: no argument but these constants chooses another kernel
+                    compiled[(len(tiles), 1, 1)](self.slots, tiles, columns, *arguments, *constants.values())
+                else:
+                    run = kernel[(len(tiles),)]
+                    self.compiled[key] = run(self.slots, tiles, columns, *arguments, **constants, **LAUNCH)
 
 
 def on_device(device: torch.device):
