@@ -28,7 +28,7 @@ print(time.perf_counter() - begin)
 
 
 def test_call(benchmark, device, monkeypatch):
-    """`perturb_` by its parts, called in turn: addresses, compiled code, torch.library in between; `step_` and `Plan`."""
+    """`perturb_` by its parts, called in turn: addresses, compiled code, torch.library in between; `step_`; `Plan`."""
     layout = make("tiny-448x64", device=device).layout
     library = torch.ops.mezo_kernels.perturb_
     runs = {

@@ -13,11 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import mutants
 import torch
 
 import mezo_kernels
 from mezo_kernels.ptx import emulated
+from tests.kernels.ptx import mutants
 
 verify = sys.modules["mezo_kernels.verify"]  # the module, which the function of its name hides
 # these compile in seconds and see every line of `tile.py`: its modes, 4 and 8 elements a lane, one dtype and three
