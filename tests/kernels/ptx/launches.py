@@ -4,6 +4,7 @@ Run by `test_launch_path` with the plugin beside this file: the driver is the em
 """
 
 import contextlib
+import functools
 import gc
 
 import pytest
@@ -110,15 +111,17 @@ def calls(theta: mk.ParamLayout) -> list:
         mk.RuleUpdate([9, 10], [0.1, -0.2], 1e-3, 1),
         {"next_seed": 11, "eps": 1e-3, "plus": plus, "minus": minus},
     )
+    plan = functools.cache(lambda: mk.Plan(theta, plus, minus))  # made at the first call
     return [
         lambda: mk.perturb_(theta, 1e-3, 5),
         lambda: mk.step_(theta, [(6, 0.1), (7, 0.2)], **pair),
         lambda: mk.rule_step_(theta, mk.Rule("adam"), state, [update], **pair),
         lambda: mk.standard_normal(3, "w", 5, 3000, device=DEVICE),
+        lambda: plan().step_([(6, 0.1), (7, 0.2)], next_seed=11, eps=1e-3),
     ]
 
 
-@pytest.mark.parametrize("i", range(4))
+@pytest.mark.parametrize("i", range(5))
 def test_one_launch_a_call_on_the_tensors_own_device_and_stream(cuda, i):
     """The process's current device is 0, the tensors are on 1: the launch and the stream are those of 1."""
     call = calls(master())[i]
@@ -131,7 +134,7 @@ def test_one_launch_a_call_on_the_tensors_own_device_and_stream(cuda, i):
         assert grid >= 2
 
 
-@pytest.mark.parametrize("i", range(4))
+@pytest.mark.parametrize("i", range(5))
 def test_a_call_waits_for_nothing(cuda, i):
     """No tensor of the device is read; what is copied comes from pinned memory and is not waited for."""
     call = calls(master())[i]
@@ -139,7 +142,7 @@ def test_a_call_waits_for_nothing(cuda, i):
     cuda.events = []
     call()
     assert all(pinned and not_waited for _, pinned, not_waited in cuda.copies())
-    assert len(cuda.copies()) == (i in (1, 2))  # of the values alone
+    assert len(cuda.copies()) == (i in (1, 2, 4))  # of the values alone
 
 
 def test_values_of_calls_under_way_have_memory_of_their_own(cuda):
@@ -151,7 +154,7 @@ def test_values_of_calls_under_way_have_memory_of_their_own(cuda):
     assert len(pinned) == len(set(pinned)) == 4
 
 
-@pytest.mark.parametrize("i", range(3))
+@pytest.mark.parametrize("i", [0, 1, 2, 4])
 def test_a_captured_call_copies_nothing_from_the_host(cuda, i):
     """A replay would read host memory again; its values are written by the device, and are right."""
     theta, expected = master(), master()
