@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mezo_kernels import ParamLayout, Plan, step_
-from mezo_kernels.numba import step as numba_step
 
+numba_step = pytest.importorskip("mezo_kernels.numba.step")
 UPDATES = [(2**64 - 1, 0.02, 0.999), (5, -0.5)]
 
 
