@@ -7,7 +7,7 @@ RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-slow lint bench bench-compare bench-growth bench-training bench-alternatives bench-figures bench-gpu reproduce-small crash-test verify-sglang test-gpu clean
+.PHONY: demo test test-slow lint bench bench-compare bench-growth bench-training bench-alternatives bench-figures bench-gpu reproduce-small crash-test verify-sglang test-gpu gpu-day clean
 
 demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
@@ -44,7 +44,7 @@ bench-figures: $(READY)  ## figures of bench/results/<machine>/ from its JSON al
 
 bench-gpu:  ## bench and bench-growth on a CUDA device, in the current environment; JSON and figures under bench/results/<gpu>/
 	folder=$$($(PYTHON) bench/machine.py cuda) && \
-	$(PYTHON) -m pytest bench --device cuda --benchmark-quiet --benchmark-json=$$folder/bench.json && \
+	$(PYTHON) -m pytest $(wildcard bench/bench_*.py) --device cuda --benchmark-quiet --benchmark-json=$$folder/bench.json && \
 	$(PYTHON) bench/growth.py --device cuda --output $$folder/growth.json && \
 	$(PYTHON) bench/figures.py $$folder
 
@@ -58,7 +58,11 @@ verify-sglang: $(READY_SGLANG)  ## the SGLang runtime against transformers, reus
 	$(VENV)/bin/python bench/verify_sglang.py --again --output $(RESULTS)/verify_sglang.json
 
 test-gpu:  ## the tests that need a CUDA or ROCm device, in the current environment
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu tests/kernels
+	! $(PYTHON) -c "import sglang" 2>/dev/null || $(PYTHON) -m pytest -m gpu tests/runtimes
+
+gpu-day:  ## all that a GPU can tell, part by part, without a network; JSON under bench/results/<gpu>/; ARGS=--rehearse without a GPU
+	$(PYTHON) bench/gpu_day.py $(ARGS)
 
 $(READY): requirements.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)

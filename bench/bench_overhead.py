@@ -11,7 +11,7 @@ import rows
 import torch
 from shapes import make
 
-from mezo_kernels import perturb_
+from mezo_kernels import Plan, perturb_, step_
 
 TARGETS = {"one thread": 60.0, "parallel": 250.0}  # microseconds, from the requirements
 FIRST_CALL = """
@@ -28,7 +28,7 @@ print(time.perf_counter() - begin)
 
 
 def test_call(benchmark, device, monkeypatch):
-    """`perturb_` by its parts, called in turn: addresses looked up, compiled code, and torch.library in between."""
+    """`perturb_` by its parts, called in turn: addresses, compiled code, torch.library in between; `step_`; `Plan`."""
     layout = make("tiny-448x64", device=device).layout
     library = torch.ops.mezo_kernels.perturb_
     runs = {
@@ -45,6 +45,10 @@ def test_call(benchmark, device, monkeypatch):
 
         runs["addresses"] = lambda: cpu._items(layout.tensors, [], [], [layout.geometry])
         runs["parallel"] = parallel
+    theta, plus, minus = (make("tiny-448x64", device=device).layout for _ in range(3))
+    plan, after = Plan(theta, plus, minus), {"next_seed": 2, "eps": 1e-3}
+    runs["step_"] = lambda: step_(theta, [(1, 1e-9)], **after, plus=plus, minus=minus)
+    runs["step_ of a Plan"] = lambda: plan.step_([(1, 1e-9)], **after)
     runs["one thread"]()  # the tables are built at the first call
     times = rows.in_turn(list(runs.values()), device)
     parts = {name: 1e6 * statistics.median(part) for name, part in zip(runs, times, strict=True)}

@@ -4,6 +4,7 @@ from mezo_kernels.dispatch import available_backends
 from mezo_kernels.layout import ParamLayout, ParamSlot, canonical_name
 from mezo_kernels.ops import perturb_, rademacher, rule_step_, standard_normal, step_
 from mezo_kernels.philox import Z_STREAM_VERSION, lora_init, perturbation_seed, tensor_id
+from mezo_kernels.plan import Plan
 from mezo_kernels.rms import root_mean_square
 from mezo_kernels.rules import Rule, RuleUpdate
 from mezo_kernels.verify import VerifyRow, verify
@@ -12,6 +13,7 @@ __all__ = [
     "Z_STREAM_VERSION",
     "ParamLayout",
     "ParamSlot",
+    "Plan",
     "Rule",
     "RuleUpdate",
     "VerifyRow",

@@ -10,7 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -134,39 +134,62 @@ def _default(kind: str) -> str | None:
     return next((name for name, backend in BACKENDS.items() if backend.default_on == kind), None)
 
 
+def _module(backend: str | None, device: torch.device):
+    return importlib.import_module(BACKENDS[backend or _default(device.type)].module)
+
+
 def _function(op: str, backend: str | None, device: torch.device) -> Callable:
-    return getattr(importlib.import_module(BACKENDS[backend or _default(device.type)].module), op)
+    return getattr(_module(backend, device), op)
+
+
+def prepare_step(
+    backend: str | None,
+    theta: list[torch.Tensor],
+    plus: list[torch.Tensor],
+    minus: list[torch.Tensor],
+    geometry: list[torch.Tensor],
+) -> Callable[..., None]:
+    """`step_` of a backend as a function of (updates, next_seeds, eps, distribution), on tensors that stay in place.
+
+    A backend may have a `prepare_step` of its own, of the other arguments, that looks at the tensors once.
+    """
+    module = _module(backend, theta[0].device)
+    prepare = getattr(module, "prepare_step", functools.partial(functools.partial, module.step_))
+    return prepare(theta, plus, minus, geometry)
 
 
 def _seeds(words: Sequence[int]) -> list[int]:
     return [low | high << 32 for low, high in zip(words[::2], words[1::2], strict=True)]
 
 
-def _float32(value: float) -> float:
+def float32(value: float) -> float:
+    """A Python float rounded to float32 once, as backends take it."""
     return float(np.float32(value))
 
 
 def _perturb(function, theta, geometry, scale, seed_low, seed_high, distribution):
-    function(theta, geometry, _float32(scale), seed_low | seed_high << 32, distribution)
+    function(theta, geometry, float32(scale), seed_low | seed_high << 32, distribution)
 
 
 def _step(
     function, theta, plus, minus, geometry, update_seeds, coefficients, decays, next_seeds, eps, distribution
 ):  # fmt: skip
-    updates = [
-        (seed, _float32(coefficient), _float32(decay))
-        for seed, coefficient, decay in zip(_seeds(update_seeds), coefficients, decays, strict=True)
-    ]
-    function(theta, plus, minus, geometry, updates, _seeds(next_seeds), _float32(eps), distribution)
+    updates = in_float32(zip(_seeds(update_seeds), coefficients, decays, strict=True))
+    function(theta, plus, minus, geometry, updates, _seeds(next_seeds), float32(eps), distribution)
+
+
+def in_float32(updates: Iterable[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
+    """Updates of `step_` as backends take them: (seed, coefficient, decay), rounded once."""
+    return [(seed, float32(coefficient), float32(decay)) for seed, coefficient, decay in updates]
 
 
 def _rule_step(
     function, theta, state, plus, minus, geometry, kind, constants, update_seeds, numbers, next_seeds, eps, distribution
 ):  # fmt: skip
-    rows = [tuple(map(_float32, numbers[i : i + 5])) for i in range(0, len(numbers), 5)]
+    rows = [tuple(map(float32, numbers[i : i + 5])) for i in range(0, len(numbers), 5)]
     updates = [(seed, *row) for seed, row in zip(_seeds(update_seeds), rows, strict=True)]
-    constants, next_seeds = [_float32(value) for value in constants], _seeds(next_seeds)
-    function(theta, state, plus, minus, geometry, kind, constants, updates, next_seeds, _float32(eps), distribution)
+    constants, next_seeds = [float32(value) for value in constants], _seeds(next_seeds)
+    function(theta, state, plus, minus, geometry, kind, constants, updates, next_seeds, float32(eps), distribution)
 
 
 def _standard_normal(function, seed_low, seed_high, tensor_id, start, n_elements, distribution, device):

@@ -2,9 +2,12 @@
 
 import itertools
 import math
+import operator
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -247,43 +250,59 @@ def _check_cluster(cluster: list[tuple[int, ParamSlot]]) -> None:
 
 
 class AddressCache:
-    """Tables that a backend derives from addresses, rebuilt only when an address changes.
+    """Tables that a backend derives from addresses, rebuilt only when an address, a dtype or a stride changes.
+
+    A table lives as long as the layouts it was built for: a captured graph or another stream may still read it.
 
     Args:
         build: builds the table from (theta, plus, minus, geometry), the arguments of every op.
+        max_entries: tables of one set of layouts, whose tensors may move to and fro.
     """
 
-    def __init__(self, build, max_entries: int = 64):
+    def __init__(self, build: Callable, max_entries: int = 8):
         self.build, self.max_entries = build, max_entries
-        # latest: layouts -> (key, table) of their last call; comparing with it saves the hash of every address
-        self.tables, self.layouts, self.latest = OrderedDict(), {}, {}
+        self.layouts: dict[tuple[int, ...], _Tables] = {}
 
     def __call__(self, theta, plus, minus, geometry: list[torch.Tensor]):
         layouts = tuple(map(torch.Tensor.data_ptr, geometry))
-        strided, _ = self.layouts.get(layouts) or self._meet(layouts, geometry)
-        key = [*map(torch.Tensor.data_ptr, theta), *map(torch.Tensor.data_ptr, (*plus, *minus))]
+        met = self.layouts.get(layouts) or self._meet(layouts, geometry)
+        tensors = [*theta, *plus, *minus]
+        key = [*map(torch.Tensor.data_ptr, tensors), *map(_dtype, tensors)]
         # a clone made by a compiler keeps the strides of dense tensors only
-        if strided:
-            key += map(torch.Tensor.stride, (*theta, *plus, *minus))
-        latest, table = self.latest.get(layouts, (None, None))
-        if latest != key:
-            table = self._look_up((layouts, *key), theta, plus, minus, geometry[0])
-            self.latest[layouts] = key, table
-        return table
+        if met.strided:
+            key += map(torch.Tensor.stride, tensors)
+        # comparing with the last key saves the hash of every address
+        if met.latest != key:
+            met.table = self._look_up(met.tables, tuple(key), theta, plus, minus, geometry[0])
+            met.latest = key
+        return met.table
 
-    def _look_up(self, key: tuple, *arguments):
-        table = self.tables.get(key)
-        if table is None:
-            table = self.tables[key] = self.build(*arguments)
-            if len(self.tables) > self.max_entries:
-                self.tables.popitem(last=False)
-        return table
+    def _look_up(self, tables: OrderedDict, key: tuple, *arguments):
+        if key not in tables:
+            tables[key] = self.build(*arguments)
+            if len(tables) > self.max_entries:
+                tables.popitem(last=False)
+        return tables[key]
 
-    def _meet(self, layouts: tuple[int, ...], geometry: list[torch.Tensor]) -> tuple[bool, list[torch.Tensor]]:
-        """Hold the geometry, so that its address names it, and whether it is strided: reading a tensor costs 5 us."""
-        if len(self.layouts) >= self.max_entries:
-            self.tables.clear()
-            self.layouts.clear()
-            self.latest.clear()
-        met = self.layouts[layouts] = any(g[0, STRIDED].item() for g in geometry), list(geometry)
+    def _meet(self, layouts: tuple[int, ...], geometry: list[torch.Tensor]) -> "_Tables":
+        """Once for each set of layouts, since reading a tensor costs 5 us; forgotten when one of them is gone.
+
+        The address of a layout's geometry names it, for as long as it lives.
+        """
+        for one in geometry:
+            weakref.finalize(one, self.layouts.pop, layouts, None).atexit = False
+        met = self.layouts[layouts] = _Tables(any(g[0, STRIDED].item() for g in geometry))
         return met
+
+
+@dataclass
+class _Tables:
+    """Of one set of layouts: the table of the last call, and others by key."""
+
+    strided: bool
+    latest: list | None = None
+    table: Any = None
+    tables: OrderedDict = field(default_factory=OrderedDict)
+
+
+_dtype = operator.attrgetter("dtype")

@@ -40,7 +40,7 @@ def perturb_(
     >>> w
     tensor([-0.2909,  0.3179, -0.8736,  1.5387])
     """
-    _check(distribution, backend, layout.device)
+    _check(distribution, backend, layout.device, layout.names[0])
     _finite("scale", scale)
     check_seed(seed)
     dispatch.call("perturb_", layout.tensors, [layout.geometry], float(scale), *halves([seed]), distribution, backend)
@@ -89,13 +89,8 @@ def step_(
     >>> (plus.tensors[0] + minus.tensors[0]) / 2
     tensor([1.0291, 0.9682, 1.0874, 0.8461])
     """
-    _check(distribution, backend, layout.device)
-    passes = [(0, 0.0, decay)] if decay != 1 else []
-    passes += [(*update, 1.0) if len(update) == 2 else tuple(update) for update in updates]
-    for seed, coefficient, factor in passes:
-        check_seed(seed)
-        _finite("coefficient", coefficient)
-        _finite("decay", factor)
+    _check(distribution, backend, layout.device, layout.names[0])
+    passes = _passes(updates, decay)
     seeds, plus, minus = _pairs(layout, next_seed, eps, plus, minus)
     dispatch.call(
         "step_",
@@ -151,7 +146,7 @@ def rule_step_(
     >>> m
     tensor([-0.5817,  0.6358])
     """
-    _check(distribution, backend, layout.device)
+    _check(distribution, backend, layout.device, layout.names[0])
     _check_state(layout, rule, state)
     numbers, all_seeds = [], []
     for update in updates:
@@ -235,7 +230,7 @@ def rademacher(
 
 def _elements(seed, name, start, n_elements, distribution, device, backend) -> torch.Tensor:
     device = torch.device(device)
-    _check(distribution, backend, device)
+    _check(distribution, backend, device, name)
     check_seed(seed)
     if not 0 <= start <= start + n_elements < 2**63:
         raise ValueError(f"expected 0 <= start and 0 <= n_elements, got start {start}, n_elements {n_elements}")
@@ -243,21 +238,39 @@ def _elements(seed, name, start, n_elements, distribution, device, backend) -> t
     return dispatch.call("standard_normal", *arguments)
 
 
+def _passes(updates: Sequence[tuple], decay: float) -> list[tuple[int, float, float]]:
+    """(seed, coefficient, decay) of each pass over theta, checked."""
+    passes = [(0, 0.0, decay)] if decay != 1 else []
+    passes += [(*update, 1.0) if len(update) == 2 else tuple(update) for update in updates]
+    for seed, coefficient, factor in passes:
+        check_seed(seed)
+        _finite("coefficient", coefficient)
+        _finite("decay", factor)
+    return passes
+
+
+def _next_seeds(next_seed: int | Sequence[int] | None) -> list[int]:
+    seeds = [next_seed] if isinstance(next_seed, int) else list(next_seed or [])
+    return [check_seed(seed) for seed in seeds]
+
+
+def _check_eps(eps: float | None) -> None:
+    if eps is None or not (math.isfinite(eps) and eps > 0):
+        raise ValueError(f"eps must be a finite number > 0 where next_seed is given, got {eps}")
+
+
 def _pairs(layout, next_seed, eps, plus, minus):
     """Lists of next seeds, plus and minus layouts, checked once for each combination of layouts."""
     if next_seed is None and plus is None and minus is None:
         return [], [], []
-    seeds = [next_seed] if isinstance(next_seed, int) else list(next_seed or [])
+    seeds = _next_seeds(next_seed)
     plus, minus = ([t] if isinstance(t, ParamLayout) else list(t or []) for t in (plus, minus))
     if not len(seeds) == len(plus) == len(minus):
         raise ValueError(
             f"next_seed, plus and minus must come together and in equal numbers, "
             f"got {len(seeds)} seeds, {len(plus)} plus and {len(minus)} minus layouts"
         )
-    if eps is None or not (math.isfinite(eps) and eps > 0):
-        raise ValueError(f"eps must be a finite number > 0 where next_seed is given, got {eps}")
-    for seed in seeds:
-        check_seed(seed)
+    _check_eps(eps)
     targets = (*plus, *minus)
     key = tuple(target.serial for target in targets)
     if key not in layout.checked_targets:
@@ -276,7 +289,8 @@ def _check_targets(layout: ParamLayout, targets: Sequence[ParamLayout]) -> None:
         if not layout.same_elements(target):
             raise ValueError("plus and minus must hold the same elements in the same order; build with layout.like()")
         if target.device != layout.device:
-            raise ValueError(f"plus and minus must be on {layout.device} like theta, got {target.device}")
+            name = layout.names[0]
+            raise ValueError(f"{name}: plus and minus must be on {layout.device} like theta, got {target.device}")
 
 
 def _check_update(update: RuleUpdate) -> None:
@@ -309,7 +323,9 @@ def _finite(what: str, value: float) -> None:
         raise ValueError(f"{what} must be a finite float32 number, got {value}")
 
 
-def _check(distribution: str, backend: str | None, device: torch.device) -> None:
+def _check(distribution: str, backend: str | None, device: torch.device, name: str) -> None:
     if distribution not in STREAMS:
         raise ValueError(f"distribution must be one of {', '.join(STREAMS)}; got {distribution!r}")
     dispatch.check_backend(backend, device)
+    if device.type == "meta":
+        raise ValueError(f"{name}: a meta tensor holds no numbers; load it onto a device first")

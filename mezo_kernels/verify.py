@@ -1,9 +1,10 @@
 """Checks every backend on this machine against the reference and the frozen vectors of the z stream, bit for bit."""
 
+import importlib.util
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,17 +40,23 @@ class VerifyRow:
     detail: str
 
 
-def verify(device: str | torch.device | None = None) -> list[VerifyRow]:
+def verify(device: str | torch.device | None = None, compiled: str | None = None) -> list[VerifyRow]:
     """Check every available backend against the reference and the frozen vectors, on this very machine.
 
     Args:
         device: "cpu" or "cuda"; by default the CPU, and the GPU where there is one.
+        compiled: a GPU of `mezo_kernels.ptx.TARGETS`, such as "sm_90", which need not be here: check in place of this
+            machine's backends the code that Triton compiles for it, run on the CPU. Takes a minute at first.
     Returns:
         One row a check; a backend that raises fails its check. The reference runs on the CPU.
+    Raises:
+        ValueError: `compiled` beside `device`, or not one of the targets; Triton is missing or interprets.
 
     >>> all(row.ok for row in verify("cpu"))  # doctest: +SKIP
     True
     """
+    if compiled is not None:
+        return _verify_compiled(compiled, device)
     devices = ["cpu", "cuda"][: 1 + torch.cuda.is_available()] if device is None else [str(torch.device(device))]
     expected = {name: check("reference", "cpu") for name, check in _comparisons()}
     rows = [_row("reference", "cpu", name, check) for name, check in _host_checks()]
@@ -59,6 +66,20 @@ def verify(device: str | torch.device | None = None) -> list[VerifyRow]:
             if (backend, where) != ("reference", "cpu"):
                 rows += [_row(backend, where, name, check, expected[name]) for name, check in _comparisons()]
     return rows
+
+
+def _verify_compiled(target: str, device: str | torch.device | None) -> list[VerifyRow]:
+    if device is not None:
+        raise ValueError(f"compiled code runs on the CPU; leave out the device, got {device}")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("compiled code needs the package triton, which is not installed")
+    from mezo_kernels.ptx import emulated
+
+    expected = {name: check("reference", "cpu") for name, check in _comparisons()}
+    with emulated(target):
+        rows = [_row("triton", "cpu", name, check) for name, check in _vector_checks()]
+        rows += [_row("triton", "cpu", name, check, expected[name]) for name, check in _comparisons()]
+    return [replace(row, device=target) for row in rows]
 
 
 def _row(backend: str, device: str, name: str, check: Callable, expected: dict | None = None) -> VerifyRow:

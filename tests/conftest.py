@@ -5,8 +5,7 @@ import os
 import pytest
 import torch
 
-from mezo.config import Config
-from tests.tiny_data import flags_of, write_jsonl
+# what else is needed is imported where it is: the tests of the kernels run where only torch and Triton are installed
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # chosen before a kernel module is imported
@@ -24,6 +23,8 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
+    from tests.tiny_data import write_jsonl
+
     directory = tmp_path_factory.mktemp("data")
     sizes = {"train": 48, "dev": 20, "test": 20}
     return {f"{s}_file": write_jsonl(directory / f"{s}.jsonl", n, i) for i, (s, n) in enumerate(sizes.items())}
@@ -51,9 +52,13 @@ def tiny_options(tiny_model, tiny_data, tmp_path):
 
 @pytest.fixture
 def tiny_config(tiny_options):
+    from mezo.config import Config
+
     return Config.of(**tiny_options)
 
 
 @pytest.fixture
 def as_flags():
+    from tests.tiny_data import flags_of
+
     return flags_of

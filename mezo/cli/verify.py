@@ -15,6 +15,8 @@ class Options:
 
     device: str = ""
     """Device to check; by default the CPU, and the GPU where there is one."""
+    compiled: bool = False
+    """Check what Triton compiles for an H100 (sm_90), run on this CPU instruction by instruction; no GPU is needed."""
 
 
 def main(argv: list[str]) -> int:
@@ -23,9 +25,10 @@ def main(argv: list[str]) -> int:
     import mezo_kernels
 
     try:
-        rows = mezo_kernels.verify(options.device or None)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
+        rows = mezo_kernels.verify(options.device or None, "sm_90" if options.compiled else None)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        name = "--compiled" if options.compiled else f"--device {options.device}"
+        raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
     table = Table("backend", "check", "result", "detail", title="against the reference and the frozen vectors")
     for row in rows:
         table.add_row(row.backend, row.check, "ok" if row.ok else "MISMATCH", row.detail)

@@ -9,7 +9,7 @@ import torch
 
 from mezo.method.rules.logged import LoggedRule
 from mezo.method.step import Step, Update
-from mezo_kernels import ParamLayout, RuleUpdate, rule_step_, step_
+from mezo_kernels import ParamLayout, Plan, RuleUpdate, rule_step_
 
 Pairs = list[tuple[ParamLayout, ParamLayout]]
 
@@ -44,6 +44,7 @@ class PerturbedTheta:
         self.state = [master.like([torch.zeros_like(t) for t in master.tensors]) for _ in range(moments)]
         self.count = 0  # updates applied, as Adam counts them
         self._groups = self._grouped()
+        self._plans: dict[tuple, Plan] = {}
         self.watched, self._watched, self._watches = watched, None, 0
         self._held: Step | None = None
 
@@ -104,19 +105,28 @@ class PerturbedTheta:
 
     def _pass(self, updates: Sequence[Update], step: Step | None = None, places: slice = slice(0)) -> None:
         """One fused pass: updates, then the pairs at `places`, whose perturbations have one eps."""
-        options = {"distribution": self.rule.distribution, "backend": self.backend}
-        for decays, master, state, pairs in self._groups:
-            plus, minus = ([pair[sign] for pair in pairs[places]] for sign in (0, 1))
+        following = (list(step.seeds), step.eps[0]) if step else ()
+        for i, (decays, master, state, pairs) in enumerate(self._groups):
             applied = updates if decays else [dataclasses.replace(update, decay=1.0) for update in updates]
-            targets = (list(step.seeds), step.eps[0], plus, minus) if step else ()
             kernel = self.logged.kernel(decays)
             if kernel is None:
                 directions = [direction for update in applied for direction in update.directions()]
-                step_(master, directions, 1.0, *targets, **options)
+                self._plan(i, places).step_(directions, 1.0, *following)
                 continue
             numbered = enumerate(applied, self.count + 1)
             steps = [RuleUpdate(u.seeds, u.coefficients, u.lr, t, u.decay) for t, u in numbered]
+            targets = (*following, *_signs(pairs[places])) if step else ()
+            options = {"distribution": self.rule.distribution, "backend": self.backend}
             rule_step_(master, kernel, state, steps, *targets, **options)
+
+    def _plan(self, group: int, places: slice) -> Plan:
+        """Of the plain steps of one group, which write the pairs at `places`."""
+        key = group, places.start, places.stop
+        if key not in self._plans:
+            _, master, _, pairs = self._groups[group]
+            options = {"distribution": self.rule.distribution, "backend": self.backend}
+            self._plans[key] = Plan(master, *_signs(pairs[places]), **options)
+        return self._plans[key]
 
     def restore(self) -> None:
         """Write the perturbed copies of the last step anew: the same bits, whatever is there now."""
@@ -188,6 +198,11 @@ def _within(layout: ParamLayout, windows: Sequence[slice]) -> ParamLayout:
 
 def _part(tensor: torch.Tensor, window: slice) -> torch.Tensor:
     return tensor[window] if tensor.dim() else tensor
+
+
+def _signs(pairs: Pairs) -> tuple[list[ParamLayout], list[ParamLayout]]:
+    """The plus and the minus of each."""
+    return [plus for plus, _ in pairs], [minus for _, minus in pairs]
 
 
 def _of_one_eps(step: Step) -> list[list[int]]:

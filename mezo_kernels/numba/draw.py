@@ -116,6 +116,12 @@ def _box_muller(x, y):
 
 
 @njit(inline="always")
+def _sign(word):
+    """1 - 2 * (bit 0): the bit moved to the sign of 1.0."""
+    return _float(int32(uint32(word << uint32(31)) | uint32(0x3F800000)))
+
+
+@njit(inline="always")
 def _aligned(buffer):
     """Address in a thread's scratch from which every row is a whole number of cache lines."""
     return (buffer.ctypes.data + 63) & ~63
@@ -182,10 +188,17 @@ def _draw(scratch, index, n_elements, tensor_id, stream, k0, k1):
         groups = ((index + n_elements - 1) >> 7) - first + 1
         _words(scratch, uint64(first), groups, tensor_id, uint32(stream), k0, k1)
         words = _array(scratch + 4 * WORDS, 1, 4 * GROUPS, np.uint32)
-        for j in range(n_elements):
-            i = index + j - (first << 7)
+        i, j = index - (first << 7), 0
+        while j < n_elements:
             word = words[((i >> 5) & 3) * GROUPS + (i >> 7)]
-            z[j] = _ONE - F(2) * float32((word >> uint32(i & 31)) & uint32(1))
+            n = min(32 - (i & 31), n_elements - j)
+            if n == 32:  # a loop of known length is vectorised
+                for k in range(32):
+                    z[j + k] = _sign(word >> uint32(k))
+            else:
+                for k in range(n):
+                    z[j + k] = _sign(word >> uint32((i & 31) + k))
+            i, j = i + n, j + n
         return address
     first, n_blocks = _blocks(index, n_elements)
     _words(scratch, uint64(first), n_blocks, tensor_id, uint32(stream), k0, k1)

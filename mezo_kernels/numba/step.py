@@ -1,6 +1,8 @@
 """The ops compiled for CPUs with numba: one call over all parameters, in batches of work items (see `draw.py`)."""
 
+import functools
 import threading
+from collections.abc import Callable
 
 import numba
 import numpy as np
@@ -31,6 +33,7 @@ from mezo_kernels.philox import STREAMS
 PARALLEL_FROM = 200_000
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 THETA, PAIR = 6, 6  # columns of an item before its targets, and of a pair of them
+COEFFICIENT, DECAY = range(2)  # columns of an update's numbers
 _ONE = F(1)
 
 
@@ -54,21 +57,21 @@ def _multiply(value, decay, n):
 
 
 @compiled()
-def _step_items(items, lo, hi, buffer, thread, updates, coefficients, decays, draws, next_seeds, eps, stream):
+def _step_items(items, lo, hi, buffer, thread, seeds, numbers, draws, next_seeds, eps, stream):
     scratch = _aligned(buffer) + thread * 4 * SCRATCH
     value, moved = scratch + 4 * VALUE, scratch + 4 * MOVED
     while lo < hi:
         end = _end_of_batch(items, lo, hi, stream)
         n = _number_blocks(scratch, items, lo, end)
         _load_batch(value, items, lo, end, 0)
-        for k in range(coefficients.size):
+        for k in range(draws.size):
             # theta <- theta * decay, then theta - (c * z)
-            if decays[k] != _ONE:
-                _multiply(value, decays[k], n)
+            if numbers[k, DECAY] != _ONE:
+                _multiply(value, numbers[k, DECAY], n)
             if draws[k]:
-                z = _draw_batch(scratch, items, lo, end, n, stream, updates[k, 0], updates[k, 1])
-                _subtract(value, value, coefficients[k], z, n)
-        if coefficients.size:
+                z = _draw_batch(scratch, items, lo, end, n, stream, seeds[k, 0], seeds[k, 1])
+                _subtract(value, value, numbers[k, COEFFICIENT], z, n)
+        if draws.size:
             _store_batch(value, items, lo, end, 0)
         for p in range(next_seeds.shape[0]):
             # theta + eps z = theta - (-eps) z
@@ -81,11 +84,11 @@ def _step_items(items, lo, hi, buffer, thread, updates, coefficients, decays, dr
 
 
 @compiled(parallel=True)
-def _step_parallel(threads, items, buffer, updates, coefficients, decays, draws, next_seeds, eps, stream):
+def _step_parallel(threads, items, buffer, seeds, numbers, draws, next_seeds, eps, stream):
     n = items.shape[0]
     for t in prange(threads):
         lo, hi = t * n // threads, (t + 1) * n // threads
-        _step_items(items, lo, hi, buffer, t, updates, coefficients, decays, draws, next_seeds, eps, stream)
+        _step_items(items, lo, hi, buffer, t, seeds, numbers, draws, next_seeds, eps, stream)
 
 
 @compiled()
@@ -169,7 +172,8 @@ def perturb_(
     theta: list[torch.Tensor], geometry: list[torch.Tensor], scale: float, seed: int, distribution: str
 ) -> None:
     """theta <- theta + (scale * z), as theta - ((-scale) * z): the same bits. Arguments as in `reference`."""
-    _run(theta, [], [], geometry, [seed], [-scale], [1.0], [True], [], 0.0, distribution)
+    items, n_elements = _items(theta, [], [], geometry)
+    _run(items, n_elements, [(seed, -scale, 1.0)], [True], [], 0.0, distribution)
 
 
 def step_(
@@ -183,16 +187,25 @@ def step_(
     distribution: str,
 ) -> None:
     """Apply updates in order, then write theta +- eps z(next_seed) for each pair; arguments as in `reference`."""
-    seeds, coefficients, decays = zip(*updates, strict=True) if updates else ((), (), ())
-    draws = [c != 0 for c in coefficients]
-    _run(theta, plus, minus, geometry, seeds, coefficients, decays, draws, next_seeds, eps, distribution)
+    prepare_step(theta, plus, minus, geometry)(updates, next_seeds, eps, distribution)
 
 
-def _run(theta, plus, minus, geometry, seeds, coefficients, decays, draws, next_seeds, eps, distribution) -> None:
-    items, n_elements = _items(theta, plus, minus, geometry)
-    passes = (_keys(seeds), np.array(coefficients, F), np.array(decays, F), np.array(draws, np.bool_))
+def prepare_step(
+    theta: list[torch.Tensor], plus: list[torch.Tensor], minus: list[torch.Tensor], geometry: list[torch.Tensor]
+) -> Callable:
+    """`step_` of these tensors, which must stay where they are: a function of its other arguments."""
+    return functools.partial(_step, *_items(theta, plus, minus, geometry))
+
+
+def _step(items, n_elements, updates, next_seeds, eps, distribution) -> None:
+    _run(items, n_elements, updates, [c != 0 for _, c, _ in updates], next_seeds, eps, distribution)
+
+
+def _run(items, n_elements, updates, draws, next_seeds, eps, distribution) -> None:
+    numbers = np.array([update[1:] for update in updates], F).reshape(-1, 2)
+    passes = (_keys([update[0] for update in updates]), numbers, np.array(draws, np.bool_))
     arguments = (*passes, _keys(next_seeds), F(eps), STREAMS[distribution])
-    threads = _threads(items, n_elements * max(1, len(seeds) + len(next_seeds)))
+    threads = _threads(items, n_elements * max(1, len(updates) + len(next_seeds)))
     if threads == 1:
         _step_items(items, 0, len(items), np.empty(SCRATCH + 16, F), 0, *arguments)
     else:

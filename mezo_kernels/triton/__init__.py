@@ -3,6 +3,6 @@
 from mezo_kernels.triton.perturb import perturb_
 from mezo_kernels.triton.rules import rule_step_
 from mezo_kernels.triton.standard_normal import standard_normal
-from mezo_kernels.triton.step import step_
+from mezo_kernels.triton.step import prepare_step, step_
 
-__all__ = ["perturb_", "rule_step_", "standard_normal", "step_"]
+__all__ = ["perturb_", "prepare_step", "rule_step_", "standard_normal", "step_"]

@@ -1,12 +1,15 @@
 """One pass over the master: apply updates in registers, write theta once, write theta +- eps z for each next pair."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
 from mezo_kernels.philox import STREAMS
 from mezo_kernels.triton.philox import draw
-from mezo_kernels.triton.table import step_values, tables
+from mezo_kernels.triton.table import Table, step_values, tables
 from mezo_kernels.triton.tile import BY_ROW, FLAT, GENERAL, load, locate, parts, store, tensor_id, tile_of
 
 
@@ -74,7 +77,17 @@ def step_(
     distribution: str,
 ) -> None:
     """Apply updates in order, then write theta +- eps z(next_seed) for each pair; arguments as in `reference`."""
-    table = tables(theta, plus, minus, geometry)
-    values = step_values(updates, next_seeds, theta[0].device)
+    prepare_step(theta, plus, minus, geometry)(updates, next_seeds, eps, distribution)
+
+
+def prepare_step(
+    theta: list[torch.Tensor], plus: list[torch.Tensor], minus: list[torch.Tensor], geometry: list[torch.Tensor]
+) -> Callable:
+    """`step_` of these tensors, which must stay where they are: a function of its other arguments."""
+    return functools.partial(_step, tables(theta, plus, minus, geometry))
+
+
+def _step(table: Table, updates, next_seeds, eps, distribution) -> None:
+    values = step_values(updates, next_seeds, table.slots.device)
     constants = {"STREAM": STREAMS[distribution], "THETA": table.theta, "TARGET": table.target}
     table.launch(_step_kernel, values, len(updates), len(next_seeds), eps, **constants)

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # 16 elements a lane: enough loads in flight, few enough registers. The interpreter pays 8 ms a program instead
 BLOCK_SIZE = 8192 if INTERPRETED else 2048
 PART = BLOCK_SIZE if INTERPRETED else 512  # elements of a GENERAL tile at a time: addresses take registers too
+# HIP counts the threads of a grid in 32 bits; even, so that every part of the tiles is aligned to 16 bytes
+MAX_PROGRAMS = 1 << 23
 # every float32 operation of the z stream is rounded on its own, so nothing may be contracted
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -45,7 +47,10 @@ MIXED = 3
 
 @dataclass(frozen=True)
 class Table:
-    """What a launch needs to know of a layout: device tables, and the constants that its kernels are compiled for."""
+    """What a launch needs to know of a layout: device tables, and the constants that its kernels are compiled for.
+
+    `compiled` holds these kernels: Triton takes 15 us to find one by its arguments.
+    """
 
     slots: torch.Tensor
     tiles: torch.Tensor
@@ -53,6 +58,7 @@ class Table:
     target: int  # dtype code of plus and minus
     mode: int
     width: int
+    compiled: dict = field(default_factory=dict, compare=False)
 
     def launch(self, kernel: Callable, *arguments: Any, **constants: int) -> None:
         """Run one program a tile: kernel(slots, tiles, columns of slots, *arguments, **constants).
@@ -60,13 +66,20 @@ class Table:
         Args:
             kernel: a `triton.jit` function.
             arguments: tensors and numbers, which may differ from step to step.
-            constants: what the kernel is compiled for, beside the mode and width of this table.
+            constants: what the kernel is compiled for, beside the mode and width of this table; in its own order.
         Raises:
             ValueError: this Triton would change the bits of z on this device.
         """
         constants |= {"MODE": self.mode, "WIDTH": self.width, "BLOCK_SIZE": BLOCK_SIZE, "PART": PART}
+        columns, key = self.slots.shape[1], (kernel, *constants.values())
         with on_device(self.slots.device):
-            kernel[(len(self.tiles),)](self.slots, self.tiles, self.slots.shape[1], *arguments, **constants, **LAUNCH)
+            for tiles in self.tiles.split(MAX_PROGRAMS) if len(self.tiles) > MAX_PROGRAMS else (self.tiles,):
+                if compiled := self.compiled.get(key):
+                    # what Triton would find again: no argument but these constants chooses another kernel
+                    compiled[(len(tiles), 1, 1)](self.slots, tiles, columns, *arguments, *constants.values())
+                else:
+                    run = kernel[(len(tiles),)]
+                    self.compiled[key] = run(self.slots, tiles, columns, *arguments, **constants, **LAUNCH)
 
 
 def on_device(device: torch.device):
@@ -98,7 +111,11 @@ def build(
         theta: n tensors, one a parameter.
         plus, minus: n tensors for each pair, concatenated.
         geometry: int64 (n, 6), which elements theta holds: `ParamLayout.geometry`.
+    Raises:
+        ValueError: a CUDA graph is being captured, which cannot record the copy of a new table.
     """
+    if theta[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ValueError("a capture needs its table before: call the op once with these tensors, then capture it")
     n = len(theta)
     targets = [[t for k in range(i, len(plus), n) for t in (plus[k], minus[k])] for i in range(n)]
     rows = [row[layout.TENSOR_ID :] for row in geometry.tolist()]

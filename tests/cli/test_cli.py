@@ -250,13 +250,27 @@ def test_yaml_means_what_it_looks_like(tmp_path):
     assert (config.method.lr, config.model.tuning.layers_to_transform, config.method.eps) == (1e-3, (2,), 1.0)
 
 
-def test_verify_on_this_machine(capfd):
+@pytest.fixture
+def without_triton(monkeypatch):
+    """Its interpreter takes seconds, and `test_every_backend_of_this_machine_is_right` runs it."""
+    monkeypatch.setattr(mezo_kernels.dispatch, "available_backends", lambda device: ["reference", "numba"])
+
+
+def test_verify_on_this_machine(without_triton, capfd):
     assert main(["verify", "--device", "cpu"]) == 0
     assert "numba" in capfd.readouterr().out
     assert main(["verify", "--device", "nonsense"]) == 2
 
 
-def test_verify_exit_code(monkeypatch, capfd):
+def test_verify_of_compiled_code_refuses_what_it_cannot_do(monkeypatch, capfd):
+    assert main(["verify", "--compiled", "--device", "cpu"]) == 2
+    assert "leave out the device, got cpu" in capfd.readouterr().err
+    monkeypatch.setattr("triton.knobs.runtime.interpret", True)
+    assert main(["verify", "--compiled"]) == 2
+    assert "unset it" in capfd.readouterr().err
+
+
+def test_verify_exit_code(without_triton, monkeypatch, capfd):
     """The reference itself is bent: every backend then disagrees with it."""
     draw = mezo_kernels.reference.standard_normal
     monkeypatch.setattr(mezo_kernels.reference, "standard_normal", lambda *arguments: draw(*arguments) + 1)

@@ -12,8 +12,8 @@ import torch
 
 import mezo_kernels
 from mezo_kernels import ParamLayout, cases, dispatch, perturb_, reference, standard_normal, step_
-from mezo_kernels.numba import step as cpu
 
+cpu = pytest.importorskip("mezo_kernels.numba.step")
 OPS = torch.ops.mezo_kernels
 
 
@@ -110,6 +110,26 @@ def test_fake_tensors_have_the_shapes():
     with torch._subclasses.FakeTensorMode():
         assert OPS.standard_normal(1, 2, 3, 0, 100, "normal", torch.device("cpu"), None).shape == (100,)
     assert OPS.standard_normal(1, 2, 3, 0, 0, "normal", torch.device("cpu"), None).shape == (0,)
+
+
+@pytest.mark.parametrize("name", dispatch.OPS)
+def test_a_tracer_sees_every_op_on_cuda(name):
+    """On fake tensors of a GPU, which need not be there: in-place ops return nothing, z has its shape and place."""
+    _, arguments = next(iter(dispatch.OPS[name].cases("cpu")))
+    there = torch.device("cuda:1")
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+
+        def move(value):
+            if isinstance(value, list):
+                return [move(one) for one in value]
+            if isinstance(value, torch.Tensor):
+                return mode.from_tensor(value).to(there) if value.is_floating_point() else value
+            return there if isinstance(value, torch.device) else value
+
+        result = getattr(OPS, name)(*map(move, arguments), None)
+    assert (result is None) == name.endswith("_")
+    if result is not None:
+        assert (result.shape, result.device) == ((3001,), there)
 
 
 def test_per_step_values_compile_nothing():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mezo_kernels import ParamLayout, ParamSlot, perturb_, rademacher, standard_normal, step_
+from mezo_kernels import ParamLayout, ParamSlot, Rule, perturb_, rademacher, rule_step_, standard_normal, step_
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 3, 1024, 1027, 5000]
@@ -256,9 +256,14 @@ REFUSED = {
     "plus is minus": (lambda: step_(LAYOUT, [], **PAIR | {"plus": FARTHER}), "shares storage"),
     "16-bit master": (lambda: step_(HALF, [], **PAIR), "float32 master"),
     "other elements": (lambda: step_(LAYOUT, [], **PAIR | {"plus": ParamLayout({"v": torch.zeros(4)})}), "same elem"),
-    "other device": (lambda: step_(LAYOUT, [], **PAIR | {"plus": META}), "plus and minus must be on cpu"),
+    "other device": (lambda: step_(LAYOUT, [], **PAIR | {"plus": META}), "w: plus and minus must be on cpu"),
     "distribution": (lambda: perturb_(LAYOUT, 1.0, 1, distribution="cauchy"), "normal, rademacher"),
     "backend": (lambda: perturb_(LAYOUT, 1.0, 1, backend="cuda"), "reference, numba, triton"),
+    "meta": (lambda: perturb_(META, 1.0, 1), "w: a meta tensor holds no numbers"),
+    "meta in a step": (lambda: step_(META, [(1, 1.0)]), "w: a meta tensor holds no numbers"),
+    "meta by a rule": (lambda: rule_step_(META, Rule("sign"), [], []), "w: a meta tensor holds no numbers"),
+    "z on meta": (lambda: standard_normal(0, "v", 0, 4, device="meta"), "v: a meta tensor holds no numbers"),
+    "meta by the reference": (lambda: perturb_(META, 1.0, 1, backend="reference"), "w: a meta tensor"),
     "numba off the CPU": (lambda: perturb_(META, 1.0, 1, backend="numba"), "not available on meta"),
     "negative start": (lambda: standard_normal(1, "w", -1, 4), "start"),
     "past 2^63": (lambda: standard_normal(1, "w", 2**63 - 2, 4), "start"),

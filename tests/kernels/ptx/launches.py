@@ -1,0 +1,237 @@
+"""The way from an op to the driver, on CPU tensors that say they are on the second of several GPUs.
+
+Run by `test_launch_path` with the plugin beside this file: the driver is the emulated one, which runs the kernels.
+"""
+
+import contextlib
+import functools
+import gc
+
+import pytest
+import torch
+from triton.runtime.driver import driver
+
+import mezo_kernels as mk
+from mezo_kernels.triton import rules, step, table
+
+DEVICE = torch.device("cuda", 1)
+
+
+class OnCuda(torch.Tensor):
+    """A CPU tensor that calls itself a CUDA tensor, and cannot be read by the host without waiting."""
+
+    device = property(lambda self: DEVICE)
+
+    def _wait(self, *arguments, **options):
+        raise AssertionError("the host waits for the device")
+
+    item = tolist = cpu = numpy = __bool__ = __float__ = __int__ = _wait
+
+
+class Cuda:
+    """What happened: ("launch", grid, current device, stream) and ("copy", pinned, non_blocking)."""
+
+    def __init__(self):
+        self.events, self.current, self.stream, self.capturing = [], 0, 7, False
+
+    def launches(self) -> list[tuple]:
+        return [event for event in self.events if event[0] == "launch"]
+
+    def copies(self) -> list[tuple]:
+        return [event for event in self.events if event[0] == "copy"]
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> Cuda:
+    state, device, to = Cuda(), driver.active, torch.Tensor.to
+    launcher = device.launcher_cls
+
+    @contextlib.contextmanager
+    def guard(wanted):
+        before, state.current = state.current, torch.device(wanted).index
+        yield
+        state.current = before
+
+    def recording(source, metadata):
+        launch = launcher(source, metadata)
+
+        def run(grid, y, z, stream, *arguments):
+            state.events.append(("launch", grid, state.current, stream))
+            launch(grid, y, z, stream, *arguments)
+
+        return run
+
+    def move(tensor, *arguments, non_blocking=False, **options):
+        if arguments and isinstance(arguments[0], torch.device) and arguments[0].type == "cuda":
+            state.events.append(("copy", getattr(tensor, "pinned", None), non_blocking))
+            return tensor.clone().as_subclass(OnCuda)
+        return to(tensor, *arguments, non_blocking=non_blocking, **options)
+
+    def pin(tensor):
+        pinned = tensor.clone()
+        pinned.pinned = pinned.data_ptr()
+        state.keep = [*getattr(state, "keep", []), pinned]
+        return pinned
+
+    def empty(*shape, device=None, **options):
+        return (
+            make(*shape, **options).as_subclass(OnCuda) if device == DEVICE else make(*shape, device=device, **options)
+        )
+
+    make = torch.empty
+    for name, value in {
+        "torch.cuda.device": guard,
+        "torch.cuda.is_current_stream_capturing": lambda: state.capturing,
+        "torch.cuda.get_device_capability": lambda device: (9, 0),
+        "torch.Tensor.to": move,
+        "torch.Tensor.pin_memory": pin,
+        "torch.empty": empty,
+    }.items():
+        monkeypatch.setattr(name, value)
+    monkeypatch.setattr(device, "launcher_cls", recording)
+    monkeypatch.setattr(device, "get_current_stream", lambda index: (state.current, state.stream))
+    # kernels that others loaded have launchers of their own
+    monkeypatch.setattr(device, "get_current_device", lambda: ("cuda", id(state), state.current))
+    return state
+
+
+def master(count: int = 5, n: int = 2056) -> mk.ParamLayout:
+    return mk.ParamLayout({f"w{i}": torch.ones(n + 8 * i).as_subclass(OnCuda) for i in range(count)})
+
+
+def copies(theta: mk.ParamLayout) -> tuple[mk.ParamLayout, mk.ParamLayout]:
+    return tuple(theta.like([torch.zeros(t.shape).as_subclass(OnCuda) for t in theta.tensors]) for _ in "+-")
+
+
+def calls(theta: mk.ParamLayout) -> list:
+    """Each op once, on tables of its own."""
+    plus, minus = copies(theta)
+    state = list(copies(theta))
+    update, pair = (
+        mk.RuleUpdate([9, 10], [0.1, -0.2], 1e-3, 1),
+        {"next_seed": 11, "eps": 1e-3, "plus": plus, "minus": minus},
+    )
+    plan = functools.cache(lambda: mk.Plan(theta, plus, minus))  # made at the first call
+    return [
+        lambda: mk.perturb_(theta, 1e-3, 5),
+        lambda: mk.step_(theta, [(6, 0.1), (7, 0.2)], **pair),
+        lambda: mk.rule_step_(theta, mk.Rule("adam"), state, [update], **pair),
+        lambda: mk.standard_normal(3, "w", 5, 3000, device=DEVICE),
+        lambda: plan().step_([(6, 0.1), (7, 0.2)], next_seed=11, eps=1e-3),
+    ]
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_one_launch_a_call_on_the_tensors_own_device_and_stream(cuda, i):
+    """The process's current device is 0, the tensors are on 1: the launch and the stream are those of 1."""
+    call = calls(master())[i]
+    for stream in (7, 8):
+        cuda.stream, cuda.events = stream, []
+        call()
+        ((_, grid, current, launched_on),) = cuda.launches()
+        assert (current, launched_on) == (1, (1, stream))
+        assert cuda.current == 0
+        assert grid >= 2
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_a_call_waits_for_nothing(cuda, i):
+    """No tensor of the device is read; what is copied comes from pinned memory and is not waited for."""
+    call = calls(master())[i]
+    call()
+    cuda.events = []
+    call()
+    assert all(pinned and not_waited for _, pinned, not_waited in cuda.copies())
+    assert len(cuda.copies()) == (i in (1, 2, 4))  # of the values alone
+
+
+def test_values_of_calls_under_way_have_memory_of_their_own(cuda):
+    """torch keeps a pinned buffer until its copy has run; a buffer of ours that served again would be overwritten."""
+    call = calls(master())[1]
+    for _ in range(4):
+        call()
+    pinned = [pinned for _, pinned, _ in cuda.copies() if pinned]
+    assert len(pinned) == len(set(pinned)) == 4
+
+
+@pytest.mark.parametrize("i", [0, 1, 2, 4])
+def test_a_captured_call_copies_nothing_from_the_host(cuda, i):
+    """A replay would read host memory again; its values are written by the device, and are right."""
+    theta, expected = master(), master()
+    call, plain = calls(theta)[i], calls(expected)[i]
+    call(), plain(), plain()
+    cuda.capturing, cuda.events = True, []
+    call()
+    assert len(cuda.launches()) == 1
+    assert not cuda.copies()
+    for ours, theirs in zip(theta.tensors, expected.tensors, strict=True):
+        assert torch.equal(ours.as_subclass(torch.Tensor), theirs.as_subclass(torch.Tensor))
+
+
+def test_a_capture_without_a_table_is_refused(cuda):
+    cuda.capturing = True
+    with pytest.raises(ValueError, match="call the op once with these tensors"):
+        mk.perturb_(master(), 1e-3, 5)
+
+
+def test_a_grid_that_is_too_large_becomes_several(cuda, monkeypatch):
+    theta, expected = master(), master()
+    mk.perturb_(expected, 0.1, 5)
+    (whole,) = [grid for _, grid, *_ in cuda.launches()]
+    monkeypatch.setattr(table, "MAX_PROGRAMS", 4)
+    cuda.events = []
+    mk.perturb_(theta, 0.1, 5)
+    grids = [grid for _, grid, *_ in cuda.launches()]
+    assert max(grids) == 4
+    assert len(grids) > 1
+    assert sum(grids) == whole
+    for ours, theirs in zip(theta.tensors, expected.tensors, strict=True):
+        assert torch.equal(ours.as_subclass(torch.Tensor), theirs.as_subclass(torch.Tensor))
+
+
+def builds(monkeypatch, cache) -> list:
+    made, build = [], cache.build
+    monkeypatch.setattr(cache, "build", lambda *arguments: made.append(build(*arguments)) or made[-1])
+    return made
+
+
+@pytest.mark.parametrize(("cache", "i"), [(table.tables, 0), (table.tables, 1), (rules._tables_with_state, 2)])
+def test_tables_are_built_where_an_address_changes(cuda, monkeypatch, cache, i):
+    made, theta = builds(monkeypatch, cache), master()
+    call = calls(theta)[i]
+    for _ in range(3):
+        call()
+    assert len(made) == 1
+    theta.tensors[2] = theta.tensors[2].clone().as_subclass(OnCuda)
+    call(), call()
+    assert len(made) == 2
+
+
+def test_another_dtype_at_the_same_address_is_another_table(cuda, monkeypatch):
+    made = builds(monkeypatch, table.tables)
+    theta = mk.ParamLayout({"w": torch.ones(64, dtype=torch.bfloat16).as_subclass(OnCuda)})
+    mk.perturb_(theta, 0.1, 5)
+    theta.tensors[0] = theta.tensors[0].view(torch.float16)
+    mk.perturb_(theta, 0.1, 5)
+    assert [one.theta for one in made] == [table.DTYPES[torch.bfloat16], table.DTYPES[torch.float16]]
+
+
+def test_a_table_lives_as_long_as_its_layout(cuda, monkeypatch):
+    """A graph that was captured reads it for as long; 70 other layouts do not push it out. Then it goes."""
+    theta = master(1)
+    mk.perturb_(theta, 0.1, 5)
+    before = len(table.tables.layouts)
+    others = [master(1) for _ in range(70)]
+    for other in others:
+        mk.perturb_(other, 0.1, 5)
+    made = builds(monkeypatch, table.tables)
+    mk.perturb_(theta, 0.1, 5)
+    assert not made
+    del others, other
+    gc.collect()
+    assert len(table.tables.layouts) == before
+
+
+def test_the_step_is_the_one_of_this_module():
+    """`step.tables` and `table.tables` are one cache: what is asked of one above holds for both ops."""
+    assert step.tables is table.tables
