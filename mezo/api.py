@@ -8,6 +8,7 @@ from pathlib import Path
 from mezo.config import Config, refuse_contradiction
 from mezo.config.options import over, refuse_strangers
 from mezo.data.rewards import judges, trusted_reward
+from mezo.data.tokenization import oddities, refuse_unknown_ids
 from mezo.errors import UserError
 from mezo.models.load import Checkpoint, load_tokenizer
 from mezo.progress import say
@@ -340,6 +341,9 @@ def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, d
     tokenizer = load_tokenizer(config.model.base)
     checkpoint = Checkpoint.of(config.model.base)
     splits = load_splits(config, tokenizer, masked=checkpoint.masked)
+    refuse_unknown_ids(splits, checkpoint.config.get_text_config().vocab_size, tokenizer)
+    for sentence in oddities(splits, tokenizer):
+        say(sentence)
     if not config.method.eval_test:
         splits.pop("test", None)
     if need is not None and need not in splits:

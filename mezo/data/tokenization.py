@@ -1,6 +1,6 @@
 """Items to token ids: each option is tokenised together with its prompt, and only the text is cut to the budget."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
@@ -56,6 +56,52 @@ def encode(
     for item, example in zip(items, examples, strict=True):
         _check(item, example, tokenizer, _length(example, alone))
     return examples
+
+
+def refuse_unknown_ids(
+    splits: Mapping[str, Sequence[Example]], vocabulary: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise UserError for the first token that a model has no embedding of.
+
+    Args:
+        splits: tokenised examples.
+        vocabulary: rows of the model's embedding.
+        tokenizer: that made them; it may know more tokens than the model.
+    """
+    for example in (example for examples in splits.values() for example in examples):
+        outputs = [] if example.pooled else example.options
+        largest = max((*example.prompt, *(token for option in outputs for token in option)))
+        if largest >= vocabulary:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            raise UserError(
+                f"{example.where}: token {token!r} has the number {largest}, the model has embeddings for {vocabulary}:"
+                " its tokenizer is of another model; use the model's own, or remove the token"
+            )
+
+
+def oddities(splits: Mapping[str, Sequence[Example]], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """What is allowed and seldom meant: a sentence each.
+
+    Args:
+        splits: tokenised examples.
+        tokenizer: that made them.
+    """
+    train, bos = splits.get("train", ()), tokenizer.bos_token_id
+    labels = {example.label for example in train if len(example.options) > 1}
+    if len(train) > 1 and len(labels) == 1 and all(example.options == train[0].options for example in train):
+        yield f"every training example has the label {labels.pop()}: there is nothing to tell apart"
+    control = set(tokenizer.all_special_ids) - {tokenizer.mask_token_id, tokenizer.unk_token_id}
+    for split, examples in splits.items():
+        twice = [e for e in examples if bos is not None and e.prompt[:2] == (bos, bos)]
+        if twice:
+            where = f"{len(twice)} of {len(examples)} prompts of {split}, such as {twice[0].where},"
+            yield f"{where} begin with {tokenizer.bos_token} twice: the tokenizer adds it, leave it out of --prompt"
+        for token in sorted(control):
+            counts = [e.prompt.count(token) for e in examples]  # those of the template are in every prompt
+            more = [e for e, n in zip(examples, counts, strict=True) if n > min(counts)]
+            if more:
+                where = f"{len(more)} of {len(examples)} texts of {split}, such as {more[0].where},"
+                yield f"{where} contain {tokenizer.convert_ids_to_tokens(token)}, a control token of the model"
 
 
 def prompt_lengths(
