@@ -105,6 +105,4 @@ def _check_runtime(config) -> None:
         return
     require(tuning.head == "model", "--head linear: the engine has no such head; use --runtime hf")
     require(tuning.name == "lora", f"--tuning {tuning.name}: the engine's slots hold LoRA adapters; use --runtime hf")
-    alone = "the engine measures every example along the same directions; use --runtime hf"
-    require(method.directions == 1, f"--directions must be 1, got {method.directions}: {alone}")
     require(not method.true_gradient, "--true-gradient needs autograd in this process: use it with --runtime hf")

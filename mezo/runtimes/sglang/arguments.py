@@ -25,7 +25,7 @@ from mezo_kernels import available_backends
 
 OLDEST = "0.5.23"
 MAX_CALL_TOKENS = 16384  # of a forward pass on a GPU
-MAX_PAIRS = 8  # perturbations held at once, unless max_loras_per_batch says otherwise
+MAX_PAIRS = 32  # perturbations held at once, unless max_loras_per_batch says otherwise
 OWN = {  # arguments that an option of ours decides
     "model_path": "--model", "model": "--model", "tp_size": "--tp", "tp": "--tp", "dtype": "--dtype",
     "disable_radix_cache": "--radix off", "enable_deterministic_inference": "--deterministic",
@@ -97,7 +97,7 @@ def check_heads(tp: int, checkpoint: Checkpoint) -> None:
         raise UserError(f"--tp {tp}: {name} has {kv} key-value heads, which {tp} ranks cannot share")
 
 
-def pairs_of(num_perturbations: int, options: dict) -> int:
+def pairs_of(perturbations: int, options: dict) -> int:
     """Perturbations whose two signs are resident at once: all of a step's, as far as the engine's slots go."""
     if "max_loras_per_batch" in options:
         slots = options["max_loras_per_batch"]
@@ -105,8 +105,8 @@ def pairs_of(num_perturbations: int, options: dict) -> int:
             raise UserError(
                 f"--engine-arg max_loras_per_batch must be at least 3 (both signs and the base), got {slots}"
             )
-        return min(num_perturbations, (slots - 1) // 2)
-    return min(num_perturbations, MAX_PAIRS)
+        return min(perturbations, (slots - 1) // 2)
+    return min(perturbations, MAX_PAIRS)
 
 
 def check_device(device: str) -> None:
@@ -134,7 +134,8 @@ def largest_call(machine: Machine, work: Workload, rows: dict[str, list[list]], 
         rows: of each split's examples, each a list.
         pairs: perturbations held at once.
     """
-    sizes = {"train": 2 * pairs * (machine.micro_batch_size or work.batch_size)}
+    group = work.batch_size // work.directions  # examples that a perturbation is measured on
+    sizes = {"train": 2 * pairs * min(machine.micro_batch_size or group, group)}
     evaluated = machine.eval_batch_size or work.batch_size
     requests, tokens, new = 1, 1, work.max_new_tokens
     for split, nested in rows.items():

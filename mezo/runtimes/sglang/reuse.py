@@ -4,7 +4,7 @@ Whether keys and values depend on theta at all is a fact of the model and of wha
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mezo.runtimes.rows import Row
 
@@ -12,6 +12,9 @@ MIN_SHARED = 8  # tokens that a warm-up must save for each request it serves, to
 
 Prefixes = list[tuple[int, ...]]
 """Token ids of requests that are sent in one batch."""
+
+Request = tuple[str, tuple[int, ...]]
+"""Slot and token ids."""
 
 
 class PrefixCache:
@@ -23,15 +26,16 @@ class PrefixCache:
             version of theta has its own, which tells slots apart by itself.
 
     >>> cache, rows = PrefixCache(used=True, shared=True), [Row((3, 4, 5), (2,), ((7,),))]
-    >>> cache.ahead([rows]), cache.ahead([rows])
-    ([[(3, 4)]], [])
+    >>> slots = {("plus0", "minus0"): [rows]}
+    >>> cache.ahead(slots), cache.ahead(slots)
+    ([[('plus0', (3, 4))]], [])
     """
 
     def __init__(self, used: bool, shared: bool):
         self.used, self.shared = used, shared
         self.namespace = ""
         self._versions = itertools.count()
-        self._seen: set[tuple[int, ...]] = set()
+        self._seen: set = set()  # prefixes, or where slots differ (slot, prefix)
 
     def theta_changed(self) -> None:
         """The slots hold something else: requests live in a new namespace from now on, unless all share one."""
@@ -43,26 +47,37 @@ class PrefixCache:
         """The engine has forgotten everything."""
         self._seen.clear()
 
-    def owners(self, slots: Sequence[str]) -> Sequence[str]:
-        """Slots for which prefixes are sent ahead: in a shared namespace one of them serves all."""
-        return slots[:1] if self.shared else slots
+    def ahead(self, groups: Mapping[tuple[str, ...], Sequence[Sequence[Row]]]) -> list[list[Request]]:
+        """Requests to send before the rows of some examples, in waves, each after the one before.
 
-    def ahead(self, groups: Sequence[Sequence[Row]]) -> list[Prefixes]:
-        """Prefixes to send before the rows of some examples, in waves, each after the one before.
+        In a shared namespace every prompt's first visit goes ahead, once and for all, under one slot; else what several
+        rows share, under every slot that they go to.
 
-        In a shared namespace every prompt's first visit goes ahead, once and for all; else what several rows share.
+        Args:
+            groups: rows of examples, by the slots that they go to.
         """
         if not self.used:
             return []
-        requests = [[(row.ids, row.positions[0]) for row in group] for group in groups]
-        if not self.shared:
-            waves = [[ids for ids in wave if ids not in self._seen] for wave in warm_ups(requests)]
-            self._seen.update(*waves)
-            return [wave for wave in waves if wave]
-        fresh = (ids[:n] for group in requests for ids, n in group if n)
+        if self.shared:
+            (slot, *_), *_ = groups
+            waves = self._first_visits([group for own in groups.values() for group in own])
+            return [[(slot, ids) for ids in wave] for wave in waves]
+        each = [self._shared_prefixes(slots, own) for slots, own in groups.items()]
+        return [list(itertools.chain(*waves)) for waves in itertools.zip_longest(*each, fillvalue=[])]
+
+    def _first_visits(self, groups: Sequence[Sequence[Row]]) -> list[Prefixes]:
+        fresh = (row.ids[: row.positions[0]] for group in groups for row in group if row.positions[0])
         prompts = [prompt for prompt in dict.fromkeys(fresh) if prompt not in self._seen]
         self._seen |= set(prompts)
         return [*warm_ups([[(ids, len(ids))] for ids in prompts])[:1], prompts] if prompts else []
+
+    def _shared_prefixes(self, slots: tuple[str, ...], groups: Sequence[Sequence[Row]]) -> list[list[Request]]:
+        waves = []
+        for wave in warm_ups([[(row.ids, row.positions[0]) for row in group] for group in groups]):
+            fresh = [(slot, ids) for slot in slots for ids in wave if (slot, ids) not in self._seen]
+            self._seen.update(fresh)
+            waves += [fresh] if fresh else []
+        return waves
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

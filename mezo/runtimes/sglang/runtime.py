@@ -1,12 +1,13 @@
 """The SGLang runtime: the inference engine computes the losses of both signs in one batch, and keeps what is exact."""
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from safetensors.torch import load_file
@@ -50,6 +51,8 @@ from mezo.runtimes.sglang.support import (
 from mezo.runtimes.sides import Sides
 
 FLUSH_SECONDS = 10.0
+Asked = list[tuple[tuple[str, ...], int]]
+"""Numbers of examples, each with the slots that are asked about it."""
 
 
 class SGLangRuntime:
@@ -85,7 +88,7 @@ class SGLangRuntime:
         self._served = model_class(self.checkpoint)
         check_heads(self.runtime.tp, self.checkpoint)
         refuse_small_shared_memory(self.runtime.tp, shutil.disk_usage("/dev/shm").free)
-        self.pairs = pairs_of(work.num_perturbations, self.options)
+        self.pairs = pairs_of(work.perturbations, self.options)
         self.backend = backend_of(machine.backend)
         dtype = getattr(torch, model.dtype) if model.dtype != "auto" else default_dtype()
         self._parts, self.spec = load_parts(model, torch.device("cpu"), dtype, checkpoint=self.checkpoint)
@@ -128,7 +131,8 @@ class SGLangRuntime:
         for seed in StartProof.SEEDS:
             self.load(proof.adapter(seed))
             self._show("theta")
-            proof.check(seed, self._read([[row] for row in proof.rows], proof.rows, ["plus0"], TokenCount()))
+            self._warm({("plus0",): [[row] for row in proof.rows]}, TokenCount())
+            proof.check(seed, self._read([("plus0", row) for row in proof.rows], TokenCount()))
         self.seconds_proving += time.perf_counter() - began
         self._flush()  # a prompt's first visit is the run's own, and is counted
         self.load({name: torch.zeros(shape) for name, shape in self.spec.shapes.items()})
@@ -225,31 +229,58 @@ class SGLangRuntime:
         found = [(rank, answer["difference"]) for rank, answer in enumerate(self._call("verify"))]
         return next((f"rank {rank}: {difference}" for rank, difference in found if difference), None)
 
-    def score_pairs(self, split: str, indices: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def score_pairs(
+        self, split: str, indices: Sequence[int], shares: Sequence[Sequence[int]] | None = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """See `Runtime.score_pairs`. One batch of requests holds both signs of every perturbation."""
-        count = self._pairs_shown()
-        read = lambda names: self._score(split, indices, names, count)  # noqa: E731
-        return self.sides.pairs(self._held, ("scores", split, *indices), read)
+        return self._pairs("scores", split, indices, shares, functools.partial(self._score, split))
 
     def score(self, split: str, indices: Sequence[int]) -> torch.Tensor:
         """See `Runtime.score`. Theta, rounded once, is written to one slot; the next pair finds its slots restored."""
         if self._showing != "theta":
             self._show("theta")
-        return self._score(split, indices, ["plus0"], self.eval_tokens)[0]
+        return self._score(split, [(("plus0",), i) for i in indices], self.eval_tokens)["plus0"]
 
     def generate_pairs(
-        self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]
+        self,
+        split: str,
+        indices: Sequence[int],
+        max_new_tokens: int,
+        stop: Sequence[str],
+        shares: Sequence[Sequence[int]] | None = None,
     ) -> list[tuple[list[str], list[str]]]:
         """See `Runtime.generate_pairs`. One batch of requests holds both signs of every perturbation."""
+        write = functools.partial(self._write, split, new=max_new_tokens, stop=stop)
+        return self._pairs("texts", split, indices, shares, write)
+
+    def _pairs(
+        self, kind: str, split: str, indices: Sequence[int], shares: Sequence[Sequence[int]] | None, ask: Callable
+    ) -> list[tuple]:
+        """What is read at both signs of every perturbation.
+
+        Args:
+            kind: of what is read.
+            split, indices, shares: see `Runtime.score_pairs`.
+            ask: from what is asked, and where tokens count, what each slot answers.
+        """
         count = self._pairs_shown()
-        read = lambda names: self._write(split, indices, names, count, max_new_tokens, stop)  # noqa: E731
-        return self.sides.pairs(self._held, ("texts", split, *indices), read)
+        if shares is not None:
+            names = [(f"plus{k}", f"minus{k}") for k in range(len(shares))]
+            asked = [(pair, indices[i]) for pair, share in zip(names, shares, strict=True) for i in share]
+            answers = ask(asked, count)
+            return [tuple(answers.get(name, []) for name in pair) for pair in names]
+
+        def read(names: list[str]) -> list:
+            answers = ask([(tuple(names), i) for i in indices], count)
+            return [answers[name] for name in names]
+
+        return self.sides.pairs(self._held, (kind, split, *indices), read)
 
     def generate(self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
         """See `Runtime.generate`."""
         if self._showing != "theta":
             self._show("theta")
-        return self._write(split, indices, ["plus0"], self.eval_tokens, max_new_tokens, stop)[0]
+        return self._write(split, [(("plus0",), i) for i in indices], self.eval_tokens, max_new_tokens, stop)["plus0"]
 
     def _pairs_shown(self) -> TokenCount:
         """Have the slots show the pairs they hold; returns where their tokens count."""
@@ -318,68 +349,66 @@ class SGLangRuntime:
         self._call("show", what=what)
         self._changed(what)
 
-    def _score(self, split: str, indices: Sequence[int], names: Sequence[str], count: TokenCount) -> list[torch.Tensor]:
-        """Option scores of the examples under each named slot."""
-        groups = [self.rows[split][i] for i in indices]
-        examples = [self.examples[split][i] for i in indices]
-        scores = [[] for _ in names]
-        for part in self._parts_of(groups, len(names)):
-            rows = [row for group in groups[part] for row in group]
-            tables = self._read(groups[part], rows, names, count)
-            for i, of_slot in enumerate(scores):
-                of_slot.append(scores_of(examples[part], rows, tables[i * len(rows) : (i + 1) * len(rows)]))
+    def _score(self, split: str, asked: Asked, count: TokenCount) -> dict[str, torch.Tensor]:
+        """Option scores of the examples of each slot."""
+        rows, scores = self.rows[split], defaultdict(list)
+        for part in self._parts_of(asked, lambda i: sum(len(row.ids) for row in rows[i])):
+            self._warm(_grouped(part, rows), count)
+            of_slots = _by_slot(part)
+            requests = [(name, row) for name, examples in of_slots.items() for i in examples for row in rows[i]]
+            tables = iter(self._read(requests, count))
+            for name, examples in of_slots.items():
+                own = [row for i in examples for row in rows[i]]
+                answers = [next(tables) for _ in own]
+                scores[name].append(scores_of([self.examples[split][i] for i in examples], own, answers))
         self._call("report")  # no score leaves before every rank has said whose requests it saw
-        return [padded(of_slot) for of_slot in scores]
+        return {name: padded(parts) for name, parts in scores.items()}
 
     def _write(
-        self, split: str, indices: Sequence[int], names: Sequence[str], count: TokenCount, new: int, stop: Sequence[str]
-    ) -> list[list[str]]:
-        """Texts of at most `new` tokens after the examples' prompts, under each named slot."""
-        prompts = [self.examples[split][i].prompt for i in indices]
-        groups = [[Row(prompt, (len(prompt) - 1,), ())] for prompt in prompts]
-        texts = [[] for _ in names]
-        for part in self._parts_of(groups, len(names), new):
-            self._warm(groups[part], names, count)
-            requests = [(name, prompt) for name in names for prompt in prompts[part]]
+        self, split: str, asked: Asked, count: TokenCount, new: int, stop: Sequence[str]
+    ) -> dict[str, list[str]]:
+        """Texts of at most `new` tokens after the prompts of the examples of each slot."""
+        prompts, texts = [example.prompt for example in self.examples[split]], defaultdict(list)
+        rows = {i: [Row(prompts[i], (len(prompts[i]) - 1,), ())] for _, i in asked}
+        for part in self._parts_of(asked, lambda i: len(prompts[i]) + new):
+            self._warm(_grouped(part, rows), count)
+            requests = [(name, prompts[i]) for name, examples in _by_slot(part).items() for i in examples]
             answers = self._generate(requests, count, greedy_sampling(new, stop, self.writing.ends))
-            for of_slot, answer in zip((each for each in texts for _ in prompts[part]), answers, strict=True):
-                of_slot.append(self.writing.text(answer["output_ids"], stop))
+            for (name, _), answer in zip(requests, answers, strict=True):
+                texts[name].append(self.writing.text(answer["output_ids"], stop))
         self._call("report")
         return texts
 
-    def _parts_of(self, groups: Sequence[Sequence[Row]], copies: int, new: int = 0) -> list[slice]:
-        """Examples whose requests, for all slots, are one forward pass of the engine: both signs always together."""
-        parts, start, tokens = [], 0, 0
-        for i, group in enumerate(groups):
-            more = copies * sum(len(row.ids) + new for row in group)
+    def _parts_of(self, asked: Asked, tokens_of: Callable[[int], int]) -> list[Asked]:
+        """What is asked, divided into forward passes of the engine: the slots of an example always together."""
+        parts, tokens = [[]], 0
+        for names, i in asked:
+            more = len(names) * tokens_of(i)
             if tokens and tokens + more > self.call_tokens:
-                parts.append(slice(start, i))
-                start, tokens = i, 0
+                parts.append([])
+                tokens = 0
+            parts[-1].append((names, i))
             tokens += more
-        return [*parts, slice(start, len(groups))]
+        return parts
 
-    def _read(
-        self, groups: Sequence[Sequence[Row]], rows: Sequence[Row], names: Sequence[str], count: TokenCount
-    ) -> list[list[dict]]:
-        """For every slot and row the log-probabilities of the row's candidates at each scored position."""
-        self._warm(groups, names, count)
-        wanted = list(rows) * len(names)
+    def _read(self, requests: Sequence[tuple[str, Row]], count: TokenCount) -> list[list[dict]]:
+        """For every (slot, row) the log-probabilities of the row's candidates at each scored position."""
         answers = self._generate(
-            [(name, row.ids) for name in names for row in rows],
+            [(name, row.ids) for name, row in requests],
             count,
             return_logprob=True,
-            logprob_start_len=[start_of(row) for row in wanted],
-            token_ids_logprob=[sorted({t for target in row.targets for t in target}) for row in wanted],
+            logprob_start_len=[start_of(row) for _, row in requests],
+            token_ids_logprob=[sorted({t for target in row.targets for t in target}) for _, row in requests],
         )
-        return [table_of(row, answer) for row, answer in zip(wanted, answers, strict=True)]
+        return [table_of(row, answer) for (_, row), answer in zip(requests, answers, strict=True)]
 
-    def _warm(self, groups: Sequence[Sequence[Row]], names: Sequence[str], count: TokenCount) -> None:
-        """Send what the requests to come share ahead of them."""
+    def _warm(self, groups: Mapping[tuple[str, ...], Sequence[Sequence[Row]]], count: TokenCount) -> None:
+        """Send what the requests to come share ahead of them; `groups`: rows of examples by the slots they go to."""
         for wave in self.cache.ahead(groups):
-            self._generate([(name, ids) for name in self.cache.owners(names) for ids in wave], count)
+            self._generate(wave, count)
 
     def _generate(
-        self, requests: list[tuple[str, Sequence[int]]], count: TokenCount, sampling: dict = SCORE_ONLY, **wanted
+        self, requests: Sequence[tuple[str, Sequence[int]]], count: TokenCount, sampling: dict = SCORE_ONLY, **wanted
     ) -> list[dict]:
         """Send (slot, token ids) as one batch of requests; count the tokens as the engine counts them."""
         began = time.perf_counter()
@@ -395,3 +424,26 @@ class SGLangRuntime:
         for (_, ids), answer in zip(requests, answers, strict=True):
             count_tokens(ids, answer, count)
         return answers
+
+
+def _by_slot(asked: Asked) -> dict[str, list[int]]:
+    """The examples that each slot is asked about, slots in the order in which they first come.
+
+    >>> _by_slot([(("plus0", "minus0"), 4), (("plus0", "minus0"), 7)])
+    {'plus0': [4, 7], 'minus0': [4, 7]}
+    """
+    examples = defaultdict(list)
+    for names, i in asked:
+        for name in names:
+            examples[name].append(i)
+    return dict(examples)
+
+
+def _grouped(
+    asked: Asked, rows: Sequence[list[Row]] | Mapping[int, list[Row]]
+) -> dict[tuple[str, ...], list[list[Row]]]:
+    """The rows of the examples, by the slots that they are asked under."""
+    groups = defaultdict(list)
+    for names, i in asked:
+        groups[names].append(rows[i])
+    return dict(groups)
