@@ -7,7 +7,7 @@ RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-slow lint bench bench-compare bench-growth bench-training bench-alternatives bench-figures bench-gpu reproduce-small crash-test verify-sglang test-gpu gpu-day clean
+.PHONY: demo test test-slow lint bench bench-compare bench-growth bench-training bench-alternatives bench-directions bench-figures bench-gpu reproduce-small crash-test verify-sglang test-gpu gpu-day clean
 
 demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
@@ -38,6 +38,9 @@ bench-training: $(READY_SGLANG)  ## a training step as a whole, beside the origi
 
 bench-alternatives: $(READY_SGLANG)  ## memory and seconds of a step: inference, MeZO, AdamW; JSON under bench/results/
 	$(VENV)/bin/python bench/alternatives.py --output $(RESULTS)/alternatives.json
+
+bench-directions: $(READY)  ## cost and gain of a direction for each group of a batch; JSON under bench/results/
+	$(VENV)/bin/python bench/directions.py --output $(RESULTS)/directions.json
 
 bench-figures: $(READY)  ## figures of bench/results/<machine>/ from its JSON alone
 	$(VENV)/bin/python bench/figures.py $(RESULTS)

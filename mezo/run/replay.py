@@ -53,6 +53,7 @@ def rebuild(
     run = RunDirectory(directory)
     if until == "best" and not run.metrics.is_file():
         raise UserError(f"{run.metrics} is missing, which says which step was best; give --until last or a number")
+    rule = LoggedRule.of_header(first_line)
     check_run(run, first_line, records)
     best = best_step(run.read_metrics()) if until == "best" else None
     if until not in ("best", "last") and not (until.isdecimal() and int(until) <= len(records)):
@@ -61,7 +62,7 @@ def rebuild(
     steps = len(records) if steps is None else steps
     _refuse_download(first_line, path, model)
     theta = {name: tensor.float() for name, tensor in initial_theta(first_line, directory / INITIAL).items()}
-    rebuilt = PerturbedTheta(ParamLayout(theta), [], backend, LoggedRule.of_header(first_line))
+    rebuilt = PerturbedTheta(ParamLayout(theta), [], backend, rule)
     replay_records(rebuilt.update, records[:steps])
     return theta, first_line, steps
 
