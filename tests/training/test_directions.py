@@ -1,5 +1,6 @@
 """--directions: groups of a batch with directions of their own, from losses to log, resume and replay."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from mezo_kernels import perturbation_seed, standard_normal
 from tests.log_by_formula import follows
 from tests.method.test_theory import assert_mean
 
-D, EXAMPLES, BATCH, EPS, STEPS = 12, 32, 8, 1e-3, 3000
+D, EXAMPLES, BATCH, EPS, STEPS = 12, 32, 8, 1e-3, 1500
 
 
 class Quadratics:
@@ -63,12 +64,14 @@ def quadratics():
     return Quadratics()
 
 
-def estimates(runtime, steps=STEPS, **options):
-    """(steps, D): the estimates of the gradient that a run would step along, theta left where it is."""
+@functools.cache
+def estimates(runtime, directions=1, num_perturbations=1):
+    """(STEPS, D): the estimates of the gradient that a run would step along, theta left where it is."""
     examples = [Example((1,), ((0,),), 0)] * EXAMPLES
-    measurement = Measurement(config(lr=1.0, steps=steps, **options), runtime, examples, {}, Ranks())
+    options = {"directions": directions, "num_perturbations": num_perturbations}
+    measurement = Measurement(config(lr=1.0, steps=STEPS, **options), runtime, examples, {}, Ranks())
     rows = []
-    for number in range(steps):
+    for number in range(STEPS):
         step = measurement.step(number)
         runtime.perturb(measurement.first(step))
         update = measurement.record(step).update
@@ -97,7 +100,7 @@ def test_the_estimate_is_unbiased_and_has_the_variance_of_theory(quadratics, opt
 
 
 def test_more_directions_never_have_more_variance(quadratics):
-    variances = [estimates(quadratics, 1000, directions=m).var(0).sum().item() for m in (1, 2, 4, 8)]
+    variances = [estimates(quadratics, directions=m).var(0).sum().item() for m in (1, 2, 4, 8)]
     assert variances == sorted(variances, reverse=True)
     assert variances[-1] < variances[0] / 2
 
@@ -110,7 +113,7 @@ def test_coherence_foretells_what_a_direction_for_each_example_gains(quadratics)
     one, each = (estimates(quadratics, directions=m).square().sum(1).mean() for m in (1, BATCH))
     batch = (g.mean(0).square().sum() + 0).item()
     gain = (one - batch) / (each - batch)
-    assert gain.item() == pytest.approx(1 + (BATCH - 1) * rho, rel=0.1)
+    assert gain.item() == pytest.approx(1 + (BATCH - 1) * rho, rel=0.15)
 
 
 @pytest.mark.parametrize("options", [{"directions": 8}, {"directions": 4, "num_perturbations": 2}], ids=str)
