@@ -23,7 +23,7 @@ from mezo.tasks import load_splits
 
 BATCH, DIRECTIONS = 32, (1, 8, 32)
 LAYERS = {"last layer": {}, "all layers": {"target_modules": ALL, "layers_to_transform": (), "trunk_cache": "off"}}
-RATES = {1: (5e-4, 1e-3, 2e-3), 8: (1e-3, 2e-3, 4e-3), 32: (1e-3, 3e-3, 6e-3)}
+RATES = {1: (1e-3, 2e-3, 4e-3), 8: (2e-3, 4e-3, 8e-3), 32: (3e-3, 6e-3, 12e-3)}
 FIRST = 0  # the seed that a learning rate is chosen on; others are reported
 
 
