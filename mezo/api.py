@@ -159,8 +159,8 @@ def resume(
     if run.result.is_file() and (ended or (not machine and run.read_result().get("stopped_early"))):
         return _check_finished(run)
     _check_ranks(config, ranks)
-    own = trusted_reward(config.method.reward, first_line.get("reward_hash"), reward, trust_reward, path)
-    config = config.replace(reward=own)
+    trusted = trusted_reward(config.method.reward, first_line.get("reward_hash"), reward, trust_reward, path)
+    config = config.replace(reward=trusted)
     with loaded(config, need="train") as (runtime, splits, seconds):
         return carry_on(run, config, runtime, splits, seconds, ranks, until)
 
@@ -201,8 +201,8 @@ def carry_on(
     ranks = ranks or Ranks()
     first_line, records = read_trajectory(run.trajectory)
     # the adapter it started from has been copied into the run: its source may be gone
-    own = config.replace(adapter="") if config.model.tuning.adapter else config
-    _same_run(first_line, make_header(own, runtime.spec, splits), str(run.path))
+    started = config.replace(adapter="") if config.model.tuning.adapter else config
+    _same_run(first_line, make_header(started, runtime.spec, splits), str(run.path))
     if ranks.leads:
         check_lines(run, first_line, records)
     runtime.load(initial_theta(first_line, run.path / INITIAL))
@@ -265,7 +265,7 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
             check_base(adapter, config.model.base, linear, {"model_hash": spec.model_hash, "dtype": spec.dtype})
             runtime.load(load_adapter(adapter, runtime.spec.shapes))
         judged = judges(config.method)
-        return {split: evaluate_split(config, runtime, split, own, judged) for split, own in splits.items()}
+        return {split: evaluate_split(config, runtime, split, examples, judged) for split, examples in splits.items()}
 
 
 def evaluate_target(given: dict, target: Path | None = None, trust_reward: bool = False) -> dict[str, dict]:

@@ -65,8 +65,8 @@ def given(argv: list[str], prog: str, own: type, shared: Mapping[str, Option] | 
     """
     options = options_in(own) | dict(shared or {})
     parser = _Parser(prog, own, options)
-    found = vars(parser.parse_intermixed_args([_dashes(word) for word in argv]))
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    parsed = vars(parser.parse_intermixed_args([_dashes(word) for word in argv]))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in parsed.items()}
     if shared is None or not (file := values.pop("config", "")):
         return values
     return typed_values(options, _read_yaml(file)) | values

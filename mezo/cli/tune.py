@@ -48,11 +48,11 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"mezo tune --resume {path} takes no other option, got {flag_of(next(iter(values)))}: the plan is fixed"
         )
-    own = {field.name: values.pop(field.name) for field in fields(Options) if field.name in values}
+    options = {field.name: values.pop(field.name) for field in fields(Options) if field.name in values}
     config = None if path else Config.of(**values)
     from mezo.studies import tune
 
-    result = tune.resume(path, reward, trust) if path else tune.tune(config, **own)
+    result = tune.resume(path, reward, trust) if path else tune.tune(config, **options)
     if result is None:
         return 130
     _show(result)

@@ -139,10 +139,10 @@ def options_in(group: type, choice: str = "", kind: str = "") -> dict[str, Optio
         if (pick := _choice(marks)) is None:
             found[name] = Option(name, plain, default, choice=choice, kinds=(kind,) if kind else (), **mine)
             continue
-        summaries = tuple((each, own.summary) for each, own in pick.kinds.items())
+        summaries = tuple((each, kind_chosen.summary) for each, kind_chosen in pick.kinds.items())
         found[name] = Option(name, Literal[tuple(pick.kinds)], default.name, summaries=summaries, **mine)
-        for each, own in pick.kinds.items():
-            for option in options_in(own, name, each).values():
+        for each, kind_chosen in pick.kinds.items():
+            for option in options_in(kind_chosen, name, each).values():
                 before = found.get(option.name)
                 found[option.name] = _joined(before, option) if before else option
     return found

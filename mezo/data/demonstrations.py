@@ -78,14 +78,17 @@ def put_before(
     chosen = [_fitting(sizes, max_length - length) for length in prompt_lengths(items, template, tokenizer, masked)]
     # Joined, texts may take a token more than counted apart: leave out the last until all fit.
     while True:
-        made = [replace(item, before="".join(texts[i] for i in own)) for item, own in zip(items, chosen, strict=True)]
+        made = [
+            replace(item, before="".join(texts[i] for i in numbers))
+            for item, numbers in zip(items, chosen, strict=True)
+        ]
         lengths = prompt_lengths(made, template, tokenizer, masked)
         over = [i for i, length in enumerate(lengths) if length > max_length and chosen[i]]
         if not over:
             break
         for i in over:
             chosen[i].pop()
-    _say_what_is_missing([len(own) for own in chosen], len(texts), max_length, items[0].where)
+    _say_what_is_missing([len(numbers) for numbers in chosen], len(texts), max_length, items[0].where)
     return made
 
 

@@ -69,14 +69,17 @@ def examples_of(
             raise UserError(f"--num-demonstrations needs train and what is tested: give --{missing}-file")
         drawn = draw_demonstrations(kept.pop("train"), data)
         kept = {
-            split: put_before(own, drawn, template, tokenizer, data.max_length, masked) for split, own in kept.items()
+            split: put_before(items, drawn, template, tokenizer, data.max_length, masked)
+            for split, items in kept.items()
         }
     if "train" in kept and not (right_alone and method.eval_train):
         kept["train"] = [_right_alone(r) if right_alone else _one_right(r) for r in kept["train"]]
-    judged, length = {split: _as_judged(own, method) for split, own in kept.items()}, data.max_length
-    found = Splits({split: encode(own, template, tokenizer, length, masked, pooled) for split, own in judged.items()})
-    found.skipped = {split: skipped for split, (_, skipped) in checked.items() if skipped}
-    return found
+    judged, length = {split: _as_judged(items, method) for split, items in kept.items()}, data.max_length
+    splits = Splits(
+        {split: encode(items, template, tokenizer, length, masked, pooled) for split, items in judged.items()}
+    )
+    splits.skipped = {split: skipped for split, (_, skipped) in checked.items() if skipped}
+    return splits
 
 
 def _prompt(task: Task, data: Data, masked: bool) -> Prompt:
@@ -115,7 +118,7 @@ def _needs_references(method: Method) -> bool:
 
 def _as_judged(items: list[Item], method: Method) -> list[Item]:
     """Without what nobody reads: an example, and the hash of the data, hold what the run depends on."""
-    made = items
+    kept = items
     if not _needs_references(method):
-        made = [replace(item, references=item.references if item.names else ()) for item in made]
-    return made if "reward" in method.objectives else [replace(item, row={}) for item in made]
+        kept = [replace(item, references=item.references if item.names else ()) for item in kept]
+    return kept if "reward" in method.objectives else [replace(item, row={}) for item in kept]

@@ -125,7 +125,7 @@ def _cut_dev(pool: Pool, train: list[int], data: Data, dev_size: int) -> dict[st
         number = data.num_dev or min(dev_size, size // 10)
         # half of a class at most, or its share where dev is more than half of all: train keeps some of each
         share = max(2 * number, size)
-        far_end = {label: own[: -(-len(own) * share // (2 * size))] for label, own in far_end.items()}
+        far_end = {label: items[: -(-len(items) * share // (2 * size))] for label, items in far_end.items()}
         dev = _balanced(far_end if number <= size else pool, number, "dev")
     if data.k_shot or data.num_train:
         if shared := set(train) & set(dev):

@@ -197,13 +197,13 @@ class _PooledSplitter:
 
     def __call__(self, items: Sequence[Item]) -> list[Example]:
         ids = _token_ids(self.tokenizer, [self.template.render(item.fields) for item in items])
-        empty = next((item.where for item, own in zip(items, ids, strict=True) if not own), None)
+        empty = next((item.where for item, tokens in zip(items, ids, strict=True) if not tokens), None)
         if empty:
             raise UserError(f"{empty}: the text has no token: add words to --prompt or remove the line")
         examples = []
-        for item, own in zip(items, ids, strict=True):
+        for item, tokens in zip(items, ids, strict=True):
             outputs = tuple((i,) for i in range(len(item.options)))
-            examples.append(Example(tuple(own), outputs, item.label, pooled=True, **_judged(item)))
+            examples.append(Example(tuple(tokens), outputs, item.label, pooled=True, **_judged(item)))
         return examples
 
 

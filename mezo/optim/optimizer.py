@@ -139,8 +139,8 @@ class MeZO(torch.optim.Optimizer):
         defaults |= {"seed": seed, "num_perturbations": num_perturbations, "normalise_z": normalise_z}
         defaults |= {"distribution": distribution, "steps": 0, "skipped_steps": 0, "projected_grads": []}
         # schedulers look here for what they may cycle
-        own = {"momentum": momentum, "betas": betas, "adam_eps": adam_eps}
-        defaults |= {name: value for name, value in own.items() if value is not None or name in defaults_of(rule)}
+        of_rule = {"momentum": momentum, "betas": betas, "adam_eps": adam_eps}
+        defaults |= {name: value for name, value in of_rule.items() if value is not None or name in defaults_of(rule)}
         super().__init__(params, defaults)
         rule = self._rule()
         self.distribution = self.defaults["distribution"] = distribution or rule.distribution
@@ -378,16 +378,18 @@ class MeZO(torch.optim.Optimizer):
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def __repr__(self):
-        own = ("params", "param_names", "z_names", *OF_ALL, *COUNTS)
-        groups = [{name: value for name, value in group.items() if name not in own} for group in self.param_groups]
+        not_shown = ("params", "param_names", "z_names", *OF_ALL, *COUNTS)
+        groups = [
+            {name: value for name, value in group.items() if name not in not_shown} for group in self.param_groups
+        ]
         counts = f"steps: {self.steps}, skipped_steps: {self.skipped_steps}, memory_bytes: {self.memory_bytes}"
         options = ", ".join(f"{name}: {self.param_groups[0][name]}" for name in OF_ALL)
         lines = [*(f"Parameter Group {i}: {group}" for i, group in enumerate(groups)), options, counts]
         return "\n    ".join(["MeZO (", *lines]) + "\n)"
 
     def __getstate__(self):
-        own = ("backend", "module", "average_losses")
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
+        beside = ("backend", "module", "average_losses")
+        return super().__getstate__() | {name: getattr(self, name) for name in beside}
 
     def __setstate__(self, state):
         """Take over what was pickled, by an older version too, whose counts stood beside the groups."""

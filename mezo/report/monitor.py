@@ -102,12 +102,12 @@ class Monitor:
         for name, value in row.items():
             if name in CURVES and self.writer:
                 self.writer.add_scalar(f"train/{CURVES[name]}", value, row["step"])
-        found = warning(row)
+        text = warning(row)
         if row["split"] == "gradient" and "cosine" in row:
             cosine, expected, norm = (row[name] for name in ("cosine", "expected_cosine", "gradient_norm"))
-            found = f"cosine {cosine:.4f} (of size {expected:.4f} expected), norm {norm:.3g}"
-        if found:
-            self.say(f"step {row['step']:>6}  {row['split']}  {found}")
+            text = f"cosine {cosine:.4f} (of size {expected:.4f} expected), norm {norm:.3g}"
+        if text:
+            self.say(f"step {row['step']:>6}  {row['split']}  {text}")
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

@@ -136,8 +136,8 @@ def names_of(runs: Sequence[str]) -> list[str]:
     if len(set(parts)) != len(parts):
         raise UserError(f"mezo report: a run is given twice among {', '.join(runs)}: drop one")
     depths = range(1, max(map(len, parts)) + 1)
-    enough = next(n for n in depths if len({own[-n:] for own in parts}) == len(parts))
-    return ["/".join(own[-enough:]) for own in parts]
+    enough = next(n for n in depths if len({part[-n:] for part in parts}) == len(parts))
+    return ["/".join(part[-enough:]) for part in parts]
 
 
 def _table(title: str, rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
@@ -154,9 +154,9 @@ def _options(names: Sequence[str], configs: Sequence[Config]) -> str:
     lines = []
     flat = [config.to_dict() for config in configs]
     for option in Config.options().values():
-        if not any(option.name in own for own in flat):
+        if not any(option.name in options for options in flat):
             continue
-        values = [own.get(option.name, option.default) for own in flat]
+        values = [options.get(option.name, option.default) for options in flat]
         cells = (
             f'<td class="given">{escape(_shown(v))}</td>' if v != option.default else f"<td>{escape(_shown(v))}</td>"
             for v in values

@@ -79,10 +79,10 @@ def headline(run: str) -> list[str]:
         run: directory of a finished run.
     """
     head, row = comparison([run], [run])
-    found = dict(zip(head, row, strict=True))
-    if found["test after"] != "-":
-        return [f"test {found['figure']} {found['test before']} to {found['test after']}"]
-    return [f"dev {found['figure']} {found['best dev']} at step {found['at step']}"] if found["best dev"] != "-" else []
+    cells = dict(zip(head, row, strict=True))
+    if cells["test after"] != "-":
+        return [f"test {cells['figure']} {cells['test before']} to {cells['test after']}"]
+    return [f"dev {cells['figure']} {cells['best dev']} at step {cells['at step']}"] if cells["best dev"] != "-" else []
 
 
 def _model_name(model: str) -> str:

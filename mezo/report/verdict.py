@@ -55,11 +55,11 @@ def _signal(result: Mapping[str, Any]) -> str:
 def _dev_size(result: Mapping[str, Any]) -> str:
     """Whether the gain in dev accuracy is more than the chance of so few examples."""
     n = result.get("examples", {}).get("dev")
-    found = [row["accuracy"] for row in result["dev"] if row.get("accuracy") is not None]
-    if not n or len(found) < 2:
+    accuracies = [row["accuracy"] for row in result["dev"] if row.get("accuracy") is not None]
+    if not n or len(accuracies) < 2:
         return ""
-    best = max(found)
-    error, gain = math.sqrt(max(best * (1 - best), 1 / (4 * n)) / n), best - found[0]
+    best = max(accuracies)
+    error, gain = math.sqrt(max(best * (1 - best), 1 / (4 * n)) / n), best - accuracies[0]
     if gain > 2 * error:
         return ""
     return (

@@ -100,10 +100,10 @@ def check_base(adapter: Path, model: str, bare: bool = False, loaded: dict | Non
     if known is None:
         return
     if loaded is None or loaded["dtype"] != known["dtype"]:
-        found = checkpoint_hash(model, known["dtype"], bare)
+        sha256 = checkpoint_hash(model, known["dtype"], bare)
     else:
-        found = loaded["model_hash"]
-    if found != known["model_hash"]:
+        sha256 = loaded["model_hash"]
+    if sha256 != known["model_hash"]:
         raise UserError(
             f"--model {model}: other weights than {adapter} was trained on (SHA-256 in {known['dtype']}): give those;"
             f" to use the adapter here all the same, copy its {WEIGHTS} and {PEFT_CONFIG} alone to a directory"

@@ -71,13 +71,13 @@ def read_object(path: Path) -> dict:
 def refuse_unreadable(path: Path, most: int) -> None:
     """Raise UserError unless a path is a plain file, one that ends, of at most so many bytes."""
     try:
-        found = path.stat()
+        facts = path.stat()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {RESTORE}") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(facts.st_mode):
         raise UserError(f"{path} is no plain file; {RESTORE}")
-    if found.st_size > most:
-        raise UserError(f"{path} has {found.st_size:,} bytes, more than the {most:,} that are read of one; {RESTORE}")
+    if facts.st_size > most:
+        raise UserError(f"{path} has {facts.st_size:,} bytes, more than the {most:,} that are read of one; {RESTORE}")
 
 
 def drop_torn_line(path: Path) -> None:

@@ -62,7 +62,7 @@ class StepRecord:
         values = RECORD.validator.validate_json(line)
         seeds, losses = values["seeds"], Losses(values["loss_plus"], values["loss_minus"])
         lists = (values["projected_grads"], values["coefficients"], losses.plus, losses.minus)
-        if any(len(own) != len(seeds) for own in lists):
+        if any(len(each) != len(seeds) for each in lists):
             raise ValueError("expected lists of equal length, one item a perturbation")
         update = Update(seeds, values["coefficients"], values["decay"], values.get("lr"), values["skipped"])
         return cls(values["step"], update, losses, values["projected_grads"], values.get("tried", ()))

@@ -55,7 +55,7 @@ class PerturbedTheta:
             return [(decays[0], self.master, self.state, self.pairs)]
 
         def part(layout: ParamLayout, kind: bool) -> ParamLayout:
-            return ParamLayout(slot for slot, own in zip(layout.slots, decays, strict=True) if own == kind)
+            return ParamLayout(slot for slot, decaying in zip(layout.slots, decays, strict=True) if decaying == kind)
 
         return [
             (kind, part(self.master, kind), [part(s, kind) for s in self.state],
@@ -153,21 +153,21 @@ class PerturbedTheta:
         master = master.like([t.clone() for t in master.tensors])
         again = PerturbedTheta(master, list(zip(fresh[::2], fresh[1::2], strict=True)), "reference", self.logged)
         again.count = count
-        for layout, own in zip(again.state, state, strict=True):
-            layout.copy_(own)
+        for layout, before in zip(again.state, state, strict=True):
+            layout.copy_(before)
         again.update(updates, then)
         seen = [layout.tensors for layout in (self.master, *self.state)]
         seen += used if used is not None else [copy.tensors for copy in copies]
-        seen = [[_part(t, own) for t, own in zip(tensors, windows, strict=True)] for tensors in seen]
+        seen = [[_part(t, window) for t, window in zip(tensors, windows, strict=True)] for tensors in seen]
         kinds = ["theta", *("first moment", "second moment")[: len(self.state)]]
         kinds += [f"{sign}{_of(k, n)}" for k in range(n) for sign in ("plus", "minus")]
         for kind, expected, got in zip(kinds, (master, *again.state, *fresh), seen, strict=True):
-            for name, a, b, own in zip(expected.names, expected.tensors, got, windows, strict=True):
+            for name, a, b, window in zip(expected.names, expected.tensors, got, windows, strict=True):
                 bits = torch.int32 if a.dtype == torch.float32 else torch.int16
                 different = (a.contiguous().view(bits) != b.contiguous().view(bits)).flatten().nonzero()
                 if len(different):
                     i = int(different[0])
-                    at = i + own.start * (a[0].numel() if a.dim() else 1)
+                    at = i + window.start * (a[0].numel() if a.dim() else 1)
                     return f"{kind} of {name} at index {at}: expected {a.flatten()[i]:.9g}, got {b.flatten()[i]:.9g}"
         return None
 
@@ -188,11 +188,11 @@ def _within(layout: ParamLayout, windows: Sequence[slice]) -> ParamLayout:
     return ParamLayout(
         dataclasses.replace(
             slot,
-            tensor=_part(slot.tensor, own),
+            tensor=_part(slot.tensor, window),
             full_shape=slot.full_shape or tuple(slot.tensor.shape),
-            row_start=slot.row_start + own.start,
+            row_start=slot.row_start + window.start,
         )
-        for slot, own in zip(layout.slots, windows, strict=True)
+        for slot, window in zip(layout.slots, windows, strict=True)
     )
 
 

@@ -123,8 +123,8 @@ def resume(path: str, reward: str = "", trust_reward: bool = False) -> dict | No
         raise UserError(f"--resume {path}: not a sweep of mezo tune, no readable {STUDY} there ({error})") from error
     if (directory / "result.json").is_file():
         return json.loads((directory / "result.json").read_text())
-    own = trusted_reward(config.method.reward, plan.get("reward_hash"), reward, trust_reward, path)
-    config = config.replace(reward=own)
+    trusted = trusted_reward(config.method.reward, plan.get("reward_hash"), reward, trust_reward, path)
+    config = config.replace(reward=trusted)
     with loaded(
         trial_config(config, plan["rungs"], "trial", config.method.lr, config.method.eps), need="train"
     ) as loaded_before:

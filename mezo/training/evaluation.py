@@ -75,8 +75,8 @@ class Evaluations:
     def evaluate(self, split: str, step: int, monitor: Monitor) -> dict:
         """Score a split at theta; return its row, which is on the disk."""
         with self.clock.measuring("evaluation"):
-            found = evaluate_split(self.config, self.runtime, split, self.splits[split], self.judges)
-            row = {"step": step, "split": split, **found}
+            figures = evaluate_split(self.config, self.runtime, split, self.splits[split], self.judges)
+            row = {"step": step, "split": split, **figures}
             if split == "dev":
                 row["is_best"] = self._beats(row)
                 if row["is_best"]:
@@ -142,14 +142,14 @@ def evaluate_split(
         accuracy takes every right one; where text is generated, the mean of what each judge says of it.
     """
     size, n = config.machine.eval_batch_size or config.method.batch_size, len(examples)
-    found = dict.fromkeys(("accuracy", "loss", "f1", "auc"))
+    figures = dict.fromkeys(("accuracy", "loss", "f1", "auc"))
     if all(example.options for example in examples):
         scores = score_split(runtime, split, n, size)
         alone = "lm_cross_entropy" in config.method.objectives or scores.shape[1] == 1
         labels = torch.tensor([example.label for example in examples])
-        found = evaluate(scores, labels, "lm_cross_entropy" if alone else "cross_entropy")
-        if all(example.names for example in examples) and found["accuracy"] is not None:
-            found |= _of_named_options(scores, examples)
+        figures = evaluate(scores, labels, "lm_cross_entropy" if alone else "cross_entropy")
+        if all(example.names for example in examples) and figures["accuracy"] is not None:
+            figures |= _of_named_options(scores, examples)
     if judges:
         parts = [range(i, min(n, i + size)) for i in range(0, n, size)]
         outputs = [
@@ -158,8 +158,8 @@ def evaluate_split(
             for text in runtime.generate(split, part, config.method.max_new_tokens, config.method.stops)
         ]
         for name, judge in judges.items():
-            found[name] = sum(map(judge, examples, outputs)) / n
-    return found
+            figures[name] = sum(map(judge, examples, outputs)) / n
+    return figures
 
 
 def _of_named_options(scores: torch.Tensor, examples: Sequence[Example]) -> dict[str, float]:

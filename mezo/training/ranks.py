@@ -61,15 +61,15 @@ class Ranks:
         """The values of every rank, in the order of ranks; as many from each. `interrupted` travels with them."""
         if self.size == 1:
             return [list(values)]
-        own = torch.tensor([float(self.interrupted), *values], dtype=torch.float64)
-        parts = [torch.empty_like(own) for _ in range(self.size)]
+        sent = torch.tensor([float(self.interrupted), *values], dtype=torch.float64)
+        parts = [torch.empty_like(sent) for _ in range(self.size)]
         try:
-            dist.all_gather(parts, own)
+            dist.all_gather(parts, sent)
         except RuntimeError as error:
             raise RunError(
                 f"rank {self.rank} lost another rank ({str(error).splitlines()[0]}); resume the run"
             ) from error
-        self.bytes_exchanged += own.nbytes * self.size
+        self.bytes_exchanged += sent.nbytes * self.size
         gathered = [part.tolist() for part in parts]
         self._stopping |= any(interrupted for interrupted, *_ in gathered)
         return [values for _, *values in gathered]

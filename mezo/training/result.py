@@ -89,12 +89,12 @@ def result(
 
 def _instruments(metrics: Sequence[dict]) -> dict:
     """What the instruments found over the run: root mean squares, and means of cosines."""
-    found = {}
+    totals = {}
     for name, (split, key) in INSTRUMENTS.items():
         values = [row[key] for row in metrics if row["split"] == split and key in row]
         if values:
-            found[name] = sum(values) / len(values) if key.endswith("cosine") else rms(values)
-    return found
+            totals[name] = sum(values) / len(values) if key.endswith("cosine") else rms(values)
+    return totals
 
 
 def _take(row: dict, keys: Sequence[str]) -> dict:

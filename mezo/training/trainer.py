@@ -141,25 +141,25 @@ class Trainer:
         ratio, limit = loss_ratio(self.records), self.config.method.max_loss_ratio
         if ratio is None or ratio <= (limit or WARNED):
             return
-        found = f"the mean loss of {WINDOW} steps is {ratio:.3g} times that of the first {WINDOW}"
+        rise = f"the mean loss of {WINDOW} steps is {ratio:.3g} times that of the first {WINDOW}"
         if limit:
             self._keep()
             kept = outcome.path(self.run, self.runtime.spec.peft).name
             raise Diverged(
-                f"step {len(self.records)}: {found}, above --max-loss-ratio {limit:g}: lower --lr. The log is whole and"
+                f"step {len(self.records)}: {rise}, above --max-loss-ratio {limit:g}: lower --lr. The log is whole and"
                 f" {kept}/ is kept; go on all the same with: mezo train --resume {self.run.path} --max-loss-ratio 0"
             )
         if not self.warned:
             self.warned = True
-            self.monitor.say(f"step {len(self.records):>6}  {found}: lower --lr; --max-loss-ratio ends such a run")
+            self.monitor.say(f"step {len(self.records):>6}  {rise}: lower --lr; --max-loss-ratio ends such a run")
 
     def _ends_early(self) -> bool:
         """Whether dev has not improved for --early-stopping evaluations: rank 0 knows, and all ranks end together."""
         patience = self.config.method.early_stopping
         if not patience or not self.evaluations.due(len(self.records)):
             return False
-        own = self.ranks.leads and stalled(self.evaluations.metrics, patience)
-        return any(values[0] for values in self.ranks.gather([float(own)]))
+        stuck = self.ranks.leads and stalled(self.evaluations.metrics, patience)
+        return any(values[0] for values in self.ranks.gather([float(stuck)]))
 
     def _evaluate_if_due(self) -> None:
         if self.ranks.leads and self.evaluations.due(len(self.records)):
@@ -177,11 +177,11 @@ class Trainer:
         scored = {row["split"] for row in metrics if row["split"] in ("test", "train")}
         after = {split: self.evaluations.evaluate(split, step, self.monitor) for split in sorted(scored)}
         sizes = {split: len(examples) for split, examples in self.evaluations.splits.items()}
-        found = result(self.config, step, after, self.records, metrics, self.clock, self.ranks, sizes)
-        replace_file(self.run.result, json.dumps(found, indent=2).encode())
+        summary = result(self.config, step, after, self.records, metrics, self.clock, self.ranks, sizes)
+        replace_file(self.run.result, json.dumps(summary, indent=2).encode())
         if self.config.method.report:
             self._write_page()
-        return found
+        return summary
 
     def _write_page(self) -> None:
         """Write report.html. The result is on the disk by now: whatever goes wrong here does not fail the run."""

@@ -506,9 +506,11 @@ class HFRuntime:
         try:
             hidden, _ = self._hidden(proof.split, proof.indices * 2, rows, copies)
             log_probs = self._log_probs(hidden(), rows.targets, vocabulary=True, copies=copies)
-            for copy, own in zip((self.plus, self.copies[f"minus{self.pairs - 1}"]), log_probs.chunk(2), strict=True):
+            for copy, scores in zip(
+                (self.plus, self.copies[f"minus{self.pairs - 1}"]), log_probs.chunk(2), strict=True
+            ):
                 self._use(copy)
-                proof.check(self.parts.model, own, "--directions", "")
+                proof.check(self.parts.model, scores, "--directions", "")
         except (RowsLost, UserError) as error:
             self.rowwise, self.why_not_rowwise = None, str(error).strip("; ")
 

@@ -60,7 +60,7 @@ class PrefixCache:
             return []
         if self.shared:
             (slot, *_), *_ = groups
-            waves = self._first_visits([group for own in groups.values() for group in own])
+            waves = self._first_visits([group for groups_of_slots in groups.values() for group in groups_of_slots])
             return [[(slot, ids) for ids in wave] for wave in waves]
         each = [self._shared_prefixes(slots, own) for slots, own in groups.items()]
         return [list(itertools.chain(*waves)) for waves in itertools.zip_longest(*each, fillvalue=[])]

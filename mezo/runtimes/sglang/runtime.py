@@ -226,8 +226,8 @@ class SGLangRuntime:
         """See `Runtime.verify`: every rank compares its shard and its slots of the engine's pool."""
         if self._showing != "perturbed":
             self._show("perturbed")
-        found = [(rank, answer["difference"]) for rank, answer in enumerate(self._call("verify"))]
-        return next((f"rank {rank}: {difference}" for rank, difference in found if difference), None)
+        answers = [(rank, answer["difference"]) for rank, answer in enumerate(self._call("verify"))]
+        return next((f"rank {rank}: {difference}" for rank, difference in answers if difference), None)
 
     def score_pairs(
         self, split: str, indices: Sequence[int], shares: Sequence[Sequence[int]] | None = None
@@ -358,9 +358,9 @@ class SGLangRuntime:
             requests = [(name, row) for name, examples in of_slots.items() for i in examples for row in rows[i]]
             tables = iter(self._read(requests, count))
             for name, examples in of_slots.items():
-                own = [row for i in examples for row in rows[i]]
-                answers = [next(tables) for _ in own]
-                scores[name].append(scores_of([self.examples[split][i] for i in examples], own, answers))
+                asked_rows = [row for i in examples for row in rows[i]]
+                answers = [next(tables) for _ in asked_rows]
+                scores[name].append(scores_of([self.examples[split][i] for i in examples], asked_rows, answers))
         self._call("report")  # no score leaves before every rank has said whose requests it saw
         return {name: padded(parts) for name, parts in scores.items()}
 

@@ -30,14 +30,14 @@ def model_class(checkpoint: Checkpoint) -> type:
             that does not run on this machine.
     """
     name = (checkpoint.config.architectures or ["no architecture"])[0]
-    found = _registered().get(name)
-    if found is None:
+    served = _registered().get(name)
+    if served is None:
         raise UserError(f"--model {checkpoint.name}: SGLang has no {name} of its own: use --runtime hf")
     if not accelerated() and any(getattr(checkpoint.config, field, None) for field in EXPERTS):
         raise UserError(
             f"--model {checkpoint.name}: SGLang computes the experts of {name} on a GPU only: use --runtime hf"
         )
-    return found
+    return served
 
 
 def refuse_without_lora(checkpoint: Checkpoint, served: type, names: Iterable[str]) -> None:
@@ -51,8 +51,8 @@ def refuse_without_lora(checkpoint: Checkpoint, served: type, names: Iterable[st
     family = checkpoint.family
     leaves = sorted({leaf_of(name) for name in names})
     fused = [leaf for leaf in leaves if leaf in family.stacked]  # one layer here, several there
-    own = hasattr(served, "get_hidden_dim")
-    without = [leaf for leaf in leaves if not own and not _has_sizes(family.stack_of(leaf)[0], checkpoint.config)]
+    has_sizes = hasattr(served, "get_hidden_dim")
+    without = [leaf for leaf in leaves if not has_sizes and not _has_sizes(family.stack_of(leaf)[0], checkpoint.config)]
     if fused or without:
         raise UserError(
             f"--model {checkpoint.name}: SGLang has no LoRA on {', '.join(fused or without)} for {served.__name__}:"
