@@ -82,7 +82,7 @@ class Instruments:
         first, rule = measurement.first(measurement.step(step)), config.method.rule
         theta, dtype = self.runtime.theta(), getattr(torch, self.runtime.spec.dtype.split(",")[0])
         if measurement.group_size == 1 and measurement.recent:  # no two examples have had one z
-            measurement.recent.append(self._under_one_z(step))
+            measurement.recent.extend(self._under_one_z(step))
         grads = list(measurement.example_grads())
         rho, size = coherence(grads), config.method.batch_size
         return {
@@ -93,11 +93,13 @@ class Instruments:
             **realised_perturbation(theta, dtype, first.seeds[0], first.eps[0], rule.distribution, rule.one_sided),
         }
 
-    def _under_one_z(self, step: int) -> Scores:
-        """Scores of the next step's batch, all of it under the first of the step's perturbations."""
+    def _under_one_z(self, step: int) -> Iterator[Scores]:
+        """Scores of the next step's batch by micro-batches, all under the first of the step's perturbations."""
         batch = self.measurement.batches(step)
-        (pair,) = self.runtime.score_pairs("train", batch, [range(len(batch))])
-        return [(batch, pair)]
+        size = self.config.machine.micro_batch_size or len(batch)
+        for part in (batch[i : i + size] for i in range(0, len(batch), size)):
+            (pair,) = self.runtime.score_pairs("train", part, [range(len(part))])
+            yield [(part, pair)]
 
     def _gradient(self, step: int, records: Sequence[StepRecord]) -> dict:
         """The next step's estimate beside autograd's gradient of its batch at the same theta."""
