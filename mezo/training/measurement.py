@@ -8,6 +8,7 @@ import torch
 
 from mezo.config import Config
 from mezo.data.example import Example
+from mezo.data.large import labels_of
 from mezo.data.rewards import Judge
 from mezo.errors import RunError
 from mezo.method.batches import Batches
@@ -85,7 +86,7 @@ class Measurement:
     ):
         self.config, self.runtime, self.examples, self.ranks = config, runtime, examples, ranks
         self.rule, self.half_distance = config.method.rule, config.method.half_distance
-        self.labels = torch.tensor([example.label for example in examples])
+        self.labels = torch.as_tensor(labels_of(examples), dtype=torch.int64)
         self.group_size, per_group = config.method.group_size, config.method.num_perturbations
         self.group = lambda k: k // per_group  # of the batch, that perturbation k measures
         self.mine = self._mine(config.method.batch_size)

@@ -11,6 +11,7 @@ import torch
 
 from mezo.config import HF, Machine, Model, Workload
 from mezo.data.example import Example
+from mezo.data.large import LargeExamples, looked_at
 from mezo.errors import UserError
 from mezo.method.step import Step, Update
 from mezo.models.full import save_model
@@ -22,7 +23,16 @@ from mezo.runtimes.generation import Writing, greedy, refuse_too_long
 from mezo.runtimes.hf.proof import StartProof
 from mezo.runtimes.hf.rowwise import RowsLost, RowWise, why_not
 from mezo.runtimes.hf.trunk import GROUP, Trunk, no_cache
-from mezo.runtimes.rows import RowBatch, by_length, option_scores, rows_of, scored
+from mezo.runtimes.rows import (
+    LargeRows,
+    RowBatch,
+    by_length,
+    first_rows,
+    measured,
+    option_scores,
+    rows_by_example,
+    scored,
+)
 from mezo.runtimes.sides import Sides
 from mezo.runtimes.theta import PerturbedTheta
 from mezo_kernels import ParamLayout, available_backends
@@ -109,10 +119,13 @@ class HFRuntime:
     def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
         """See `Runtime.prepare`. Raises UserError if the trunk cache is not exact on this model."""
         self.examples = splits
-        self.rows = {split: [rows_of(example) for example in examples] for split, examples in splits.items()}
-        self.first_row = {split: _starts(rows) for split, rows in self.rows.items()}
+        self.rows = {split: rows_by_example(examples) for split, examples in splits.items()}
+        self.first_row = {split: first_rows(rows) for split, rows in self.rows.items()}
         self._check_lengths()
-        options = [example.options for examples in splits.values() for example in examples]
+        # of a large split all examples have the options of the first, or each has some of several tokens
+        options = [example.options for examples in splits.values() for example in looked_at(examples)]
+        large = [examples for examples in splits.values() if isinstance(examples, LargeExamples)]
+        self.vocabulary |= any(not examples.alike for examples in large)
         # scores up to a constant compare options of one token each; longer ones, or one alone, need log-probabilities
         self.vocabulary |= any(len(each) == 1 or any(len(option) > 1 for option in each) for each in options)
         needless = self.parts.first == 0 or not self.work.scores
@@ -131,22 +144,31 @@ class HFRuntime:
 
     def _check_lengths(self) -> None:
         limit, prefix = self.parts.position_limit, self.parts.prefix_tokens
-        refuse_too_long(self.work, self.examples, self._longest(), limit, prefix)
+        seen = {split: looked_at(examples) for split, examples in self.examples.items()}
+        refuse_too_long(self.work, seen, self._longest(), limit, prefix)
 
     def _longest(self) -> int:
-        return max(len(row.ids) for nested in self.rows.values() for rows in nested for row in rows)
+        """Tokens of the longest row; of a large split, whose rows are not all known, the most that are allowed."""
+        longest = max(len(row.ids) for nested in self.rows.values() for i in measured(nested) for row in nested[i])
+        large = [examples.max_length for examples in self.examples.values() if isinstance(examples, LargeExamples)]
+        return max([longest, *large])
 
     def _prepare_trunk(self) -> None:
         """Prove the trunk exact, then fill it; a training set too large to be seen once is filled as it is drawn."""
         self.trunk = self._trunk()
-        rows = {split: [row for example in nested for row in example] for split, nested in self.rows.items()}
         drawn = self.work.steps * self.work.batch_size
-        later = {split for split in rows if split == "train" and drawn < len(self.examples[split])}
-        for split in rows:
-            self.trunk.register(split, rows[split], group=1 if split in later else GROUP)
+        large = {split for split, nested in self.rows.items() if isinstance(nested, LargeRows)}
+        seldom = {split for split in self.rows if split == "train" and drawn < len(self.examples[split])}
+        later = large | seldom
+        for split, nested in self.rows.items():
+            if split in large:
+                self.trunk.register_one_by_one(split, nested.row)
+                continue
+            rows = [row for example in nested for row in example]
+            self.trunk.register(split, rows, group=1 if split in later else GROUP)
         self._prove("--trunk-cache", "use --trunk-cache off")
         self.trunk.clear()
-        for split in [split for split in rows if split not in later]:
+        for split in [split for split in self.rows if split not in later]:
             count = self.tokens if split == "train" else self.eval_tokens
             count.computed += self._trunk_share(self.trunk.fill(split))
 
@@ -370,6 +392,8 @@ class HFRuntime:
             signs: how often the result will be called.
             copies: of each row, which copy runs it; None runs all with the weights in use at the call.
         """
+        if isinstance(self.examples[split], LargeExamples):
+            self.examples[split].fetch(indices)
         rows = [row for i in indices for row in self.rows[split][i]]
         batch = RowBatch.of(rows, self.pad, self.device)
         examples = [self.examples[split][i] for i in indices]
@@ -520,10 +544,6 @@ class HFRuntime:
         for tensor, noise in zip(self.copies[copy].tensors, self.parts.attached.noise(theta, seed), strict=True):
             tensor.copy_(noise)
         self._use(self.copies[copy])
-
-
-def _starts(rows: list[list]) -> list[int]:
-    return [0, *itertools.accumulate(map(len, rows))][:-1]
 
 
 def _device(name: str) -> torch.device:
