@@ -29,7 +29,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Adapted(Tuning):
-    """LoRA: which layers, and how."""
+    """Which layers a LoRA adapter adapts, and how."""
 
     is_lora: ClassVar[bool] = True
 
