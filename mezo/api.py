@@ -77,14 +77,15 @@ def start(
     ranks = ranks or Ranks()
     initial = starting_file(config, runtime)
     header = make_header(config, runtime.spec, splits, initial)
-    runtime.load(initial_theta(header, initial))
+    theta = initial_theta(header, initial)
+    runtime.load(theta)
     if initial is not None and ranks.size > 1:
-        ranks.check_equal(runtime.theta(), 0, "make the adapter on one machine and start from it: --adapter")
+        ranks.check_equal(theta, 0, "make the adapter on one machine and start from it: --adapter")
     if ranks.leads:
         run = RunDirectory.create(config.machine.output_dir, config, header, initial)
     else:
         run = RunDirectory(Path(config.machine.output_dir))
-    trainer = Trainer(config, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
+    trainer = Trainer(config.method, config.machine, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
     return _carry_through(trainer, ranks, until)
 
 
@@ -174,7 +175,7 @@ def _longer(saved: Config, machine: dict) -> Config:
         raise UserError(f"--steps {config.method.steps}: the run has {steps}; a larger number lengthens it")
     if config.method.steps == steps or config.method.eval_every:
         return config
-    return config.replace(eval_every=evaluation_interval(saved))
+    return config.replace(eval_every=evaluation_interval(saved.method))
 
 
 def carry_on(
@@ -215,7 +216,7 @@ def carry_on(
         run.result.unlink(missing_ok=True)  # of a run that ended early and now goes on
         run.write_metrics([row for row in run.read_metrics() if row["step"] <= len(records)])
     replay_records(runtime.update, records)
-    trainer = Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds)
+    trainer = Trainer(config.method, config.machine, runtime, splits, run, records, ranks, seconds_loading=seconds)
     return _carry_through(trainer, ranks, until)
 
 
@@ -266,7 +267,8 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
             check_base(adapter, config.model.base, linear, {"model_hash": spec.model_hash, "dtype": spec.dtype})
             runtime.load(load_adapter(adapter, runtime.spec.shapes))
         judged = judges(config.method)
-        return {split: evaluate_split(config, runtime, split, examples, judged) for split, examples in splits.items()}
+        groups = config.method, config.machine
+        return {split: evaluate_split(*groups, runtime, split, part, judged) for split, part in splits.items()}
 
 
 def evaluate_target(given: dict, target: Path | None = None, trust_reward: bool = False) -> dict[str, dict]:
@@ -308,6 +310,8 @@ def run_to_score(path: Path) -> tuple[dict, Path | None]:
     """
     run = RunDirectory(path)
     config = run.read_config()
+    if config.model.tuning.is_lora and config.model.tuning.from_model:
+        return {**config.to_dict(), "tuning": "lora"}, run.adapter  # what it left is a whole one
     if config.model.tuning.name != "full":
         return config.to_dict(), run.adapter
     if not run.model.is_dir():
@@ -329,7 +333,7 @@ def replay(run: str, output_dir: str, until: str = "best", backend: str | None =
     """
     refuse_output(output_dir)
     theta, header, steps = rebuild(run, until, backend, model)
-    outcome.write(Path(output_dir), header, theta)
+    outcome.write(Path(run), Path(output_dir), header, theta)
     return steps
 
 
@@ -379,10 +383,10 @@ def _runtime(config: Config, pad: int, checkpoint: Checkpoint) -> Runtime:
 
 
 def _same_run(logged: dict, now: dict, path: str) -> None:
-    for key in ("run_seed", "data_hash", "reward_hash", "rule", "dtype", "peft", "shapes", "model_hash"):
+    for key in ("run_seed", "data_hash", "reward_hash", "rule", "dtype", "peft", "shapes", "frozen", "model_hash"):
         a, b = logged.get(key), now.get(key)
-        if key == "shapes":
-            a, b = ({name: tuple(shape) for name, shape in shapes.items()} for shapes in (a, b))
+        if key in ("shapes", "frozen"):
+            a, b = ({name: tuple(shape) for name, shape in shapes.items()} for shapes in (a or {}, b or {}))
         if a != b:
             what = {"reward_hash": "the file", "rule": "config.json"}.get(key, "the model")
             raise UserError(
