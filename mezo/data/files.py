@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -292,17 +291,10 @@ def _in_memory(path: str) -> Stored:
         return _table(path, rows)
     if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
         raise UserError(f"{path} must be a list of dicts or a datasets.Dataset, got {type(rows).__name__}")
-    return _as_table(_not_empty(Stored(path, list(rows))))
+    return _as_table(_not_empty(Stored(path, list(map(dict, rows)))))
 
 
 def _not_empty(stored: Stored) -> Stored:
     if not len(stored.rows):
         raise UserError(f"{stored.source} is empty: give at least one example")
     return stored
-
-
-def hash_of_rows(rows: list) -> str:
-    """A name for rows that were given from Python: the same for the same rows."""
-    import hashlib
-
-    return hashlib.sha256(json.dumps(rows, default=str, sort_keys=True).encode()).hexdigest()[:12]
