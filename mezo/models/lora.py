@@ -9,7 +9,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mezo.config import Lora
+from mezo.config.model import Adapted
 from mezo.errors import UserError
 from mezo.models.spec import LINEAR_HEAD
 from mezo.models.tuning import Attached, Base
@@ -20,7 +20,7 @@ ALL_LINEAR = "all-linear"
 """What `--target-modules` takes, as PEFT does, for every linear layer but the head."""
 
 
-def attach(tuning: Lora, base: Base) -> Attached:
+def attach(tuning: Adapted, base: Base) -> Attached:
     """The base with a fresh LoRA adapter of PEFT's, and the linear head trained beside it, if there is one.
 
     Raises:
@@ -74,7 +74,7 @@ def _noise(theta: Mapping[str, torch.Tensor], seed: int) -> Iterator[torch.Tenso
     return (lora_init(seed, name, tuple(tensor.shape)) for name, tensor in theta.items())
 
 
-def _targets(tuning: Lora, base: Base, adaptable_head: bool) -> tuple[list[str], list[int]]:
+def _targets(tuning: Adapted, base: Base, adaptable_head: bool) -> tuple[list[str], list[int]]:
     """Targets and layers as PEFT takes them, checked against the linear modules there are.
 
     Args:
