@@ -7,9 +7,11 @@ if TYPE_CHECKING:
     from mezo.config import Config
     from mezo.optim import MeZO
     from mezo.scripting import Run, evaluate, replay, resume, train
+    from mezo.trainer import MeZOMixin, MeZOTrainer
 
-__all__ = ["Config", "MeZO", "Run", "evaluate", "replay", "resume", "train"]
+__all__ = ["Config", "MeZO", "MeZOMixin", "MeZOTrainer", "Run", "evaluate", "replay", "resume", "train"]
 _PLACES = {"Config": "mezo.config", "MeZO": "mezo.optim"}
+_PLACES |= dict.fromkeys(("MeZOMixin", "MeZOTrainer"), "mezo.trainer")
 _PLACES |= dict.fromkeys(("Run", "evaluate", "replay", "resume", "train"), "mezo.scripting")
 
 
