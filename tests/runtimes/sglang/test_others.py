@@ -9,8 +9,9 @@ from peft import PeftModel
 from mezo.errors import UserError
 from mezo.run.adapter import save_adapter
 from mezo.run.export import export
-from mezo.runtimes.sglang.engine import _environment, accelerated
+from mezo.runtimes.sglang.engine import EngineHandle, _environment, accelerated
 from mezo.runtimes.sglang.inside.handshake import ENVIRONMENT, started_by_trainer
+from mezo.runtimes.sglang.scratch import Scratch
 from tests.runtimes.sglang.conftest import engine, examples, noisy, reference
 from tests.tiny_models import build
 
@@ -26,6 +27,23 @@ def llama(model):
     return model("llama")
 
 
+@pytest.mark.slow  # below: the token opens one engine only
+@pytest.mark.parametrize("leaked", ["", "1:deadbeef:/nowhere"], ids=["clean", "leaked"])
+def test_a_plain_engine_is_unhooked(llama, monkeypatch, own_engine, leaked):
+    """The package is installed and so is its entry point; an engine that no trainer started has none of it."""
+    import sglang
+
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    monkeypatch.setenv(ENVIRONMENT, leaked)
+    plain = sglang.Engine(model_path=llama, **CPU)
+    try:
+        with pytest.raises(AssertionError, match="'Scheduler' object has no attribute 'mezo_setup'"):
+            plain.collective_rpc("mezo_setup")
+        assert len(plain.generate(input_ids=[5, 6, 7], sampling_params={"max_new_tokens": 2})["output_ids"]) == 2
+    finally:
+        plain.shutdown()
+
+
 def exported(run, directory, form, modules, llama):
     """A run's adapter as `mezo export` writes it; PEFT's log-probabilities of all tokens after IDS under it."""
     runtime = reference(llama, examples(2), target_modules=modules)
@@ -36,31 +54,22 @@ def exported(run, directory, form, modules, llama):
         return peft(input_ids=torch.tensor([IDS])).logits[0, -1].log_softmax(-1)
 
 
-@pytest.mark.parametrize(
-    "leaked", [pytest.param("", id="clean", marks=pytest.mark.slow), pytest.param("1:deadbeef:/nowhere", id="leaked")]
-)
-def test_a_plain_engine_is_unhooked_and_serves_what_is_exported(llama, tmp_path, monkeypatch, own_engine, leaked):
-    """Our package is installed and so is its entry point; an engine that no trainer started has none of it.
-
-    What `mezo export` writes in both forms has the log-probabilities there that it has in PEFT.
-    """
-    import sglang
-
+def test_exported_adapters_are_served_with_equal_logits(llama, tmp_path, own_engine):
+    """What `mezo export` writes in both forms, loaded by SGLang's own --lora-paths and by PEFT."""
     forms = {"peft": ("q_proj", "v_proj"), "sglang": ("q_proj", "up_proj")}
     wanted = [exported(tmp_path / f"{form} run", tmp_path / form, form, forms[form], llama) for form in forms]
     paths = [{"lora_name": form, "lora_path": str(tmp_path / form)} for form in forms]
-    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
-    monkeypatch.setenv(ENVIRONMENT, leaked)
-    plain = sglang.Engine(model_path=llama, lora_paths=paths, lora_backend="torch_native", **CPU)
+    scratch = Scratch(str(tmp_path))
     try:
-        with pytest.raises(AssertionError, match="'Scheduler' object has no attribute 'mezo_setup'"):
-            plain.collective_rpc("mezo_setup")
-        answers = plain.generate(
+        arguments = {"model_path": llama, "lora_paths": paths, "lora_backend": "torch_native", **CPU}
+        served = EngineHandle(arguments, scratch)
+        answers = served.generate(
             input_ids=[IDS] * 2, lora_path=list(forms), sampling_params={"max_new_tokens": 0}, return_logprob=True,
             token_ids_logprob=[list(range(64))] * 2, logprob_start_len=[-1] * 2,
         )  # fmt: skip
+        served.close()
     finally:
-        plain.shutdown()
+        scratch.close()
     for answer, expected in zip(answers, wanted, strict=True):
         got = [value for value, _, _ in answer["meta_info"]["output_token_ids_logprobs"][0]]
         assert torch.allclose(torch.tensor(got), expected, atol=5e-5, rtol=0)
