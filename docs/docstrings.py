@@ -11,13 +11,8 @@ EXAMPLE = re.compile(r"^>>> .*?(?=\n\n|\Z)", re.DOTALL | re.MULTILINE)
 def markdown(docstring: str) -> str:
     """The text with a fence around each example.
 
-    >>> print(markdown("One.\\n\\n>>> 1 + 1\\n2").replace("`", "'"))
-    One.
-    <BLANKLINE>
-    '''python
-    >>> 1 + 1
-    2
-    '''
+    >>> markdown("lr: >= 0\\n\\n>>> 1\\n1")
+    'lr: \\\\>= 0\\n\\n```python\\n>>> 1\\n1\\n```'
     """
     return AT_LEAST.sub(r": \\\1 ", EXAMPLE.sub(lambda example: f"```python\n{example[0]}\n```", docstring))
 
