@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from mezo.models.linear import as_loaded
 from mezo.models.spec import LINEAR_HEAD
 from mezo.runtimes.rows import RowBatch, scored
 
@@ -12,13 +13,17 @@ REFERENCE_ROWS = 8  # of a full forward pass: the logits of every token of them 
 
 
 def reference_log_probs(model: nn.Module, batch: RowBatch) -> torch.Tensor:
-    """log p of a batch's targets by the model's own forward pass, float64 on the CPU, (rows, scored, candidates)."""
+    """log p of a batch's targets by the model's own forward pass, float64 on the CPU, (rows, scored, candidates).
+
+    Products are torch's own, whatever the runtime uses.
+    """
     parts = zip(
         *(t.split(REFERENCE_ROWS) for t in (batch.ids, batch.mask, batch.positions, batch.targets)), strict=True
     )
     log_probs = []
     for ids, mask, positions, targets in parts:
-        out = model(input_ids=ids, attention_mask=mask)
+        with as_loaded():
+            out = model(input_ids=ids, attention_mask=mask)
         if hasattr(out, "logits"):
             logits = scored(out.logits, positions)
         else:
