@@ -97,7 +97,7 @@ class PackedLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See `nn.Linear`; with autograd by torch's own product, since the packed one has no derivative."""
         if _as_loaded or (torch.is_grad_enabled() and x.requires_grad):
-            return nn.functional.linear(x, self.stack.dense(self.place), self.bias)
+            return nn.functional.linear(x, self.stack.dense(self.place).to(x.dtype), self.bias)
         return self.stack.product(x, self.place, self.bias)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -266,8 +266,10 @@ def _groups(body: nn.Module, modules: list[nn.Module]) -> list[list[nn.Module]]:
 def add_adapters_in_place(model: nn.Module) -> None:
     """Have plain LoRA layers add their output to the base's in the product itself, not in two passes over it."""
     for module in model.modules():
-        plain = type(module) is LoraLinear and not module.lora_variant and list(module.lora_A) == ["default"]
-        if plain and module.lora_A["default"].bias is None and module.lora_B["default"].bias is None:
+        if type(module) is not LoraLinear or module.lora_variant or list(module.lora_A) != ["default"]:
+            continue
+        factors = [module.lora_A["default"], module.lora_B["default"]]
+        if all(type(factor) is nn.Linear and factor.bias is None for factor in factors):
             module.forward = functools.partial(_adapted, module, module.forward)
 
 

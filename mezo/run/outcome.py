@@ -6,8 +6,10 @@ import torch
 
 from mezo.errors import UserError
 from mezo.models.spec import TrainedSpec
-from mezo.run.adapter import load_adapter, read_adapter, same_bits, save_adapter
+from mezo.run.adapter import as_lora, read_adapter, read_theta, same_bits, save_adapter
 from mezo.run.directory import RunDirectory
+from mezo.run.header import INITIAL, frozen_part
+from mezo.run.trajectory import read_header
 from mezo.runtimes.base import Runtime, Savable, require
 
 
@@ -23,20 +25,22 @@ def save(run: RunDirectory, runtime: Runtime) -> None:
     else:
         spec = runtime.spec
         base = {"model_hash": spec.model_hash, "dtype": spec.dtype}
-        save_adapter(run.adapter, spec.peft, runtime.theta(), base)
+        frozen = frozen_part(read_header(run.trajectory), run.path / INITIAL) if spec.frozen else {}
+        save_adapter(run.adapter, spec.peft, runtime.theta(), base, frozen)
 
 
 def read(run: RunDirectory, spec: TrainedSpec) -> dict[str, torch.Tensor]:
     """A run's outcome, as `Runtime.load` takes it."""
     if spec.peft is None:
         return _parameters(run, spec.dtype)
-    return load_adapter(run.adapter, spec.shapes)
+    return read_theta(run.adapter, spec.shapes)
 
 
-def write(directory: Path, first_line: dict, theta: dict[str, torch.Tensor]) -> None:
+def write(run: Path, directory: Path, first_line: dict, theta: dict[str, torch.Tensor]) -> None:
     """Write theta of a log in the form that the outcome of its run has.
 
     Args:
+        run: directory of the run.
         directory: created if needed.
         first_line: of the log.
         theta: float32 by canonical name.
@@ -47,7 +51,7 @@ def write(directory: Path, first_line: dict, theta: dict[str, torch.Tensor]) -> 
         write_parameters(theta, first_line["model"], first_line["dtype"], directory)
     else:
         base = {key: first_line[key] for key in ("model_hash", "dtype")}
-        save_adapter(directory, first_line["peft"], theta, base)
+        save_adapter(directory, first_line["peft"], theta, base, frozen_part(first_line, run / INITIAL))
 
 
 def difference(run: RunDirectory, first_line: dict, theta: dict[str, torch.Tensor]) -> str | None:
@@ -63,7 +67,10 @@ def difference(run: RunDirectory, first_line: dict, theta: dict[str, torch.Tenso
         UserError: there is no outcome that can be read.
     """
     if first_line["peft"] is not None:
-        return same_bits(theta, read_adapter(run.adapter))
+        whole = as_lora(theta, frozen_part(first_line, run.path / INITIAL))
+        shown = {name: tensor for name, tensor in theta.items() if name not in whole}
+        different = same_bits(shown, read_theta(run.adapter, {n: t.shape for n, t in theta.items()})) if shown else None
+        return different or same_bits(whole, read_adapter(run.adapter))
     saved, dtype = _parameters(run, first_line["dtype"]), getattr(torch, first_line["dtype"])
     rounded = {name: tensor.to(dtype).float() for name, tensor in theta.items()}
     return same_bits(rounded, {name: tensor.float() for name, tensor in saved.items()})
