@@ -238,7 +238,8 @@ def pack(body: nn.Module, trained: set[int]) -> int:
 def _groups(body: nn.Module, modules: list[nn.Module]) -> list[list[nn.Module]]:
     """Linear layers that a forward pass gives one and the same tensor, one after the other; the others alone.
 
-    A model that does not run on two tokens by themselves has no such groups.
+    Layers that are not called, but read, are left out. A model that does not run on two tokens by themselves has no
+    such groups.
     """
     calls: list[tuple[nn.Module, torch.Tensor]] = []
     hooks = [m.register_forward_pre_hook(lambda module, args: calls.append((module, args[0]))) for m in modules]
@@ -259,8 +260,9 @@ def _groups(body: nn.Module, modules: list[nn.Module]) -> list[list[nn.Module]]:
         else:
             groups.append([module])
         last = x
+    called = {id(module) for module, _ in calls} if calls else set(map(id, modules))  # else its weight is read
     grouped = {id(module) for group in groups for module in group}
-    return [*groups, *([module] for module in modules if id(module) not in grouped)]
+    return [*groups, *([module] for module in modules if id(module) not in grouped and id(module) in called)]
 
 
 def add_adapters_in_place(model: nn.Module) -> None:
