@@ -101,7 +101,7 @@ def test_what_is_kept_of_one_input_is_not_taken_for_another(tmp_path):
 
 @pytest.mark.parametrize("name", list(tiny_families.FAMILIES))
 def test_models_of_every_family_keep_their_logits_and_their_state(name):
-    """GPT-2's weights lie transposed, Mamba's are read without a call, Falcon has a linear layer of its own, left alone."""
+    """GPT-2's weights lie transposed, Mamba's are read without a call, Falcon's are in a class of its own."""
     model, ids = tiny_families.build(name), torch.tensor([[5, 7, 9, 11, 13]])
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with torch.no_grad():
