@@ -77,6 +77,7 @@ def make_header(
     spec: TrainedSpec,
     splits: dict[str, Sequence[Example]],
     initial: Path | bytes | None = None,
+    linear: str = "torch",
     logged: dict | None = None,
 ) -> dict:
     """Header of a new run's log.
@@ -86,6 +87,7 @@ def make_header(
         spec: what is trained.
         splits: tokenised examples by split, as `load_splits` gives them: it says which rows were skipped.
         initial: the run's `starting_file`.
+        linear: what multiplies by the frozen weights, `--linear`: a resumed run keeps it, since rounding depends on it.
         logged: header of the run that is resumed, whose data was hashed as its program did.
     """
     whole = logged is not None and not logged["data_hash"].startswith(BY_ROWS)
@@ -97,6 +99,7 @@ def make_header(
     extra |= {"reward_hash": reward_hash(config.method.reward)} if config.method.reward else {}
     rule = config.method.logged_rule.header()
     extra |= {"rule": rule} if rule else {}
+    extra |= {"linear": linear} if linear != "torch" else {}
     trained = {key: value for key, value in asdict(spec).items() if key != "frozen" or value}
     return header(config.method.seed, data_hash(splits, whole), init, {**extra, **trained})
 
@@ -199,8 +202,9 @@ def header(run_seed: int, data_hash: str, init: dict, spec: dict) -> dict:
         data_hash: SHA-256 of the tokenised examples, so that a run is not resumed on others.
         init: {"kind": "stream"}: lora_A from the z stream, lora_B zero; {"kind": "file", "file", "sha256"};
             or {"kind": "base"}: the parameters of `model`, whose hash is `model_hash`.
-        spec: fields of `TrainedSpec`; before them `reward_hash`, SHA-256 of the file of --reward, if there is one, and
-            `rule`, the update rule and what z is, if it is not plain SGD along normal z.
+        spec: fields of `TrainedSpec`; before them `reward_hash`, SHA-256 of the file of --reward, if there is one,
+            `rule`, the update rule and what z is, if it is not plain SGD along normal z, and `linear`, if the frozen
+            weights were packed.
     """
     version = VERSIONS["rule" in spec or "frozen" in spec or init["kind"] == "base"]
     fixed = {"format": FORMAT, "version": version, "z_stream": Z_STREAM_VERSION}
