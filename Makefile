@@ -7,7 +7,7 @@ RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: docs demo test test-slow lint bench bench-compare bench-growth bench-training bench-alternatives bench-directions bench-figures bench-gpu reproduce-small crash-test verify-sglang test-gpu gpu-day clean
+.PHONY: docs demo test test-slow lint bench bench-compare bench-growth bench-training bench-alternatives bench-directions bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day clean
 
 demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
@@ -57,6 +57,9 @@ bench-gpu:  ## bench and bench-growth on a CUDA device, in the current environme
 
 reproduce-small: $(READY)  ## what needs no hub account: few-shot runs on film reviews, beside peers; JSON under bench/results/
 	$(VENV)/bin/python bench/reproduce_small.py --output $(RESULTS)/reproduce_small.json
+
+dist: $(READY)  ## wheel and sdist under dist/, and the install page's commands from the wheel in a new environment
+	$(VENV)/bin/python bench/dist.py
 
 crash-test: $(READY)  ## a run killed at 30 random moments ends like one left alone; JSON under bench/results/
 	$(VENV)/bin/python bench/crash_test.py --moments 30 --steps 20000 --output $(RESULTS)/crash_test.json

@@ -36,6 +36,7 @@ COMMANDS = {
     },
     "Take results away": {
         "export": "write a run's adapter, the base model with the adapter merged, or the trained model",
+        "push": "share a run on the Hugging Face hub: adapter, card, and the log that rebuilds it",
         "replay": "rebuild a run's adapter or model from its log",
     },
     "Check": {
