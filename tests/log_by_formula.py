@@ -14,6 +14,7 @@ def follows(run: str | Path) -> int:
     """Assert that every line follows from its losses and config.json by the formulas; return the number of steps."""
     config = json.loads(Path(run, "config.json").read_text())
     header, *lines = [json.loads(line) for line in Path(run, "trajectory.jsonl").read_text().splitlines()]
+    before = []  # lengths of the steps that changed something
     for step, line in enumerate(lines):
         assert line["step"] == step
         n = len(line["seeds"])
@@ -25,7 +26,12 @@ def follows(run: str | Path) -> int:
         distance = config["eps"] if config["update_rule"] == "fzoo" else 2 * config["eps"]
         assert line["projected_grads"] == pytest.approx(list((plus - minus) / distance), rel=1e-12)
         coefficients, decay = _expected(config, header, line)
-        assert line["coefficients"] == pytest.approx(coefficients, rel=1e-9)
+        factor, length = 1.0, np.linalg.norm(coefficients)
+        if config.get("max_step_ratio") and len(before) >= 20:
+            factor = min(1.0, config["max_step_ratio"] * np.median(before[-100:]) / max(length, 1e-300))
+        assert line.get("shortened", 1.0) == pytest.approx(factor, rel=1e-9)
+        assert line["coefficients"] == pytest.approx([factor * c for c in coefficients], rel=1e-9)
+        before += [np.linalg.norm(line["coefficients"])] * any(line["coefficients"])
         assert line["decay"] == pytest.approx(decay, rel=1e-12)
         if config["update_rule"] in ("momentum", "adam", "adamw", "sign"):
             assert line["lr"] == pytest.approx(_rate(config, step), rel=1e-12)
