@@ -33,7 +33,6 @@ BUDGETS = (5_000, 20_000, 100_000)
 EVALUATIONS = 10  # of a run, on dev; the best one is kept
 GROWTH = 3  # times that a grid may grow at its end
 XS = {"tuning": "lora-xs", "r": 32, "lora_alpha": 32}
-SMALL = ("report", "noise")  # what is off: it changes no byte of a log
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,16 @@ ROWS = {
     "directions-32": Row("a direction an example, batch 32", (4e-3, 8e-3, 16e-3), {"directions": 32}),
     "directions-128": Row("a direction an example, batch 128", (8e-3, 16e-3, 32e-3),
                           {"batch_size": 128, "directions": 128}),
+    "one-sided": Row(
+        "one-sided: 7 directions for all of a batch of 8",
+        (1e-3, 2e-3, 4e-3),
+        {"batch_size": 8, "num_perturbations": 7, "update_rule": "one-sided"},
+    ),
+    "ranks-32": Row(
+        "a direction an example, batch 32, ranks of the losses",
+        (1e-2, 2e-2, 4e-2),
+        {"directions": 32, "update_rule": "ranks"},
+    ),
     "adam-32": Row("a direction an example, batch 32, Adam", (5e-4, 1e-3, 2e-3),
                    {"directions": 32, "update_rule": "adam"}),
     "lora-b-32": Row("lora-b, a direction an example, batch 32", (4e-3, 8e-3, 16e-3),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import rankdata
 
 from mezo_kernels import perturbation_seed, standard_normal
 
@@ -23,7 +24,7 @@ def follows(run: str | Path) -> int:
             assert (line["coefficients"], line["decay"]) == ([0.0] * n, 1.0)
             continue
         plus, minus = np.array(line["loss_plus"]), np.array(line["loss_minus"])
-        distance = config["eps"] if config["update_rule"] == "fzoo" else 2 * config["eps"]
+        distance = config["eps"] if config["update_rule"] in ("fzoo", "one-sided") else 2 * config["eps"]
         assert line["projected_grads"] == pytest.approx(list((plus - minus) / distance), rel=1e-12)
         coefficients, decay = _expected(config, header, line)
         factor, length = 1.0, np.linalg.norm(coefficients)
@@ -42,6 +43,9 @@ def _expected(config: dict, header: dict, line: dict) -> tuple[list[float], floa
     """Coefficients and decay of a step."""
     rule, lr, n = config["update_rule"], _rate(config, line["step"]), len(line["seeds"])
     grads, decay = np.array(line["projected_grads"]), 1 - lr * config["weight_decay"]
+    both = np.array(line["loss_plus"] + line["loss_minus"])
+    if rule == "ranks":
+        grads = -np.diff(rankdata(both).reshape(2, n), axis=0)[0] / (2 * n - 1)
     if config["clip"]:
         grads = np.clip(grads, -config["clip"], config["clip"])
     if config["normalise_z"]:
@@ -52,6 +56,8 @@ def _expected(config: dict, header: dict, line: dict) -> tuple[list[float], floa
         if len(set(line["loss_plus"])) == 1:
             return [0.0] * n, 1.0
         return list(lr * grads / n / np.std(line["loss_plus"], ddof=1)), decay
+    if rule == "z-score":
+        return ([0.0] * n, 1.0) if np.ptp(both) == 0 else (list(lr * grads / n / np.std(both, ddof=1)), decay)
     if rule == "conservative":
         here, after, against = line["tried"]
         return [lr * grads[0] if after < min(here, math.nextafter(against, math.inf)) else
