@@ -21,7 +21,7 @@ from mezo.run.header import INITIAL, initial_theta, make_header, starting_file
 from mezo.run.replay import rebuild, replay_records
 from mezo.run.stopping import stalled
 from mezo.run.trajectory import read_header, read_trajectory
-from mezo.runtimes.base import Follower, Runtime, require
+from mezo.runtimes.base import Follower, ReadsAdapters, Runtime, require
 from mezo.tasks import load_splits, with_objective
 from mezo.training.evaluation import evaluate_split, evaluation_interval
 from mezo.training.ranks import Ranks
@@ -79,12 +79,23 @@ def start(
     runtime.load(initial_theta(header, initial))
     if initial is not None and ranks.size > 1:
         ranks.check_equal(runtime.theta(), 0, "make the adapter on one machine and start from it: --adapter")
+    _prove_adapter(runtime, config.model.tuning.adapter)
     if ranks.leads:
+        outcome.prove(runtime, header, config.machine.output_dir)
         run = RunDirectory.create(config.machine.output_dir, config, header, initial)
     else:
         run = RunDirectory(Path(config.machine.output_dir))
     trainer = Trainer(config, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
     return _carry_through(trainer, ranks, until)
+
+
+def _prove_adapter(runtime: Runtime, directory: str) -> None:
+    """Raise UserError if an adapter is another function here than where PEFT loads it itself.
+
+    The engine is compared with transformers at its start; an adapter is read the same way in both runtimes.
+    """
+    if directory and isinstance(runtime, ReadsAdapters):
+        runtime.prove_adapter(directory)
 
 
 def follow(config: Config) -> dict:
@@ -264,6 +275,7 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
             spec, linear = runtime.spec, config.model.tuning.head == "linear"
             check_base(adapter, config.model.base, linear, {"model_hash": spec.model_hash, "dtype": spec.dtype})
             runtime.load(load_adapter(adapter, runtime.spec.shapes))
+            _prove_adapter(runtime, str(adapter))
         judged = judges(config.method)
         return {split: evaluate_split(config, runtime, split, examples, judged) for split, examples in splits.items()}
 

@@ -49,6 +49,10 @@ def main(argv: list[str]) -> int:
             f"mezo tune --resume {path} takes no other option, got {flag_of(next(iter(values)))}: the plan is fixed"
         )
     options = {field.name: values.pop(field.name) for field in fields(Options) if field.name in values}
+    if values.get("adapter"):
+        from mezo.run.adapter import with_base
+
+        values = with_base(values)
     config = None if path else Config.of(**values)
     from mezo.studies import tune
 

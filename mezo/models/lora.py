@@ -1,9 +1,10 @@
 """LoRA: which linear layers are adapted, and the adapter as PEFT describes it."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import nn
 
@@ -12,6 +13,9 @@ from mezo.errors import UserError
 from mezo.models.spec import LINEAR_HEAD
 from mezo.models.tuning import Attached, Base
 from mezo_kernels import canonical_name, lora_init
+
+READ = "read"
+"""Name under which an adapter is loaded beside the one that is trained."""
 
 
 def attach(tuning: Lora, base: Base) -> Attached:
@@ -29,6 +33,7 @@ def attach(tuning: Lora, base: Base) -> Attached:
     lora = LoraConfig(
         r=tuning.r,
         lora_alpha=tuning.lora_alpha,
+        use_rslora=tuning.use_rslora,
         target_modules=sorted(targets),
         layers_to_transform=layers or None,
         lora_dropout=0.0,
@@ -46,6 +51,29 @@ def attach(tuning: Lora, base: Base) -> Attached:
         head = getattr(base.model, LINEAR_HEAD).modules_to_save["default"]
         params[f"base_model.model.{LINEAR_HEAD}.weight"] = head.weight  # as PEFT's state dict calls it
     return Attached(model, params, _peft_fields(lora, base.checkpoint.name), "LoRA parameters", _noise)
+
+
+@contextmanager
+def as_peft_loads(model: PeftModel, directory: str) -> Iterator[None]:
+    """Within the block a model runs the adapter of a directory, which PEFT reads by itself, in place of its own.
+
+    Args:
+        model: of PEFT.
+        directory: of the adapter.
+    Raises:
+        UserError: PEFT cannot load it.
+    """
+    try:
+        model.load_adapter(directory, READ, autocast_adapter_dtype=False)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"adapter {directory}: PEFT cannot load it ({' '.join(str(error).split())})") from error
+    try:
+        model.set_adapter(READ)
+        yield
+    finally:
+        model.set_adapter("default")
+        model.delete_adapter(READ)
+        model.requires_grad_(False).eval()
 
 
 def peft_defaults(kind: str) -> dict[str, object]:
@@ -88,6 +116,7 @@ def _chosen(base: Base, targets: list[str], layers: list[int], adaptable_head: b
 
 def _peft_fields(lora: LoraConfig, model: str) -> dict:
     saved = {"modules_to_save": list(lora.modules_to_save)} if lora.modules_to_save else {}
+    saved |= {"use_rslora": True} if lora.use_rslora else {}
     return saved | {
         "peft_type": "LORA",
         "task_type": lora.task_type,

@@ -49,6 +49,7 @@ class Peft(_Fields):
     base_model_name_or_path: Text | None = None
     r: Rank | None = None
     lora_alpha: Annotated[StrictInt, Ge(1), Lt(2**31)] | Annotated[FiniteFloat, Ge(2.0**-31), Lt(2**31)] | None = None
+    use_rslora: StrictBool | None = None
     target_modules: list[Text] | Text | None = None
     layers_to_transform: list[Count] | Count | None = None
     modules_to_save: list[Text] | None = None
@@ -64,10 +65,11 @@ class Peft(_Fields):
 
 
 class BaseHash(_Fields):
-    """What base an adapter was trained on."""
+    """What base an adapter was trained on, and what its weights are."""
 
     model_hash: Text
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")]
+    weights: Annotated[list[Text], MaxLen(2)] = []
 
 
 class Stream(_Fields):

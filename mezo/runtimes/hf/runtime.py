@@ -15,6 +15,7 @@ from mezo.errors import UserError
 from mezo.method.step import Step, Update
 from mezo.models.full import save_model
 from mezo.models.load import Checkpoint
+from mezo.models.lora import as_peft_loads
 from mezo.models.parts import load_parts
 from mezo.progress import say
 from mezo.runtimes.base import TokenCount
@@ -22,6 +23,7 @@ from mezo.runtimes.generation import Writing, greedy, refuse_too_long
 from mezo.runtimes.hf.proof import StartProof
 from mezo.runtimes.hf.rowwise import RowsLost, RowWise, why_not
 from mezo.runtimes.hf.trunk import GROUP, Trunk, no_cache
+from mezo.runtimes.reference import reference_log_probs
 from mezo.runtimes.rows import RowBatch, by_length, option_scores, rows_of, scored
 from mezo.runtimes.sides import Sides
 from mezo.runtimes.theta import PerturbedTheta
@@ -496,6 +498,17 @@ class HFRuntime:
         if self.rowwise:
             self._prove_rowwise(proof)
         self.seconds_proving = time.perf_counter() - began - (self.seconds_filling - filled)
+
+    @torch.no_grad()
+    def prove_adapter(self, directory: str) -> None:
+        """See `ReadsAdapters.prove_adapter`."""
+        self._point([t.to(self.dtype) for t in self.master.tensors])
+        proof = StartProof(self.rows, self.pad, self.device, self.dtype)
+        log_probs = reference_log_probs(self.parts.model, proof.batch)
+        with as_peft_loads(self.parts.model, directory):
+            proof.check(
+                self.parts.model, log_probs, f"adapter {directory}", "it is another function where PEFT loads it"
+            )
 
     def _prove_rowwise(self, proof: StartProof) -> None:
         """Give up passes of rows with copies of their own, in favour of one for each copy, if scores change."""
