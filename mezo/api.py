@@ -1,5 +1,6 @@
 """What each command does, as functions that scripts may call; `mezo/cli/` parses arguments and prints errors."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -172,7 +173,7 @@ def resume(
     _check_ranks(config, ranks)
     trusted = trusted_reward(config.method.reward, first_line.get("reward_hash"), reward, trust_reward, path)
     config = config.replace(reward=trusted)
-    with loaded(config, need="train") as (runtime, splits, seconds):
+    with loaded(config, need="train", done=len(records)) as (runtime, splits, seconds):
         return carry_on(run, config, runtime, splits, seconds, ranks, until)
 
 
@@ -345,8 +346,14 @@ def replay(run: str, output_dir: str, until: str = "best", backend: str | None =
 
 
 @contextmanager
-def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, dict, float]]:
-    """Runtime, examples and the seconds it took. Data first: it is quick to load, and most mistakes are there."""
+def loaded(config: Config, need: str | None = None, done: int = 0) -> Iterator[tuple[Runtime, dict, float]]:
+    """Runtime, examples and the seconds it took. Data first: it is quick to load, and most mistakes are there.
+
+    Args:
+        config: the run's.
+        need: a split that must be there.
+        done: steps of the run that are in its log.
+    """
     started = time.perf_counter()
     say(f"loading the data and {config.model.base}")
     config.data.refuse_missing_files()
@@ -367,7 +374,7 @@ def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, d
     for judge in judges(config.method).values():  # a reward that takes nothing is found before the model is loaded
         judge(next(iter(splits.values()))[0], "")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    runtime = _runtime(config, pad, checkpoint)
+    runtime = _runtime(config, pad, checkpoint, done)
     try:
         runtime.prepare(splits)
         yield runtime, splits, time.perf_counter() - started - runtime.seconds_filling - runtime.seconds_proving
@@ -375,18 +382,20 @@ def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, d
         runtime.close()
 
 
-def _runtime(config: Config, pad: int, checkpoint: Checkpoint) -> Runtime:
+def _runtime(config: Config, pad: int, checkpoint: Checkpoint, done: int) -> Runtime:
     """The runtime that --runtime names; the other one's libraries are not imported."""
+    model, machine, work = config.for_runtime
+    work = dataclasses.replace(work, done=done)
     if config.machine.runtime.name == "sglang":
         try:
             from mezo.runtimes.sglang.runtime import SGLangRuntime
         except ImportError as error:
             raise UserError(f"--runtime sglang: {error}; install it: pip install 'mezo-kernels[sglang]'") from error
 
-        return SGLangRuntime(*config.for_runtime, pad, checkpoint)
+        return SGLangRuntime(model, machine, work, pad, checkpoint)
     from mezo.runtimes.hf.runtime import HFRuntime
 
-    return HFRuntime(*config.for_runtime, pad, checkpoint)
+    return HFRuntime(model, machine, work, pad, checkpoint)
 
 
 def _same_run(logged: dict, now: dict, path: str) -> None:

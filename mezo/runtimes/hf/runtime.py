@@ -22,14 +22,13 @@ from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Writing, greedy, refuse_too_long
 from mezo.runtimes.hf.proof import StartProof
 from mezo.runtimes.hf.rowwise import RowsLost, RowWise, why_not
-from mezo.runtimes.hf.trunk import GROUP, Trunk, no_cache
+from mezo.runtimes.hf.trunk import CALL, Trunk, no_cache
 from mezo.runtimes.reference import reference_log_probs
 from mezo.runtimes.rows import RowBatch, by_length, option_scores, rows_of, scored
 from mezo.runtimes.sides import Sides
 from mezo.runtimes.theta import PerturbedTheta
 from mezo_kernels import ParamLayout, available_backends
 
-CALL = 48  # tokens whose time a forward pass of none takes on a CPU, where the weights are read for each call
 SIGNS = ("plus", "minus")
 WATCHED = 1 << 20  # elements of a whole model that a watched step compares with the reference
 
@@ -139,16 +138,22 @@ class HFRuntime:
         return max(len(row.ids) for nested in self.rows.values() for rows in nested for row in rows)
 
     def _prepare_trunk(self) -> None:
-        """Prove the trunk exact, then fill it; a training set too large to be seen once is filled as it is drawn."""
-        self.trunk = self._trunk()
+        """Prove the trunk exact, then fill it.
+
+        Of a training set too large to be seen once nothing is kept, and what is left of a resumed run may be so short
+        that it fills what it draws.
+        """
+        self.trunk, work, n = self._trunk(), self.work, len(self.examples.get("train", ()))
         rows = {split: [row for example in nested for row in example] for split, nested in self.rows.items()}
-        drawn = self.work.steps * self.work.batch_size
-        later = {split for split in rows if split == "train" and drawn < len(self.examples[split])}
+        once = work.steps * work.batch_size < n
+        short = (work.steps - work.done) * work.batch_size < n
         for split in rows:
-            self.trunk.register(split, rows[split], group=1 if split in later else GROUP)
+            self.trunk.register(split, rows[split], kept=not (once and split == "train"))
         self._prove("--trunk-cache", "use --trunk-cache off")
         self.trunk.clear()
-        for split in [split for split in rows if split not in later]:
+        if short and n:
+            say(f"the trunk cache is not filled with train ahead: the steps to come draw fewer than its {n:,} examples")
+        for split in [split for split in rows if not (short and split == "train")]:
             count = self.tokens if split == "train" else self.eval_tokens
             count.computed += self._trunk_share(self.trunk.fill(split))
 
