@@ -154,7 +154,7 @@ def train_on(runtime: HFRuntime, splits: dict[str, list[Example]], config: Confi
     header = make_header(config, runtime.spec, splits, initial)
     runtime.load(initial_theta(header, initial))
     run = RunDirectory.create(config.machine.output_dir, config, header, initial)
-    return Trainer(config, runtime, splits, run).train()
+    return Trainer(config.method, config.machine, runtime, splits, run).train()
 
 
 def curves(run: RunDirectory) -> dict:

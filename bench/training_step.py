@@ -59,7 +59,7 @@ class OurStep:
         runtime.prepare({"train": data})
         if runtime.spec.peft:
             runtime.load({name: lora_init(3, name, shape) for name, shape in runtime.spec.shapes.items()})
-        self.measurement = Measurement(self.config, runtime, data, {}, Ranks())
+        self.measurement = Measurement(self.config.method, config.machine, runtime, data, {}, Ranks())
         self.writer = TrajectoryWriter(log)
         self.step = self.measurement.step(0)
         runtime.perturb(self.measurement.first(self.step))

@@ -86,7 +86,7 @@ def start(
         run = RunDirectory.create(config.machine.output_dir, config, header, initial)
     else:
         run = RunDirectory(Path(config.machine.output_dir))
-    trainer = Trainer(config, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
+    trainer = Trainer(config.method, config.machine, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
     return _carry_through(trainer, ranks, until)
 
 
@@ -185,7 +185,7 @@ def _longer(saved: Config, machine: dict) -> Config:
         raise UserError(f"--steps {config.method.steps}: the run has {steps}; a larger number lengthens it")
     if config.method.steps == steps or config.method.eval_every:
         return config
-    return config.replace(eval_every=evaluation_interval(saved))
+    return config.replace(eval_every=evaluation_interval(saved.method))
 
 
 def carry_on(
@@ -226,7 +226,7 @@ def carry_on(
         run.result.unlink(missing_ok=True)  # of a run that ended early and now goes on
         run.write_metrics([row for row in run.read_metrics() if row["step"] <= len(records)])
     replay_records(runtime.update, records)
-    trainer = Trainer(config, runtime, splits, run, records, ranks, seconds_loading=seconds)
+    trainer = Trainer(config.method, config.machine, runtime, splits, run, records, ranks, seconds_loading=seconds)
     return _carry_through(trainer, ranks, until)
 
 
@@ -278,7 +278,8 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
             runtime.load(load_adapter(adapter, runtime.spec.shapes))
             _prove_adapter(runtime, str(adapter))
         judged = judges(config.method)
-        return {split: evaluate_split(config, runtime, split, examples, judged) for split, examples in splits.items()}
+        groups = config.method, config.machine
+        return {split: evaluate_split(*groups, runtime, split, part, judged) for split, part in splits.items()}
 
 
 def evaluate_target(given: dict, target: Path | None = None, trust_reward: bool = False) -> dict[str, dict]:

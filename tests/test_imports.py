@@ -157,6 +157,12 @@ def test_training_knows_the_protocol_of_a_runtime_only():
     assert all(inside(other, "mezo.runtimes.base") for other in used)
 
 
+def test_training_takes_groups_of_a_configuration_and_never_the_whole():
+    used = {other for name, found in IMPORTS.items() if inside(name, "mezo.training") for other in found}
+    assert {"mezo.config.Method", "mezo.config.Machine"} <= used
+    assert not {"mezo.config", "mezo.config.Config", "mezo.config.Data", "mezo.config.Model"} & used
+
+
 def test_no_grab_bags():
     tracked = [*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
     assert not [path for path in tracked if path.name in ("utils.py", "common.py", "helpers.py", "misc.py")]

@@ -88,7 +88,7 @@ class _Probe:
 
     def __init__(self, config: Config, runtime: Runtime, examples: Sequence[Example], judged: dict[str, Judge]):
         self.config, self.runtime = config.replace(directions=1), runtime  # z is the same for a whole batch
-        self.measurement = Measurement(self.config, runtime, examples, judged, Ranks())
+        self.measurement = Measurement(self.config.method, config.machine, runtime, examples, judged, Ranks())
         self.example_grads: list[torch.Tensor] = []
 
     def line(self, k: int, distance: float, reach: int) -> list[float]:

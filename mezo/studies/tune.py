@@ -192,7 +192,7 @@ def command(config: Config, lr: float, eps: float) -> str:
 
 def compared_by(config: Config) -> tuple[int, str]:
     """Which figure of dev ranks trials, and its sign: the loss, or what a run of generated text is for."""
-    return best_by(config) if config.method.generates else (-1, "loss")
+    return best_by(config.method) if config.method.generates else (-1, "loss")
 
 
 def order(rows: Sequence[dict], sign: int = -1, key: str = "loss") -> list[dict]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mezo.config import Config
+from mezo.config import Machine, Method
 from mezo.data.answers import METRICS, best
 from mezo.data.example import Example
 from mezo.data.rewards import Judge
@@ -29,7 +29,7 @@ class Evaluations:
     """Rows of metrics.jsonl, made when they are due; the best theta is kept.
 
     Args:
-        config: the run's.
+        method, machine: groups of the run's configuration.
         runtime: at theta of the step that is evaluated.
         splits: examples.
         judges: of generated text, by the name that a row has.
@@ -41,7 +41,8 @@ class Evaluations:
 
     def __init__(
         self,
-        config: Config,
+        method: Method,
+        machine: Machine,
         runtime: Runtime,
         splits: dict[str, Sequence[Example]],
         judges: dict[str, Judge],
@@ -50,14 +51,15 @@ class Evaluations:
         clock: Clock,
         measurement: Measurement,
     ):
-        self.config, self.runtime, self.splits, self.judges, self.run = config, runtime, splits, judges, run
-        self.clock, self.instruments = clock, Instruments(config, runtime, measurement, clock)
+        self.method, self.machine, self.runtime, self.run = method, machine, runtime, run
+        self.splits, self.judges = splits, judges
+        self.clock, self.instruments = clock, Instruments(method, runtime, measurement, clock)
         self.metrics = [row for row in run.read_metrics() if row["step"] <= done]
-        self.every = evaluation_interval(config)
+        self.every = evaluation_interval(method)
 
     def due(self, step: int) -> bool:
         """Whether anything is to be looked at after so many steps."""
-        return step % self.every == 0 or step == self.config.method.steps
+        return step % self.every == 0 or step == self.method.steps
 
     def make(self, records: Sequence[StepRecord], monitor: Monitor) -> None:
         """Evaluate dev, and test and train before the first step; keep theta if it is the best."""
@@ -75,7 +77,7 @@ class Evaluations:
     def evaluate(self, split: str, step: int, monitor: Monitor) -> dict:
         """Score a split at theta; return its row, which is on the disk."""
         with self.clock.measuring("evaluation"):
-            figures = evaluate_split(self.config, self.runtime, split, self.splits[split], self.judges)
+            figures = evaluate_split(self.method, self.machine, self.runtime, split, self.splits[split], self.judges)
             row = {"step": step, "split": split, **figures}
             if split == "dev":
                 row["is_best"] = self._beats(row)
@@ -86,7 +88,7 @@ class Evaluations:
         return row
 
     def _before_and_after(self) -> list[str]:
-        splits = ["test", "train"] if self.config.method.eval_train else ["test"]
+        splits = ["test", "train"] if self.method.eval_train else ["test"]
         known = {row["split"] for row in self.metrics}
         return [split for split in splits if split in self.splits and split not in known]
 
@@ -100,38 +102,43 @@ class Evaluations:
 
     def _beats(self, row: dict) -> bool:
         """Better by what the run is for (`best_by`); never a NaN."""
-        sign, key = best_by(self.config)
+        sign, key = best_by(self.method)
         others = [r[key] for r in self.metrics if r["split"] == "dev" and r["step"] < row["step"]]
         return row[key] is not None and all(sign * row[key] > sign * other for other in others if other is not None)
 
 
-def evaluation_interval(config: Config) -> int:
+def evaluation_interval(method: Method) -> int:
     """Steps from one evaluation to the next."""
-    return config.method.eval_every or max(1, config.method.steps // TENTHS)
+    return method.eval_every or max(1, method.steps // TENTHS)
 
 
-def best_by(config: Config) -> tuple[int, str]:
+def best_by(method: Method) -> tuple[int, str]:
     """Which figure of dev chooses the best step, and its sign: 1 where more is better.
 
     Unless the run asks for the loss: the reward if one is trained, F1 where text is generated, the loss where the
     objective has no options to be right about, else the accuracy.
     """
-    if config.method.best_metric == "loss":
+    if method.best_metric == "loss":
         return -1, "loss"
-    if "reward" in config.method.objectives:
+    if "reward" in method.objectives:
         return 1, "reward"
-    if config.method.generates:
+    if method.generates:
         return 1, "f1"
-    return (-1, "loss") if "lm_cross_entropy" in config.method.objectives else (1, "accuracy")
+    return (-1, "loss") if "lm_cross_entropy" in method.objectives else (1, "accuracy")
 
 
 def evaluate_split(
-    config: Config, runtime: Runtime, split: str, examples: Sequence[Example], judges: dict[str, Judge]
+    method: Method,
+    machine: Machine,
+    runtime: Runtime,
+    split: str,
+    examples: Sequence[Example],
+    judges: dict[str, Judge],
 ) -> dict[str, float | None]:
     """Everything that is reported of a split at theta.
 
     Args:
-        config: of the run.
+        method, machine: groups of the run's configuration.
         runtime: with the examples prepared.
         split: name of the split.
         examples: all of it.
@@ -141,11 +148,11 @@ def evaluate_split(
         As `evaluate`; where the options are answers with names f1 and exact_match are those of the chosen one, and
         accuracy takes every right one; where text is generated, the mean of what each judge says of it.
     """
-    size, n = config.machine.eval_batch_size or config.method.batch_size, len(examples)
+    size, n = machine.eval_batch_size or method.batch_size, len(examples)
     figures = dict.fromkeys(("accuracy", "loss", "f1", "auc"))
     if all(example.options for example in examples):
         scores = score_split(runtime, split, n, size)
-        alone = "lm_cross_entropy" in config.method.objectives or scores.shape[1] == 1
+        alone = "lm_cross_entropy" in method.objectives or scores.shape[1] == 1
         labels = torch.tensor([example.label for example in examples])
         figures = evaluate(scores, labels, "lm_cross_entropy" if alone else "cross_entropy")
         if all(example.names for example in examples) and figures["accuracy"] is not None:
@@ -155,7 +162,7 @@ def evaluate_split(
         outputs = [
             text
             for part in told(parts, f"texts of {split}, batches", EVERY)
-            for text in runtime.generate(split, part, config.method.max_new_tokens, config.method.stops)
+            for text in runtime.generate(split, part, method.max_new_tokens, method.stops)
         ]
         for name, judge in judges.items():
             figures[name] = sum(map(judge, examples, outputs)) / n

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from mezo.config import Config
+from mezo.config import Method
 from mezo.run.trajectory import StepRecord
 from mezo.runtimes.base import Differentiable, Runtime, require
 from mezo.training.clock import Clock
@@ -24,14 +24,14 @@ class Instruments:
     """Rows of metrics.jsonl about the estimate itself.
 
     Args:
-        config: the run's.
+        method: what the run does in a step.
         runtime: at theta of the step that is looked at, the next step's perturbations written.
         measurement: of a step's losses; it keeps the scores of the last steps.
         clock: what is done here is evaluation.
     """
 
-    def __init__(self, config: Config, runtime: Runtime, measurement: Measurement, clock: Clock):
-        self.config, self.runtime, self.measurement, self.clock = config, runtime, measurement, clock
+    def __init__(self, method: Method, runtime: Runtime, measurement: Measurement, clock: Clock):
+        self.method, self.runtime, self.measurement, self.clock = method, runtime, measurement, clock
 
     def rows(self, records: Sequence[StepRecord], metrics: Sequence[dict]) -> Iterator[dict]:
         """What is due after these records and not among the rows there are; only finite numbers.
@@ -46,9 +46,9 @@ class Instruments:
         step = len(records)
         known = {row["split"] for row in metrics if row["step"] == step}
         wanted = {
-            "gradient": self.config.method.true_gradient,
-            "spread": self.config.method.noise,
-            "noise": self.config.method.noise,
+            "gradient": self.method.true_gradient,
+            "spread": self.method.noise,
+            "noise": self.method.noise,
         }
         since = max((row["step"] for row in metrics if row["split"] == "noise"), default=0)
         for kind, measure in (("spread", self._spread), ("noise", self._noise), ("gradient", self._gradient)):
@@ -62,7 +62,7 @@ class Instruments:
 
     def _noise(self, step: int, records: Sequence[StepRecord]) -> dict:
         """Score the last batch twice with theta in every copy: what differs is noise, here of projected_grad."""
-        eps = self.config.method.half_distance
+        eps = self.method.half_distance
         self.runtime.equalise()
         batch = self.measurement.batches(step - 1)
         once, again = (self.measurement.held_losses([0], batch) for _ in range(2))
@@ -78,13 +78,13 @@ class Instruments:
         }
 
     def _spread(self, step: int, records: Sequence[StepRecord]) -> dict:
-        measurement, config = self.measurement, self.config
-        first, rule = measurement.first(measurement.step(step)), config.method.rule
+        measurement, method = self.measurement, self.method
+        first, rule = measurement.first(measurement.step(step)), method.rule
         theta, dtype = self.runtime.theta(), getattr(torch, self.runtime.spec.dtype.split(",")[0])
         if measurement.group_size == 1 and measurement.recent:  # no two examples have had one z
             measurement.recent.extend(self._under_one_z(step))
         grads = list(measurement.example_grads())
-        rho, size = coherence(grads), config.method.batch_size
+        rho, size = coherence(grads), method.batch_size
         return {
             "over_perturbations": spread_over_perturbations(records),
             "over_batch": spread_over_batch(grads, measurement.group_size),
@@ -96,7 +96,7 @@ class Instruments:
     def _under_one_z(self, step: int) -> Iterator[Scores]:
         """Scores of the next step's batch by micro-batches, all under the first of the step's perturbations."""
         batch = self.measurement.batches(step)
-        size = self.config.machine.micro_batch_size or len(batch)
+        size = self.measurement.machine.micro_batch_size or len(batch)
         for part in (batch[i : i + size] for i in range(0, len(batch), size)):
             (pair,) = self.runtime.score_pairs("train", part, [range(len(part))])
             yield [(part, pair)]
@@ -111,12 +111,12 @@ class Instruments:
         gradients = [self._gradient_of(group) for group in groups]
         mine, norms = whole.part(places), measurement.norms(whole.part(places).seeds)
         measured = [measurement.group(k) for k in places]
-        return against_gradient(mine.seeds, grads, gradients, self.config.method.rule.distribution, norms, measured)
+        return against_gradient(mine.seeds, grads, gradients, self.method.rule.distribution, norms, measured)
 
     def _gradient_of(self, examples: Sequence[int]) -> dict[str, torch.Tensor]:
         """Autograd's gradient of the mean loss of some training examples."""
         runtime = require(self.runtime, Differentiable, "--true-gradient")
-        measurement, size, total = self.measurement, self.config.machine.micro_batch_size or len(examples), None
+        measurement, size, total = self.measurement, self.measurement.machine.micro_batch_size or len(examples), None
         for i in range(0, len(examples), size):
             part = examples[i : i + size]
             share, labels = len(part) / len(examples), measurement.labels[part]

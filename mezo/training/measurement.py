@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from mezo.config import Config
+from mezo.config import Machine, Method
 from mezo.data.example import Example
 from mezo.data.rewards import Judge
 from mezo.errors import RunError
@@ -71,7 +71,7 @@ class Measurement:
     """Forms the record of a step from the losses of its batch.
 
     Args:
-        config: the run's.
+        method, machine: groups of the run's configuration.
         runtime: prepared.
         examples: to train on.
         judges: of generated text, by the name of the objective.
@@ -81,26 +81,33 @@ class Measurement:
     """
 
     def __init__(
-        self, config: Config, runtime: Runtime, examples: Sequence[Example], judges: dict[str, Judge], ranks: Ranks
+        self,
+        method: Method,
+        machine: Machine,
+        runtime: Runtime,
+        examples: Sequence[Example],
+        judges: dict[str, Judge],
+        ranks: Ranks,
     ):
-        self.config, self.runtime, self.examples, self.ranks = config, runtime, examples, ranks
-        self.rule, self.half_distance = config.method.rule, config.method.half_distance
+        self.method, self.machine, self.runtime = method, machine, runtime
+        self.examples, self.ranks = examples, ranks
+        self.rule, self.half_distance = method.rule, method.half_distance
         self.labels = torch.tensor([example.label for example in examples])
-        self.group_size, per_group = config.method.group_size, config.method.num_perturbations
+        self.group_size, per_group = method.group_size, method.num_perturbations
         self.group = lambda k: k // per_group  # of the batch, that perturbation k measures
-        self.mine = self._mine(config.method.batch_size)
-        self.batches = Batches(len(examples), config.method.batch_size, config.method.seed)
-        self.objective = mixture(config.method.objectives)
-        self.judges = {name: judge for name, judge in judges.items() if name in config.method.objectives}
+        self.mine = self._mine(method.batch_size)
+        self.batches = Batches(len(examples), method.batch_size, method.seed)
+        self.objective = mixture(method.objectives)
+        self.judges = {name: judge for name, judge in judges.items() if name in method.objectives}
         self.recent: deque[Scores] = deque(maxlen=RECENT)
-        backend = None if config.machine.backend == "auto" else config.machine.backend
+        backend = None if machine.backend == "auto" else machine.backend
         length = lambda seed: root_mean_square(runtime.spec.shapes, seed, device=runtime.device, backend=backend)  # noqa: E731
-        self.norm = functools.lru_cache(256)(length) if config.method.normalise_z else None
+        self.norm = functools.lru_cache(256)(length) if method.normalise_z else None
 
     def step(self, number: int) -> Step:
         """The perturbations of a step."""
-        config = self.config
-        return Step.of_run(config.method.seed, number, config.method.perturbations, config.method.eps, self.norm)
+        method = self.method
+        return Step.of_run(method.seed, number, method.perturbations, method.eps, self.norm)
 
     def norms(self, seeds: Sequence[int]) -> tuple[float, ...]:
         """Root mean square of each z where --normalise-z divides by it; else ()."""
@@ -113,7 +120,7 @@ class Measurement:
     def _places(self, step: Step) -> list[list[int]]:
         """This rank's perturbations of a step, as many at a time as the runtime holds."""
         rank, size, held = self.ranks.rank, self.ranks.size, self.runtime.pairs
-        if self.config.machine.parallel == "data":
+        if self.machine.parallel == "data":
             groups = {at // self.group_size for at in self.mine}
             places = [k for k in range(len(step)) if self.group(k) in groups]
         else:
@@ -123,7 +130,7 @@ class Measurement:
     def _mine(self, size: int) -> range:
         """Places of a batch of so many examples that this rank measures."""
         rank, ranks = self.ranks.rank, self.ranks.size
-        by_data = self.config.machine.parallel == "data"
+        by_data = self.machine.parallel == "data"
         return range(rank * size // ranks, (rank + 1) * size // ranks) if by_data else range(size)
 
     def record(self, step: Step, watch: bool = False) -> StepRecord:
@@ -133,14 +140,12 @@ class Measurement:
             step: the runtime holds its `first` perturbations.
             watch: compare what the runtime writes with the reference.
         """
-        config, batch = self.config, self.batches(step.number)
+        method, batch = self.method, self.batches(step.number)
         losses = self.losses(step, batch, watch)
         grads = losses.projected_grads(self.half_distance)
-        lr = learning_rate(
-            step.number, config.method.steps, config.method.lr, config.method.lr_schedule, config.method.warmup_steps
-        )
+        lr = learning_rate(step.number, method.steps, method.lr, method.lr_schedule, method.warmup_steps)
         norms = self.norms(step.seeds)
-        update = self.rule.plan(step.seeds, grads, losses, lr, config.method.weight_decay, config.method.clip, norms)
+        update = self.rule.plan(step.seeds, grads, losses, lr, method.weight_decay, method.clip, norms)
         tried = ()
         if self.rule.compares and not update.skipped:
             tried = self._try(step, update, batch, watch)
@@ -213,7 +218,7 @@ class Measurement:
                     yield grads
 
     def _mean(self, totals: BatchTotals) -> Losses:
-        return totals.losses(self.config.method.objectives, self.config.method.z_score_rewards)
+        return totals.losses(self.method.objectives, self.method.z_score_rewards)
 
     def _measure(self, totals: BatchTotals, places: Sequence[int], batch: list[int], mine: Sequence[int]) -> None:
         """Add the examples at the places `mine` of a batch, at the copies that the runtime holds.
@@ -222,13 +227,13 @@ class Measurement:
         """
         groups = {self.group(k) for k in places}
         mine = [at for at in mine if at // self.group_size in groups]
-        size = self.config.machine.micro_batch_size or len(mine)
+        size = self.machine.micro_batch_size or len(mine)
         for start in range(0, len(mine), size):
             part = mine[start : start + size]
             owned = [[i for i, at in enumerate(part) if at // self.group_size == self.group(k)] for k in places]
             call = ("train", [batch[at] for at in part], None if len(groups) == 1 else owned)
             at = {k: [part[i] for i in each] for k, each in zip(places, owned, strict=True)}
-            if self.config.method.scores:
+            if self.method.scores:
                 self._score(totals, at, batch, call)
             if self.judges:
                 self._judge(totals, at, batch, call)
@@ -255,7 +260,7 @@ class Measurement:
     def _judge(self, totals: BatchTotals, at: dict[int, list[int]], batch: list[int], call: tuple) -> None:
         """Add what each judge says of the texts at the copies that the runtime holds. See `_score`."""
         split, indices, owned = call
-        method = self.config.method
+        method = self.method
         texts = self.runtime.generate_pairs(split, indices, method.max_new_tokens, method.stops, owned)
         for (k, places), pair in zip(at.items(), texts, strict=True):
             for sign, outputs in enumerate(pair):

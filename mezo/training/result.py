@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from mezo.config import Config
+from mezo.config import Machine, Method
 from mezo.run.trajectory import StepRecord
 from mezo.training.clock import Clock
 from mezo.training.instruments import rms
@@ -27,7 +27,8 @@ INSTRUMENTS = {
 
 
 def result(
-    config: Config,
+    method: Method,
+    machine: Machine,
     best: int,
     after: dict[str, dict],
     records: Sequence[StepRecord],
@@ -39,7 +40,7 @@ def result(
     """The result of a run that reached its last step, or was stopped early.
 
     Args:
-        config: the run's.
+        method, machine: groups of the run's configuration.
         best: step whose adapter was kept.
         after: rows of that adapter, by split.
         records: of all steps.
@@ -57,7 +58,7 @@ def result(
         "best_step": best,
         "examples": dict(examples),
         "steps": len(records),
-        "stopped_early": len(records) < config.method.steps,
+        "stopped_early": len(records) < method.steps,
         "steps_counted": clock.steps,
         "seconds_training": seconds["training"],
         "seconds_of_training": {**clock.parts, "bookkeeping": seconds["training"] - sum(clock.parts.values())},
@@ -67,7 +68,7 @@ def result(
         "seconds_compilation": seconds["compilation"],
         "seconds_evaluation": seconds["evaluation"],
         "steps_per_second": clock.rate,
-        "runtime": config.machine.runtime.name,
+        "runtime": machine.runtime.name,
         "ranks": ranks.size,
         "bytes_exchanged_per_step": ranks.bytes_exchanged / max(clock.steps_here, 1),
         "tokens_scored": tokens.scored,
@@ -79,9 +80,7 @@ def result(
         "tokens_cache_filled": clock.filled,
         **_instruments(metrics),
         "zero_gradient_share": sum(g == 0 for g in grads) / max(len(grads), 1),
-        "clipped_share": sum(abs(g) > config.method.clip for g in grads) / max(len(grads), 1)
-        if config.method.clip
-        else 0.0,
+        "clipped_share": sum(abs(g) > method.clip for g in grads) / max(len(grads), 1) if method.clip else 0.0,
         "zero_steps": sum(not record.update.skipped and not any(record.update.coefficients) for record in records),
         "skipped_steps": sum(record.update.skipped for record in records),
     }

@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Sequence
 
-from mezo.config import Config
+from mezo.config import Machine, Method
 from mezo.data.example import Example
 from mezo.data.rewards import judges
 from mezo.errors import Diverged
@@ -30,7 +30,7 @@ class Trainer:
     """One run, from wherever its log ends to its last step.
 
     Args:
-        config: the run's.
+        method, machine: groups of the run's configuration.
         runtime: prepared, with theta as the records leave it.
         splits: tokenised examples by split; "train" is needed.
         run: its locked directory.
@@ -41,7 +41,8 @@ class Trainer:
 
     def __init__(
         self,
-        config: Config,
+        method: Method,
+        machine: Machine,
         runtime: Runtime,
         splits: dict[str, Sequence[Example]],
         run: RunDirectory,
@@ -49,13 +50,14 @@ class Trainer:
         ranks: Ranks | None = None,
         seconds_loading: float = 0.0,
     ):
-        self.config, self.runtime, self.run, self.ranks = config, runtime, run, ranks or Ranks()
+        self.method, self.machine, self.runtime, self.run = method, machine, runtime, run
+        self.ranks = ranks or Ranks()
         self.records = list(records)
-        self.clock, judged = Clock(runtime, seconds_loading), judges(config.method)
-        self.measurement = Measurement(config, runtime, splits["train"], judged, self.ranks)
+        self.clock, judged = Clock(runtime, seconds_loading), judges(method)
+        self.measurement = Measurement(method, machine, runtime, splits["train"], judged, self.ranks)
         measured = (self.clock, self.measurement)
-        self.evaluations = Evaluations(config, runtime, splits, judged, run, len(records), *measured)
-        self.verify_every = config.machine.verify_every or max(1, config.method.steps // TENTHS)
+        self.evaluations = Evaluations(method, machine, runtime, splits, judged, run, len(records), *measured)
+        self.verify_every = machine.verify_every or max(1, method.steps // TENTHS)
         self.due, self.warned = False, False
 
     def train(self, until: int | None = None) -> dict | None:
@@ -66,13 +68,11 @@ class Trainer:
         Returns:
             What result.json holds, {} on ranks above 0, None if stopped by Ctrl-C or paused.
         """
-        start, end = len(self.records), min(until or self.config.method.steps, self.config.method.steps)
+        start, end = len(self.records), min(until or self.method.steps, self.method.steps)
         handler = signal.signal(signal.SIGINT, self._interrupt) if _main_thread() else None
         self.log = TrajectoryWriter(self.run.trajectory) if self.ranks.leads else None
         try:
-            with Monitor(
-                self.run.tensorboard, self.config.method.steps, start, quiet=not self.ranks.leads
-            ) as self.monitor:
+            with Monitor(self.run.tensorboard, self.method.steps, start, quiet=not self.ranks.leads) as self.monitor:
                 self.monitor.say(self.runtime.describe())
                 if self.records and self.evaluations.metrics:
                     self.clock.restore(self.evaluations.metrics[-1]["clock"])
@@ -88,7 +88,7 @@ class Trainer:
                     if self.ranks.stopping:
                         return self._stop()
                     ends = self._ends_early()
-                if len(self.records) < self.config.method.steps and not ends:
+                if len(self.records) < self.method.steps and not ends:
                     return self._stop()
                 return self._finish() if self.ranks.leads else {}
         finally:
@@ -120,7 +120,7 @@ class Trainer:
         self.records.append(record)
         self.due = self.verify_every > 0 and len(self.records) % self.verify_every == 0
         self._write_next(record.step + 1, record.update)
-        if self.due and len(self.records) == self.config.method.steps:
+        if self.due and len(self.records) == self.method.steps:
             check_kernels(self.runtime, len(self.records))
         if self.due and self.ranks.size > 1:
             self.ranks.check_equal(self.runtime.theta(), len(self.records))
@@ -138,7 +138,7 @@ class Trainer:
 
     def _give_up_if_diverged(self) -> None:
         """End a run whose loss is far above where it began, as --max-loss-ratio says; else warn of it, once."""
-        ratio, limit = loss_ratio(self.records), self.config.method.max_loss_ratio
+        ratio, limit = loss_ratio(self.records), self.method.max_loss_ratio
         if ratio is None or ratio <= (limit or WARNED):
             return
         rise = f"the mean loss of {WINDOW} steps is {ratio:.3g} times that of the first {WINDOW}"
@@ -155,7 +155,7 @@ class Trainer:
 
     def _ends_early(self) -> bool:
         """Whether dev has not improved for --early-stopping evaluations: rank 0 knows, and all ranks end together."""
-        patience = self.config.method.early_stopping
+        patience = self.method.early_stopping
         if not patience or not self.evaluations.due(len(self.records)):
             return False
         stuck = self.ranks.leads and stalled(self.evaluations.metrics, patience)
@@ -177,9 +177,9 @@ class Trainer:
         scored = {row["split"] for row in metrics if row["split"] in ("test", "train")}
         after = {split: self.evaluations.evaluate(split, step, self.monitor) for split in sorted(scored)}
         sizes = {split: len(examples) for split, examples in self.evaluations.splits.items()}
-        summary = result(self.config, step, after, self.records, metrics, self.clock, self.ranks, sizes)
+        summary = result(self.method, self.machine, step, after, self.records, metrics, self.clock, self.ranks, sizes)
         replace_file(self.run.result, json.dumps(summary, indent=2).encode())
-        if self.config.method.report:
+        if self.method.report:
             self._write_page()
         return summary
 

@@ -69,7 +69,8 @@ def estimates(runtime, directions=1, num_perturbations=1):
     """(STEPS, D): the estimates of the gradient that a run would step along, theta left where it is."""
     examples = [Example((1,), ((0,),), 0)] * EXAMPLES
     options = {"directions": directions, "num_perturbations": num_perturbations}
-    measurement = Measurement(config(lr=1.0, steps=STEPS, **options), runtime, examples, {}, Ranks())
+    chosen = config(lr=1.0, steps=STEPS, **options)
+    measurement = Measurement(chosen.method, chosen.machine, runtime, examples, {}, Ranks())
     rows = []
     for number in range(STEPS):
         step = measurement.step(number)
@@ -120,7 +121,7 @@ def test_coherence_foretells_what_a_direction_for_each_example_gains(quadratics)
 def test_losses_are_those_of_the_group_at_its_own_copies(quadratics, options):
     examples = [Example((1,), ((0,),), 0)] * EXAMPLES
     chosen = config(**options)
-    measurement = Measurement(chosen, quadratics, examples, {}, Ranks())
+    measurement = Measurement(chosen.method, chosen.machine, quadratics, examples, {}, Ranks())
     step, batch = measurement.step(5), measurement.batches(5)
     assert step.seeds == tuple(perturbation_seed(0, 5, k) for k in range(8))
     quadratics.perturb(step)

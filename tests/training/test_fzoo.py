@@ -173,7 +173,7 @@ def test_normalised_perturbations_have_one_length(config):
     made.prepare(splits)
     made.load(noisy(made))
     measurement, one = (
-        Measurement(config, made, splits["train"], {}, Ranks()),
+        Measurement(config.method, config.machine, made, splits["train"], {}, Ranks()),
         2 * EPS * math.sqrt(made.master.n_elements),
     )
 

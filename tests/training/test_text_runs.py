@@ -196,7 +196,7 @@ def test_squad_is_judged_by_text_and_keeps_the_best_f1(config, write, capsys):
     dev = {row["step"]: row for row in result["dev"]}
     assert dev[result["best_step"]]["f1"] == max(row["f1"] for row in dev.values())
     assert set(result["test"]["after"]) == {"accuracy", "loss", "f1", "auc", "exact_match"}
-    assert best_by(changed.replace(objective="lm_cross_entropy", generate="on")) == (1, "f1")
+    assert best_by(changed.replace(objective="lm_cross_entropy", generate="on").method) == (1, "f1")
     scored = evaluate(changed.replace(objective="auto"), Path(config.machine.output_dir) / "adapter")
     assert scored["test"] == pytest.approx(result["test"]["after"], abs=1e-6)
     assert main(["eval", config.machine.output_dir]) == 0
