@@ -279,7 +279,10 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
             _prove_adapter(runtime, str(adapter))
         judged = judges(config.method)
         groups = config.method, config.machine
-        return {split: evaluate_split(*groups, runtime, split, part, judged) for split, part in splits.items()}
+        return {
+            split: evaluate_split(*groups, runtime, split, part, judged, splits.decode)
+            for split, part in splits.items()
+        }
 
 
 def evaluate_target(given: dict, target: Path | None = None, trust_reward: bool = False) -> dict[str, dict]:

@@ -48,7 +48,7 @@ def _check_method(method: Method) -> None:
     require(shared, f"--directions must be 1, got {directions}: --update-rule {name} {why}")
     require(bool(decay) or not method.no_decay, "--no-decay needs --weight-decay: give it, or leave both")
     require(ratio == 0 or ratio > 1, f"--max-loss-ratio must be 0 or a finite number > 1, got {ratio}")
-    read = method.scores or method.best_metric == "auto"
+    read = method.scores or method.best_metric != "loss"
     require(read, f"--best-metric loss: --objective {method.objective} reads no loss of options; leave it out")
     refused = method.rule.refusals(
         num_perturbations=method.num_perturbations,

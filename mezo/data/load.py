@@ -1,6 +1,6 @@
 """From a task's stored rows to tokenised examples: checked, sampled, put into the prompt and encoded."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -18,9 +18,13 @@ from mezo.errors import UserError
 
 
 class Splits(dict[str, list[Example]]):
-    """Examples by split; `skipped` has how many bad rows were left out of each, where there were any."""
+    """Examples by split; `skipped` has how many bad rows were left out of each, where there were any.
+
+    `decode` gives the text of token ids, None where there is no tokenizer.
+    """
 
     skipped: Mapping[str, int] = MappingProxyType({})
+    decode: Callable[[Sequence[int]], str] | None = None
 
 
 def examples_of(
@@ -78,6 +82,7 @@ def examples_of(
     splits = Splits(
         {split: encode(items, template, tokenizer, length, masked, pooled) for split, items in judged.items()}
     )
+    splits.decode = tokenizer.decode
     splits.skipped = {split: skipped for split, (_, skipped) in checked.items() if skipped}
     return splits
 

@@ -156,6 +156,25 @@ class Clock(_Fields):
     eval_tokens: tuple[Amount, Amount]
 
 
+class Sample(_Fields):
+    """A text that was written for an example, and what judges say of it."""
+
+    prompt: Text
+    text: Text
+    references: list[Text]
+    judged: dict[Text, FiniteFloat]
+
+
+class Mistake(_Fields):
+    """A wrong answer, by numbers of classes."""
+
+    prompt: Text
+    where: Text
+    right: Count
+    chosen: Count
+    probability: FiniteFloat
+
+
 class Metrics(_Fields):
     """A line of metrics.jsonl: an evaluation, or what an instrument measured."""
 
@@ -164,6 +183,10 @@ class Metrics(_Fields):
     step: Count
     split: Literal["dev", "test", "train", "noise", "spread", "gradient", "stop"]
     is_best: StrictBool | None = None
+    samples: Annotated[list[Sample], MaxLen(16)] = []
+    classes: Annotated[list[Text], MaxLen(64)] = []
+    confusion: Annotated[list[Annotated[list[Count], MaxLen(64)]], MaxLen(64)] = []
+    mistakes: Annotated[list[Mistake], MaxLen(16)] = []
     clock: Clock
 
     @validates(mode="after")
