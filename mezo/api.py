@@ -77,12 +77,13 @@ def start(
     ranks = ranks or Ranks()
     initial = starting_file(config, runtime)
     header = make_header(config, runtime.spec, splits, initial)
-    runtime.load(initial_theta(header, initial))
+    theta = initial_theta(header, initial)
+    runtime.load(theta)
     if initial is not None and ranks.size > 1:
-        ranks.check_equal(runtime.theta(), 0, "make the adapter on one machine and start from it: --adapter")
+        ranks.check_equal(theta, 0, "make the adapter on one machine and start from it: --adapter")
     _prove_adapter(runtime, config.model.tuning.adapter)
     if ranks.leads:
-        outcome.prove(runtime, header, config.machine.output_dir)
+        outcome.prove(runtime, header, initial, config.machine.output_dir)
         run = RunDirectory.create(config.machine.output_dir, config, header, initial)
     else:
         run = RunDirectory(Path(config.machine.output_dir))
@@ -324,6 +325,8 @@ def run_to_score(path: Path) -> tuple[dict, Path | None]:
     """
     run = RunDirectory(path)
     config = run.read_config()
+    if config.model.tuning.is_lora and config.model.tuning.from_model:
+        return {**config.to_dict(), "tuning": "lora"}, run.adapter  # what it left is a whole one
     if config.model.tuning.name != "full":
         return config.to_dict(), run.adapter
     if not run.model.is_dir():
@@ -345,7 +348,7 @@ def replay(run: str, output_dir: str, until: str = "best", backend: str | None =
     """
     refuse_output(output_dir)
     theta, header, steps = rebuild(run, until, backend, model)
-    outcome.write(Path(output_dir), header, theta)
+    outcome.write(Path(run), Path(output_dir), header, theta)
     return steps
 
 
@@ -403,10 +406,10 @@ def _runtime(config: Config, pad: int, checkpoint: Checkpoint, done: int) -> Run
 
 
 def _same_run(logged: dict, now: dict, path: str) -> None:
-    for key in ("run_seed", "data_hash", "reward_hash", "rule", "dtype", "peft", "shapes", "model_hash"):
+    for key in ("run_seed", "data_hash", "reward_hash", "rule", "dtype", "peft", "shapes", "frozen", "model_hash"):
         a, b = logged.get(key), now.get(key)
-        if key == "shapes":
-            a, b = ({name: tuple(shape) for name, shape in shapes.items()} for shapes in (a, b))
+        if key in ("shapes", "frozen"):
+            a, b = ({name: tuple(shape) for name, shape in shapes.items()} for shapes in (a or {}, b or {}))
         if a != b:
             what = {"reward_hash": "the file", "rule": "config.json"}.get(key, "the model")
             raise UserError(

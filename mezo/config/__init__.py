@@ -11,7 +11,7 @@ from mezo.config.checks import check
 from mezo.config.data import Data
 from mezo.config.machine import HF, Machine, SGLang
 from mezo.config.method import Method
-from mezo.config.model import Full, Lora, Model, Prefix
+from mezo.config.model import Full, Lora, LoraB, LoraXS, Model, Prefix
 from mezo.config.options import (
     PATH,
     RESUMABLE,
@@ -30,7 +30,21 @@ from mezo.config.options import (
 from mezo.config.workload import Workload
 from mezo.errors import UserError
 
-__all__ = ["HF", "Config", "Data", "Full", "Lora", "Machine", "Method", "Model", "Prefix", "SGLang", "Workload"]
+__all__ = [
+    "HF",
+    "Config",
+    "Data",
+    "Full",
+    "Lora",
+    "LoraB",
+    "LoraXS",
+    "Machine",
+    "Method",
+    "Model",
+    "Prefix",
+    "SGLang",
+    "Workload",
+]
 
 
 @dataclass(frozen=True)

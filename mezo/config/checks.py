@@ -96,7 +96,7 @@ def _check_runtime(config) -> None:
     tuning, runtime, method = config.model.tuning, config.machine.runtime, config.method
     if isinstance(runtime, HF):
         cache = runtime.trunk_cache
-        fits = tuning.name == "lora" or cache in ("auto", "off")
+        fits = tuning.is_lora or cache in ("auto", "off")
         require(fits, f"--trunk-cache {cache}: --tuning {tuning.name} trains every layer; use auto or off")
         flat = [name for name in method.objectives if name in ("accuracy", *GENERATED)]
         require(
@@ -104,5 +104,5 @@ def _check_runtime(config) -> None:
         )
         return
     require(tuning.head == "model", "--head linear: the engine has no such head; use --runtime hf")
-    require(tuning.name == "lora", f"--tuning {tuning.name}: the engine's slots hold LoRA adapters; use --runtime hf")
+    require(tuning.is_lora, f"--tuning {tuning.name}: the engine's slots hold LoRA adapters; use --runtime hf")
     require(not method.true_gradient, "--true-gradient needs autograd in this process: use it with --runtime hf")

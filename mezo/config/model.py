@@ -13,22 +13,25 @@ class Tuning:
     Class attributes:
         name: what `--tuning` takes.
         summary: one line for `--help`.
+        is_lora: what it leaves is an ordinary LoRA adapter, which an engine holds and others load.
+        from_model: theta_0, or what stays as it is beside theta, is made of the model; a run keeps it as a file.
         adapter: where the adapter lies that a run starts from, "" for a fresh one; an option of those that have one.
         head: what scores the options; an option of those that can have another than the model's own.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    is_lora: ClassVar[bool] = False
+    from_model: ClassVar[bool] = False
     adapter: ClassVar[str] = ""
     head: ClassVar[str] = "model"
 
 
 @dataclass(frozen=True)
-class Lora(Tuning):
-    """A LoRA adapter: W + lora_alpha / r B A beside the weights W of some layers (Hu et al. 2021, arXiv 2106.09685)."""
+class Adapted(Tuning):
+    """Which layers a LoRA adapter adapts, and how."""
 
-    name: ClassVar[str] = "lora"
-    summary: ClassVar[str] = "a LoRA adapter: small matrices beside some of the weights"
+    is_lora: ClassVar[bool] = True
 
     r: AtLeastOne = 8
     """Rank of the adapter's matrices."""
@@ -41,12 +44,45 @@ class Lora(Tuning):
     paper."""
     layers_to_transform: tuple[int, ...] = ()
     """Indices of the transformer layers that get an adapter, from 0; by default all."""
+
+
+@dataclass(frozen=True)
+class Lora(Adapted):
+    """A LoRA adapter: W + lora_alpha / r B A beside the weights W of some layers (Hu et al. 2021, arXiv 2106.09685)."""
+
+    name: ClassVar[str] = "lora"
+    summary: ClassVar[str] = "a LoRA adapter: small matrices beside some of the weights"
+
     head: Literal["model", "linear"] = "model"
     """What scores the options. model: the model's own head, as words. linear: a linear layer over the mean of an
     encoder's last hidden states, one output a class, trained from zero together with the adapter."""
     adapter: Annotated[str, PATH] = ""
     """Directory of a PEFT adapter to start from, made here or elsewhere, instead of a fresh one; what kind it is, rank,
     scale, modules and layers are then the adapter's own."""
+
+
+@dataclass(frozen=True)
+class LoraB(Adapted):
+    """A LoRA adapter whose A stays as it was drawn; B is trained (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303)."""
+
+    name: ClassVar[str] = "lora-b"
+    summary: ClassVar[str] = "a LoRA adapter of which lora_B alone is trained"
+    from_model: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class LoraXS(Adapted):
+    """W + lora_alpha / r B R A; A and B stay: the largest singular vectors of W (Balazy et al. 2024, arXiv 2405.17604).
+
+    R, r by r, is trained from zero. What a run leaves is the LoRA adapter with lora_B = B R and lora_A = A.
+    """
+
+    name: ClassVar[str] = "lora-xs"
+    summary: ClassVar[str] = (
+        "an r by r matrix between factors of each weight that stay, r * r parameters a module: few, which a direction"
+        " finds its way in sooner; try --r 32 --lora-alpha 32"
+    )
+    from_model: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -65,6 +101,7 @@ class Prefix(Tuning):
     """Keys and values of a few tokens in front of every layer's own."""
 
     name: ClassVar[str] = "prefix"
+    from_model: ClassVar[bool] = True
     summary: ClassVar[str] = (
         "keys and values of a few tokens before the text, in every layer, with --runtime hf; in the MeZO paper eps 1e-1"
         " and lr 1e-3 to 1e-2"
@@ -76,7 +113,7 @@ class Prefix(Tuning):
     """As under --tuning lora."""
 
 
-TUNINGS: dict[str, type[Tuning]] = {kind.name: kind for kind in (Lora, Full, Prefix)}
+TUNINGS: dict[str, type[Tuning]] = {kind.name: kind for kind in (Lora, LoraB, LoraXS, Full, Prefix)}
 """By the name that `--tuning` takes."""
 
 
@@ -89,5 +126,5 @@ class Model:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the model's numbers; auto is float32 on a CPU and bfloat16 on a GPU. What is trained is kept in float32
     always."""
-    tuning: Annotated[Lora | Full | Prefix, Choice("tuning", TUNINGS)] = Lora()
+    tuning: Annotated[Lora | LoraB | LoraXS | Full | Prefix, Choice("tuning", TUNINGS)] = Lora()
     """What is trained."""

@@ -91,7 +91,8 @@ class Option:
     @property
     def owner(self) -> str:
         """Whose it is, such as "--tuning lora or prefix"; "" if it belongs to every run."""
-        return f"{flag_of(self.choice)} {' or '.join(sorted(self.kinds))}" if self.choice else ""
+        *others, last = sorted(self.kinds) or [""]
+        return f"{flag_of(self.choice)} {', '.join(others)}{' or ' if others else ''}{last}" if self.choice else ""
 
 
 def flag_of(name: str) -> str:
@@ -187,7 +188,7 @@ def typed_values(options: Mapping[str, Option], values: Mapping[str, Any]) -> di
     """Flat values, each of its option's type. Raises UserError for an unknown name or a value of another type."""
     for name in values:
         if name not in options:
-            raise UserError(f"unknown configuration key {name!r}; known keys: {', '.join(options)}")
+            raise UserError(f"unknown configuration key {name!r:.200}; known keys: {', '.join(options)}")
     return {name: typed(name, value, options[name].type) for name, value in values.items()}
 
 

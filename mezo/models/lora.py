@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import nn
 
-from mezo.config import Lora
+from mezo.config.model import Adapted
 from mezo.errors import UserError
 from mezo.models.spec import LINEAR_HEAD
 from mezo.models.tuning import Attached, Base
@@ -18,7 +18,7 @@ READ = "read"
 """Name under which an adapter is loaded beside the one that is trained."""
 
 
-def attach(tuning: Lora, base: Base) -> Attached:
+def attach(tuning: Adapted, base: Base) -> Attached:
     """The base with a fresh LoRA adapter of PEFT's, and the linear head trained beside it, if there is one.
 
     Raises:

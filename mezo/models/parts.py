@@ -7,7 +7,7 @@ from torch import nn
 
 from mezo.config import Model
 from mezo.errors import UserError
-from mezo.models import full, lora, prefix
+from mezo.models import full, lora, lora_b, lora_xs, prefix
 from mezo.models.attention import Prefix
 from mezo.models.families import Family, why_kv_depends
 from mezo.models.head import add_linear_head, check_encoder, some_logits
@@ -15,7 +15,13 @@ from mezo.models.load import Checkpoint, load_base, weights_hash
 from mezo.models.spec import LINEAR_HEAD, TrainedSpec
 from mezo.models.tuning import Attached, Base
 
-TUNINGS = {"lora": lora.attach, "full": full.attach, "prefix": prefix.attach}
+TUNINGS = {
+    "lora": lora.attach,
+    "lora-b": lora_b.attach,
+    "lora-xs": lora_xs.attach,
+    "full": full.attach,
+    "prefix": prefix.attach,
+}
 """What --tuning names: from its options and a `Base`, an `Attached`."""
 
 
@@ -119,8 +125,8 @@ def load_parts(
         first=0 if attached.prefix else min(touched, default=n_layers - 1),
         kv_depends=why_kv_depends(params, n_layers, family),
     )
-    shapes = {name: tuple(p.shape) for name, p in params.items()}
-    return parts, TrainedSpec(attached.peft, shapes, base.checkpoint.name, sha256, str(dtype).split(".")[1])
+    shapes, frozen = ({name: tuple(p.shape) for name, p in part.items()} for part in (params, attached.frozen))
+    return parts, TrainedSpec(attached.peft, shapes, base.checkpoint.name, sha256, str(dtype).split(".")[1], frozen)
 
 
 def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, classes: int | None) -> tuple[Base, str]:

@@ -1,7 +1,9 @@
 """What is trained, as the log holds it; it needs no model library."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+CORE = "lora_R.weight"
+"""End of the name of a trained matrix R between two frozen factors: lora_B of the adapter is lora_B R."""
 LINEAR_HEAD = "score"
 """Name of the linear head of --head linear, which PEFT saves whole beside the adapter (modules_to_save)."""
 
@@ -16,6 +18,7 @@ class TrainedSpec:
         model: id or path of the base model.
         model_hash: SHA-256 of the base weights in `dtype`.
         dtype: of the base model, e.g. "float32".
+        frozen: full shape of each tensor that belongs to the adapter and stays as it was at the start of the run.
     """
 
     peft: dict | None
@@ -23,3 +26,23 @@ class TrainedSpec:
     model: str
     model_hash: str
     dtype: str
+    frozen: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def adapter(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the adapter as others see it; of a model that is trained whole those of theta."""
+        return adapter_shapes(self.shapes, self.frozen)
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def adapter_shapes(shapes: Shapes, frozen: Shapes) -> Shapes:
+    """Shapes of an adapter's tensors, in order, of which those in `shapes` are trained and those in `frozen` are not.
+
+    >>> adapter_shapes({"q.lora_R.weight": (2, 2)}, {"q.lora_A.weight": (2, 8), "q.lora_B.weight": (4, 2)})
+    {'q.lora_A.weight': (2, 8), 'q.lora_B.weight': (4, 2)}
+    >>> adapter_shapes({"q.lora_B.weight": (4, 2)}, {"q.lora_A.weight": (2, 8)})
+    {'q.lora_A.weight': (2, 8), 'q.lora_B.weight': (4, 2)}
+    """
+    return {**frozen, **{name: shape for name, shape in shapes.items() if not name.endswith(CORE)}}

@@ -1,10 +1,10 @@
 """What a tuning is: a function `attach` that takes its options and a base model, and returns that with what is trained.
 
-`lora.py`, `prefix.py` and `full.py` are one tuning each; `parts.py` has the table of them.
+`lora.py`, `lora_b.py`, `lora_xs.py`, `prefix.py` and `full.py` are one tuning each; `parts.py` has the table of them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -43,8 +43,10 @@ class Attached:
         title: what the parameters are, for people.
         noise: from a theta and a seed, tensors in the order of `params`: another theta, float32, at which scores are
             others. The proof at the start of a run scores there.
-        initial: from the seed of a run theta_0, where the model at hand decides it; None where a log's header says it.
+        initial: from the seed of a run theta_0, where the model at hand decides it, and what is frozen; None where a
+            log's header says it.
         prefix: keys and values in front of every layer's own, if that is what is trained.
+        frozen: parameters that belong to the adapter and are not trained, by canonical name.
     """
 
     model: nn.Module
@@ -54,3 +56,4 @@ class Attached:
     noise: Callable[[Mapping[str, torch.Tensor], int], Iterator[torch.Tensor]]
     initial: Callable[[int], dict[str, torch.Tensor]] | None = None
     prefix: Prefix | None = None
+    frozen: dict[str, nn.Parameter] = field(default_factory=dict)

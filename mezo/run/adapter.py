@@ -12,13 +12,15 @@ from mezo.atomic import replacing
 from mezo.errors import UserError
 from mezo.models.load import checkpoint_hash
 from mezo.models.lora import peft_defaults
-from mezo.models.spec import LINEAR_HEAD
+from mezo.models.spec import CORE, LINEAR_HEAD
 from mezo.run.files import RESTORE, read_object, replace_file
 from mezo.run.schema import BaseHash, Peft, validated
 from mezo.run.trajectory import read_header, read_trajectory
 from mezo_kernels import canonical_name
 
 WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+THETA = "mezo_theta.safetensors"
+"""What was trained, beside an adapter that it does not show in (--tuning lora-xs)."""
 BASE = "mezo_base.json"
 """What base an adapter was trained on: `model_hash` and `dtype`, as in the header of its log; and `weights`, the
 SHA-256 of its own weights, two of them where a process died between writing these files."""
@@ -38,7 +40,13 @@ KNOWN = {"LORA": (*HARMLESS, *LORA), "PREFIX_TUNING": (*HARMLESS, *PREFIX.split(
 """Fields of adapter_config.json that are read here, or change nothing of an adapter's function."""
 
 
-def save_adapter(directory: Path, peft: dict, theta: dict[str, torch.Tensor], base: dict | None = None) -> None:
+def save_adapter(
+    directory: Path,
+    peft: dict,
+    theta: dict[str, torch.Tensor],
+    base: dict | None = None,
+    frozen: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write theta as a PEFT adapter: adapter_config.json and fp32 adapter_model.safetensors, and what base it is for.
 
     Args:
@@ -46,29 +54,72 @@ def save_adapter(directory: Path, peft: dict, theta: dict[str, torch.Tensor], ba
         peft: fields of adapter_config.json.
         theta: float32 tensors by canonical name.
         base: its model_hash and dtype, where they are known.
+        frozen: see `as_lora`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     weights = directory / WEIGHTS
     before = [_sha256(weights)] if base and weights.exists() else []
     replace_file(directory / PEFT_CONFIG, json.dumps(peft, indent=2).encode())
     with replacing(weights) as part:
-        save_file({name: tensor.contiguous() for name, tensor in theta.items()}, part, metadata={"format": "pt"})
+        tensors = as_lora(theta, frozen or {})
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={"format": "pt"})
         if base:
             said = {key: base[key] for key in ("model_hash", "dtype")} | {"weights": [_sha256(part)]}
             replace_file(directory / BASE, json.dumps({**said, "weights": said["weights"] + before}).encode())
     if before:
         replace_file(directory / BASE, json.dumps(said).encode())
+    if any(name.endswith(CORE) for name in theta):
+        with replacing(directory / THETA) as part:
+            save_file({name: tensor.contiguous() for name, tensor in theta.items()}, part)
 
 
-def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
+def as_lora(theta: dict[str, torch.Tensor], frozen: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The LoRA adapter that theta makes with what stays as it is: lora_B is B R where R is trained.
+
+    The sums go in order, one rounding each, in float64, so that the float32 outcome is the same bits on every machine.
+
+    Args:
+        theta: float32 by canonical name.
+        frozen: the other tensors of the adapter; {} where theta is all of it.
+
+    >>> theta, frozen = {"q.lora_R.weight": torch.eye(2)}, {"q.lora_B.weight": torch.ones(3, 2)}
+    >>> as_lora(theta, frozen)["q.lora_B.weight"].shape
+    torch.Size([3, 2])
+    """
+    tensors = dict(frozen)
+    for name, tensor in theta.items():
+        if name.endswith(CORE):
+            name = f"{name.removesuffix(CORE)}lora_B.weight"
+            b, tensor = frozen[name].double(), tensor.double()
+            total = torch.zeros_like(b)
+            for k in range(len(tensor)):
+                total += b[:, k, None] * tensor[k]
+            tensor = total.float()
+        tensors[name] = tensor
+    return tensors
+
+
+def read_adapter(directory: Path, file: str = WEIGHTS) -> dict[str, torch.Tensor]:
     """Tensors of an adapter directory or file as float32, by canonical name."""
-    path = directory / WEIGHTS if directory.is_dir() else directory
+    path = directory / file if directory.is_dir() else directory
     if path.name == WEIGHTS:
         check_weights(path)
     try:
         return {canonical_name(name): tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"adapter {directory}: {WEIGHTS} cannot be read there ({error})") from error
+        raise UserError(f"adapter {directory}: {file} cannot be read there ({error})") from error
+
+
+def read_theta(directory: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """What was trained of an adapter that a run left, float32 by canonical name, checked against the shapes.
+
+    Raises:
+        UserError: it is not there, or of other shapes.
+    """
+    trained = {n: t for n, t in read_adapter(directory).items() if n in shapes}
+    if any(name.endswith(CORE) for name in shapes):
+        trained |= read_adapter(directory, THETA)
+    return _fitting(trained, directory, shapes)
 
 
 def check_weights(path: Path) -> None:
@@ -167,7 +218,13 @@ def _targets(peft: dict, directory: Path) -> tuple[str, ...]:
 
 def load_adapter(directory: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Read an adapter as float32 tensors by canonical name, checked against the shapes to be trained."""
-    theta = read_adapter(Path(directory))
+    return _fitting(read_adapter(Path(directory)), directory, shapes)
+
+
+def _fitting(
+    theta: dict[str, torch.Tensor], directory: str | Path, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, torch.Tensor]:
+    """Tensors in the order of the shapes. Raises UserError if they are others."""
     if set(theta) != set(shapes):
         odd = sorted(set(theta) ^ set(shapes))[0]
         raise UserError(

@@ -10,10 +10,11 @@ from mezo.config import Config
 from mezo.errors import UserError
 from mezo.method.schedule import learning_rate
 from mezo.method.step import Step, Update
+from mezo.models.spec import adapter_shapes
 from mezo.run.adapter import PEFT_CONFIG, WEIGHTS, read_peft_config, shapes_in
 from mezo.run.directory import RunDirectory, best_step
 from mezo.run.files import RESTORE
-from mezo.run.header import planned_steps
+from mezo.run.header import planned_steps, shapes_of
 from mezo.run.trajectory import StepRecord
 from mezo_kernels import root_mean_square
 
@@ -90,7 +91,8 @@ def _check_adapter(run: RunDirectory, first: dict) -> None:
     if (run.adapter / PEFT_CONFIG).exists() and read_peft_config(run.adapter) != first["peft"]:
         raise UserError(f"{run.adapter / PEFT_CONFIG} is not what the header of the log says; {RESTORE}")
     weights = run.adapter / WEIGHTS
-    if weights.exists() and shapes_in(weights) != {name: tuple(shape) for name, shape in first["shapes"].items()}:
+    whole = adapter_shapes(shapes_of(first, "shapes"), shapes_of(first, "frozen"))
+    if weights.exists() and shapes_in(weights) != whole:
         raise UserError(f"{weights} has other parameters than the header of the log; {RESTORE}")
 
 

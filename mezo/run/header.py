@@ -41,16 +41,16 @@ def data_hash(splits: dict[str, Sequence[Example]]) -> str:
 def starting_file(config: Config, runtime: Runtime) -> Path | bytes | None:
     """The file of the adapter that a new run starts from, or what is to be in it; None if there is none.
 
-    It is that of --adapter, or holds a prefix of real tokens.
+    It is that of --adapter, or holds what the model at hand decides: a prefix of real tokens, factors that stay.
     """
     tuning = config.model.tuning
     if tuning.adapter:
         loaded = {"model_hash": runtime.spec.model_hash, "dtype": runtime.spec.dtype}
         check_base(Path(tuning.adapter), config.model.base, tuning.head == "linear", loaded)
         return Path(tuning.adapter) / WEIGHTS
-    if tuning.name != "prefix":
+    if not tuning.from_model:
         return None
-    return save(require(runtime, InitialTheta, "--tuning prefix").initial_theta(config.method.seed))
+    return save(require(runtime, InitialTheta, f"--tuning {tuning.name}").initial_theta(config.method.seed))
 
 
 def content_of(initial: Path | bytes) -> bytes:
@@ -77,7 +77,8 @@ def make_header(
     extra |= {"reward_hash": reward_hash(config.method.reward)} if config.method.reward else {}
     rule = config.method.logged_rule.header()
     extra |= {"rule": rule} if rule else {}
-    return header(config.method.seed, data_hash(splits), init, {**extra, **asdict(spec)})
+    trained = {key: value for key, value in asdict(spec).items() if key != "frozen" or value}
+    return header(config.method.seed, data_hash(splits), init, {**extra, **trained})
 
 
 def initial_theta(first_line: dict, initial: Path | bytes | None = None) -> dict[str, torch.Tensor]:
@@ -85,8 +86,9 @@ def initial_theta(first_line: dict, initial: Path | bytes | None = None) -> dict
 
     lora_A from the z stream and lora_B zero; or the adapter of `initial`, a file or its content; or, where the base
     itself is trained, its own parameters in its dtype, loaded from where the run found them. The first two are float32.
+    What stays as it is in an adapter of which a part is trained is there too; see `frozen_part`.
     """
-    shapes, kind = {name: tuple(shape) for name, shape in first_line["shapes"].items()}, first_line["init"]["kind"]
+    shapes, kind = shapes_of(first_line, "shapes") | shapes_of(first_line, "frozen"), first_line["init"]["kind"]
     if kind == "base":
         from mezo.models.full import read_parameters
 
@@ -102,6 +104,23 @@ def initial_theta(first_line: dict, initial: Path | bytes | None = None) -> dict
     _refuse_too_large(shapes)
     seed = first_line["run_seed"]
     return {n: lora_init(seed, n, s) if n.endswith("lora_A.weight") else torch.zeros(s) for n, s in shapes.items()}
+
+
+def shapes_of(first_line: dict, key: str) -> dict[str, tuple[int, ...]]:
+    """Shapes by canonical name that a header has, of what is trained ("shapes") or "frozen"."""
+    return {name: tuple(shape) for name, shape in first_line.get(key, {}).items()}
+
+
+def frozen_part(first_line: dict, initial: Path) -> dict[str, torch.Tensor]:
+    """What stays as it is of a run's adapter, float32 by canonical name; {} where all of it is trained.
+
+    Args:
+        first_line: header of its log.
+        initial: the file that the run started from.
+    """
+    names = first_line.get("frozen", {})
+    start = initial_theta(first_line, initial) if names else {}
+    return {name: start[name] for name in names}
 
 
 def _refuse_too_large(shapes: dict[str, tuple[int, ...]]) -> None:
@@ -163,6 +182,6 @@ def header(run_seed: int, data_hash: str, init: dict, spec: dict) -> dict:
         spec: fields of `TrainedSpec`; before them `reward_hash`, SHA-256 of the file of --reward, if there is one, and
             `rule`, the update rule and what z is, if it is not plain SGD along normal z.
     """
-    version = VERSIONS["rule" in spec or init["kind"] == "base"]
+    version = VERSIONS["rule" in spec or "frozen" in spec or init["kind"] == "base"]
     fixed = {"format": FORMAT, "version": version, "z_stream": Z_STREAM_VERSION}
     return {**fixed, "run_seed": run_seed, "data_hash": data_hash, "init": init, **spec}

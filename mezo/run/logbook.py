@@ -90,6 +90,6 @@ def truncate(run: str, step: int) -> Path:
     directory.write_metrics(rows)
     if rebuilt:
         theta, first, _ = rebuilt
-        outcome.write(outcome.path(directory, first["peft"]), first, theta)
+        outcome.write(directory.path, outcome.path(directory, first["peft"]), first, theta)
     directory.release()
     return aside

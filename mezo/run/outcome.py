@@ -1,5 +1,6 @@
 """The outcome of a run: theta as a PEFT adapter in adapter/, or, where the whole base is trained, a model in model/."""
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from mezo.atomic import SCRATCH
 from mezo.errors import UserError
 from mezo.models.load import checkpoint_hash
 from mezo.models.spec import TrainedSpec
-from mezo.run.adapter import load_adapter, read_adapter, same_bits, save_adapter
+from mezo.run.adapter import as_lora, read_adapter, read_theta, same_bits, save_adapter
 from mezo.run.directory import RunDirectory
+from mezo.run.header import INITIAL, content_of, frozen_part
+from mezo.run.trajectory import read_header
 from mezo.runtimes.base import Runtime, Savable, require
 
 
@@ -27,15 +30,17 @@ def save(run: RunDirectory, runtime: Runtime) -> None:
     else:
         spec = runtime.spec
         base = {"model_hash": spec.model_hash, "dtype": spec.dtype}
-        save_adapter(run.adapter, spec.peft, runtime.theta(), base)
+        frozen = frozen_part(read_header(run.trajectory), run.path / INITIAL) if spec.frozen else {}
+        save_adapter(run.adapter, spec.peft, runtime.theta(), base, frozen)
 
 
-def prove(runtime: Runtime, first_line: dict, output_dir: str) -> None:
+def prove(runtime: Runtime, first_line: dict, initial: Path | bytes | None, output_dir: str) -> None:
     """Save theta as a run's outcome, load that again, and leave nothing of it: a run is not lost at its end.
 
     Args:
         runtime: at theta_0.
         first_line: header of the run's log.
+        initial: the run's `starting_file`.
         output_dir: of the run, which is not there yet; what is written meanwhile is on the same disk.
     Raises:
         UserError: it cannot be saved or loaded, or is another theta then.
@@ -44,6 +49,9 @@ def prove(runtime: Runtime, first_line: dict, output_dir: str) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place) as scratch:
             run = RunDirectory(Path(scratch))
+            if initial is not None:
+                (run.path / INITIAL).write_bytes(content_of(initial))
+            run.trajectory.write_text(json.dumps(first_line) + "\n")
             save(run, runtime)
             if first_line["peft"] is None:  # theta_0 is the base, whose hash is known: no copy of it is needed
                 same = checkpoint_hash(str(run.model), first_line["dtype"]) == first_line["model_hash"]
@@ -65,13 +73,14 @@ def read(run: RunDirectory, spec: TrainedSpec) -> dict[str, torch.Tensor]:
     """A run's outcome, as `Runtime.load` takes it."""
     if spec.peft is None:
         return _parameters(run, spec.dtype)
-    return load_adapter(run.adapter, spec.shapes)
+    return read_theta(run.adapter, spec.shapes)
 
 
-def write(directory: Path, first_line: dict, theta: dict[str, torch.Tensor]) -> None:
+def write(run: Path, directory: Path, first_line: dict, theta: dict[str, torch.Tensor]) -> None:
     """Write theta of a log in the form that the outcome of its run has.
 
     Args:
+        run: directory of the run.
         directory: created if needed.
         first_line: of the log.
         theta: float32 by canonical name.
@@ -82,7 +91,7 @@ def write(directory: Path, first_line: dict, theta: dict[str, torch.Tensor]) -> 
         write_parameters(theta, first_line["model"], first_line["dtype"], directory)
     else:
         base = {key: first_line[key] for key in ("model_hash", "dtype")}
-        save_adapter(directory, first_line["peft"], theta, base)
+        save_adapter(directory, first_line["peft"], theta, base, frozen_part(first_line, run / INITIAL))
 
 
 def difference(run: RunDirectory, first_line: dict, theta: dict[str, torch.Tensor]) -> str | None:
@@ -98,7 +107,10 @@ def difference(run: RunDirectory, first_line: dict, theta: dict[str, torch.Tenso
         UserError: there is no outcome that can be read.
     """
     if first_line["peft"] is not None:
-        return same_bits(theta, read_adapter(run.adapter))
+        whole = as_lora(theta, frozen_part(first_line, run.path / INITIAL))
+        shown = {name: tensor for name, tensor in theta.items() if name not in whole}
+        different = same_bits(shown, read_theta(run.adapter, {n: t.shape for n, t in theta.items()})) if shown else None
+        return different or same_bits(whole, read_adapter(run.adapter))
     saved, dtype = _parameters(run, first_line["dtype"]), getattr(torch, first_line["dtype"])
     rounded = {name: tensor.to(dtype).float() for name, tensor in theta.items()}
     return same_bits(rounded, {name: tensor.float() for name, tensor in saved.items()})

@@ -62,6 +62,7 @@ def rebuild(
     steps = len(records) if steps is None else steps
     _refuse_download(first_line, path, model)
     theta = {name: tensor.float() for name, tensor in initial_theta(first_line, directory / INITIAL).items()}
+    theta = {name: theta[name] for name in first_line["shapes"]}
     rebuilt = PerturbedTheta(ParamLayout(theta), [], backend, rule)
     replay_records(rebuilt.update, records[:steps])
     return theta, first_line, steps

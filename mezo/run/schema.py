@@ -11,6 +11,7 @@ from pydantic import model_validator as validates
 from typing_extensions import TypedDict
 
 from mezo.errors import UserError
+from mezo.models.spec import CORE
 
 Count = Annotated[StrictInt, Ge(0), Lt(2**53)]
 """Of steps or tokens."""
@@ -124,6 +125,7 @@ class Header(_Fields):
     lengthened: list[Lengthening] = []
     peft: Peft | None
     shapes: Annotated[dict[Text, Annotated[list[Dimension], MaxLen(8)]], MinLen(1)]
+    frozen: dict[Text, Annotated[list[Dimension], MaxLen(8)]] = {}
     model: Text
     model_hash: Text
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")]
@@ -133,8 +135,14 @@ class Header(_Fields):
         if (self.peft is None) != (self.init.kind == "base"):
             raise ValueError("a run starts from the base where it trains the base, and only there")
         rank = self.peft and self.peft.r
-        for name, shape in self.shapes.items() if rank else ():
-            sizes = {"lora_A.weight": shape[:1], "lora_B.weight": shape[1:]}
+        for name in self.shapes:
+            stem = name.removesuffix(CORE)
+            if stem != name and not {f"{stem}lora_A.weight", f"{stem}lora_B.weight"} <= self.frozen.keys():
+                raise ValueError(f"{name} stands between factors that are not there")
+        if self.frozen and (not rank or self.init.kind != "file" or self.shapes.keys() & self.frozen.keys()):
+            raise ValueError("what is frozen is of a LoRA adapter, in the file that the run started from, not trained")
+        for name, shape in (*self.shapes.items(), *self.frozen.items()) if rank else ():
+            sizes = {"lora_A.weight": shape[:1], "lora_B.weight": shape[1:], CORE: shape[:1] and shape[1:]}
             if any(name.endswith(end) and (len(shape) != 2 or size != [rank]) for end, size in sizes.items()):
                 raise ValueError(f"{name} of shape {shape} has not the adapter's rank, {rank}")
         return self

@@ -58,7 +58,7 @@ class Runtime(Protocol):
         """Register every example that will be scored, named by split and index from then on, and fill caches."""
 
     def load(self, theta: dict[str, torch.Tensor]) -> None:
-        """Set theta from tensors by canonical name, float32 or of the base's dtype.
+        """Set theta from tensors by canonical name, float32 or of the base's dtype; and what is frozen, if it is there.
 
         The perturbed copies are stale until `perturb` or `update`.
         """
@@ -175,10 +175,10 @@ class ReadsAdapters(Protocol):
 
 @runtime_checkable
 class InitialTheta(Protocol):
-    """A runtime whose model decides where a run starts: hf, for --tuning prefix; else a log's header says it alone."""
+    """A runtime whose model decides where a run starts, as under --tuning prefix; else a log's header says it alone."""
 
     def initial_theta(self, run_seed: int) -> dict[str, torch.Tensor]:
-        """theta_0 of a new run, float32, on the CPU, by canonical name: a prefix of real tokens, drawn by the seed."""
+        """theta_0 of a new run, and what is frozen beside it, float32, on the CPU, by canonical name."""
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from mezo.api import resume, train
 from mezo.config import Config
-from mezo.run.adapter import read_adapter, same_bits
+from mezo.run import outcome
 from mezo.run.directory import RunDirectory
 from mezo.run.replay import rebuild
 from mezo.studies import assets
@@ -40,8 +40,8 @@ def run(prompt: str = "it-was", steps: int = 0, output_dir: Path = Path("runs/de
     result = resume(str(directory)) if directory.exists() else train(config)
     if result is None:
         return 130
-    theta, _, replayed = rebuild(directory)
-    same = same_bits(theta, read_adapter(directory / "adapter")) is None
+    theta, first_line, replayed = rebuild(directory)
+    same = outcome.difference(RunDirectory(directory), first_line, theta) is None
     verdict = "equal to adapter/ bit for bit" if same else "DIFFERENT from adapter/"
     _show(result, directory, f"{replayed} steps replayed from the log: {verdict}")
     return 0 if same else 1

@@ -20,7 +20,10 @@ RUN = {"model": "m", "output_dir": "o", "task": "sst2"}
 STRANGERS = {
     "momentum": (["--momentum", "0.9"], "--momentum 0.9 belongs to --update-rule momentum"),
     "beta1": (["--update-rule", "sign", "--beta1", "0.9"], "--beta1 0.9 belongs to --update-rule adam"),
-    "rank": (["--tuning", "full", "--r", "8"], "--r 8 belongs to --tuning lora, and this run has --tuning full"),
+    "rank": (
+        ["--tuning", "full", "--r", "8"],
+        "--r 8 belongs to --tuning lora, lora-b or lora-xs, and this run has --tuning full",
+    ),
     "ranks": (["--runtime", "hf", "--tp", "1"], "--tp 1 belongs to --runtime sglang, and this run has --runtime hf"),
     "trunk": (["--runtime", "sglang", "--trunk-cache", "auto"], "--trunk-cache auto belongs to --runtime hf"),
     "prefix": (["--num-prefix-tokens", "5"], "--num-prefix-tokens 5 belongs to --tuning prefix"),

@@ -237,7 +237,7 @@ def test_the_loss_falls_and_what_is_better_replaces_the_model_whole(full_options
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": 4}, "--r 4 belongs to --tuning lora, and this run has --tuning full: leave it out"),
+        ({"r": 4}, "--r 4 belongs to --tuning lora, lora-b or lora-xs, and this run has --tuning full: leave it out"),
         ({"lora_alpha": 8}, "--lora-alpha 8 belongs to --tuning lora"),
         ({"target_modules": ("q_proj",)}, "--target-modules .* belongs to --tuning lora"),
         ({"layers_to_transform": (1,)}, "--layers-to-transform .* belongs to --tuning lora"),

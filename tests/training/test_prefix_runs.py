@@ -138,7 +138,9 @@ def test_a_run_goes_on_from_its_adapter_and_is_scored_alone(config, capsys):
         with_adapter_options(config.replace(num_prefix_tokens=6, adapter=adapter))
     with pytest.raises(UserError, match=r"--tuning lora contradicts --adapter .*, which has prefix: leave it out"):
         with_adapter_options(config.replace(tuning="lora", r=4, adapter=adapter))
-    with pytest.raises(UserError, match=r"--r 8 belongs to --tuning lora, and this run has --tuning prefix"):
+    with pytest.raises(
+        UserError, match=r"--r 8 belongs to --tuning lora, lora-b or lora-xs, and this run has --tuning prefix"
+    ):
         with_adapter_options(plain.replace(r=8))
 
 
@@ -183,7 +185,7 @@ def test_trials_of_a_sweep_start_from_one_prefix(config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": 4}, "--r 4 belongs to --tuning lora, and this run has --tuning prefix: leave it out"),
+        ({"r": 4}, "--r 4 belongs to --tuning lora, lora-b or lora-xs, and this run has --tuning prefix: leave it out"),
         ({"target_modules": ("q_proj",)}, "--target-modules q_proj belongs to --tuning lora"),
         ({"layers_to_transform": (2,)}, "--layers-to-transform 2 belongs to --tuning lora"),
         ({"runtime": "sglang"}, "--tuning prefix: .*use --runtime hf"),

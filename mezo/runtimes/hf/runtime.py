@@ -171,6 +171,9 @@ class HFRuntime:
         """See `Runtime.load`."""
         for name, tensor in zip(self.master.names, self.master.tensors, strict=True):
             tensor.copy_(theta[name])
+        for name, p in self.parts.attached.frozen.items():
+            if name in theta:
+                p.data.copy_(theta[name])
         self.perturbed.forget()
         self.sides.loaded()
 

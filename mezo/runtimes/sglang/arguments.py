@@ -243,10 +243,10 @@ def placeholder_of(
         spec: what is trained.
         checkpoint: of the base model.
     """
-    zeros = complete_stacks(checkpoint.config, {name: torch.zeros(shape) for name, shape in spec.shapes.items()})
+    zeros = complete_stacks(checkpoint.config, {name: torch.zeros(shape) for name, shape in spec.adapter.items()})
     if options.get("nnodes", 1) == 1:
         return zeros, ()
-    facts = json.dumps([options["dist_init_addr"], spec.peft, spec.shapes], sort_keys=True)
+    facts = json.dumps([options["dist_init_addr"], spec.peft, spec.adapter], sort_keys=True)
     name = f"mezo-placeholder-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
     return zeros, (Path(tempfile.gettempdir()) / name,)
 

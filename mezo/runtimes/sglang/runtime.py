@@ -56,7 +56,8 @@ Asked = list[tuple[tuple[str, ...], int]]
 
 
 class SGLangRuntime:
-    """An SGLang engine with MeZO's state in each tensor-parallel worker; implements `Runtime` and `Follower`.
+    """An SGLang engine with MeZO's state in each tensor-parallel worker; implements `Runtime`, `InitialTheta` and
+    `Follower`.
 
     A step is two messages: one call that updates theta and writes both signs into the engine's adapter slots, with
     scalars alone, and one batch of requests that scores them.
@@ -95,8 +96,8 @@ class SGLangRuntime:
         self.dtype = self.spec.dtype
         if self.options.get("quantization"):  # another base: a run is not resumed without it
             self.spec = dataclasses.replace(self.spec, dtype=f"{self.dtype}, quantised {self.options['quantization']}")
-        refuse_without_lora(self.checkpoint, self._served, self.spec.shapes)
-        self.kv_depends = self._parts.kv_depends
+        refuse_without_lora(self.checkpoint, self._served, self.spec.adapter)
+        self.kv_depends, self._initial = self._parts.kv_depends, self._parts.attached.initial
         rule = work.rule
         rule.check_patterns(self.spec.shapes)
         self.rule, self.sides = json.dumps(rule.header() or {}), Sides(rule.rule.one_sided)
@@ -122,6 +123,7 @@ class SGLangRuntime:
             return
         say("computing what the engine must find, on a few examples")
         began = time.perf_counter()
+        frozen = {name: p.detach().float() for name, p in self._parts.attached.frozen.items()}
         proof = StartProof(self._parts, self.spec.dtype == "float32", self._all_rows(), self.pad)
         self._parts = None
         self.seconds_proving = time.perf_counter() - began
@@ -129,13 +131,13 @@ class SGLangRuntime:
         say("proving that the engine scores as transformers and PEFT do")
         began = time.perf_counter()
         for seed in StartProof.SEEDS:
-            self.load(proof.adapter(seed))
+            self.load(frozen | proof.adapter(seed))
             self._show("theta")
             self._warm({("plus0",): [[row] for row in proof.rows]}, TokenCount())
             proof.check(seed, self._read([("plus0", row) for row in proof.rows], TokenCount()))
         self.seconds_proving += time.perf_counter() - began
         self._flush()  # a prompt's first visit is the run's own, and is counted
-        self.load({name: torch.zeros(shape) for name, shape in self.spec.shapes.items()})
+        self.load(frozen | {name: torch.zeros(shape) for name, shape in self.spec.shapes.items()})
         self.engine.training = True
 
     def _check_lengths(self) -> None:
@@ -175,9 +177,9 @@ class SGLangRuntime:
         self.engine = EngineHandle(arguments, self._scratch)
         if self.runtime.follows:
             return
-        shapes = json.dumps({name: list(shape) for name, shape in self.spec.shapes.items()})
+        shapes, frozen = map(json.dumps, (self.spec.shapes, self.spec.frozen))
         options = {"pairs": self.pairs, "share": self.cache.shared, "backend": self.backend, "rule": self.rule}
-        self.ranks = self._call("setup", shapes=shapes, **options)
+        self.ranks = self._call("setup", shapes=shapes, frozen=frozen, **options)
 
     def follow(self) -> None:
         """See `Follower.follow`."""
@@ -186,11 +188,16 @@ class SGLangRuntime:
     def load(self, theta: dict[str, torch.Tensor]) -> None:
         """See `Runtime.load`. Theta goes through a file: at the start of a run and at its end, never in a step."""
         path = self._scratch.path / "theta.safetensors"
-        self._scratch.save({name: theta[name].float().contiguous() for name in self.spec.shapes}, path)
+        names = [*self.spec.shapes, *(name for name in self.spec.frozen if name in theta)]
+        self._scratch.save({name: theta[name].float().contiguous() for name in names}, path)
         self._call("load", path=str(path))
         path.unlink()
         self.sides.loaded()
         self._changed("stale")
+
+    def initial_theta(self, run_seed: int) -> dict[str, torch.Tensor]:
+        """See `InitialTheta.initial_theta`."""
+        return self._initial(run_seed)
 
     def theta(self) -> dict[str, torch.Tensor]:
         """See `Runtime.theta`."""

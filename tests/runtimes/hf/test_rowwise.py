@@ -83,6 +83,18 @@ def test_a_linear_head_of_each_direction(tmp_path):
             assert (a.log_softmax(-1) - b.log_softmax(-1)).abs().max() < ROUNDING
 
 
+@pytest.mark.parametrize("tuning", ["lora-xs", "lora-b"])
+@pytest.mark.parametrize("adapted", ["all layers", "last layer"])
+def test_small_adapters_of_each_direction(llama, adapted, tuning):
+    options = {**adapters(adapted, "llama"), "tuning": tuning, "r": 4, "directions": 4, "batch_size": 8}
+    built = runtime(llama, examples(8), **options)
+    built.load(built.initial_theta(1))
+    assert (built.trunk is not None) == (adapted == "last layer")
+    together, alone = both_ways(built)
+    assert_close(together, alone)
+    assert (torch.cat([plus - minus for plus, minus in alone]).nan_to_num().abs().amax(1) > 10 * ROUNDING).all()
+
+
 def test_a_prefix_of_each_direction(family):
     name, model = family
     built = runtime(model, examples(8, name in ENCODERS), tuning="prefix", directions=4, batch_size=8)

@@ -48,6 +48,24 @@ class Shard:
         return full[self.row_start : self.row_start + rows, self.col_start : self.col_start + cols]
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A parameter that every rank holds whole and that lies in no buffer of the engine's: the R of LoRA-XS.
+
+    Args:
+        full_shape: of the parameter.
+        row_start, col_start: position of the block in it, as a `Shard` has them.
+    """
+
+    full_shape: tuple[int, int]
+    row_start: int = 0
+    col_start: int = 0
+
+    def block(self, full: torch.Tensor) -> torch.Tensor:
+        """The block of a full tensor: all of it."""
+        return full
+
+
 def shard_of(manager: "LoRAManager", name: str, full_shape: tuple[int, int]) -> Shard:
     """Locate a parameter in the pool of a `LoRAManager`.
 

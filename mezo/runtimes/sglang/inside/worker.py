@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +22,9 @@ from mezo.atomic import replacing
 from mezo.method.rules.logged import LoggedRule
 from mezo.method.step import Step, Update
 from mezo.models.families import family_of, why_kv_depends
+from mezo.models.spec import CORE, adapter_shapes
 from mezo.runtimes.sglang.inside.handshake import ENDED, METHOD, scratch_directory
-from mezo.runtimes.sglang.inside.shards import Shard, shard_of
+from mezo.runtimes.sglang.inside.shards import Shard, Whole, shard_of
 from mezo.runtimes.theta import PerturbedTheta
 from mezo_kernels import ParamLayout, ParamSlot
 
@@ -101,7 +102,7 @@ class Worker:
         """The value of every rank, in order."""
         return [value] if self.size == 1 else self.group.all_gather_object(value)
 
-    def setup(self, shapes: str, pairs: int, share: bool, backend: str | None, rule: str) -> dict:
+    def setup(self, shapes: str, pairs: int, share: bool, backend: str | None, rule: str, frozen: str = "{}") -> dict:
         """Take the slots plus0, minus0, plus1, ... and lay the canonical parameters over them.
 
         Args:
@@ -110,10 +111,11 @@ class Worker:
             share: all slots use one cache namespace; refused if a trained parameter changes a key or value.
             backend: of the fused ops; None by device.
             rule: JSON, the `LoggedRule` as a log's header holds it.
+            frozen: JSON, full shape of each tensor of the adapter that is not trained.
         Returns:
             Elements of this rank's shard, dtype of the slots, and the reason why keys and values depend on theta.
         """
-        shapes = {name: tuple(shape) for name, shape in json.loads(shapes).items()}
+        shapes, frozen = ({n: tuple(shape) for n, shape in json.loads(text).items()} for text in (shapes, frozen))
         base = self.manager.base_hf_config
         reason = why_kv_depends(shapes, base.num_hidden_layers, family_of(base))
         if share and reason:
@@ -126,23 +128,52 @@ class Worker:
         seen.shared = set(self.ids.values()) if share else set()
         seen.loads.clear()
         seen.requests.clear()
-        self.shards = {name: shard_of(self.manager, name, shape) for name, shape in shapes.items()}
+        adapter = adapter_shapes(shapes, frozen)
+        self.shards = {name: shard_of(self.manager, name, shape) for name, shape in adapter.items()}
+        self.trained = {name: self.shards.get(name) or Whole(shape) for name, shape in shapes.items()}
+        self.frozen = {name: torch.zeros_like(self._view(name, "plus0"), dtype=torch.float32) for name in frozen}
         self.theta = self._layouts(pairs, backend, LoggedRule.of_header({"rule": json.loads(rule)}))
+        self.copies = dict(zip(self.slots, (copy for pair in self.theta.pairs for copy in pair), strict=True))
         self._skip_unadapted()
         return {"elements": self.theta.master.n_elements, "dtype": str(pool.dtype), "kv_depends": reason}
 
     def _layouts(self, pairs: int, backend: str | None, rule: LoggedRule) -> PerturbedTheta:
-        views = {name: self._views(slot) for name, slot in self.slots.items()}
+        views = {slot: [self._copy(name, slot) for name in self.trained] for slot in self.slots}
         zeros = [
             torch.zeros_like(t, dtype=torch.float32, memory_format=torch.contiguous_format) for t in views["plus0"]
         ]
-        items = zip(self.shards.items(), zeros, strict=True)
+        items = zip(self.trained.items(), zeros, strict=True)
         master = ParamLayout(ParamSlot(n, t, s.full_shape, s.row_start, s.col_start) for (n, s), t in items)
         copies = [(master.like(views[f"plus{k}"]), master.like(views[f"minus{k}"])) for k in range(pairs)]
         return PerturbedTheta(master, copies, backend, rule)
 
-    def _views(self, slot: int) -> list[torch.Tensor]:
-        return [shard.view(self.manager.memory_pool, slot) for shard in self.shards.values()]
+    def _view(self, name: str, slot: str) -> torch.Tensor:
+        """Storage of a tensor of the adapter in a slot."""
+        return self.shards[name].view(self.manager.memory_pool, self.slots[slot])
+
+    def _copy(self, name: str, slot: str) -> torch.Tensor:
+        """Where a perturbed copy of a parameter is written: in the slot, or beside it for `_show_products`."""
+        if name in self.shards:
+            return self._view(name, slot)
+        return torch.zeros(self.trained[name].full_shape, device=self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return self._view(next(iter(self.shards)), "plus0").device
+
+    def _show_products(self, slots: Iterable[str] | None = None) -> None:
+        """Write lora_B = B R of the copies of R to the slots; nothing to do where no R is trained."""
+        for slot in self.slots if slots is None else slots:
+            for name, product in self._products(slot):
+                self._view(name, slot).copy_(product)
+
+    def _products(self, slot: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name of lora_B, this rank's rows of B R rounded once) of a slot, for each R that is trained."""
+        copy = self.copies[slot]
+        for name, core in zip(copy.names, copy.tensors, strict=True):
+            if name.endswith(CORE):
+                name = f"{name.removesuffix(CORE)}lora_B.weight"
+                yield name, (self.frozen[name] @ core).to(self._view(name, slot).dtype)
 
     def _skip_unadapted(self) -> None:
         """Modules that no trained parameter adapts take the base path: their slots hold zeros."""
@@ -157,14 +188,19 @@ class Worker:
         if isinstance(full, str):
             raise ValueError(full)
         for name, tensor in zip(self.theta.master.names, self.theta.master.tensors, strict=True):
-            tensor.copy_(self.shards[name].block(full[name]))
+            tensor.copy_(self.trained[name].block(full[name]))
+        for name, tensor in self.frozen.items():
+            if name in full:
+                tensor.copy_(self.shards[name].block(full[name]))
+                for slot in self.slots if name.endswith("lora_A.weight") else ():
+                    self._view(name, slot).copy_(tensor)
         self.theta.forget()
         return {}
 
     def save(self, path: str) -> dict:
         """Rank 0 writes theta, whole, to a safetensors file; a factor that several ranks hold must be equal on all."""
         names = self.theta.master.names
-        blocks = {n: (self.shards[n], t.cpu()) for n, t in zip(names, self.theta.master.tensors, strict=True)}
+        blocks = {n: (self.trained[n], t.cpu()) for n, t in zip(names, self.theta.master.tensors, strict=True)}
         parts = self.gather(blocks)
         if self.rank == 0:
             full = {name: _join(name, [part[name] for part in parts]) for name in names}
@@ -188,6 +224,8 @@ class Worker:
         values = json.loads(message)
         then = None if values["then"] is None else Step(**values["then"])
         self.theta.update([Update(**fields) for fields in values["updates"]], then, watch=watch)
+        if then is not None:
+            self._show_products(list(self.slots)[: 2 * len(then)])
         _wait(device)
         return {"seconds": time.perf_counter() - began, **self.report()}
 
@@ -199,6 +237,7 @@ class Worker:
             self.theta.restore()
         else:
             self.theta.show(copies[:1] if what == "theta" else copies)
+        self._show_products()
         return self.report()
 
     def flush(self) -> dict:
@@ -209,7 +248,9 @@ class Worker:
     def verify(self) -> dict:
         """What the watched step wrote, compared with the reference: the first difference on this rank, or None."""
         self._check()
-        return {"difference": self.theta.verify()}
+        differs = lambda slot: (n for n, p in self._products(slot) if not torch.equal(self._view(n, slot), p))  # noqa: E731
+        wrong = next((f"{name} of {slot} is not B R" for slot in self.slots for name in differs(slot)), None)
+        return {"difference": wrong or self.theta.verify()}
 
     def end(self) -> dict:
         """Tell the machines that only wait for it that the trainer has done with the engine."""
@@ -247,7 +288,7 @@ def _read(path: str) -> dict[str, torch.Tensor] | str:
         return f"{path}: {error}"
 
 
-def _join(name: str, parts: list[tuple[Shard, torch.Tensor]]) -> torch.Tensor:
+def _join(name: str, parts: list[tuple[Shard | Whole, torch.Tensor]]) -> torch.Tensor:
     """The full tensor from the ranks' blocks."""
     full = torch.full(parts[0][0].full_shape, torch.nan)
     for rank, (shard, tensor) in enumerate(parts):

@@ -1,0 +1,174 @@
+"""--tuning lora-xs and lora-b: theta is a part of an adapter that PEFT and engines see as an ordinary one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from mezo.api import evaluate_target, replay, resume, train
+from mezo.config import Config
+from mezo.errors import UserError
+from mezo.models.load import load_tokenizer
+from mezo.run import outcome
+from mezo.run.adapter import THETA, WEIGHTS, as_lora, read_adapter, same_bits
+from mezo.run.directory import RunDirectory
+from mezo.run.export import export
+from mezo.run.header import INITIAL, frozen_part
+from mezo.run.logbook import truncate
+from mezo.run.replay import rebuild
+from mezo.run.trajectory import read_header
+from mezo.tasks import load_splits
+from mezo_kernels import lora_init
+from tests.log_by_formula import follows
+
+TUNINGS = ("lora-xs", "lora-b")
+R = {"lora-xs": 8, "lora-b": 4}
+
+
+@pytest.fixture(params=TUNINGS)
+def config(request, tiny_options):
+    """12 steps, 4 directions each."""
+    name = request.param
+    options = {"tuning": name, "r": R[name], "directions": 4, "steps": 12, "eval_every": 6, "verify_every": 3}
+    return Config.of(**tiny_options | options)
+
+
+def run_of(config):
+    return RunDirectory(Path(config.machine.output_dir))
+
+
+def test_what_is_trained_is_small_and_the_rest_stays(config):
+    train(config)
+    run = run_of(config)
+    first, start = read_header(run.trajectory), read_adapter(run.path / INITIAL)
+    name, r = config.model.tuning.name, config.model.tuning.r
+    ends = {"lora-xs": "lora_R.weight", "lora-b": "lora_B.weight"}
+    assert all(each.endswith(ends[name]) for each in first["shapes"])
+    assert len(first["shapes"]) == 3
+    if name == "lora-xs":
+        assert all(shape == [r, r] for shape in first["shapes"].values())
+    assert first["version"] == 2
+    adapter = read_adapter(run.adapter)
+    for each, tensor in adapter.items():
+        assert torch.equal(tensor, start[each]) == each.endswith("lora_A.weight")
+    assert (run.adapter / THETA).exists() == (name == "lora-xs")
+
+
+def test_lora_b_draws_the_lora_a_that_lora_has(tiny_options):
+    config = Config.of(**tiny_options | {"tuning": "lora-b", "steps": 1, "seed": 7})
+    train(config)
+    for name, tensor in read_adapter(run_of(config).adapter).items():
+        if name.endswith("lora_A.weight"):
+            assert torch.equal(tensor, lora_init(7, name, tuple(tensor.shape)))
+
+
+def test_the_factors_are_the_largest_singular_vectors(tiny_options):
+    config = Config.of(**tiny_options | {"tuning": "lora-xs", "r": 8, "steps": 1, "lr": 1e-9})
+    train(config)
+    start = read_adapter(run_of(config).path / INITIAL)
+    base = AutoModelForCausalLM.from_pretrained(config.model.base).model.layers[2].self_attn.q_proj.weight.detach()
+    stem = "base_model.model.model.layers.2.self_attn.q_proj"
+    product = start[f"{stem}.lora_B.weight"] @ start[f"{stem}.lora_A.weight"]
+    u, s, v = torch.linalg.svd(base)
+    best = u[:, :8] @ torch.diag(s[:8]) @ v[:8]
+    assert torch.allclose(product, best, atol=1e-5)
+    assert not start[f"{stem}.lora_R.weight"].any()
+
+
+def test_a_run_follows_the_formulas_resumes_and_replays_to_the_bit(config, tmp_path):
+    train(config)
+    assert follows(config.machine.output_dir) == 12
+    parted = config.replace(output_dir=str(tmp_path / "parted"))
+    assert train(parted, until=5) is None
+    resume(parted.machine.output_dir)
+    a, b = run_of(config), run_of(parted)
+    assert a.trajectory.read_bytes() == b.trajectory.read_bytes()
+    assert same_bits(read_adapter(a.adapter), read_adapter(b.adapter)) is None
+    replay(str(a.path), str(tmp_path / "again"))
+    assert same_bits(read_adapter(tmp_path / "again"), read_adapter(a.adapter)) is None
+    assert "checked_steps" in resume(str(a.path))
+    truncate(str(b.path), 6)
+    resume(str(b.path))
+    assert a.trajectory.read_bytes() == b.trajectory.read_bytes()
+
+
+def test_replay_needs_no_model(config, tmp_path):
+    moved = str(tmp_path / "model")
+    shutil.copytree(config.model.base, moved)
+    train(config.replace(model=moved))
+    shutil.rmtree(moved)
+    theta, first, _ = rebuild(config.machine.output_dir)
+    assert outcome.difference(run_of(config), first, theta) is None
+    theta[next(iter(theta))][0, 0] += 1
+    assert outcome.difference(run_of(config), first, theta) == next(iter(theta))
+
+
+def test_peft_scores_what_the_run_left_as_the_run_did(config, tmp_path):
+    result = train(config.replace(lr=3.0 if config.model.tuning.name == "lora-xs" else 0.3, steps=30))
+    assert result["test"]["after"]["loss"] != pytest.approx(result["test"]["before"]["loss"], abs=1e-3)
+    assert not (run_of(config).adapter / WEIGHTS).is_symlink()
+    export(config.machine.output_dir, str(tmp_path / "peft"))
+    for adapter in (run_of(config).adapter, tmp_path / "peft"):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model.base), adapter).eval()
+        losses = []
+        for example in load_splits(config, load_tokenizer(config.model.base))["test"]:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([example.prompt])).logits[0, -1].double()
+            scores = logits[[option[0] for option in example.options]]
+            losses.append(-scores.log_softmax(0)[example.label].item())
+        assert sum(losses) / len(losses) == pytest.approx(result["test"]["after"]["loss"], abs=1e-5)
+    scored = evaluate_target({}, Path(config.machine.output_dir))
+    assert scored["test"]["loss"] == pytest.approx(result["test"]["after"]["loss"], abs=1e-5)
+    export(config.machine.output_dir, str(tmp_path / "merged"), "merged")
+
+
+def test_the_product_is_summed_in_one_order():
+    generator = torch.Generator().manual_seed(0)
+    b, r = torch.randn(5, 3, generator=generator), torch.randn(3, 3, generator=generator)
+    frozen = {"q.lora_A.weight": torch.ones(3, 4), "q.lora_B.weight": b}
+    whole = as_lora({"q.lora_R.weight": r}, frozen)
+    assert list(whole) == ["q.lora_A.weight", "q.lora_B.weight"]
+    by_hand = [[sum(b[i, k].item() * r[k, j].item() for k in range(3)) for j in range(3)] for i in range(5)]
+    assert torch.equal(whole["q.lora_B.weight"], torch.tensor(by_hand, dtype=torch.float64).float())
+
+
+def test_another_file_of_factors_is_refused(config):
+    train(config.replace(steps=2))
+    path = run_of(config).path / INITIAL
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="is missing or differs"):
+        frozen_part(read_header(run_of(config).trajectory), path)
+    with pytest.raises(UserError, match="is missing or differs"):
+        rebuild(config.machine.output_dir)
+
+
+def test_a_header_without_its_factors_is_refused(tiny_options):
+    config = Config.of(**tiny_options | {"tuning": "lora-xs", "steps": 1})
+    train(config)
+    path = run_of(config).trajectory
+    first, rest = path.read_text().split("\n", 1)
+    path.write_text(
+        json.dumps({key: value for key, value in json.loads(first).items() if key != "frozen"}) + "\n" + rest
+    )
+    with pytest.raises(UserError, match="stands between factors that are not there"):
+        rebuild(str(run_of(config).path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 64}, r"--tuning lora-xs: .* is \(\d+, \d+\), it has no 64 singular vectors; lower --r"),
+        ({"adapter": "x"}, "--adapter x belongs to --tuning lora or prefix, and this run has --tuning lora-xs"),
+        ({"num_prefix_tokens": 3}, "--num-prefix-tokens 3 belongs to --tuning prefix"),
+    ],
+)
+def test_what_lora_xs_cannot_be_is_refused(tiny_options, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(Config.of(**tiny_options | {"tuning": "lora-xs"} | changes))
+    assert not Path(tiny_options["output_dir"]).exists()
