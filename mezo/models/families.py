@@ -1,7 +1,7 @@
 """Model families: everything that is known of one architecture and not of all, in one table by `model_type`.
 
 A family without an entry in `FAMILIES` is `GENERIC`. What an entry says wrongly, or should say and does not, the proof
-at the start of a run finds: it compares scores with the model's own forward pass.
+at the start of a run finds: it compares scores with the model's own forward pass, which then gives them itself.
 """
 
 import math
@@ -55,13 +55,14 @@ def multiplied(logits: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
 
 
 def soft_capped(logits: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """Gemma keeps its logits between -cap and cap: cap * tanh(logits / cap)."""
+    """Gemma 2 and 3 keep their logits between -cap and cap: cap * tanh(logits / cap)."""
     cap = config.final_logit_softcapping
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 KV_FREE = frozenset(
-    "q_proj query o_proj out_proj dense gate_proj up_proj down_proj fc1 fc2 dense_h_to_4h dense_4h_to_h".split()
+    "q_proj query o_proj out_proj dense gate_proj up_proj gate_up_proj down_proj fc1 fc2 dense_h_to_4h dense_4h_to_h"
+    " c_proj c_fc q_lin out_lin lin1 lin2 Wo Wi".split()
 )
 STACKS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 ATTENTIONS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -76,7 +77,9 @@ class Family:
             many modules as the configuration has layers.
         kv_free: names of linear modules of a layer whose adapters change neither keys nor values of that layer.
         stacked: projections that engines keep as one, by the name of the whole: its members, in order.
-        targets: names of the modules that LoRA adapts by default; () is what PEFT says of the family, if anything.
+        targets: names of the modules that LoRA adapts by default; () is what PEFT says of the family, else every linear
+            layer but the head.
+        uncalled: names of linear layers whose weights fused kernels read: adapters beside them would do nothing.
         first_position: of a configuration: the number of a text's first position: places below it are not used.
         window: of a configuration and the number of a layer: how many tokens back the layer attends, None for all.
         logits: from the head's logits, float32 of any shape, and the configuration: what the model makes of them, each
@@ -89,13 +92,14 @@ class Family:
     kv_free: frozenset[str] = KV_FREE
     stacked: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: STACKS)
     targets: tuple[str, ...] = ()
+    uncalled: frozenset[str] = frozenset()
     first_position: Callable[[PretrainedConfig], int] = no_offset
     window: Callable[[PretrainedConfig, int], int | None] = sliding_window
     logits: Callable[[torch.Tensor, PretrainedConfig], torch.Tensor] = unchanged
     attentions: frozenset[str] = ATTENTIONS
 
     def layers_of(self, body: nn.Module, n_layers: int) -> nn.ModuleList | None:
-        """The list of a transformer's layers, None if there is none."""
+        """The list of a transformer's layers, None if there is none: layers may share their weights."""
         if self.layers:
             return body.get_submodule(self.layers)
         return next((m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers), None)
@@ -128,14 +132,14 @@ QV = ("q_proj", "v_proj")
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), LLAMA),
-    # Gemma 2 is left to the proof, which refuses it: it soft-caps its attention too, and `attention.py` does not
-    "gemma3_text": replace(LLAMA, logits=soft_capped),
+    **dict.fromkeys(("gemma2", "gemma3_text"), replace(LLAMA, logits=soft_capped)),
     "granite": replace(LLAMA, logits=divided, targets=QV),
     "cohere": replace(LLAMA, logits=multiplied, targets=QV),
     "cohere2": replace(LLAMA, logits=multiplied, targets=QV),
     "opt": Family(layers="decoder.layers"),
     "gpt_neox": Family(layers="layers", kv_free=frozenset({"dense", "dense_h_to_4h", "dense_4h_to_h"}), stacked={}),
     "bert": BERT,
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), Family(uncalled=frozenset({"out_proj", "dt_proj"}))),
     **dict.fromkeys(("roberta", "camembert", "data2vec-text", "roberta-prelayernorm"), ROBERTA),
     **dict.fromkeys(("xlm-roberta", "xlm-roberta-xl"), ROBERTA),
     **dict.fromkeys(("esm", "longformer", "luke", "mpnet", "xmod"), Family(first_position=after_padding)),

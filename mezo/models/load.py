@@ -55,6 +55,10 @@ class Checkpoint:
         """True if it fills masks, False if it continues text."""
         return (self.config.architectures or [""])[0].endswith("ForMaskedLM")
 
+    def one_token(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Arguments of the shortest forward pass of the model."""
+        return {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=device)}
+
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory or hub id. Raises UserError if there is none."""
@@ -79,12 +83,26 @@ def load_base(checkpoint: Checkpoint, dtype: torch.dtype | str, bare: bool = Fal
     """
     auto = AutoModel if bare else AutoModelForMaskedLM if checkpoint.masked else AutoModelForCausalLM
     try:
-        base = auto.from_pretrained(checkpoint.name, dtype=dtype, attn_implementation=ATTENTION).eval()
+        attention = _attention(auto._model_mapping[type(checkpoint.config)], checkpoint.config)
+    except KeyError:
+        attention = None  # there is no such class, and the next lines say so
+    try:
+        base = auto.from_pretrained(checkpoint.name, dtype=dtype, attn_implementation=attention).eval()
     except (OSError, ValueError, ImportError) as error:  # ImportError: a quantised checkpoint without its library
         raise _unloadable(checkpoint.name, error) from error
     if base._hf_peft_config_loaded:  # of a hub id, whose files are not looked at before
         raise _two_in_one(checkpoint.name)
     return base
+
+
+def _attention(model: type, config: PretrainedConfig) -> str | None:
+    """Ours where a class of transformers takes any attention that does what sdpa does, else its own (None).
+
+    Soft-capped attention is computed by `eager` alone: sdpa leaves the cap out and says nothing.
+    """
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        return "eager"
+    return ATTENTION if model._supports_attention_backend and model._supports_sdpa else None
 
 
 def checkpoint_hash(model: str, dtype: str, bare: bool = False) -> str:

@@ -1,5 +1,6 @@
 """LoRA: which linear layers are adapted, and the adapter as PEFT describes it."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -7,15 +8,19 @@ import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from mezo.config.model import Adapted
 from mezo.errors import UserError
 from mezo.models.spec import LINEAR_HEAD
 from mezo.models.tuning import Attached, Base
+from mezo.progress import say
 from mezo_kernels import canonical_name, lora_init
 
 READ = "read"
 """Name under which an adapter is loaded beside the one that is trained."""
+ALL_LINEAR = "all-linear"
+"""What `--target-modules` takes, as PEFT does, for every linear layer but the head."""
 
 
 def attach(tuning: Adapted, base: Base) -> Attached:
@@ -24,12 +29,8 @@ def attach(tuning: Adapted, base: Base) -> Attached:
     Raises:
         UserError: there are no such layers or linear modules.
     """
-    linear_head, model_type = tuning.head == "linear", base.model.config.model_type
-    targets = tuning.target_modules or base.checkpoint.family.targets or DEFAULT_TARGETS.get(model_type)
-    if not targets:
-        raise UserError(f"--target-modules: no default for model type {model_type}; name the modules")
-    layers = sorted(tuning.layers_to_transform)
-    targets, layers = _chosen(base, list(targets), layers, adaptable_head=not linear_head)
+    linear_head = tuning.head == "linear"
+    targets, layers = _targets(tuning, base, adaptable_head=not linear_head)
     lora = LoraConfig(
         r=tuning.r,
         lora_alpha=tuning.lora_alpha,
@@ -39,11 +40,19 @@ def attach(tuning: Adapted, base: Base) -> Attached:
         lora_dropout=0.0,
         bias="none",
         modules_to_save=[LINEAR_HEAD] if linear_head else None,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.model.modules()),
         task_type=None if linear_head or base.checkpoint.masked else "CAUSAL_LM",
         base_model_name_or_path=base.checkpoint.name,
     )
-    model = get_peft_model(base.model, lora, autocast_adapter_dtype=False).eval()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # each module has what is right for it
+            model = get_peft_model(base.model, lora, autocast_adapter_dtype=False).eval()
+    except ValueError as error:  # modules that PEFT knows to be read without being called
+        why = " ".join(str(error).split())
+        raise UserError(f"--target-modules: {why} Leave it out, or use {ALL_LINEAR}") from error
     params = {canonical_name(name): p for name, p in model.named_parameters() if ".lora_" in name}
+    _say_experts(base)
     bad = [name for name in params if not name.endswith(("lora_A.weight", "lora_B.weight"))]
     if bad:
         raise UserError(f"--target-modules: only linear layers can be adapted, got {bad[0]}")
@@ -76,6 +85,13 @@ def as_peft_loads(model: PeftModel, directory: str) -> Iterator[None]:
         model.requires_grad_(False).eval()
 
 
+def _say_experts(base: Base) -> None:
+    """Say that the experts of a mixture stay as they are: transformers keeps them as no linear layers."""
+    experts = sorted({_leaf(name) for name, p in base.model.named_parameters() if p.dim() == 3 and "experts" in name})
+    if experts:
+        say(f"the experts ({', '.join(experts)}) stay as they are: LoRA is beside linear layers, and they are none")
+
+
 def peft_defaults(kind: str) -> dict[str, object]:
     """PEFT's defaults of the fields of adapter_config.json; `kind` is "LORA" or "PREFIX_TUNING"."""
     return {"LORA": LoraConfig, "PREFIX_TUNING": PrefixTuningConfig}[kind]().to_dict()
@@ -85,38 +101,100 @@ def _noise(theta: Mapping[str, torch.Tensor], seed: int) -> Iterator[torch.Tenso
     return (lora_init(seed, name, tuple(tensor.shape)) for name, tensor in theta.items())
 
 
-def _chosen(base: Base, targets: list[str], layers: list[int], adaptable_head: bool) -> tuple[list[str], list[int]]:
+def _targets(tuning: Adapted, base: Base, adaptable_head: bool) -> tuple[list[str], list[int]]:
     """Targets and layers as PEFT takes them, checked against the linear modules there are.
 
     Args:
+        tuning: the options.
         base: the model.
-        targets: names of modules, or ends of their paths.
-        layers: numbers of the layers to adapt, sorted; [] is all.
         adaptable_head: the head is one of the modules.
     """
+    layers = sorted(tuning.layers_to_transform)
     for number in layers:
         if not 0 <= number < len(base.layers):
-            last = len(base.layers) - 1
-            raise UserError(f"--layers-to-transform: layer {number} does not exist; the model has layers 0 to {last}")
-    path = {module: name for name, module in base.model.named_modules()}
-    linear = [[path[m] for m in layer.modules() if isinstance(m, nn.Linear)] for layer in base.layers]
-    head = [path[base.head]] if adaptable_head and isinstance(base.head, nn.Linear) else []
-    matches = lambda name, target: name == target or name.endswith(f".{target}")  # noqa: E731
-    names = [*(name for layer in linear for name in layer), *head]
+            there = f"layers 0 to {len(base.layers) - 1}" if base.layers else "no list of its layers: leave it out"
+            raise UserError(f"--layers-to-transform: layer {number} does not exist; the model has {there}")
+    modules = _linear_modules(base, layers, adaptable_head)
+    if tuning.target_modules in ((), (ALL_LINEAR,)):
+        usual = base.checkpoint.family.targets or DEFAULT_TARGETS.get(base.model.config.model_type, ())
+        known = not isinstance(usual, str) and any(_matches(name, target) for name in modules for target in usual)
+        return (list(usual), layers) if known and not tuning.target_modules else _all_linear(base, layers)
+    targets, head = list(tuning.target_modules), _head_name(base)
     for target in targets:
-        if not any(matches(name, target) for name in names):
-            known = sorted({name.rsplit(".", 1)[-1] for name in names})
+        if not any(_matches(name, target) for name in modules):
+            known = sorted(set(map(_leaf, modules)))
             raise UserError(f"--target-modules: no linear layer named {target}; the model has {', '.join(known)}")
-    if not layers or not any(target in head for target in targets):
+    if not layers or head not in modules or not any(_matches(head, target) for target in targets):
         return targets, layers
     # PEFT takes no module outside the layers once layers are chosen: name each module instead
-    allowed = [*(name for number in layers for name in linear[number]), *head]
-    return [name for name in allowed if any(matches(name, target) for target in targets)], []
+    return [name for name in modules if any(_matches(name, target) for target in targets)], []
+
+
+def _matches(name: str, target: str) -> bool:
+    """Whether PEFT takes a module for one of those that a target names."""
+    return name == target or name.endswith(f".{target}")
+
+
+def _head_name(base: Base) -> str | None:
+    """Path of the layer that gives the logits, if it is a linear one."""
+    outputs = base.model.get_output_embeddings()
+    if not isinstance(outputs, nn.Linear):
+        return None
+    return next((name for name, module in base.model.named_modules() if module is outputs), None)
+
+
+def _linear_modules(base: Base, layers: list[int], adaptable_head: bool) -> list[str]:
+    """Paths of the linear modules of some layers, or of the whole model where none are named, and of the head.
+
+    Heads that are more than a linear layer are left out: what lies in them is no layer of the body.
+    """
+    within = [base.layers[number] for number in layers] or [base.body]
+    inside = {id(module) for part in within for module in part.modules()}
+    head = _head_name(base)
+    adaptable = lambda name, module: (  # noqa: E731
+        isinstance(module, (nn.Linear, Conv1D)) and id(module) in inside and name != head
+    )
+    names = [name for name, module in base.model.named_modules() if adaptable(name, module)]
+    return names + ([head] if adaptable_head and head and base.model.get_submodule(head) is base.head else [])
+
+
+def _all_linear(base: Base, layers: list[int]) -> tuple[list[str], list[int]]:
+    """What adapts every linear module of the body in some layers, or in all: names where these mean no other module."""
+    uncalled = _uncalled(base)
+    names = [name for name in _linear_modules(base, [], False) if _leaf(name) not in uncalled]
+    leaves = sorted(set(map(_leaf, names)))
+    meant = {name for name, _ in base.model.named_modules() if any(_matches(name, leaf) for leaf in leaves)}
+    if meant <= set(names):
+        return leaves, layers
+    return [name for name in _linear_modules(base, layers, False) if name in names], []
+
+
+def _leaf(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+@torch.no_grad()
+def _uncalled(base: Base) -> set[str]:
+    """Last parts of the paths of linear modules whose weights the model reads without ever calling them.
+
+    An adapter beside such a module would do nothing. One token goes through the model to see.
+    """
+    called, hooks, names = set(), [], _linear_modules(base, [], False)
+    for name in names:
+        see = lambda module, args, name=name: called.add(_leaf(name))  # noqa: E731
+        hooks.append(base.model.get_submodule(name).register_forward_pre_hook(see))
+    try:
+        base.model(**base.checkpoint.one_token(base.model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return base.checkpoint.family.uncalled | set(map(_leaf, names)) - called
 
 
 def _peft_fields(lora: LoraConfig, model: str) -> dict:
     saved = {"modules_to_save": list(lora.modules_to_save)} if lora.modules_to_save else {}
     saved |= {"use_rslora": True} if lora.use_rslora else {}
+    saved |= {"fan_in_fan_out": True} if lora.fan_in_fan_out else {}
     return saved | {
         "peft_type": "LORA",
         "task_type": lora.task_type,

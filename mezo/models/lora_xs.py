@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from mezo.config import LoraXS
 from mezo.errors import UserError
@@ -53,7 +54,8 @@ def attach(tuning: LoraXS, base: Base) -> Attached:
         if not isinstance(module, LoraLayer):
             continue
         name = canonical_name(path)
-        a, b = _factors(module.get_base_layer().weight, tuning.r, name)
+        layer = module.get_base_layer()
+        a, b = _factors(layer.weight.T if isinstance(layer, Conv1D) else layer.weight, tuning.r, name)
         module.lora_A["default"].weight.data.copy_(a)
         module.lora_B["default"] = factors = Factors(b.to(base.model.dtype).to(base.model.device))
         core, outer = factors

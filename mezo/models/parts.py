@@ -1,12 +1,12 @@
 """A model ready to be scored: the base taken apart, with what is trained of it attached."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from mezo.config import Model
-from mezo.errors import UserError
 from mezo.models import full, lora, lora_b, lora_xs, prefix
 from mezo.models.attention import Prefix
 from mezo.models.families import Family, why_kv_depends
@@ -32,22 +32,26 @@ class ModelParts:
     Args:
         attached: the model with what is trained of it, in eval mode, no parameter requiring grad.
         family: of the model.
+        base: the model of transformers within: its forward pass is what is right.
         body: the transformer without its head.
-        layers: its layers.
-        head: hidden states -> logits; it may be adapted as well.
+        layers: its layers; empty where it has no list of them, one module a layer.
+        head: hidden states -> logits; it may be adapted as well. None where it is no single module.
         causal: True for a decoder, False for an encoder.
         first: number of the lowest layer that must be run: the lowest trained one, or the last.
         kv_depends: why keys and values depend on what is trained, None if none does.
+        linear_head: the head is a linear one of ours, and the base has none.
     """
 
     attached: Attached
     family: Family
+    base: nn.Module
     body: nn.Module
-    layers: nn.ModuleList
-    head: nn.Module
+    layers: Sequence[nn.Module]
+    head: nn.Module | None
     causal: bool
     first: int
     kv_depends: str | None
+    linear_head: bool
 
     @property
     def model(self) -> nn.Module:
@@ -71,7 +75,7 @@ class ModelParts:
 
     @property
     def window(self) -> int | None:
-        """How many tokens back the last layer attends, None for all."""
+        """How many tokens back the last layer attends, None for all. There are layers."""
         return self.family.window(self.body.config, len(self.layers) - 1)
 
     @property
@@ -113,20 +117,37 @@ def load_parts(
     attached = TUNINGS[model.tuning.name](model.tuning, base)
     attached.model.requires_grad_(False)
     params, family, n_layers = attached.params, base.checkpoint.family, len(base.layers)
-    trained = set(map(id, params.values()))
-    touched = [i for i, layer in enumerate(base.layers) if not trained.isdisjoint(map(id, layer.parameters()))]
     parts = ModelParts(
         attached,
         family,
+        base.model,
         base.body,
         base.layers,
         _head_in_use(base, linear),
         causal=not linear and not base.checkpoint.masked,
-        first=0 if attached.prefix else min(touched, default=n_layers - 1),
-        kv_depends=why_kv_depends(params, n_layers, family),
+        first=0 if attached.prefix else _lowest_trained(base, params, linear),
+        kv_depends=why_kv_depends(params, n_layers, family) if n_layers else "the model has no list of its layers",
+        linear_head=linear,
     )
     shapes, frozen = ({name: tuple(p.shape) for name, p in part.items()} for part in (params, attached.frozen))
     return parts, TrainedSpec(attached.peft, shapes, base.checkpoint.name, sha256, str(dtype).split(".")[1], frozen)
+
+
+def _lowest_trained(base: Base, params: Mapping[str, nn.Parameter], linear: bool) -> int:
+    """Number of the lowest layer that depends on what is trained; the last one where that is the head alone.
+
+    Args:
+        base: the model.
+        params: what is trained.
+        linear: a linear head lies in the body, beside the layers.
+    """
+    in_layers = [set(map(id, layer.parameters())) for layer in base.layers]
+    above = set(map(id, _head_in_use(base, linear).parameters())) if linear else set()
+    trained = set(map(id, params.values()))
+    below = trained.intersection(map(id, base.body.parameters())).difference(above, *in_layers)  # embeddings, say
+    if below or not in_layers:
+        return 0
+    return next((i for i, layer in enumerate(in_layers) if layer & trained), len(in_layers) - 1)
 
 
 def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, classes: int | None) -> tuple[Base, str]:
@@ -138,17 +159,20 @@ def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, clas
     sha256, body = weights_hash(model), model.base_model
     if classes is not None:
         add_linear_head(model, classes)
-        heads = [getattr(model, LINEAR_HEAD)]
-    else:
-        heads = [child for child in model.children() if child is not body]
     layers = checkpoint.family.layers_of(body, model.config.num_hidden_layers)
-    if len(heads) != 1 or layers is None:
-        raise UserError(f"--model {checkpoint.name}: {type(model).__name__} is not one body of layers and one head")
-    return Base(checkpoint, model, body, layers, heads[0]), sha256
+    return Base(checkpoint, model, body, layers or (), _head_of(model, body, classes is not None)), sha256
 
 
-def _head_in_use(base: Base, linear: bool) -> nn.Module:
+def _head_of(model: nn.Module, body: nn.Module, linear: bool) -> nn.Module | None:
+    """What is called with the body's hidden states, and gives logits; None if that is no single module."""
+    if linear:
+        return getattr(model, LINEAR_HEAD)
+    others = [child for child in model.children() if child is not body]
+    return others[0] if len(others) == 1 and body is not model else None
+
+
+def _head_in_use(base: Base, linear: bool) -> nn.Module | None:
     """The head after something was attached: an adapted one is another module."""
     if linear:
         return getattr(base.model, LINEAR_HEAD).modules_to_save["default"]
-    return next(child for child in base.model.children() if child is not base.body)
+    return _head_of(base.model, base.body, linear)

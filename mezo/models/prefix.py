@@ -57,6 +57,8 @@ def attach(tuning: PrefixOptions, base: Base) -> Attached:
         UserError: the model has no place for a prefix.
     """
     tokens, body, n_layers = tuning.num_prefix_tokens, base.body, len(base.layers)
+    if not base.layers:
+        raise _unfit(body, "it has no list of its layers")
     _check_layers(body, base.checkpoint.family.attentions)
     parts = _keys_and_values(body, [0])
     if len(parts) != 2 * n_layers:

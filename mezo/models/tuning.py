@@ -3,7 +3,7 @@
 `lora.py`, `lora_b.py`, `lora_xs.py`, `prefix.py` and `full.py` are one tuning each; `parts.py` has the table of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,15 +21,15 @@ class Base:
         checkpoint: where it comes from.
         model: with its head.
         body: the transformer without its head.
-        layers: of the body, in order.
-        head: hidden states -> logits.
+        layers: of the body, in order; empty where it has no list of them, one module a layer.
+        head: hidden states -> logits; None where that is no single module.
     """
 
     checkpoint: Checkpoint
     model: nn.Module
     body: nn.Module
-    layers: nn.ModuleList
-    head: nn.Module
+    layers: Sequence[nn.Module]
+    head: nn.Module | None
 
 
 @dataclass(frozen=True)

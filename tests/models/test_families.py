@@ -23,6 +23,7 @@ from mezo.data.example import Example
 from mezo.errors import UserError
 from mezo.method.step import Step
 from mezo.models.families import FAMILIES, GENERIC, Family
+from mezo.runtimes.hf.reading import ByModel, ByParts
 from tests.runtimes.hf.test_runtime import ROUNDING, examples, runtime
 from tests.tiny_models import SIZES
 
@@ -104,11 +105,14 @@ def toy(tmp_path_factory):
     return save(ToyForCausalLM(config), tmp_path_factory.mktemp("toy"))
 
 
-def test_a_family_that_is_not_in_the_table_is_refused_where_it_differs(toy):
-    with pytest.raises(UserError, match="no default for model type mezo_toy; name the modules"):
-        runtime(toy, examples(4))
-    with pytest.raises(UserError, match=r"not exact on this model, they differ by .* from its full forward pass"):
-        runtime(toy, examples(4), target_modules=("o_proj",))
+def test_a_family_that_is_not_in_the_table_is_scored_by_its_own_forward_pass(toy):
+    built = runtime(toy, examples(6))
+    adapted = {name.rsplit(".", 3)[-3] for name in built.spec.shapes}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert isinstance(built.reading, ByModel)
+    assert torch.allclose(
+        difference(built.score("train", range(6))), log_odds(built.parts.model, examples(6)), atol=ROUNDING
+    )
 
 
 def test_one_entry_in_the_table_is_all_that_a_new_family_takes(toy, monkeypatch):
@@ -116,6 +120,7 @@ def test_one_entry_in_the_table_is_all_that_a_new_family_takes(toy, monkeypatch)
     data = examples(6)
     built = runtime(toy, data)
     assert {name.rsplit(".", 3)[-3] for name in built.spec.shapes} == {"o_proj"}
+    assert isinstance(built.reading, ByParts)
     assert torch.allclose(difference(built.score("train", range(6))), log_odds(built.parts.model, data), atol=ROUNDING)
     with pytest.raises(UserError, match="a prompt has 101 tokens, the model takes 100"):
         runtime(toy, [Example((5,) * 101, ((5,), (9,)), 0)])

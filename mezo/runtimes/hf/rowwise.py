@@ -33,7 +33,7 @@ class RowWise:
             [] if parts.prefix else [(owners[id(p)], s) for p, s in zip(parts.params.values(), stacks, strict=True)]
         )
         trained = {id(module) for module, _ in self.linear}
-        self.head_trained = any(id(module) in trained for module in parts.head.modules())
+        self.head_trained = any(id(module) in trained for module in (parts.head.modules() if parts.head else ()))
 
     @contextmanager
     def using(self, copies: Sequence[int]) -> Iterator[torch.Tensor | None]:

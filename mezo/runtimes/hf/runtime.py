@@ -21,10 +21,11 @@ from mezo.progress import say
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Writing, greedy, refuse_too_long
 from mezo.runtimes.hf.proof import StartProof
+from mezo.runtimes.hf.reading import ByModel, ByParts, Reading
 from mezo.runtimes.hf.rowwise import RowsLost, RowWise, why_not
-from mezo.runtimes.hf.trunk import CALL, Trunk, no_cache
+from mezo.runtimes.hf.trunk import CALL, Trunk, attention_of, no_cache
 from mezo.runtimes.reference import reference_log_probs
-from mezo.runtimes.rows import RowBatch, by_length, option_scores, rows_of, scored
+from mezo.runtimes.rows import RowBatch, by_length, option_scores, rows_of
 from mezo.runtimes.sides import Sides
 from mezo.runtimes.theta import PerturbedTheta
 from mezo_kernels import ParamLayout, available_backends
@@ -84,6 +85,7 @@ class HFRuntime:
         self.seconds_proving = 0.0
         self.examples: dict[str, Sequence[Example]] = {}
         self.trunk: Trunk | None = None
+        self.reading: Reading | None = None
         self.writing = Writing.of(checkpoint) if work.max_new_tokens else None
         self.vocabulary = "lm_cross_entropy" in work.objectives
         if self.writing and not self.parts.causal:
@@ -108,7 +110,7 @@ class HFRuntime:
         return max(1, min(fit, self.work.perturbations))
 
     def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
-        """See `Runtime.prepare`. Raises UserError if the trunk cache is not exact on this model."""
+        """See `Runtime.prepare`. Raises UserError if a trunk cache that was asked for is not exact on this model."""
         self.examples = splits
         self.rows = {split: [rows_of(example) for example in examples] for split, examples in splits.items()}
         self.first_row = {split: _starts(rows) for split, rows in self.rows.items()}
@@ -116,19 +118,16 @@ class HFRuntime:
         options = [example.options for examples in splits.values() for example in examples]
         # scores up to a constant compare options of one token each; longer ones, or one alone, need log-probabilities
         self.vocabulary |= any(len(each) == 1 or any(len(option) > 1 for option in each) for each in options)
-        needless = self.parts.first == 0 or not self.work.scores
-        if self.options.trunk_cache in ("cpu", "device") and needless:
+        asked, needless = self.options.trunk_cache, self.parts.first == 0 or not self.work.scores
+        if asked in ("cpu", "device") and needless:
             why = "layer 0 is adapted, nothing lies below it; use --layers-to-transform or auto"
             if not self.work.scores:
                 names = ", ".join(self.work.objectives)
                 why = f"--objective {names} generates text, which takes nothing from it; use auto"
             raise UserError(f"--trunk-cache: {why}")
-        if self.options.trunk_cache == "off" or needless:
-            self._prove(
-                "--model", "the model changes its hidden states or logits after its layers or head, unsupported"
-            )
-        else:
-            self._prepare_trunk()
+        self._prove(with_trunk=asked != "off" and not needless)
+        if self.trunk:
+            self._fill_trunk()
 
     def _check_lengths(self) -> None:
         limit, prefix = self.parts.position_limit, self.parts.prefix_tokens
@@ -137,25 +136,20 @@ class HFRuntime:
     def _longest(self) -> int:
         return max(len(row.ids) for nested in self.rows.values() for rows in nested for row in rows)
 
-    def _prepare_trunk(self) -> None:
-        """Prove the trunk exact, then fill it.
-
-        Of a training set too large to be seen once nothing is kept, and what is left of a resumed run may be so short
-        that it fills what it draws.
-        """
-        self.trunk, work, n = self._trunk(), self.work, len(self.examples.get("train", ()))
-        rows = {split: [row for example in nested for row in example] for split, nested in self.rows.items()}
-        once = work.steps * work.batch_size < n
-        short = (work.steps - work.done) * work.batch_size < n
-        for split in rows:
-            self.trunk.register(split, rows[split], kept=not (once and split == "train"))
-        self._prove("--trunk-cache", "use --trunk-cache off")
+    def _fill_trunk(self) -> None:
+        """Compute the trunk of all rows but those of a training set that the steps to come do not see whole."""
         self.trunk.clear()
-        if short and n:
-            say(f"the trunk cache is not filled with train ahead: the steps to come draw fewer than its {n:,} examples")
-        for split in [split for split in rows if not (short and split == "train")]:
+        short = self._seen_in_part(self.work.done)
+        for split in short:
+            say(f"the trunk cache is not filled with {split} ahead: the steps to come do not draw all of its examples")
+        for split in [split for split in self.rows if split not in short]:
             count = self.tokens if split == "train" else self.eval_tokens
             count.computed += self._trunk_share(self.trunk.fill(split))
+
+    def _seen_in_part(self, done: int = 0) -> set[str]:
+        """Splits of which the steps after so many see some examples alone."""
+        drawn = (self.work.steps - done) * self.work.batch_size
+        return {split for split in self.rows if split == "train" and drawn < len(self.examples[split])}
 
     @property
     def seconds_filling(self) -> float:
@@ -383,26 +377,26 @@ class HFRuntime:
         rows = [row for i in indices for row in self.rows[split][i]]
         batch = RowBatch.of(rows, self.pad, self.device)
         examples = [self.examples[split][i] for i in indices]
-        n_layers, first = len(self.parts.layers), self.parts.first
         tokens = sum(len(row.ids) for row in rows)
         count.scored += signs * tokens
-        hidden, filled = self._hidden(split, indices, batch, copies)
+        outputs, filled = self._outputs(split, indices, batch, copies)
         if self.trunk is None:
             count.computed += signs * tokens
         else:
+            n_layers, first = len(self.parts.layers), self.parts.first
             run = int(batch.valid.sum()) if self.trunk.keep_kv else tokens
             count.computed += signs * run * (n_layers - first) / n_layers + self._trunk_share(filled)
 
         def scores() -> torch.Tensor:
-            log_probs = self._log_probs(hidden(), batch.targets, self.vocabulary, copies)
+            log_probs = self._log_probs(outputs(), batch.targets, self.vocabulary, copies)
             return option_scores(examples, log_probs, batch.valid.cpu())
 
         return scores
 
-    def _hidden(
+    def _outputs(
         self, split: str, indices: Sequence[int], batch: RowBatch, copies: Sequence[int] | None = None
     ) -> tuple[Callable[[], torch.Tensor], int]:
-        """A function that gives the hidden states at the scored positions, and the tokens whose trunk was run.
+        """A function that gives `Reading.outputs` at the scored positions, and the tokens whose trunk was run.
 
         Args:
             split, indices: the examples.
@@ -429,9 +423,9 @@ class HFRuntime:
     def _run_of(
         self, split: str, numbers: Sequence[int], batch: RowBatch, copies: Sequence[int] | None
     ) -> tuple[Callable[[], torch.Tensor], int]:
-        """See `_hidden`; of rows that are run together."""
+        """See `_outputs`; of rows that are run together."""
         if self.trunk is None:
-            run, filled = functools.partial(self._full_hidden, batch), 0
+            run, filled = functools.partial(self._full, batch), 0
         else:
             trunk, filled = self.trunk.hidden(split, numbers, batch)
             run = lambda prefix=None: trunk()  # noqa: E731  a prefix has no trunk below it
@@ -448,19 +442,22 @@ class HFRuntime:
         """Work of filling the cache, in tokens through the whole model; keys and values count as one layer."""
         return tokens * (self.parts.first + self.trunk.keep_kv) / len(self.parts.layers)
 
-    def _full_hidden(self, batch: RowBatch, prefixes: torch.Tensor | None = None) -> torch.Tensor:
-        mask, prefix = None if self.parts.causal else batch.mask, self.parts.prefix
+    def _full(self, batch: RowBatch, prefixes: torch.Tensor | None = None) -> torch.Tensor:
+        """Outputs of rows that are run through every layer."""
+        by_parts = isinstance(self.reading, ByParts)
+        # padding on the right is invisible to a causal layer; the model itself is told of it all the same
+        mask, prefix = None if self.parts.causal and by_parts else batch.mask, self.parts.prefix
         others = {"attention_mask": mask, **no_cache(self.parts.causal)}
         inputs = prefix.inputs(len(batch.ids), mask, prefixes) if prefix else others
-        return scored(self.parts.body(input_ids=batch.ids, **inputs).last_hidden_state, batch.positions)
+        return self.reading.outputs(batch.ids, batch.positions, **inputs)
 
     def _log_probs(
-        self, hidden: torch.Tensor, targets: torch.Tensor, vocabulary: bool, copies: Sequence[int] | None = None
+        self, outputs: torch.Tensor, targets: torch.Tensor, vocabulary: bool, copies: Sequence[int] | None = None
     ) -> torch.Tensor:
         """log p of the targets.
 
         Args:
-            hidden: (rows, scored, hidden_size) final hidden states.
+            outputs: (rows, scored, ...), see `Reading.outputs`.
             targets: (rows, scored, candidates) token ids.
             vocabulary: normalise over the vocabulary; else they are right up to a constant of each position.
             copies: see `_forward`.
@@ -469,43 +466,103 @@ class HFRuntime:
         """
         tokens, inverse = targets.unique(return_inverse=True)
         by_row = copies is not None and self.rowwise.head_trained
-        logits = None if vocabulary or by_row else self.parts.some_logits(hidden, tokens)
+        logits = None if vocabulary or by_row else self.reading.some_logits(outputs, tokens)
         if logits is not None:
             return logits.gather(-1, inverse).double().cpu()
         with self.rowwise.using(copies) if by_row else nullcontext():
-            logits = self.parts.logits(hidden)
+            logits = self.reading.logits(outputs)
         log_z = logits.double().logsumexp(-1, keepdim=True) if vocabulary else 0.0
         return (logits.gather(-1, targets).double() - log_z).cpu()
 
-    def _trunk(self) -> Trunk:
+    def _trunk(self, reading: Reading, keep_kv: bool) -> Trunk:
         parts, choice = self.parts, self.options.trunk_cache
         on_device = choice == "device" or (choice == "auto" and self.device.type != "cpu")
-        return Trunk(
-            parts.body,
+        trunk = Trunk(
+            reading,
             parts.layers,
             parts.first,
-            keep_kv=parts.kv_depends is None and not (parts.window and parts.window < self._longest()),
+            keep_kv=keep_kv,
             causal=parts.causal,
             pad=self.pad,
             device=self.device,
             storage=self.device if on_device else torch.device("cpu"),
             limit=self.options.trunk_cache_bytes,
         )
+        later = self._seen_in_part()
+        for split, nested in self.rows.items():
+            rows = [row for example in nested for row in example]
+            trunk.register(split, rows, kept=split not in later)
+        return trunk
 
-    @torch.no_grad()
-    def _prove(self, flag: str, remedy: str) -> None:
-        """Raise UserError, which names the flag and says the remedy, if scores are not those of the model itself."""
+    def _ways(self, with_trunk: bool) -> list[tuple[Trunk | None, Reading]]:
+        """Ways to scores, from the one that computes least to the model's own forward pass."""
+        parts, asked = self.parts, self.options.trunk_cache
+        readings = [ByParts(parts)] if parts.head else []
+        if not parts.linear_head:
+            readings.append(ByModel(parts))
+        trunks = []
+        if with_trunk:
+            in_window = not (parts.window and parts.window < self._longest())
+            by_kv = parts.kv_depends is None and in_window and attention_of(parts.layers[parts.first])
+            trunks = [(self._trunk(r, keep), r) for keep in ([True, False] if by_kv else [False]) for r in readings]
+        return trunks if asked in ("cpu", "device") else [*trunks, *((None, reading) for reading in readings)]
+
+    def _prove(self, with_trunk: bool) -> None:
+        """Take the first way whose scores are those of the model itself, and say what the others would have saved.
+
+        Raises:
+            UserError: there is none.
+        """
         say("proving that the model is scored as it scores itself, on a few examples")
-        began, filled = time.perf_counter(), self.seconds_filling
-        proof = StartProof(self.rows, self.pad, self.device, self.dtype)
-        self._use_noise(seed=0)
-        hidden, _ = self._hidden(proof.split, proof.indices, proof.batch)
-        self._use_noise(seed=1)  # what is cached by now is of another theta, as in training
-        log_probs = self._log_probs(hidden(), proof.batch.targets, vocabulary=True)
-        proof.check(self.parts.model, log_probs, flag, remedy)
+        began, ways = time.perf_counter(), self._ways(with_trunk)
+        proof, refusals = StartProof(self.rows, self.pad, self.device, self.dtype), []
+        for self.trunk, self.reading in ways:
+            plain = self.trunk is None and len(refusals) == len(ways) - 1
+            refusal = self._why_wrong(proof, plain)
+            if refusal is None:
+                break
+            refusals.append(refusal)
+        else:
+            if self.trunk:
+                raise UserError(f"--trunk-cache: {refusals[0]}; use --trunk-cache off")
+            raise UserError(f"--model: {refusals[-1]}; rows change each other's scores in it, unsupported")
+        if refusals:
+            say(f"{refusals[0]}: {self._given_up(*ways[0])}")
+        if self.trunk:
+            self.trunk.clear()
         if self.rowwise:
             self._prove_rowwise(proof)
-        self.seconds_proving = time.perf_counter() - began - (self.seconds_filling - filled)
+        self.seconds_proving = time.perf_counter() - began
+
+    def _given_up(self, trunk: Trunk | None, reading: Reading) -> str:
+        """What it costs to score as it is done now and not so."""
+        costs = []
+        if trunk and self.trunk is None:
+            costs.append(f"no trunk cache, all {len(self.parts.layers)} layers run for each score")
+        elif trunk and trunk.keep_kv and not self.trunk.keep_kv:
+            costs.append("the trunk cache keeps whole rows, the last layer runs for all tokens")
+        if isinstance(reading, ByParts) and isinstance(self.reading, ByModel):
+            costs.append("logits by the model's own forward pass, of all tokens of the vocabulary")
+        return "; ".join(costs)
+
+    @torch.no_grad()
+    def _why_wrong(self, proof: StartProof, plain: bool) -> str | None:
+        """Why the way at hand does not give the model's own scores, None if it does.
+
+        Args:
+            proof: rows to score.
+            plain: it is the model's own forward pass: if that fails, nothing is left to try.
+        """
+        try:
+            self._use_noise(seed=0)
+            outputs, _ = self._outputs(proof.split, proof.indices, proof.batch)
+            self._use_noise(seed=1)  # what is cached by now is of another theta, as in training
+            log_probs = self._log_probs(outputs(), proof.batch.targets, vocabulary=True)
+        except Exception as error:
+            if plain:
+                raise
+            return _why_not_run(error)
+        return proof.why_wrong(self.parts.model, log_probs, plain)
 
     @torch.no_grad()
     def prove_adapter(self, directory: str) -> None:
@@ -514,9 +571,9 @@ class HFRuntime:
         proof = StartProof(self.rows, self.pad, self.device, self.dtype)
         log_probs = reference_log_probs(self.parts.model, proof.batch)
         with as_peft_loads(self.parts.model, directory):
-            proof.check(
-                self.parts.model, log_probs, f"adapter {directory}", "it is another function where PEFT loads it"
-            )
+            why = proof.why_wrong(self.parts.model, log_probs)
+        if why:
+            raise UserError(f"adapter {directory}: it is another function where PEFT loads it: {why}")
 
     def _prove_rowwise(self, proof: StartProof) -> None:
         """Give up passes of rows with copies of their own, in favour of one for each copy, if scores change."""
@@ -525,15 +582,19 @@ class HFRuntime:
         copies = [copy for copy in (first, last) for _ in proof.rows]
         rows = RowBatch.of(proof.rows * 2, self.pad, self.device)
         try:
-            hidden, _ = self._hidden(proof.split, proof.indices * 2, rows, copies)
-            log_probs = self._log_probs(hidden(), rows.targets, vocabulary=True, copies=copies)
-            for copy, scores in zip(
-                (self.plus, self.copies[f"minus{self.pairs - 1}"]), log_probs.chunk(2), strict=True
-            ):
-                self._use(copy)
-                proof.check(self.parts.model, scores, "--directions", "")
-        except (RowsLost, UserError) as error:
-            self.rowwise, self.why_not_rowwise = None, str(error).strip("; ")
+            outputs, _ = self._outputs(proof.split, proof.indices * 2, rows, copies)
+            log_probs = self._log_probs(outputs(), rows.targets, vocabulary=True, copies=copies)
+            used = (self.plus, self.copies[f"minus{self.pairs - 1}"])
+            refusals = [
+                self._use(copy) and proof.why_wrong(self.parts.model, scores)
+                for copy, scores in zip(used, log_probs.chunk(2), strict=True)
+            ]
+        except RowsLost as error:
+            refusals = [str(error)]
+        except Exception as error:
+            refusals = [_why_not_run(error)]
+        if any(refusals):
+            self.rowwise, self.why_not_rowwise = None, next(filter(None, refusals))
 
     def _use_noise(self, seed: int, copy: str = "plus0") -> None:
         """Write a theta that changes scores to a copy, which no step has written yet, and use it."""
@@ -541,6 +602,13 @@ class HFRuntime:
         for tensor, noise in zip(self.copies[copy].tensors, self.parts.attached.noise(theta, seed), strict=True):
             tensor.copy_(noise)
         self._use(self.copies[copy])
+
+
+def _why_not_run(error: Exception) -> str:
+    """What a model that does not run in parts says, in a line; what has no memory is raised again."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        raise error
+    return f"this model does not run in parts ({type(error).__name__}: {' '.join(str(error).split()):.80})"
 
 
 def _starts(rows: list[list]) -> list[int]:

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from mezo.models.attention import Known, attending
+from mezo.models.attention import ATTENTION, Known, attending
 from mezo.progress import say, told
-from mezo.runtimes.rows import Row, RowBatch, by_length, scored
+from mezo.runtimes.hf.reading import Reading
+from mezo.runtimes.rows import Row, RowBatch, by_length
 
 CALL = 48  # tokens whose time a forward pass of none takes on a CPU, where the weights are read for each call
 RECENT = 16  # calls whose entries are kept where no more are: instruments score a step's batch again
@@ -52,8 +53,8 @@ class Trunk:
     """Splits a transformer at its first adapted layer and keeps the lower part's output.
 
     Args:
-        body: the transformer without its head; called with input_ids, attention_mask, position_ids.
-        layers: its layers, in order.
+        reading: runs the model; called with attention_mask, position_ids.
+        layers: of the model, in order.
         first: index of the first adapted layer.
         keep_kv: keep keys and values of the last layer and run the scored positions only (first is the last layer).
         causal: True for a decoder.
@@ -64,8 +65,8 @@ class Trunk:
 
     def __init__(
         self,
-        body: nn.Module,
-        layers: nn.ModuleList,
+        reading: Reading,
+        layers: Sequence[nn.Module],
         first: int,
         *,
         keep_kv: bool,
@@ -75,7 +76,7 @@ class Trunk:
         storage: torch.device,
         limit: int,
     ):
-        self.body, self.layers, self.first = body, layers, first
+        self.reading, self.layers, self.first = reading, layers, first
         self.keep_kv, self.causal, self.pad = keep_kv, causal, pad
         self.device, self.storage, self.limit = device, storage, limit
         self.rows: dict[str, list[list[Row]]] = {}
@@ -85,8 +86,8 @@ class Trunk:
         self.groups: OrderedDict[tuple[str, int], list[Entry]] = OrderedDict()
         self.nbytes, self.seconds, self.full = 0, 0.0, False
         self.tokens = 0
-        attentions = [m for m in layers[first].modules() if hasattr(m, "is_causal") and hasattr(m, "layer_idx")]
-        self.attention = attentions[0] if attentions else None
+        self.attention = attention_of(layers[first])
+        self.others: tuple | None = None  # stands for what a layer gives beside hidden states; None: it gives these
 
     def register(self, split: str, rows: Sequence[Row], *, kept: bool = True) -> None:
         """Divide a split's rows into groups of like length, which wastes little on padding.
@@ -116,10 +117,10 @@ class Trunk:
         return filled
 
     def clear(self) -> None:
-        """Forget every entry."""
+        """Forget every entry, and what filling took."""
         self.groups.clear()
         self.recent.clear()
-        self.nbytes = 0
+        self.nbytes, self.seconds, self.tokens, self.full = 0, 0.0, 0, False
 
     def hidden(self, split: str, indices: Sequence[int], batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:
         """Gather the entries of rows.
@@ -129,21 +130,18 @@ class Trunk:
             indices: numbers of the rows in it.
             batch: the rows themselves.
         Returns:
-            A function, and the tokens whose trunk was run for it. The function runs the rest of the body and gives the
-            final hidden states at the scored positions, (rows, scored, hidden_size); it may be called again after the
-            adapted weights have changed.
+            A function, and the tokens whose trunk was run for it. The function runs the rest of the model and gives
+            its outputs at the scored positions; it may be called again after the adapted weights have changed.
         """
         passing = split in self.passing
         entries, filled = self._passing(split, indices, batch) if passing else self._kept(split, indices)
         hidden = pad_sequence([entry.hidden for entry in entries], batch_first=True).to(self.device)
         if not self.keep_kv:
-            return lambda: scored(
-                self._run(batch.ids, hidden, attention_mask=self._mask(batch)), batch.positions
-            ), filled
+            return lambda: self._run(batch.ids, batch.positions, hidden, attention_mask=self._mask(batch)), filled
         keys, values = (pad_sequence([getattr(e, n) for e in entries], batch_first=True) for n in ("key", "value"))
         known = (keys.transpose(1, 2).to(self.device), values.transpose(1, 2).to(self.device), self._known_mask(batch))
         ids = batch.ids.gather(1, batch.positions)
-        return lambda: self._run(ids, hidden, known, position_ids=batch.positions), filled
+        return lambda: self._run(ids, None, hidden, known, position_ids=batch.positions), filled
 
     def _kept(self, split: str, indices: Sequence[int]) -> tuple[list[Entry], int]:
         """The entries of rows, and the tokens of those that were computed for it."""
@@ -180,23 +178,31 @@ class Trunk:
         last = batch.positions if self.causal else (batch.lengths - 1)[:, None].expand_as(batch.positions)
         return (at <= last[:, :, None])[:, None]
 
-    def _run(self, ids: torch.Tensor, hidden: torch.Tensor, known: Known | None = None, **inputs) -> torch.Tensor:
-        """Run the body from the first adapted layer on.
+    def _run(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor | None,
+        hidden: torch.Tensor,
+        known: Known | None = None,
+        **inputs,
+    ) -> torch.Tensor:
+        """Run the model from the first adapted layer on.
 
         Args:
-            ids: (rows, length) token ids, of which the body sees the shape alone.
+            ids: (rows, length) token ids, of which the model sees the shape alone.
+            positions: see `Reading.outputs`.
             hidden: (rows, length, hidden_size), what comes out of the layers below.
             known: keys and values of the last layer, if they are known.
-            inputs: other arguments of the body.
+            inputs: other arguments of the model.
         Returns:
-            (rows, length, hidden_size) final hidden states.
+            See `Reading.outputs`.
         """
         first = self.layers[self.first]
         replace = first.register_forward_pre_hook(lambda module, args: (hidden, *args[1:]))
         self._skip(True)
         try:
             with attending(self.attention, known):
-                return self.body(input_ids=ids, **inputs, **no_cache(self.causal)).last_hidden_state
+                return self.reading.outputs(ids, positions, **inputs, **no_cache(self.causal))
         finally:
             self._skip(False)
             replace.remove()
@@ -204,9 +210,12 @@ class Trunk:
     def _skip(self, on: bool) -> None:
         for layer in itertools.islice(self.layers, self.first):
             if on:
-                layer.forward = _identity
+                layer.forward = self._identity
             else:
                 del layer.forward
+
+    def _identity(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor | tuple:
+        return hidden_states if self.others is None else (hidden_states, *self.others)
 
     def _fill(self, key: tuple[str, int]) -> int:
         """Compute the entries of a group; return its number of tokens."""
@@ -237,12 +246,17 @@ class Trunk:
             seen["key"], seen["value"] = key.transpose(1, 2), value.transpose(1, 2)
             raise _Captured
 
+        def see(module, args, output):
+            self.others = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
+
         hook = self.layers[self.first].register_forward_pre_hook(stop_at_layer)
+        below = self.layers[0].register_forward_hook(see)  # it is the first itself where nothing lies below
         try:
             with attending(self.attention, stop_at_attention if self.keep_kv else None), suppress(_Captured):
-                self.body(input_ids=batch.ids, attention_mask=self._mask(batch), **no_cache(self.causal))
+                self.reading.outputs(batch.ids, None, attention_mask=self._mask(batch), **no_cache(self.causal))
         finally:
             hook.remove()
+            below.remove()
         return [self._entry(seen, batch, i, n) for i, n in enumerate(batch.lengths.tolist())]
 
     def _entry(self, seen: dict, batch: RowBatch, i: int, length: int) -> Entry:
@@ -254,8 +268,10 @@ class Trunk:
         return Entry(stored(hidden), stored(seen["key"][i, :length]), stored(seen["value"][i, :length]))
 
 
-def _identity(hidden_states: torch.Tensor, *args, **kwargs):
-    return hidden_states
+def attention_of(layer: nn.Module) -> nn.Module | None:
+    """The module of a layer that calls the attention of `mezo.models.attention`, None if there is none."""
+    modules = (m for m in layer.modules() if all(hasattr(m, name) for name in ("is_causal", "layer_idx", "config")))
+    return next((m for m in modules if m.config._attn_implementation == ATTENTION), None)
 
 
 def no_cache(causal: bool) -> dict:

@@ -15,7 +15,9 @@ from mezo.method.step import Step, Update
 from mezo.models.families import FAMILIES, GENERIC
 from mezo.models.merge import merge
 from mezo.run.adapter import save_adapter
+from mezo.runtimes.hf.reading import ByParts
 from mezo.runtimes.hf.runtime import HFRuntime
+from mezo.runtimes.hf.trunk import Trunk
 from mezo_kernels import lora_init
 from tests.tiny_models import ENCODERS, LAST_LAYER, SIZES, build, save
 
@@ -119,12 +121,50 @@ def test_key_adapters_keep_whole_rows(llama):
     assert not built.trunk.keep_kv
 
 
-def test_trunk_cache_wrongly_planned_is_refused(llama, monkeypatch):
+def assert_scored_as_by_the_model(built, data):
+    """Log-odds are those of the PEFT model at hand, one prompt at a time."""
+    got = built.score("train", range(len(data)))
+    for example, score in zip(data, got, strict=True):
+        with torch.no_grad():
+            logits = built.parts.model(input_ids=torch.tensor([example.prompt])).logits[0, -1]
+        want = logits[[option[0] for option in example.options]].double()
+        assert torch.allclose(score.log_softmax(-1), want.log_softmax(-1), atol=ROUNDING, rtol=0)
+
+
+def test_a_trunk_cache_planned_wrongly_keeps_whole_rows(llama, monkeypatch, caplog):
     """Keys of the last layer do depend on a k_proj adapter: forcing their reuse must be caught at start-up."""
     wrong = dataclasses.replace(FAMILIES["llama"], kv_free=frozenset({"q_proj", "k_proj"}))
     monkeypatch.setitem(FAMILIES, "llama", wrong)
-    with pytest.raises(UserError, match=r"not exact.*differ by.*--trunk-cache off"):
-        runtime(llama, examples(8), layers_to_transform=(2,), target_modules=("q_proj", "k_proj"))
+    with caplog.at_level("INFO", "mezo"):
+        built = runtime(llama, examples(8), layers_to_transform=(2,), target_modules=("q_proj", "k_proj"))
+    (line,) = [message for message in caplog.messages if "differ by" in message]
+    assert line.endswith("the trunk cache keeps whole rows, the last layer runs for all tokens")
+    assert isinstance(built.reading, ByParts)
+    assert built.trunk.keep_kv is False
+    assert_scored_as_by_the_model(built, examples(8))
+
+
+RIGHT = Trunk._run
+FAULTS = {
+    "wrong": lambda trunk, ids, at, hidden, *others, **inputs: RIGHT(trunk, ids, at, 2 * hidden, *others, **inputs),
+    "fails": lambda trunk, *others, **inputs: trunk.nonsense,
+}
+
+
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_a_trunk_cache_that_is_wrong_is_not_used(llama, monkeypatch, caplog, fault):
+    monkeypatch.setattr(Trunk, "_run", FAULTS[fault])
+    options = ADAPTED["last layer"]("llama")
+    with caplog.at_level("INFO", "mezo"):
+        built = runtime(llama, examples(8), **options)
+    (line,) = [message for message in caplog.messages if "no trunk cache" in message]
+    assert ("differ by" in line) == (fault == "wrong")
+    assert fault == "wrong" or "does not run in parts (AttributeError: 'Trunk' object has no" in line
+    assert line.endswith("no trunk cache, all 3 layers run for each score")
+    assert built.trunk is None
+    assert_scored_as_by_the_model(built, examples(8))
+    with pytest.raises(UserError, match=r"--trunk-cache: .*; use --trunk-cache off"):
+        runtime(llama, examples(8), trunk_cache="cpu", **options)
 
 
 def save_model(model, directory):
@@ -133,14 +173,20 @@ def save_model(model, directory):
 
 
 @pytest.mark.parametrize("layers", [(), (1, 2)], ids=["no trunk", "trunk"])
-def test_models_that_change_their_logits_unknown_to_the_table_are_refused(tmp_path, monkeypatch, layers):
-    """Granite divides its logits: where nobody had said so, scores would be wrong by that factor."""
+def test_models_that_change_their_logits_unknown_to_the_table_are_scored_by_their_own_head(
+    tmp_path, monkeypatch, layers, caplog
+):
+    """Granite divides its logits: where nobody had said so, scores of its bare head would be wrong by that factor."""
     monkeypatch.delitem(FAMILIES, "granite")
     torch.manual_seed(0)
     model = GraniteForCausalLM(GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=8.0))
     path, adapted = save_model(model, tmp_path), {"layers_to_transform": layers, "target_modules": ("q_proj", "v_proj")}
-    with pytest.raises(UserError, match=r"not exact on this model, they differ by .* from its full forward pass"):
-        runtime(path, examples(4), **adapted)
+    with caplog.at_level("INFO", "mezo"):
+        built = runtime(path, examples(4), **adapted)
+    (line,) = [message for message in caplog.messages if "differ by" in message]
+    assert line.endswith(": logits by the model's own forward pass, of all tokens of the vocabulary")
+    assert (built.trunk is None) == (not layers)
+    assert_scored_as_by_the_model(built, examples(4))
 
 
 @pytest.mark.parametrize("layers", [(), (1, 2)], ids=["no trunk", "trunk"])

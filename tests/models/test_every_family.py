@@ -1,0 +1,80 @@
+"""Every family trains by default options; its scores are those of its own forward pass, its log gives its adapter."""
+
+import pytest
+import torch
+from peft import PeftModel
+
+from mezo.api import loaded, replay, start
+from mezo.config import Config
+from mezo.method.step import Step
+from mezo.run.adapter import read_adapter, same_bits
+from mezo.tasks import with_objective
+from mezo_kernels import lora_init
+from tests import tiny_families
+from tests.tiny_families import FAMILIES
+
+EXACT = 1e-5  # of log-probabilities in float32
+
+
+@torch.no_grad()
+def by_itself(model, example):
+    """Log-probabilities of the options of an example by a model's own forward pass, without anything of ours."""
+    logits = model(input_ids=torch.tensor([example.prompt])).logits[0]
+    at = logits[-1 if example.mask is None else example.mask].double()
+    return at[[option[0] for option in example.options]].log_softmax(-1)
+
+
+def of_peft(name, adapter, weights=None):
+    """A stock model with an adapter as PEFT loads it; attention is what defines the family, in float32 throughout."""
+    base = tiny_families.build(name)
+    if base._can_set_attn_implementation():
+        base.set_attn_implementation("eager")
+    model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    if weights is not None:
+        state = {key.replace(".weight", ".default.weight"): value for key, value in weights.items()}
+        loaded_keys = model.load_state_dict(state, strict=False)
+        assert not loaded_keys.unexpected_keys
+    return model
+
+
+def assert_equal_scores(scores, model, data):
+    for score, example in zip(scores, data, strict=True):
+        assert (score.log_softmax(-1) - by_itself(model, example)).abs().max() < EXACT
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def trained(request, tmp_path_factory, tiny_data):
+    """A finished run by default options, and its runtime."""
+    directory = tmp_path_factory.mktemp(request.param)
+    prompt = "{text} It was" + ("<mask>" if FAMILIES[request.param].auto is tiny_families.MASKED else "")
+    config = Config.of(
+        model=tiny_families.save(request.param, directory / "model"),
+        train_file=tiny_data["train_file"],
+        num_train=8,
+        prompt=prompt,
+        label_words=(" terrible", " great"),
+        output_dir=str(directory / "run"),
+        steps=2,
+        batch_size=4,
+        lr=1e-2,
+        report=False,
+    )
+    config = with_objective(config).absolute()
+    with loaded(config, need="train") as (runtime, splits, _):
+        start(config, runtime, splits)
+        yield request.param, runtime, splits["train"], directory
+
+
+def test_family(trained):
+    name, runtime, data, directory = trained
+    adapter, everything = directory / "run" / "adapter", range(len(data))
+    replay(str(directory / "run"), str(directory / "again"))
+    assert same_bits(read_adapter(adapter), read_adapter(directory / "again")) is None
+    assert_equal_scores(runtime.score("train", everything), of_peft(name, adapter), data)
+    runtime.load({key: lora_init(3, key, shape) for key, shape in runtime.spec.shapes.items()})
+    runtime.perturb(Step([7], 1e-2))
+    pair = runtime.score_pairs("train", everything)[0]
+    for scores, copy in zip(pair, (runtime.plus, runtime.minus), strict=True):
+        weights = dict(zip(copy.names, copy.tensors, strict=True))
+        assert_equal_scores(scores, of_peft(name, adapter, weights), data)
+    assert ((pair[0] - pair[1]).abs().amax(1) > 10 * EXACT).all()
