@@ -137,13 +137,17 @@ def _percent(figure: str, number: str) -> str:
 
 
 def _model_name(model: str) -> str:
-    """A hub id, of which the path in the hub's cache is an absolute one; any other path as it is.
+    """A hub id or a name, of which the path in a cache is an absolute one; any other path as it is.
 
     >>> _model_name("/home/me/.cache/huggingface/hub/models--org--name/snapshots/0123abc"), _model_name("/data/m")
     ('org/name', '/data/m')
+    >>> _model_name("/home/me/.cache/mezo-kernels/smollm2-135m")
+    'smollm2-135m'
     """
-    cached = [part for part in Path(model).parts if part.startswith("models--")]
-    return cached[-1].removeprefix("models--").replace("--", "/") if cached else model
+    parts = Path(model).parts
+    if cached := [part for part in parts if part.startswith("models--")]:
+        return cached[-1].removeprefix("models--").replace("--", "/")
+    return parts[-1] if ".cache" in parts else model
 
 
 def comparison(runs: Sequence[str], names: Sequence[str]) -> list[tuple[str, ...]]:
