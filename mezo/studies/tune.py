@@ -222,10 +222,8 @@ def edges(best: Mapping[str, float], rows: Sequence[Mapping[str, float]]) -> lis
     texts = []
     for name in AROUND:
         tried = {row[name] for row in rows}
-        value, factors = (
-            best[name],
-            {max(tried): ("largest", "larger", 3, 10), min(tried): ("smallest", "smaller", 1 / 3, 0.1)},
-        )
+        value, factors = best[name], {max(tried): ("largest", "larger", 3, 10)}
+        factors[min(tried)] = ("smallest", "smaller", 1 / 3, 0.1)
         if len(tried) > 1 and value in factors:
             which, beyond, *others = factors[value]
             grid = " ".join(f"{float(f'{value * factor:.1g}'):g}" for factor in (1, *others))

@@ -73,7 +73,7 @@ def test_a_page_refers_to_nothing_outside_itself(runs):
     text = page.html([str(run) for run in runs])
     reader = Reader(text)
     assert "://" not in text
-    assert len(reader.figures) == 4
+    assert len(reader.figures) == 5
     assert all(reference.startswith("data:image/svg+xml") for reference in references(reader))
     for document in (reader, *reader.figures):
         assert not {"script", "link", "iframe", "object", "image"} & set(document.seen)
