@@ -228,8 +228,8 @@ def edges(best: Mapping[str, float], rows: Sequence[Mapping[str, float]]) -> lis
             which, beyond, *others = factors[value]
             grid = " ".join(f"{float(f'{value * factor:.1g}'):g}" for factor in (1, *others))
             texts.append(
-                f"the best {name}, {value:g}, is the {which} that was tried: a {beyond} one may be better still, such as"
-                f" --grid-{name} {grid}"
+                f"the best {name}, {value:g}, is the {which} that was tried: a {beyond} one may be better still, such"
+                f" as --grid-{name} {grid}"
             )
     return texts
 
