@@ -24,6 +24,7 @@ from mezo.run.stopping import stalled
 from mezo.run.trajectory import read_header, read_trajectory
 from mezo.runtimes.base import Follower, ReadsAdapters, Runtime, require
 from mezo.tasks import load_splits, with_objective
+from mezo.training.details import figures_of
 from mezo.training.evaluation import evaluate_split, evaluation_interval
 from mezo.training.ranks import Ranks
 from mezo.training.trainer import Trainer
@@ -255,12 +256,13 @@ def _check_ranks(config: Config, ranks: Ranks) -> None:
         raise UserError(f"--{name} {shared} cannot be shared by {ranks.size} ranks: raise it or start fewer")
 
 
-def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
+def evaluate(config: Config, adapter: Path | None, examples: bool = False) -> dict[str, dict]:
     """Score an adapter on the splits that `config` names.
 
     Args:
         config: model and data; its run settings are not used.
         adapter: adapter directory, or None for the model itself (a fresh adapter's output is zero).
+        examples: show single examples beside the figures.
     Returns:
         As `evaluate_split`, by split; with num_demonstrations train gives these and is not scored.
     """
@@ -280,19 +282,23 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
             _prove_adapter(runtime, str(adapter))
         judged = judges(config.method)
         groups = config.method, config.machine
-        return {
+        scored = {
             split: evaluate_split(*groups, runtime, split, part, judged, splits.decode)
             for split, part in splits.items()
         }
+        return scored if examples else {split: figures_of(row) for split, row in scored.items()}
 
 
-def evaluate_target(given: dict, target: Path | None = None, trust_reward: bool = False) -> dict[str, dict]:
+def evaluate_target(
+    given: dict, target: Path | None = None, trust_reward: bool = False, examples: bool = False
+) -> dict[str, dict]:
     """`evaluate` of what the user names.
 
     Args:
         given: flat options.
         target: a run or an adapter directory; None is the model alone.
         trust_reward: run the code of the reward that a run names.
+        examples: as in `evaluate`.
     Raises:
         UserError: also if options say otherwise of the adapter than it does itself.
     """
@@ -314,7 +320,7 @@ def evaluate_target(given: dict, target: Path | None = None, trust_reward: bool 
     if path and path != base.get("adapter", ""):
         raise UserError(f"--adapter {path}: mezo eval takes an adapter in front of its options: mezo eval {path} ...")
     refuse_contradiction(given, fixed, str(target))
-    return evaluate(Config.of(**over(Config.options(), base, given)), adapter)
+    return evaluate(Config.of(**over(Config.options(), base, given)), adapter, examples)
 
 
 def run_to_score(path: Path) -> tuple[dict, Path | None]:

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     from mezo.api import evaluate_target
 
     trust = values.pop("trust_reward", False)
-    splits = evaluate_target(values, Path(target) if target else None, trust)
+    splits = evaluate_target(values, Path(target) if target else None, trust, examples=True)
     show_splits(splits)
     show_examples(splits)
     return 0

@@ -16,6 +16,15 @@ Decode = Callable[[Sequence[int]], str]
 """From token ids to text."""
 
 
+def figures_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation without its single examples.
+
+    >>> figures_of({"accuracy": 0.5, "confusion": [[1, 1], [0, 0]]})
+    {'accuracy': 0.5}
+    """
+    return {key: value for key, value in row.items() if not isinstance(value, list)}
+
+
 def texts(
     examples: Sequence[Example], outputs: Sequence[str], verdicts: Mapping[str, Sequence[float]], decode: Decode | None
 ) -> dict[str, Any]:

@@ -87,4 +87,5 @@ def test_a_run_shows_examples_wherever_it_is_looked_at(tiny_config, capsys):
     assert "answered terrible" in capsys.readouterr().out
     events = b"".join(path.read_bytes() for path in (run / "tensorboard").iterdir())
     assert b"test/examples" in events
-    assert evaluate_target({}, run)["test"]["confusion"] == last["confusion"]
+    assert evaluate_target({}, run, examples=True)["test"]["confusion"] == last["confusion"]
+    assert "confusion" not in evaluate_target({}, run)["test"]
