@@ -74,7 +74,7 @@ def test_run_directory(finished):
     assert set(result["test"]["after"]) == {"accuracy", "loss", "f1", "auc"}
     assert result["train"]["before"]["loss"] > 0
     assert result["tokens_scored"] == round(result["tokens_computed"] + result["tokens_reused"])
-    assert (run / "report.html").read_text().count("<figure>") == 4
+    assert (run / "report.html").read_text().count("<figure>") == 3
     assert any((run / "tensorboard").iterdir())
 
 
