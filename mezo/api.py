@@ -51,8 +51,36 @@ def train(config: Config, until: int | None = None) -> dict | None:
     if ranks.leads:
         refuse_existing(config.machine.output_dir)
     _check_ranks(config, ranks)
-    with loaded(config, need="train") as (runtime, splits, seconds):
+    with loaded(_with_one_product(config, ranks), need="train") as (runtime, splits, seconds):
         return start(config, runtime, splits, seconds, ranks, until)
+
+
+def _with_one_product(config: Config, ranks: Ranks) -> Config:
+    """The configuration with one --linear for all ranks: packed weights only where every rank finds them faster."""
+    if ranks.size == 1 or config.machine.runtime.name != "hf" or config.machine.runtime.linear != "auto":
+        return config
+    from mezo.models.linear import SMALLEST, width_of
+    from mezo.runtimes.hf.runtime import product_of
+
+    checkpoint = Checkpoint.of(config.model.base)
+    packed = width_of(checkpoint.config) >= SMALLEST
+    if packed:
+        mine = product_of(config.model, config.machine, checkpoint).name == "packed"
+        packed = all(found for (found,) in ranks.gather([float(mine)]))
+    return config.replace(linear="packed" if packed else "torch")
+
+
+def _with_product_of(config: Config, first_line: dict) -> Config:
+    """The configuration of a run that goes on: --linear auto is what its log says, so that it stays the same run.
+
+    Where that cannot be here, as on a GPU, torch's own product takes over.
+    """
+    if config.machine.runtime.name != "hf" or config.machine.runtime.linear != "auto":
+        return config
+    from mezo.runtimes.hf.runtime import packs
+
+    packed = first_line.get("linear") == "packed" and packs(config.model, config.machine)
+    return config.replace(linear="packed" if packed else "torch")
 
 
 def start(
@@ -77,7 +105,7 @@ def start(
     """
     ranks = ranks or Ranks()
     initial = starting_file(config, runtime)
-    header = make_header(config, runtime.spec, splits, initial)
+    header = make_header(config, runtime.spec, splits, initial, getattr(runtime, "linear", "torch"))
     theta = initial_theta(header, initial)
     runtime.load(theta)
     if initial is not None and ranks.size > 1:
@@ -174,7 +202,7 @@ def resume(
         return _check_finished(run)
     _check_ranks(config, ranks)
     trusted = trusted_reward(config.method.reward, first_line.get("reward_hash"), reward, trust_reward, path)
-    config = config.replace(reward=trusted)
+    config = _with_product_of(config.replace(reward=trusted), first_line)
     with loaded(config, need="train", done=len(records)) as (runtime, splits, seconds):
         return carry_on(run, config, runtime, splits, seconds, ranks, until)
 

@@ -59,7 +59,11 @@ def content_of(initial: Path | bytes) -> bytes:
 
 
 def make_header(
-    config: Config, spec: TrainedSpec, splits: dict[str, Sequence[Example]], initial: Path | bytes | None = None
+    config: Config,
+    spec: TrainedSpec,
+    splits: dict[str, Sequence[Example]],
+    initial: Path | bytes | None = None,
+    linear: str = "torch",
 ) -> dict:
     """Header of a new run's log.
 
@@ -68,6 +72,7 @@ def make_header(
         spec: what is trained.
         splits: tokenised examples by split, as `load_splits` gives them: it says which rows were skipped.
         initial: the run's `starting_file`.
+        linear: what multiplies by the frozen weights, `--linear`: a resumed run keeps it, since rounding depends on it.
     """
     init = {"kind": "stream" if spec.peft else "base"}
     if initial is not None:
@@ -77,6 +82,7 @@ def make_header(
     extra |= {"reward_hash": reward_hash(config.method.reward)} if config.method.reward else {}
     rule = config.method.logged_rule.header()
     extra |= {"rule": rule} if rule else {}
+    extra |= {"linear": linear} if linear != "torch" else {}
     trained = {key: value for key, value in asdict(spec).items() if key != "frozen" or value}
     return header(config.method.seed, data_hash(splits), init, {**extra, **trained})
 
@@ -179,8 +185,9 @@ def header(run_seed: int, data_hash: str, init: dict, spec: dict) -> dict:
         data_hash: SHA-256 of the tokenised examples, so that a run is not resumed on others.
         init: {"kind": "stream"}: lora_A from the z stream, lora_B zero; {"kind": "file", "file", "sha256"};
             or {"kind": "base"}: the parameters of `model`, whose hash is `model_hash`.
-        spec: fields of `TrainedSpec`; before them `reward_hash`, SHA-256 of the file of --reward, if there is one, and
-            `rule`, the update rule and what z is, if it is not plain SGD along normal z.
+        spec: fields of `TrainedSpec`; before them `reward_hash`, SHA-256 of the file of --reward, if there is one,
+            `rule`, the update rule and what z is, if it is not plain SGD along normal z, and `linear`, if the frozen
+            weights were packed.
     """
     version = VERSIONS["rule" in spec or "frozen" in spec or init["kind"] == "base"]
     fixed = {"format": FORMAT, "version": version, "z_stream": Z_STREAM_VERSION}

@@ -14,6 +14,7 @@ from mezo.data.example import Example
 from mezo.errors import UserError
 from mezo.method.step import Step, Update
 from mezo.models.full import save_model
+from mezo.models.linear import Product, add_adapters_in_place, choose, pack, tell, why_not_packed, width_of
 from mezo.models.load import Checkpoint
 from mezo.models.lora import as_peft_loads
 from mezo.models.parts import load_parts
@@ -67,6 +68,7 @@ class HFRuntime:
         self.pad, self.work, self.source = pad, work, model.base
         self.options: HF = machine.runtime
         self.params = list(self.parts.params.values())
+        self.linear = self._with_product(product_of(model, machine, checkpoint))
         self.whole = self.spec.peft is None
         start = [p.data.float() if self.whole else torch.zeros_like(p, dtype=torch.float32) for p in self.params]
         self.master = ParamLayout(dict(zip(self.spec.shapes, start, strict=True)))
@@ -90,6 +92,19 @@ class HFRuntime:
         self.vocabulary = "lm_cross_entropy" in work.objectives
         if self.writing and not self.parts.causal:
             raise UserError(f"--model {model.base} fills masks and generates no text: use another model")
+
+    def _with_product(self, product: Product) -> str:
+        """Have the frozen weights, if there are any, multiplied so; return "torch" or "packed"."""
+        if self.spec.peft is None:
+            return "torch"
+        packed = product.name == "packed"
+        nbytes = pack(self.parts.body, set(map(id, self.params))) if packed else 0
+        if packed and not nbytes:
+            product = Product("torch", "products are torch's own: this model has linear layers of its own making")
+        add_adapters_in_place(self.parts.model)
+        if self.device.type == "cpu":
+            tell(product, nbytes)
+        return product.name
 
     def _allocate(self, by_row: bool) -> list[tuple[ParamLayout, ParamLayout]]:
         """Room for the perturbed copies, (plus, minus) of each pair; `by_row`: where `rowwise` finds them."""
@@ -613,6 +628,18 @@ def _why_not_run(error: Exception) -> str:
 
 def _starts(rows: list[list]) -> list[int]:
     return [0, *itertools.accumulate(map(len, rows))][:-1]
+
+
+def product_of(model: Model, machine: Machine, checkpoint: Checkpoint) -> Product:
+    """What multiplies by the frozen weights of a model here, as --linear says or a trial decides."""
+    device = _device(machine.device)
+    return choose(machine.runtime.linear, width_of(checkpoint.config), _dtype(model.dtype, device), device)
+
+
+def packs(model: Model, machine: Machine) -> bool:
+    """Whether the frozen weights of a model can be packed here."""
+    device = _device(machine.device)
+    return why_not_packed(_dtype(model.dtype, device), device) is None
 
 
 def _device(name: str) -> torch.device:
