@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mezo.config import Config, refuse_contradiction
 from mezo.config.options import over, refuse_strangers
+from mezo.data.large import looked_at
 from mezo.data.rewards import judges, trusted_reward
 from mezo.data.tokenization import oddities, refuse_unknown_ids
 from mezo.errors import UserError
@@ -244,7 +245,7 @@ def carry_on(
     first_line, records = read_trajectory(run.trajectory)
     # the adapter it started from has been copied into the run: its source may be gone
     started = config.replace(adapter="") if config.model.tuning.adapter else config
-    _same_run(first_line, make_header(started, runtime.spec, splits), str(run.path))
+    _same_run(first_line, make_header(started, runtime.spec, splits, logged=first_line), str(run.path))
     if ranks.leads:
         check_lines(run, first_line, records)
     runtime.load(initial_theta(first_line, run.path / INITIAL))
@@ -402,7 +403,7 @@ def loaded(config: Config, need: str | None = None, done: int = 0) -> Iterator[t
     checkpoint = Checkpoint.of(config.model.base)
     splits = load_splits(config, tokenizer, masked=checkpoint.masked)
     refuse_unknown_ids(splits, checkpoint.config.get_text_config().vocab_size, tokenizer)
-    for sentence in oddities(splits, tokenizer):
+    for sentence in oddities({split: looked_at(examples) for split, examples in splits.items()}, tokenizer):
         say(sentence)
     if not config.method.eval_test:
         splits.pop("test", None)

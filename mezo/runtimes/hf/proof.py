@@ -7,7 +7,7 @@ from torch import nn
 
 from mezo.errors import UserError
 from mezo.runtimes.reference import EXAMPLES, TOLERANCE, in_float32, largest_difference, reference_log_probs
-from mezo.runtimes.rows import Row, RowBatch
+from mezo.runtimes.rows import Row, RowBatch, measured
 
 MARGIN = 2  # times the error of the model's own 16-bit forward pass, which is the largest of a few numbers
 
@@ -97,6 +97,6 @@ class StartProof:
 def _hardest(rows: Mapping[str, Sequence[Sequence[Row]]]) -> tuple[str, list[int]]:
     """The split with the longest row, and the numbers of its longest and first examples."""
     length = lambda split, i: max(len(row.ids) for row in rows[split][i])  # noqa: E731
-    longest = {split: max(range(len(nested)), key=lambda i: length(split, i)) for split, nested in rows.items()}
+    longest = {split: max(measured(nested), key=lambda i: length(split, i)) for split, nested in rows.items()}
     split = max(longest, key=lambda split: length(split, longest[split]))
     return split, sorted({longest[split], *range(min(EXAMPLES, len(rows[split])))})

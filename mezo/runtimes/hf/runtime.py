@@ -11,6 +11,7 @@ import torch
 
 from mezo.config import HF, Machine, Model, Workload
 from mezo.data.example import Example
+from mezo.data.large import LargeExamples, looked_at
 from mezo.errors import UserError
 from mezo.method.step import Step, Update
 from mezo.models.full import save_model
@@ -26,7 +27,7 @@ from mezo.runtimes.hf.reading import ByModel, ByParts, Reading
 from mezo.runtimes.hf.rowwise import RowsLost, RowWise, why_not
 from mezo.runtimes.hf.trunk import CALL, Trunk, attention_of, no_cache
 from mezo.runtimes.reference import reference_log_probs
-from mezo.runtimes.rows import RowBatch, by_length, option_scores, rows_of
+from mezo.runtimes.rows import LargeRows, RowBatch, by_length, first_rows, measured, option_scores, rows_by_example
 from mezo.runtimes.sides import Sides
 from mezo.runtimes.theta import PerturbedTheta
 from mezo_kernels import ParamLayout, available_backends
@@ -127,10 +128,13 @@ class HFRuntime:
     def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
         """See `Runtime.prepare`. Raises UserError if a trunk cache that was asked for is not exact on this model."""
         self.examples = splits
-        self.rows = {split: [rows_of(example) for example in examples] for split, examples in splits.items()}
-        self.first_row = {split: _starts(rows) for split, rows in self.rows.items()}
+        self.rows = {split: rows_by_example(examples) for split, examples in splits.items()}
+        self.first_row = {split: first_rows(rows) for split, rows in self.rows.items()}
         self._check_lengths()
-        options = [example.options for examples in splits.values() for example in examples]
+        # of a large split all examples have the options of the first, or each has some of several tokens
+        options = [example.options for examples in splits.values() for example in looked_at(examples)]
+        large = [examples for examples in splits.values() if isinstance(examples, LargeExamples)]
+        self.vocabulary |= any(not examples.alike for examples in large)
         # scores up to a constant compare options of one token each; longer ones, or one alone, need log-probabilities
         self.vocabulary |= any(len(each) == 1 or any(len(option) > 1 for option in each) for each in options)
         asked, needless = self.options.trunk_cache, self.parts.first == 0 or not self.work.scores
@@ -146,15 +150,21 @@ class HFRuntime:
 
     def _check_lengths(self) -> None:
         limit, prefix = self.parts.position_limit, self.parts.prefix_tokens
-        refuse_too_long(self.work, self.examples, self._longest(), limit, prefix)
+        seen = {split: looked_at(examples) for split, examples in self.examples.items()}
+        refuse_too_long(self.work, seen, self._longest(), limit, prefix)
 
     def _longest(self) -> int:
-        return max(len(row.ids) for nested in self.rows.values() for rows in nested for row in rows)
+        """Tokens of the longest row; of a large split, whose rows are not all known, the most that are allowed."""
+        longest = max(len(row.ids) for nested in self.rows.values() for i in measured(nested) for row in nested[i])
+        large = [examples.max_length for examples in self.examples.values() if isinstance(examples, LargeExamples)]
+        return max([longest, *large])
 
     def _fill_trunk(self) -> None:
         """Compute the trunk of all rows but those of a training set that the steps to come do not see whole."""
         self.trunk.clear()
-        short = self._seen_in_part(self.work.done)
+        short = self._seen_in_part(self.work.done) | {
+            s for s, nested in self.rows.items() if isinstance(nested, LargeRows)
+        }
         for split in short:
             say(f"the trunk cache is not filled with {split} ahead: the steps to come do not draw all of its examples")
         for split in [split for split in self.rows if split not in short]:
@@ -389,6 +399,8 @@ class HFRuntime:
             signs: how often the result will be called.
             copies: of each row, which copy runs it; None runs all with the weights in use at the call.
         """
+        if isinstance(self.examples[split], LargeExamples):
+            self.examples[split].fetch(indices)
         rows = [row for i in indices for row in self.rows[split][i]]
         batch = RowBatch.of(rows, self.pad, self.device)
         examples = [self.examples[split][i] for i in indices]
@@ -505,6 +517,9 @@ class HFRuntime:
         )
         later = self._seen_in_part()
         for split, nested in self.rows.items():
+            if isinstance(nested, LargeRows):
+                trunk.register_one_by_one(split, nested.row, kept=split not in later)
+                continue
             rows = [row for example in nested for row in example]
             trunk.register(split, rows, kept=split not in later)
         return trunk
@@ -624,10 +639,6 @@ def _why_not_run(error: Exception) -> str:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         raise error
     return f"this model does not run in parts ({type(error).__name__}: {' '.join(str(error).split()):.80})"
-
-
-def _starts(rows: list[list]) -> list[int]:
-    return [0, *itertools.accumulate(map(len, rows))][:-1]
 
 
 def product_of(model: Model, machine: Machine, checkpoint: Checkpoint) -> Product:

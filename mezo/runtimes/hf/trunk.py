@@ -30,6 +30,16 @@ class _Captured(Exception):
     """Ends a forward pass once everything wanted of it is known."""
 
 
+class _Each:
+    """A sequence whose items are made as they are asked for."""
+
+    def __init__(self, item: Callable[[int], object]):
+        self.item = item
+
+    def __getitem__(self, number: int):
+        return self.item(number)
+
+
 @dataclass
 class Entry:
     """What is kept of one row.
@@ -79,8 +89,8 @@ class Trunk:
         self.reading, self.layers, self.first = reading, layers, first
         self.keep_kv, self.causal, self.pad = keep_kv, causal, pad
         self.device, self.storage, self.limit = device, storage, limit
-        self.rows: dict[str, list[list[Row]]] = {}
-        self.place: dict[str, list[tuple[int, int]]] = {}
+        self.rows: dict[str, list[list[Row]] | _Each] = {}
+        self.place: dict[str, list[tuple[int, int]] | _Each] = {}
         self.passing: set[str] = set()
         self.recent: OrderedDict[tuple, list[Entry]] = OrderedDict()
         self.groups: OrderedDict[tuple[str, int], list[Entry]] = OrderedDict()
@@ -103,6 +113,18 @@ class Trunk:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
         self.rows[split] = [[rows[i] for i in order[g : g + GROUP]] for g in range(0, len(rows), GROUP)]
         self.place[split] = [divmod(at, GROUP) for at in sorted(range(len(rows)), key=order.__getitem__)]
+
+    def register_one_by_one(self, split: str, row: Callable[[int], Row], *, kept: bool = True) -> None:
+        """Give each row of a split a group of its own, which is computed when it is first used.
+
+        Args:
+            split: its name.
+            row: by number.
+            kept: see `register`.
+        """
+        if not kept:
+            self.passing.add(split)
+        self.rows[split], self.place[split] = _Each(lambda number: [row(number)]), _Each(lambda number: (number, 0))
 
     @torch.no_grad()
     def fill(self, split: str) -> int:
