@@ -13,12 +13,12 @@ REFERENCE_ROWS = 8  # of a full forward pass: the logits of every token of them 
 
 def reference_log_probs(model: nn.Module, batch: RowBatch) -> torch.Tensor:
     """log p of a batch's targets by the model's own forward pass, float64 on the CPU, (rows, scored, candidates)."""
-    parts = zip(
-        *(t.split(REFERENCE_ROWS) for t in (batch.ids, batch.mask, batch.positions, batch.targets)), strict=True
-    )
+    tensors = [batch.ids, batch.mask, batch.positions, batch.targets]
+    tensors += [] if batch.decoder is None else [batch.decoder]
     log_probs = []
-    for ids, mask, positions, targets in parts:
-        out = model(input_ids=ids, attention_mask=mask)
+    for ids, mask, positions, targets, *decoder in zip(*(t.split(REFERENCE_ROWS) for t in tensors), strict=True):
+        more = {"decoder_input_ids": decoder[0]} if decoder else {}
+        out = model(input_ids=ids, attention_mask=mask, **more)
         if hasattr(out, "logits"):
             logits = scored(out.logits, positions)
         else:
