@@ -7,17 +7,21 @@ RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-slow lint bench bench-compare bench-growth bench-training bench-alternatives bench-directions bench-figures bench-gpu reproduce-small crash-test verify-sglang test-gpu gpu-day clean
+.PHONY: docs demo test test-slow lint bench bench-compare bench-growth bench-training bench-alternatives bench-directions bench-figures bench-gpu reproduce-small crash-test verify-sglang test-gpu gpu-day clean
 
 demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
 
 test: $(READY_SGLANG)  ## every test that needs no GPU and is not slow, SGLang's engine on the CPU included
-	MEZO_REQUIRE_SGLANG=1 $(VENV)/bin/python -m pytest -m "not gpu and not slow"
+	MEZO_REQUIRE_SGLANG=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "not gpu and not slow"
 
 test-slow: $(READY_SGLANG)  ## the long tests that `make test` leaves out; their outcome under bench/results/
 	MEZO_REQUIRE_SGLANG=1 $(VENV)/bin/python -m pytest -m "slow and not gpu" -rpfE --tb=short --durations=0 \
 		--durations-min=1 > $(RESULTS)/test_slow.txt; code=$$?; cat $(RESULTS)/test_slow.txt; exit $$code
+
+docs: $(READY) requirements-docs.txt  ## the documentation as a site in site/, without a network once its packages are there
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(VENV)/bin/python -m mkdocs build --quiet
 
 lint: $(READY)  ## style, without changing anything
 	$(VENV)/bin/ruff check .

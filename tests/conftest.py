@@ -14,6 +14,14 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """In several processes (pytest-xdist) the tests of a file stay together, and all that share engines: two at once
+    would fill the machine."""
+    for item in items:
+        path = item.path.as_posix()
+        item.add_marker(pytest.mark.xdist_group("engines" if "runtimes/sglang" in path else path))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     from tests.tiny_models import save  # transformers takes seconds to import: tests of the kernels do without

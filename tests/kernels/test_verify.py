@@ -18,6 +18,7 @@ def failed(rows) -> set[tuple[str, str]]:
     return {(row.backend, row.check) for row in rows if not row.ok}
 
 
+@pytest.mark.slow  # Triton's interpreter takes 20 s; test_triton.py compares it with the reference, op by op
 def test_every_backend_of_this_machine_is_right():
     rows = mk.verify()
     assert failed(rows) == set()
@@ -33,6 +34,12 @@ def numba_rows(monkeypatch):
     """Rows of the numba backend alone: the others take seconds in an interpreter, and are not broken here."""
     monkeypatch.setattr(dispatch, "available_backends", lambda device: ["numba"])
     return lambda: mk.verify("cpu")
+
+
+def test_a_backend_that_is_right_passes(numba_rows):
+    rows = numba_rows()
+    assert failed(rows) == set()
+    assert {row.backend for row in rows} == {"reference", "numba"}
 
 
 def flip_last_bit(tensor: torch.Tensor, index: int) -> None:

@@ -188,6 +188,7 @@ def restarted(tmp_path_factory, base):
     return folder, done, codes, before
 
 
+@pytest.mark.slow  # a second launch, of two attempts
 def test_a_killed_rank_is_restarted_and_the_log_carries_on(restarted, base, tmp_path):
     folder, done, (first, second), _ = restarted
     assert first == [0, 1], done.stderr
@@ -195,12 +196,14 @@ def test_a_killed_rank_is_restarted_and_the_log_carries_on(restarted, base, tmp_
     assert same_run(alone(tmp_path, **base, **PERTURBATIONS), folder / "killed")
 
 
+@pytest.mark.slow  # a second launch, of two attempts
 def test_two_ranks_share_the_batch_and_a_restart_leaves_a_finished_run(restarted, base, tmp_path):
     folder, _, codes, _ = restarted
     assert [attempt[0] for attempt in codes] == [0, 0]
     same_losses(alone(tmp_path, **base, **SHORT), folder / "data")
 
 
+@pytest.mark.slow  # a second launch, of two attempts
 def test_a_restart_never_continues_a_run_of_another_launch(restarted):
     """The directory was there before the launch: it is refused, although the ranks were restarted."""
     folder, done, (_, second), before = restarted

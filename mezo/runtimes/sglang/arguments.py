@@ -217,6 +217,7 @@ def engine_arguments(
     else:
         arguments |= {
             "device": "cpu",
+            "sleep_on_idle": True,  # else an engine that waits for the trainer keeps a core busy with asking
             "attention_backend": "torch_native",
             "sampling_backend": "pytorch",
             "grammar_backend": "none",

@@ -27,9 +27,8 @@ def llama(model):
     return model("llama")
 
 
-@pytest.mark.parametrize(
-    "leaked", [pytest.param("", id="clean", marks=pytest.mark.slow), pytest.param("1:deadbeef:/nowhere", id="leaked")]
-)
+@pytest.mark.slow  # below: the token opens one engine only
+@pytest.mark.parametrize("leaked", ["", "1:deadbeef:/nowhere"], ids=["clean", "leaked"])
 def test_a_plain_engine_is_unhooked(llama, monkeypatch, own_engine, leaked):
     """The package is installed and so is its entry point; an engine that no trainer started has none of it."""
     import sglang
@@ -76,6 +75,7 @@ def test_exported_adapters_are_served_with_equal_logits(llama, tmp_path, own_eng
         assert torch.allclose(torch.tensor(got), expected, atol=5e-5, rtol=0)
 
 
+@pytest.mark.slow  # an engine that starts and is refused: nothing of ours is in it
 def test_an_engine_without_the_plugin_is_refused(llama, own_engine, monkeypatch):
     monkeypatch.setenv("SGLANG_PLUGINS", "somebody_elses")
     with (
@@ -98,6 +98,7 @@ def test_the_token_opens_one_engine_only(tmp_path, monkeypatch):
     assert not started_by_trainer(), "once the engine runs the token is gone"
 
 
+@pytest.mark.slow  # test_scratch.py: what is kept of a failed start, with processes that stand for an engine's
 def test_the_engines_own_reason_is_given_when_it_does_not_start(llama, own_engine, capfd):
     with (
         pytest.raises(UserError, match=r"the SGLang engine did not start: .*nonsense"),

@@ -158,6 +158,7 @@ def test_a_killed_worker_ends_the_run_and_loses_nothing(common, tmp_path, engine
     assert same_bits(theta, read_adapter(copy / "adapter")) is None, "fed the same projected_grads"
 
 
+@pytest.mark.slow  # test_scratch.py: ways to end; test_trainer.py: Ctrl-C; above: no process outlives a dead worker
 def test_ctrl_c_ends_after_the_step_and_the_engine_with_it(common, tmp_path, own_engine):
     run = tmp_path / "run"
     process = start(common, run, 4000)

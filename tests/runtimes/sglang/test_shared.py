@@ -150,6 +150,7 @@ def test_forced_sharing_gives_wrong_losses(llama, data, trusting, unguarded, mon
         assert max(worst(a, b) for a, b in zip(got, want, strict=True)) > 100 * ROUNDING
 
 
+@pytest.mark.slow  # an engine of its own, kernels interpreted
 def test_radix_off_reuses_nothing_and_the_triton_backend_scores_the_same(llama, monkeypatch):
     """SGLang's Triton kernels for LoRA, interpreted, on weights of ours; each request is computed anew."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
