@@ -11,9 +11,15 @@ from tests import tiny_families
 from tests.runtimes.sglang.conftest import engine, examples, noisy, reference, worst
 from tests.tiny_families import CAUSAL, FAMILIES
 
-DECODERS = [name for name, tiny in FAMILIES.items() if tiny.auto is CAUSAL]
+RECORD = os.environ.get("MEZO_RECORD_FAMILIES")  # make families
+RECORDED = {name for name, fields in proved().items() if "sglang" in fields}
+DECODERS = [name for name, tiny in FAMILIES.items() if tiny.auto is CAUSAL and (RECORD or name in RECORDED)]
 CLOSE = 5e-5  # of log-odds in float32, two implementations
-NO_WINDOW = {"mistral": {"sliding_window": None}}  # SGLang's class has none
+SIZES = {
+    "mistral": {"sliding_window": None},  # SGLang's class has none
+    **dict.fromkeys(("olmo2", "phi3"), {"intermediate_size": 64}),  # on a CPU SGLang pads to multiples of 32
+    "phi": {"num_key_value_heads": 4},  # SGLang's class has no grouped heads
+}
 OTHERS = {"phi": ("q_proj", "v_proj"), "phi3": ("o_proj", "down_proj")}  # what SGLang has LoRA on, beside the default
 
 
@@ -38,10 +44,10 @@ def outcome(name, path, **options):
 @pytest.mark.slow  # test_support.py: what is refused, by SGLang's own classes; test_runs.py: runs of Llama and Qwen2
 @pytest.mark.parametrize("name", DECODERS)
 def test_family(name, own_engine, tmp_path):
-    path = tiny_families.save(name, tmp_path, **NO_WINDOW.get(name, {}))
+    path = tiny_families.save(name, tmp_path, **SIZES.get(name, {}))
     seen = outcome(name, path)
     if name in OTHERS:
         seen += f"; {', '.join(OTHERS[name])}: {outcome(name, path, target_modules=OTHERS[name])}"
-    if os.environ.get("MEZO_RECORD_FAMILIES"):
+    if RECORD:
         record(name, sglang=seen)
     assert proved()[name]["sglang"] == seen
