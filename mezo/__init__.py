@@ -4,12 +4,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mezo.api import evaluate, train
     from mezo.config import Config
     from mezo.optim import MeZO
+    from mezo.scripting import Run, evaluate, replay, resume, train
+    from mezo.trainer import MeZOMixin, MeZOTrainer
 
-__all__ = ["Config", "MeZO", "evaluate", "train"]
-_PLACES = {"Config": "mezo.config", "MeZO": "mezo.optim", "evaluate": "mezo.api", "train": "mezo.api"}
+__all__ = ["Config", "MeZO", "MeZOMixin", "MeZOTrainer", "Run", "evaluate", "replay", "resume", "train"]
+_PLACES = {"Config": "mezo.config", "MeZO": "mezo.optim"}
+_PLACES |= dict.fromkeys(("MeZOMixin", "MeZOTrainer"), "mezo.trainer")
+_PLACES |= dict.fromkeys(("Run", "evaluate", "replay", "resume", "train"), "mezo.scripting")
 
 
 def __getattr__(name: str):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mezo.config import Config, refuse_contradiction
 from mezo.config.options import over, refuse_strangers
+from mezo.data.large import looked_at
 from mezo.data.rewards import judges, trusted_reward
 from mezo.data.tokenization import oddities, refuse_unknown_ids
 from mezo.errors import UserError
@@ -49,8 +50,36 @@ def train(config: Config, until: int | None = None) -> dict | None:
     if ranks.leads:
         refuse_existing(config.machine.output_dir)
     _check_ranks(config, ranks)
-    with loaded(config, need="train") as (runtime, splits, seconds):
+    with loaded(_with_one_product(config, ranks), need="train") as (runtime, splits, seconds):
         return start(config, runtime, splits, seconds, ranks, until)
+
+
+def _with_one_product(config: Config, ranks: Ranks) -> Config:
+    """The configuration with one --linear for all ranks: packed weights only where every rank finds them faster."""
+    if ranks.size == 1 or config.machine.runtime.name != "hf" or config.machine.runtime.linear != "auto":
+        return config
+    from mezo.models.linear import SMALLEST, width_of
+    from mezo.runtimes.hf.runtime import product_of
+
+    checkpoint = Checkpoint.of(config.model.base)
+    packed = width_of(checkpoint.config) >= SMALLEST
+    if packed:
+        mine = product_of(config.model, config.machine, checkpoint).name == "packed"
+        packed = all(found for (found,) in ranks.gather([float(mine)]))
+    return config.replace(linear="packed" if packed else "torch")
+
+
+def _with_product_of(config: Config, first_line: dict) -> Config:
+    """The configuration of a run that goes on: --linear auto is what its log says, so that it stays the same run.
+
+    Where that cannot be here, as on a GPU, torch's own product takes over.
+    """
+    if config.machine.runtime.name != "hf" or config.machine.runtime.linear != "auto":
+        return config
+    from mezo.runtimes.hf.runtime import packs
+
+    packed = first_line.get("linear") == "packed" and packs(config.model, config.machine)
+    return config.replace(linear="packed" if packed else "torch")
 
 
 def start(
@@ -75,7 +104,7 @@ def start(
     """
     ranks = ranks or Ranks()
     initial = starting_file(config, runtime)
-    header = make_header(config, runtime.spec, splits, initial)
+    header = make_header(config, runtime.spec, splits, initial, getattr(runtime, "linear", "torch"))
     theta = initial_theta(header, initial)
     runtime.load(theta)
     if initial is not None and ranks.size > 1:
@@ -161,7 +190,7 @@ def resume(
         return _check_finished(run)
     _check_ranks(config, ranks)
     trusted = trusted_reward(config.method.reward, first_line.get("reward_hash"), reward, trust_reward, path)
-    config = config.replace(reward=trusted)
+    config = _with_product_of(config.replace(reward=trusted), first_line)
     with loaded(config, need="train") as (runtime, splits, seconds):
         return carry_on(run, config, runtime, splits, seconds, ranks, until)
 
@@ -203,7 +232,7 @@ def carry_on(
     first_line, records = read_trajectory(run.trajectory)
     # the adapter it started from has been copied into the run: its source may be gone
     started = config.replace(adapter="") if config.model.tuning.adapter else config
-    _same_run(first_line, make_header(started, runtime.spec, splits), str(run.path))
+    _same_run(first_line, make_header(started, runtime.spec, splits, logged=first_line), str(run.path))
     if ranks.leads:
         check_lines(run, first_line, records)
     runtime.load(initial_theta(first_line, run.path / INITIAL))
@@ -346,7 +375,7 @@ def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, d
     checkpoint = Checkpoint.of(config.model.base)
     splits = load_splits(config, tokenizer, masked=checkpoint.masked)
     refuse_unknown_ids(splits, checkpoint.config.get_text_config().vocab_size, tokenizer)
-    for sentence in oddities(splits, tokenizer):
+    for sentence in oddities({split: looked_at(examples) for split, examples in splits.items()}, tokenizer):
         say(sentence)
     if not config.method.eval_test:
         splits.pop("test", None)

@@ -18,7 +18,8 @@ LAYERS = (
     ("mezo.__main__",),
     ("mezo.cli",),
     ("mezo.studies",),
-    ("mezo.api", "mezo"),
+    ("mezo",),
+    ("mezo.api", "mezo.trainer"),
     ("mezo.training",),
     ("mezo.report",),
     ("mezo.run",),
@@ -30,12 +31,12 @@ LAYERS = (
 )
 """Packages from top to bottom: a module imports its own package, and packages below its own. Neighbours on one line
 do not know each other, but for `NEIGHBOURS`."""
-NEIGHBOURS = {("mezo", "mezo.api")}
+NEIGHBOURS: set[tuple[str, str]] = set()
 BACKENDS = tuple(backend.module for backend in dispatch.BACKENDS.values())
 """Backends of the ops: they agree by test, not by sharing code."""
 LIBRARIES = {
     "mezo_kernels": {"torch", "triton", "numba", "llvmlite", "numpy"},
-    "transformers": ("mezo.models", "mezo.runtimes", "mezo.data", "mezo.tasks"),
+    "transformers": ("mezo.models", "mezo.runtimes", "mezo.data", "mezo.tasks", "mezo.trainer"),
     "peft": ("mezo.models",),
     "sglang": ("mezo.runtimes.sglang",),
     "matplotlib": ("mezo.report.figures",),

@@ -24,6 +24,9 @@ class HF:
     copies_bytes: Annotated[int, Ge(1), RESUMABLE] = 2 << 30
     """Most bytes of perturbed copies of the trained parameters that --directions holds at once; where those of a step
     do not fit, it takes several forward passes."""
+    linear: Annotated[Literal["auto", "torch", "packed"], RESUMABLE] = "auto"
+    """What multiplies by the frozen weights on a CPU. torch: torch's own product. packed: oneDNN's, by weights laid out
+    for it once, as exact. auto: the faster here, by a short trial; a resumed run keeps what it began with."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mezo.data.task import Item, Row, Task
 from mezo.errors import UserError
@@ -19,6 +19,7 @@ def items_of(
     label_words: Sequence[str] = (),
     min_options: int = 2,
     skip_bad: bool = False,
+    read: Callable[[Row, str], Iterator[Row]] | None = None,
 ) -> tuple[list[Item], int]:
     """Checked items of one split, and how many bad rows were skipped; rows without an answer are left out.
 
@@ -30,6 +31,7 @@ def items_of(
         label_words: the options of every row; without them each row has `options` and `answer`.
         min_options: the fewest options a row may bring; 0: it may have none and no answer either.
         skip_bad: leave out rows with a missing field, or a label or answer that is none of the options.
+        read: makes rows of this form of a row and of the place that messages name; None takes them as they are.
 
     Raises:
         UserError: no rows, or bad ones; it has the first ten of them, and how often each thing is wrong.
@@ -38,27 +40,48 @@ def items_of(
     >>> items_of(task, "train", [{"text": "Fun.", "label": 1}], ["text"], [" bad", " good"])[0][0].label
     1
     """
-    source = task.sources.get(split, f"{task.name} {split}")
+    source, unit = task.sources.get(split, f"{task.name} {split}"), task.counted.get(split, "line")
     items, bad, line = [], [], 0
     for line, stored in enumerate(rows, 1):
-        where = f"{source} line {line}"
+        where = f"{source} {unit} {line}"
         try:
-            row = _answered(task, stored, where)
-            if row is not None:
-                items.append(_item(row, where, template_fields, label_words, min_options))
+            items += items_of_row(task, stored, where, template_fields, label_words, min_options, read)
         except UserError as error:
             bad.append(error)
     if bad and not (skip_bad and items):
-        raise _all_of(bad, source, line)
+        raise all_of(bad, source, line)
     if not items:
         what = "has no row with a known answer" if line else "is empty"
         raise UserError(f"{source} {what}: give at least one example")
     if bad:
-        say(f"{source}: {len(bad)} of {line} rows are skipped: {_counted(_reasons(bad, source))}")
+        say_skipped(bad, source, line)
     return items, len(bad)
 
 
-def _all_of(bad: Sequence[UserError], source: str, rows: int) -> UserError:
+def items_of_row(
+    task: Task,
+    stored: Row | UserError,
+    where: str,
+    template_fields: Sequence[str],
+    label_words: Sequence[str],
+    min_options: int,
+    read: Callable[[Row, str], Iterator[Row]] | None,
+) -> list[Item]:
+    """The items of one row: one, or one for each turn of a conversation. See `items_of`; `where` is for messages."""
+    row = _answered(task, stored, where)
+    if row is None:
+        return []
+    return [
+        _item(each, where, template_fields, label_words, min_options) for each in (read(row, where) if read else (row,))
+    ]
+
+
+def say_skipped(bad: Sequence[UserError], source: str, rows: int) -> None:
+    """Say how many rows are left out, and why."""
+    say(f"{source}: {len(bad)} of {rows} rows are skipped: {_counted(_reasons(bad, source))}")
+
+
+def all_of(bad: Sequence[UserError], source: str, rows: int) -> UserError:
     """One error of those of several rows: the first ten, and how often each thing is wrong."""
     reasons = _reasons(bad, source)
     if len(bad) == 1:
@@ -76,7 +99,7 @@ def _counted(reasons: Counter) -> str:
 
 def _reasons(bad: Sequence[UserError], source: str) -> Counter:
     """How often each thing is wrong; what is said of a single row after it is left out."""
-    prefix = re.compile(rf"{re.escape(source)} line \d+:? ")
+    prefix = re.compile(rf"{re.escape(source)} (line|row) \d+:? ")
     return Counter(re.split(r", got |; it has | \(|: ", prefix.sub("", str(error)))[0] for error in bad)
 
 
@@ -131,11 +154,9 @@ def _field(row: Row, name: str, where: str) -> str:
 
 
 def _remedy(row: Row, missing: str) -> str:
-    if {"messages", "conversations"} & set(row):
-        return "conversations are not read; write a text field and a label, or prompt, options and answer, on each line"
     if missing == "prompt" and "label" in row:
         return "give --label-words, the word of each label in order"
-    return "change --prompt"
+    return "change --prompt, or give --text-column" if missing in ("text", "prompt") else "change --prompt"
 
 
 def _encodable(text: str, name: str, where: str) -> str:
@@ -150,7 +171,10 @@ def _encodable(text: str, name: str, where: str) -> str:
 
 def _label(row: Row, classes: int, where: str) -> int:
     if "label" not in row:
-        raise UserError(f"{where} has no field 'label'; it has {_names(row)}: add the index of the right label word")
+        raise UserError(
+            f"{where} has no field 'label'; it has {_names(row)}: add the index of the right label word, or give"
+            " --label-column"
+        )
     label = row["label"]
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < classes:
         raise UserError(

@@ -1,42 +1,10 @@
-"""Local files: JSON lines with a task's own fields, with text and label, or with prompt, options and answer."""
+"""JSON lines, read with a message for each line that is none."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from mezo.config import Data
-from mezo.data.task import Prompt, Task
 from mezo.errors import UserError
-
-
-def jsonl_task(data: Data) -> Task:
-    """The task behind --train-file, --dev-file and --test-file.
-
-    With --label-words a line is `{"text": ..., "label": index}`; without, it is
-    `{"prompt": ..., "options": [...], "answer": index or text}`. The template may take any other field.
-
-    Args:
-        data: names the files.
-
-    Returns:
-        A task that reads them when it is loaded; it has no dev split unless a file is given.
-    """
-    # A prompt of the user's own ends with the question: cutting its end would cut what is asked.
-    prompt = Prompt("{text}") if data.label_words else Prompt("{prompt}", text_field=None)
-    return with_files(Task("jsonl", dict, prompt, dev_size=0), data)
-
-
-def with_files(task: Task, data: Data) -> Task:
-    """The task with its rows taken from the files that the configuration names, and from nowhere else.
-
-    Returns:
-        A task that reads them when it is loaded; `task` itself where no file is named.
-    """
-    files = {"train": data.train_file, "dev": data.dev_file, "test": data.test_file}
-    files = {split: path for split, path in files.items() if path}
-    if not files:
-        return task
-    return replace(task, load=lambda: {split: read_jsonl(path) for split, path in files.items()}, sources=files)
 
 
 def read_jsonl(path: str | Path) -> list[dict | UserError]:
@@ -58,7 +26,7 @@ def read_jsonl(path: str | Path) -> list[dict | UserError]:
     return [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
 
 
-MAGIC = {b"\x1f\x8b": ("gzip", "unpack it"), b"PAR1": ("Parquet", "write it with datasets' Dataset.to_json")}
+MAGIC = {b"\x1f\x8b": ("gzip", "unpack it")}
 """First bytes of files that are no text, what they are, and the remedy."""
 
 
@@ -69,12 +37,16 @@ def refuse_binary(path: str | Path, content: bytes) -> None:
             raise UserError(f"{path} is a {name} file, expected JSON lines: {remedy}")
 
 
+def parse_text(text: str) -> Any:
+    """JSON in which NaN stands for a missing value, as null does: where a field is read, it is refused as that."""
+    return json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
+
+
 def _parse(line: str, where: str) -> dict | UserError:
     if not line.strip():
         return UserError(f"{where} is blank: remove it, one JSON object a line")
     try:
-        # NaN stands for a missing value, as null does: where a task reads the field, it is refused as that
-        row = json.loads(line, parse_constant=lambda name: None if name == "NaN" else float(name))
+        row = parse_text(line)
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "nested too deeply")
         return UserError(f"{where} is not JSON ({reason}): {line!r:.60}: one JSON object a line")

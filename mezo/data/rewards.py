@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import math
 import numbers
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 from types import ModuleType
 
 from mezo.config import Method
+from mezo.config.data import MEMORY
 from mezo.data.answers import METRICS, best
 from mezo.data.example import Example
+from mezo.data.files import held
 from mezo.errors import UserError
 
 Judge = Callable[[Example, str], float]
@@ -56,6 +59,9 @@ class Reward:
     def __init__(self, source: str):
         self.source = source
         place, _, name = source.rpartition(":")
+        if source.startswith(MEMORY):
+            self.function = held(place)
+            return
         if not place or not name:
             raise UserError(f"--reward must be file.py:function or module:function, got {source!r}")
         self.function = getattr(_import(source, place), name, None)
@@ -83,11 +89,23 @@ class Reward:
 def reward_hash(source: str) -> str:
     """SHA-256 of the file that a reward is defined in; what that file imports is not covered."""
     place = source.rpartition(":")[0]
+    if source.startswith(MEMORY):
+        return hash_of_function(held(place))
     try:
         file = place if place.endswith(".py") else _origin(place)
         return hashlib.sha256(Path(file).read_bytes()).hexdigest()
     except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
         raise UserError(f"--reward {source}: {place} cannot be read ({error}): restore it") from error
+
+
+def hash_of_function(function: Callable) -> str:
+    """SHA-256 of the source of a function, or of its compiled code where there is no source."""
+    try:
+        content = inspect.getsource(function).encode()
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        content = repr(function).encode() if code is None else code.co_code + repr(code.co_consts).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def trusted_reward(named: str, sha256: str | None, given: str, trusted: bool, run: str) -> str:
@@ -108,7 +126,7 @@ def trusted_reward(named: str, sha256: str | None, given: str, trusted: bool, ru
     """
     if not named:
         return given
-    if not given and not trusted:
+    if not given and not trusted and not named.startswith(MEMORY):
         raise UserError(
             f"{run}: its reward {named} is Python code that this would run: read it and give --trust-reward, or"
             " --reward with your own copy"

@@ -1,7 +1,7 @@
 """Which items a run keeps: a pure function of (data_seed, split), the same on every machine and library version."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mezo.config import Data
 from mezo.data.task import Item
@@ -25,16 +25,24 @@ def sample(items: dict[str, list[Item]], data: Data, dev_size: int = 0) -> dict[
     Raises:
         UserError: more asked for than there is, or a number for a split that is not there.
     """
+    kept = sample_indices(items, data, dev_size)
+    return {split: [items[split if split in items else "train"][i] for i in kept[split]] for split in kept}
+
+
+def sample_indices(items: Mapping[str, Sequence[Item]], data: Data, dev_size: int = 0) -> dict[str, Sequence[int]]:
+    """Numbers, rising, of what `sample` keeps; those of dev are of train where there is no dev split."""
     cut_dev = "dev" not in items and "train" in items and dev_size > 0
     for split in ("dev", "test"):
         number = getattr(data, f"num_{split}")
         if number and split not in items and not (split == "dev" and cut_dev):
             raise UserError(f"--num-{split} is {number}, but there is no {split} set: give --{split}-file")
-    pools = {split: _pool(rows, data, split) for split, rows in items.items()}
-    kept = {split: _select(pool, data, split) for split, pool in pools.items()}
+    chosen = lambda split: getattr(data, f"num_{split}") or (data.k_shot and split != "test")  # noqa: E731
+    asked = {split: chosen(split) or (cut_dev and split == "train") for split in items}
+    pools = {split: _pool(rows, data, split) for split, rows in items.items() if asked[split]}
+    kept = {split: _select(pools[split], data, split) if asked[split] else range(len(items[split])) for split in items}
     if cut_dev:
         kept |= _cut_dev(pools["train"], kept["train"], data, dev_size)
-    return {split: [items[split if split in items else "train"][i] for i in sorted(kept[split])] for split in kept}
+    return {split: sorted(numbers) if asked.get(split, True) else numbers for split, numbers in kept.items()}
 
 
 def shuffled_classes(labels: Sequence[int], classes: int, seed: int, split: str) -> Pool:

@@ -56,6 +56,7 @@ class Task:
         dev_size: examples cut from train for dev, at most a tenth of it, where there is no dev split and the run asks
             for no number; 0: no dev.
         sources: the file behind each split, for error messages.
+        counted: what a row of each split is called in messages; "line" where nothing is said.
 
     >>> rows = {"train": [{"text": "Fun.", "label": 1}, {"text": "Dull.", "label": 0}]}
     >>> Task("mine", lambda: rows, Prompt("{text} It was", (" bad", " good"))).objective
@@ -72,6 +73,7 @@ class Task:
     generate: bool = False
     dev_size: int = 500
     sources: Mapping[str, str] = field(default_factory=dict)
+    counted: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from mezo.data.example import Example
+from mezo.data.large import LargeExamples, looked_at
 from mezo.data.task import Item
 from mezo.data.template import MASK, Template
 from mezo.errors import UserError
@@ -20,6 +21,8 @@ def encode(
     max_length: int,
     masked: bool = False,
     pooled: bool = False,
+    form: str = "options",
+    truncation: str = "right",
 ) -> list[Example]:
     """Tokenise items: option ids = tokens(prompt + option) without their prefix tokens(prompt).
 
@@ -27,9 +30,13 @@ def encode(
         items: what to tokenise.
         template: the prompt around each item's fields.
         tokenizer: adds its special tokens; those it would append after the prompt are left out before an option.
-        max_length: most tokens of a prompt with its longest option; the end of the field `template.cut` gives way.
+        max_length: most tokens of a prompt with its longest option; an end of the field `template.cut` gives way.
         masked: the model fills a mask: options are single tokens in its place.
         pooled: a linear head reads the whole text: options are numbers of its outputs.
+        form: "options"; "completion", options that begin wherever their tokens differ from the prompt's and end with
+            the end-of-text token; "chat", the same of a text that a chat template wrote with its special tokens;
+            "text", the prompt itself is what is scored, from its second token on.
+        truncation: which end gives way, "right" or "left"; "refuse": none does.
 
     Returns:
         One example per item, in order.
@@ -38,7 +45,10 @@ def encode(
         UserError: the template alone exceeds the budget, a token would span prompt and option, two options have the
             same tokens, or the mask is missing or has no single-token option.
     """
-    split = _PooledSplitter(template, tokenizer) if pooled else _splitter(template, tokenizer, masked)
+    if form in _SPLITTERS:
+        split = _SPLITTERS[form](template, tokenizer)
+    else:
+        split = _PooledSplitter(template, tokenizer) if pooled else _splitter(template, tokenizer, masked)
     alone = masked or pooled  # no option follows the prompt
     items = list(items)
     examples = split(items)
@@ -49,12 +59,13 @@ def encode(
             max_length,
             split.template,
             tokenizer,
+            truncation,
         )
         # Joined anew, the shortened text may take a token more than counted: cut until it fits.
         for i, item, example in zip(over, shorter, split(shorter), strict=True):
             items[i], examples[i] = item, example
     for item, example in zip(items, examples, strict=True):
-        _check(item, example, tokenizer, _length(example, alone))
+        _check(item, example, tokenizer, _length(example, alone), words=form == "options")
     return examples
 
 
@@ -68,7 +79,14 @@ def refuse_unknown_ids(
         vocabulary: rows of the model's embedding.
         tokenizer: that made them; it may know more tokens than the model.
     """
-    for example in (example for examples in splits.values() for example in examples):
+    for examples in splits.values():
+        if isinstance(examples, LargeExamples):
+            examples.checks.append(lambda made: _refuse_unknown(made, vocabulary, tokenizer))
+        _refuse_unknown(looked_at(examples), vocabulary, tokenizer)
+
+
+def _refuse_unknown(examples: Sequence[Example], vocabulary: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    for example in examples:
         outputs = [] if example.pooled else example.options
         largest = max((*example.prompt, *(token for option in outputs for token in option)))
         if largest >= vocabulary:
@@ -148,6 +166,62 @@ class _CausalSplitter:
         return [tuple(ids[: len(ids) - self.suffix]) for ids in batch]
 
 
+class _CompletionSplitter(_CausalSplitter):
+    """Prompt and completions: joined, tokens are as the model sees them, one across the border is the completion's."""
+
+    special = True
+
+    def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(template, tokenizer)
+        self.suffix = self.suffix if self.special else 0
+        self.end = (tokenizer.eos_token_id,) if self.special and tokenizer.eos_token_id is not None else ()
+
+    def __call__(self, items: Sequence[Item]) -> list[Example]:
+        prompts = [item.before + self.template.render(item.fields) for item in items]
+        joint = iter(self._ids([p + option for p, r in zip(prompts, items, strict=True) for option in r.options]))
+        examples = []
+        for item, prompt in zip(items, self._ids(prompts), strict=True):
+            whole = [next(joint) for _ in item.options]
+            n = min(_common(prompt, ids) for ids in whole)
+            if not n:
+                raise UserError(f"{item.where}: the prompt is empty: add words to it, or give texts alone")
+            options = tuple(ids[n:] + (() if ids[-1:] == self.end else self.end) for ids in whole)
+            examples.append(Example(prompt[:n], options, item.label, **_judged(item)))
+        return examples
+
+    def _ids(self, texts: list[str]) -> list[Ids]:
+        batch = _token_ids(self.tokenizer, texts, self.special) if texts else []
+        return [tuple(ids[: len(ids) - self.suffix]) for ids in batch]
+
+
+class _ChatSplitter(_CompletionSplitter):
+    """The same of conversations: the chat template writes every special token, that which ends a turn too."""
+
+    special = False
+
+
+class _TextSplitter(_CausalSplitter):
+    """Text alone: all tokens but the first are what is scored, and the end-of-text token."""
+
+    def __call__(self, items: Sequence[Item]) -> list[Example]:
+        eos = self.tokenizer.eos_token_id
+        end, examples = () if eos is None else (eos,), []
+        for item, ids in zip(items, self._ids([self.template.render(item.fields) for item in items]), strict=True):
+            whole = ids + (() if ids[-1:] == end else end)
+            if len(whole) < 2:
+                raise UserError(f"{item.where}: the text has fewer than two tokens, none to learn: remove the row")
+            examples.append(Example(whole[:1], (whole[1:],), 0, **_judged(item)))
+        return examples
+
+
+_SPLITTERS = {"completion": _CompletionSplitter, "chat": _ChatSplitter, "text": _TextSplitter}
+
+
+def _common(a: Ids, b: Ids) -> int:
+    """Tokens that two texts begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 class _MaskedSplitter:
     """Prompt and options as an encoder sees them: the option stands in the mask's place."""
 
@@ -225,9 +299,9 @@ def _rest(prompt: Ids, joint: Ids, text: str, option: str, where: str) -> Ids:
     return joint[len(prompt) :]
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = True) -> list[list[int]]:
     # Without the attention mask, which nobody reads, the call takes a third of the time.
-    return tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+    return tokenizer(texts, return_attention_mask=False, verbose=False, add_special_tokens=special)["input_ids"]
 
 
 def _suffix_length(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -243,9 +317,12 @@ def _cut(
     max_length: int,
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
+    truncation: str,
 ) -> list[Item]:
-    """The items with their text cut after the last token that leaves room for template and options."""
+    """The items with their text cut where that leaves room for template and options."""
     too_long = f"{items[0].where} takes {lengths[0]} tokens, --max-length is {max_length}"
+    if truncation == "refuse":
+        raise UserError(f"{too_long}, and --truncation refuse cuts none: raise it, or shorten the text")
     if template.cut is None:
         raise UserError(f"{too_long}, and only {{text}} is cut: raise --max-length or shorten the prompt")
     if not tokenizer.is_fast:
@@ -263,15 +340,23 @@ def _cut(
                 f"{item.where}: without its text the prompt takes {length - len(inside)} tokens,"
                 f" --max-length is {max_length}: raise it or shorten the prompt"
             )
-        text = item.fields[template.cut][: max(inside[keep] - start, 0)].rstrip()
+        text = item.fields[template.cut]
+        if truncation == "left":
+            text = text[max(inside[-keep] - start, 0) :].lstrip()
+        else:
+            text = text[: max(inside[keep] - start, 0)].rstrip()
         cut.append(replace(item, fields={**item.fields, template.cut: text}))
     return cut
 
 
-def _check(item: Item, example: Example, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-    words = [] if example.pooled else zip(item.options, example.options, strict=True)
-    for option, ids in words:
-        if not ids or tokenizer.unk_token_id in ids:
+def _check(item: Item, example: Example, tokenizer: PreTrainedTokenizerBase, length: int, words: bool) -> None:
+    """Raise UserError for options that cannot be told apart or have no tokens, and for what the model cannot take.
+
+    `words`: options are words, which the tokenizer must know.
+    """
+    options = [] if example.pooled else zip(item.options, example.options, strict=words)
+    for option, ids in options:
+        if not ids or (words and tokenizer.unk_token_id in ids):
             what = "an unknown token" if ids else "no token"
             raise UserError(f"{item.where}: option {option!r} has {what}: choose a word the tokenizer knows")
     if len(set(example.options)) < len(example.options):

@@ -7,6 +7,7 @@ import torch
 
 from mezo_kernels.philox import philox_4x32
 
+BLOCK = 1 << 16  # examples whose words are drawn at a time
 SHUFFLE = 0x73687566  # "shuf": the stream word of the counter that orders an epoch
 
 
@@ -34,7 +35,10 @@ class Batches:
 
     def _order(self, epoch: int) -> np.ndarray:
         """Indices sorted by their Philox words; ties, one in 2**32 pairs, keep their order."""
-        index = torch.arange(self.n_examples)
-        counter = (index, torch.full_like(index, epoch), torch.zeros_like(index), torch.full_like(index, SHUFFLE))
-        word, *_ = philox_4x32(*counter, self.run_seed & 0xFFFFFFFF, self.run_seed >> 32)
-        return np.argsort(word.numpy(), kind="stable")
+        words = np.empty(self.n_examples, np.uint32)
+        for start in range(0, self.n_examples, BLOCK):
+            index = torch.arange(start, min(start + BLOCK, self.n_examples))
+            counter = (index, torch.full_like(index, epoch), torch.zeros_like(index), torch.full_like(index, SHUFFLE))
+            word, *_ = philox_4x32(*counter, self.run_seed & 0xFFFFFFFF, self.run_seed >> 32)
+            words[start : start + BLOCK] = word.numpy()
+        return np.argsort(words, kind="stable")

@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 
 from mezo.config import Config
 from mezo.data.example import Example
+from mezo.data.large import LargeExamples
 from mezo.data.rewards import reward_hash
 from mezo.errors import UserError
 from mezo.models.spec import TrainedSpec
@@ -24,18 +25,31 @@ from mezo_kernels import Z_STREAM_VERSION, lora_init
 INITIAL = "initial_adapter.safetensors"
 
 
-def data_hash(splits: dict[str, Sequence[Example]]) -> str:
-    """SHA-256 of the tokenised examples of all splits, and of the answers and fields that text is judged by."""
-    digest = hashlib.sha256()
+BY_ROWS = "rows:"
+"""Begins the hash of data with a split that is too large to be tokenised ahead."""
+
+
+def data_hash(splits: dict[str, Sequence[Example]], whole: bool = False) -> str:
+    """SHA-256 of the tokenised examples of all splits, and of the answers and fields that text is judged by.
+
+    Args:
+        splits: examples by split. Of a large one the content of its columns is hashed, and what decides its tokens.
+        whole: tokenise a large split all the same, as programs did that knew no other.
+    """
+    digest, prefix = hashlib.sha256(), ""
     for split, examples in splits.items():
         digest.update(split.encode())
+        if isinstance(examples, LargeExamples) and not whole:
+            prefix = BY_ROWS
+            digest.update(examples.identity.encode())
+            continue
         for e in examples:
             pooled = ["pooled"] if e.pooled else []  # logs from before there was such a head keep their hashes
             digest.update(json.dumps([e.prompt, e.options, e.label, e.mask, *pooled]).encode())
             judged = [e.references, e.names, e.fields]
             if any(judged):
                 digest.update(json.dumps(judged, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    return prefix + digest.hexdigest()
 
 
 def starting_file(config: Config, runtime: Runtime) -> Path | bytes | None:
@@ -59,7 +73,12 @@ def content_of(initial: Path | bytes) -> bytes:
 
 
 def make_header(
-    config: Config, spec: TrainedSpec, splits: dict[str, Sequence[Example]], initial: Path | bytes | None = None
+    config: Config,
+    spec: TrainedSpec,
+    splits: dict[str, Sequence[Example]],
+    initial: Path | bytes | None = None,
+    linear: str = "torch",
+    logged: dict | None = None,
 ) -> dict:
     """Header of a new run's log.
 
@@ -68,7 +87,10 @@ def make_header(
         spec: what is trained.
         splits: tokenised examples by split, as `load_splits` gives them: it says which rows were skipped.
         initial: the run's `starting_file`.
+        linear: what multiplies by the frozen weights, `--linear`: a resumed run keeps it, since rounding depends on it.
+        logged: header of the run that is resumed, whose data was hashed as its program did.
     """
+    whole = logged is not None and not logged["data_hash"].startswith(BY_ROWS)
     init = {"kind": "stream" if spec.peft else "base"}
     if initial is not None:
         init = {"kind": "file", "file": INITIAL, "sha256": hashlib.sha256(content_of(initial)).hexdigest()}
@@ -77,8 +99,9 @@ def make_header(
     extra |= {"reward_hash": reward_hash(config.method.reward)} if config.method.reward else {}
     rule = config.method.logged_rule.header()
     extra |= {"rule": rule} if rule else {}
+    extra |= {"linear": linear} if linear != "torch" else {}
     trained = {key: value for key, value in asdict(spec).items() if key != "frozen" or value}
-    return header(config.method.seed, data_hash(splits), init, {**extra, **trained})
+    return header(config.method.seed, data_hash(splits, whole), init, {**extra, **trained})
 
 
 def initial_theta(first_line: dict, initial: Path | bytes | None = None) -> dict[str, torch.Tensor]:
@@ -179,8 +202,9 @@ def header(run_seed: int, data_hash: str, init: dict, spec: dict) -> dict:
         data_hash: SHA-256 of the tokenised examples, so that a run is not resumed on others.
         init: {"kind": "stream"}: lora_A from the z stream, lora_B zero; {"kind": "file", "file", "sha256"};
             or {"kind": "base"}: the parameters of `model`, whose hash is `model_hash`.
-        spec: fields of `TrainedSpec`; before them `reward_hash`, SHA-256 of the file of --reward, if there is one, and
-            `rule`, the update rule and what z is, if it is not plain SGD along normal z.
+        spec: fields of `TrainedSpec`; before them `reward_hash`, SHA-256 of the file of --reward, if there is one,
+            `rule`, the update rule and what z is, if it is not plain SGD along normal z, and `linear`, if the frozen
+            weights were packed.
     """
     version = VERSIONS["rule" in spec or "frozen" in spec or init["kind"] == "base"]
     fixed = {"format": FORMAT, "version": version, "z_stream": Z_STREAM_VERSION}

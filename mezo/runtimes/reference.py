@@ -1,8 +1,12 @@
 """What every runtime is compared with at its start: log-probabilities by the model's own forward pass."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
+from mezo.models.linear import as_loaded
 from mezo.models.spec import LINEAR_HEAD
 from mezo.runtimes.rows import RowBatch, scored
 
@@ -12,19 +16,56 @@ REFERENCE_ROWS = 8  # of a full forward pass: the logits of every token of them 
 
 
 def reference_log_probs(model: nn.Module, batch: RowBatch) -> torch.Tensor:
-    """log p of a batch's targets by the model's own forward pass, float64 on the CPU, (rows, scored, candidates)."""
+    """log p of a batch's targets by the model's own forward pass, float64 on the CPU, (rows, scored, candidates).
+
+    Products are torch's own, whatever the runtime uses.
+    """
     tensors = [batch.ids, batch.mask, batch.positions, batch.targets]
     tensors += [] if batch.decoder is None else [batch.decoder]
     log_probs = []
     for ids, mask, positions, targets, *decoder in zip(*(t.split(REFERENCE_ROWS) for t in tensors), strict=True):
         more = {"decoder_input_ids": decoder[0]} if decoder else {}
-        out = model(input_ids=ids, attention_mask=mask, **more)
+        with as_loaded():
+            out = model(input_ids=ids, attention_mask=mask, **more)
         if hasattr(out, "logits"):
             logits = scored(out.logits, positions)
         else:
             logits = getattr(model.get_base_model(), LINEAR_HEAD)(scored(out.last_hidden_state, positions))
         log_probs.append(logits.double().log_softmax(-1).gather(-1, targets).cpu())
     return torch.cat(log_probs)
+
+
+@contextlib.contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Meanwhile a 16-bit model computes in float32, by the same weights: each module's are widened while it runs."""
+
+    def widen(module: nn.Module, args: tuple) -> tuple:
+        saved.append([(p, p.data) for p in module.parameters(recurse=False) if p.is_floating_point()])
+        for p, data in saved[-1]:
+            p.data = data.float()
+        return tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+
+    def narrow(module: nn.Module, args: tuple, output: object) -> None:
+        for p, data in saved.pop():
+            p.data = data
+
+    saved: list[list[tuple[nn.Parameter, torch.Tensor]]] = []
+    casting = [m for m in model.modules() if getattr(m, "cast_input_dtype_enabled", False)]  # adapters of PEFT
+    hooks = []
+    for module in model.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            hooks += [module.register_forward_pre_hook(widen), module.register_forward_hook(narrow)]
+    for layer in casting:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in casting:
+            layer.cast_input_dtype_enabled = True
+        for p, data in (pair for pairs in saved for pair in pairs):  # a forward pass that failed
+            p.data = data
 
 
 def largest_difference(a: torch.Tensor, b: torch.Tensor, valid: torch.Tensor) -> float:

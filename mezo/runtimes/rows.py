@@ -1,12 +1,14 @@
 """Rows: the token sequences a model sees for an example, and where in them its options are read."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
 from mezo.data.example import Example
+from mezo.data.large import LargeExamples
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,44 @@ def rows_of(example: Example) -> list[Row]:
         )
         for option in options
     ]
+
+
+class LargeRows(Sequence[list[Row]]):
+    """Rows of each example of a large split, made when they are asked for.
+
+    They have numbers: those of example i begin at i times the most rows of an example.
+    """
+
+    def __init__(self, examples: LargeExamples, make: Callable[[Example], list[Row]] = rows_of):
+        self.make = make
+        self.examples, self.most = examples, len(examples[0].options)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> list[Row]:
+        return self.make(self.examples[i])
+
+    def row(self, number: int) -> Row:
+        """A row by its number."""
+        return self[number // self.most][number % self.most]
+
+
+def rows_by_example(examples: Sequence[Example], make: Callable[[Example], list[Row]] = rows_of) -> Sequence[list[Row]]:
+    """The rows of each example of a split."""
+    return LargeRows(examples, make) if isinstance(examples, LargeExamples) else list(map(make, examples))
+
+
+def first_rows(rows: Sequence[list[Row]]) -> Sequence[int]:
+    """The number of the first row of each example."""
+    if isinstance(rows, LargeRows):
+        return range(0, len(rows) * rows.most, rows.most)
+    return [0, *itertools.accumulate(map(len, rows))][:-1]
+
+
+def measured(rows: Sequence[list[Row]]) -> Sequence[int]:
+    """Numbers of the examples of a split that are looked at to know it: all, or of a large one some."""
+    return rows.examples.shown if isinstance(rows, LargeRows) else range(len(rows))
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from mezo.config import Config, Data
+from mezo.config import Config, Data, Method
 from mezo.data.example import Example
-from mezo.data.jsonl import jsonl_task, with_files
+from mezo.data.files import forget
 from mezo.data.load import examples_of
+from mezo.data.own import own_task, with_files
 from mezo.data.task import Prompt, Task
 from mezo.errors import UserError
 from mezo.tasks.boolq import BOOLQ
@@ -48,14 +49,17 @@ def register(task: Task) -> Task:
     return task
 
 
-def find_task(data: Data) -> Task:
+def find_task(data: Data, method: Method | None = None) -> Task:
     """The task that is named, or the one behind the files; with both, the task on the files' rows.
 
+    Args:
+        data: names the task or the files.
+        method: of the run; files may lack right answers where it needs none.
     Raises:
         UserError: no task has that name.
     """
     if not data.task:
-        return jsonl_task(data)
+        return own_task(data, method)
     if data.task not in TASKS:
         raise UserError(f"--task {data.task!r} is unknown: choose from {', '.join(TASKS)} or give --train-file")
     return with_files(TASKS[data.task], data)
@@ -65,7 +69,7 @@ def with_objective(config: Config) -> Config:
     """The configuration with what is trained and how it is judged settled: "auto" is the task's own."""
     if "auto" not in (config.method.objective, config.method.generate):
         return config
-    task = find_task(config.data)
+    task = find_task(config.data, config.method)
     objective = task.objective if config.method.objective == "auto" else config.method.objective
     generate = config.method.generate if config.method.generate != "auto" else "on" if task.generate else "off"
     return config.replace(objective=objective, generate=generate)
@@ -85,4 +89,7 @@ def load_splits(
         UserError: bad data or a configuration that does not fit it; nothing has been written.
     """
     method, pooled = with_objective(config).method, config.model.tuning.head == "linear"
-    return examples_of(find_task(config.data), config.data, method, tokenizer, masked, pooled)
+    try:
+        return examples_of(find_task(config.data, method), config.data, method, tokenizer, masked, pooled)
+    finally:
+        forget()

@@ -8,6 +8,7 @@ import torch
 
 from mezo.config import Machine, Method
 from mezo.data.example import Example
+from mezo.data.large import labels_of
 from mezo.data.rewards import Judge
 from mezo.errors import RunError
 from mezo.method.batches import Batches
@@ -92,7 +93,7 @@ class Measurement:
         self.method, self.machine, self.runtime = method, machine, runtime
         self.examples, self.ranks = examples, ranks
         self.rule, self.half_distance = method.rule, method.half_distance
-        self.labels = torch.tensor([example.label for example in examples])
+        self.labels = torch.as_tensor(labels_of(examples), dtype=torch.int64)
         self.group_size, per_group = method.group_size, method.num_perturbations
         self.group = lambda k: k // per_group  # of the batch, that perturbation k measures
         self.mine = self._mine(method.batch_size)

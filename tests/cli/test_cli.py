@@ -34,7 +34,7 @@ MISTAKES = {
     "no such model": ({"model": "./gone"}, "--model ./gone: no such directory; give one with a model in it, or a hub"),
     "no label words": (
         {"prompt": "", "label_words": ()},
-        "has no field 'prompt', which the prompt takes; it has 'text', 'label': give --label-words",
+        "the labels in the column 'label' are numbers: give --label-words, the word of each in order",
     ),
     "too many shots": ({"k_shot": 40}, "k_shot asks for 40"),
     "field not in data": ({"prompt": "{sentence} It was"}, "sentence"),
@@ -315,10 +315,14 @@ def test_flags_of_other_programs_are_known(flag, ours, capsys):
     assert f"did you mean {ours}?" in capsys.readouterr().err
 
 
-def test_conversations_are_told_what_to_become(tiny_options, as_flags, tmp_path, capfd):
+def test_conversations_take_no_label_words(tiny_options, as_flags, tmp_path, capfd):
     path = write(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
     options = {**tiny_options, "train_file": path}
-    check_refused(as_flags(options), "conversations are not read; write a text field", options["output_dir"], capfd)
+    message = "has no column for the label, it has 'messages': name it with --label-column, or leave --label-words out"
+    check_refused(as_flags(options), message, options["output_dir"], capfd)
+    unused = dict.fromkeys(("prompt", "dev_file", "test_file"), "")
+    options |= {**unused, "label_words": ()}
+    check_refused(as_flags(options), "no chat template: give --chat-template", options["output_dir"], capfd)
 
 
 def test_sigterm_and_sighup_end_a_command_with_an_exit_code_of_their_own(monkeypatch, capsys):

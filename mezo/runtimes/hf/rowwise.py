@@ -4,7 +4,6 @@ The products of the frozen base are taken once over all rows, whatever copy they
 which are small, are batched products over rows. So all directions of a step, and both signs, are one forward pass.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -44,7 +43,7 @@ class RowWise:
         """
         chosen = _chosen(copies)
         for module, stack in self.linear:
-            module.forward = functools.partial(_linear, weights=stack[chosen], rows=len(copies))
+            module.forward = OfRows(stack[chosen], len(copies))
         try:
             yield None if self.prefix is None else self.prefix[list(copies)]
         finally:
@@ -83,15 +82,32 @@ def _chosen(copies: Sequence[int]) -> slice | list[int]:
     return list(copies)
 
 
-def _linear(x: torch.Tensor, weights: torch.Tensor, rows: int) -> torch.Tensor:
-    """Inputs times the weights of their rows.
+class OfRows:
+    """A linear layer whose weight is another for each row.
 
     Args:
-        x: (rows, ..., inputs), or the tokens of all rows, one after the other, (rows * tokens, inputs).
         weights: (groups, outputs, inputs), of groups of as many rows.
         rows: of the batch.
     """
-    if len(x) % rows:
-        raise RowsLost(f"a layer was given {len(x)} rows where the batch has {rows}")
-    grouped = x.reshape(len(weights), -1, x.shape[-1])
-    return torch.bmm(grouped, weights.mT).view(*x.shape[:-1], -1)
+
+    def __init__(self, weights: torch.Tensor, rows: int):
+        self.weights, self.rows = weights, rows
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs times the weights of their rows.
+
+        Args:
+            x: (rows, ..., inputs), or the tokens of all rows, one after the other, (rows * tokens, inputs).
+        """
+        return torch.bmm(self._grouped(x), self.weights.mT).view(*x.shape[:-1], -1)
+
+    def added(self, out: torch.Tensor, x: torch.Tensor, scale: float) -> torch.Tensor:
+        """Add `scale` times that to outputs that are there, (rows, ..., outputs), and return these."""
+        grouped, shape = self._grouped(x), (len(self.weights), -1, out.shape[-1])
+        out.view(shape).baddbmm_(grouped, self.weights.mT, alpha=scale)
+        return out
+
+    def _grouped(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) % self.rows:
+            raise RowsLost(f"a layer was given {len(x)} rows where the batch has {self.rows}")
+        return x.reshape(len(self.weights), -1, x.shape[-1])

@@ -11,9 +11,11 @@ import torch
 
 from mezo.config import HF, Machine, Model, Workload
 from mezo.data.example import Example
+from mezo.data.large import LargeExamples, looked_at
 from mezo.errors import UserError
 from mezo.method.step import Step, Update
 from mezo.models.full import save_model
+from mezo.models.linear import Product, add_adapters_in_place, choose, pack, tell, why_not_packed, width_of
 from mezo.models.load import Checkpoint
 from mezo.models.parts import load_parts
 from mezo.progress import say
@@ -23,7 +25,16 @@ from mezo.runtimes.hf.proof import StartProof
 from mezo.runtimes.hf.reading import ByModel, ByParts, Reading
 from mezo.runtimes.hf.rowwise import RowsLost, RowWise, why_not
 from mezo.runtimes.hf.trunk import GROUP, Trunk, attention_of, no_cache
-from mezo.runtimes.rows import RowBatch, by_length, option_scores, rows_of
+from mezo.runtimes.rows import (
+    LargeRows,
+    RowBatch,
+    by_length,
+    first_rows,
+    measured,
+    option_scores,
+    rows_by_example,
+    rows_of,
+)
 from mezo.runtimes.sides import Sides
 from mezo.runtimes.theta import PerturbedTheta
 from mezo_kernels import ParamLayout, available_backends
@@ -66,6 +77,7 @@ class HFRuntime:
         self.pad, self.work, self.source = pad, work, model.base
         self.options: HF = machine.runtime
         self.params = list(self.parts.params.values())
+        self.linear = self._with_product(product_of(model, machine, checkpoint))
         self.whole = self.spec.peft is None
         start = [p.data.float() if self.whole else torch.zeros_like(p, dtype=torch.float32) for p in self.params]
         self.master = ParamLayout(dict(zip(self.spec.shapes, start, strict=True)))
@@ -91,6 +103,19 @@ class HFRuntime:
         if self.writing and not (self.parts.causal or self.decoder):
             raise UserError(f"--model {model.base} fills masks and generates no text: use another model")
 
+    def _with_product(self, product: Product) -> str:
+        """Have the frozen weights, if there are any, multiplied so; return "torch" or "packed"."""
+        if self.spec.peft is None:
+            return "torch"
+        packed = product.name == "packed"
+        nbytes = pack(self.parts.body, set(map(id, self.params))) if packed else 0
+        if packed and not nbytes:
+            product = Product("torch", "products are torch's own: this model has linear layers of its own making")
+        add_adapters_in_place(self.parts.model)
+        if self.device.type == "cpu":
+            tell(product, nbytes)
+        return product.name
+
     def _allocate(self, by_row: bool) -> list[tuple[ParamLayout, ParamLayout]]:
         """Room for the perturbed copies, (plus, minus) of each pair; `by_row`: where `rowwise` finds them."""
         zeros = lambda p, *copies: torch.zeros(*copies, *p.shape, dtype=self.dtype, device=self.device)  # noqa: E731
@@ -113,10 +138,13 @@ class HFRuntime:
         """See `Runtime.prepare`. Raises UserError if a trunk cache that was asked for is not exact on this model."""
         self.examples = splits
         make = self.decoder.rows_of if self.decoder else rows_of
-        self.rows = {split: [make(example) for example in examples] for split, examples in splits.items()}
-        self.first_row = {split: _starts(rows) for split, rows in self.rows.items()}
+        self.rows = {split: rows_by_example(examples, make) for split, examples in splits.items()}
+        self.first_row = {split: first_rows(rows) for split, rows in self.rows.items()}
         self._check_lengths()
-        options = [example.options for examples in splits.values() for example in examples]
+        # of a large split all examples have the options of the first, or each has some of several tokens
+        options = [example.options for examples in splits.values() for example in looked_at(examples)]
+        large = [examples for examples in splits.values() if isinstance(examples, LargeExamples)]
+        self.vocabulary |= any(not examples.alike for examples in large)
         # scores up to a constant compare options of one token each; longer ones, or one alone, need log-probabilities
         self.vocabulary |= any(len(each) == 1 or any(len(option) > 1 for option in each) for each in options)
         asked, needless = self.options.trunk_cache, self.parts.first == 0 or not self.work.scores
@@ -132,10 +160,14 @@ class HFRuntime:
 
     def _check_lengths(self) -> None:
         limit, prefix = self.parts.position_limit, self.parts.prefix_tokens
-        refuse_too_long(self.work, self.examples, self._longest(), limit, prefix)
+        seen = {split: looked_at(examples) for split, examples in self.examples.items()}
+        refuse_too_long(self.work, seen, self._longest(), limit, prefix)
 
     def _longest(self) -> int:
-        return max(len(row.ids) for nested in self.rows.values() for rows in nested for row in rows)
+        """Tokens of the longest row; of a large split, whose rows are not all known, the most that are allowed."""
+        longest = max(len(row.ids) for nested in self.rows.values() for i in measured(nested) for row in nested[i])
+        large = [examples.max_length for examples in self.examples.values() if isinstance(examples, LargeExamples)]
+        return max([longest, *large])
 
     def _fill_trunk(self) -> None:
         """Compute the trunk of all rows; a training set too large to be seen once is filled as it is drawn."""
@@ -147,7 +179,8 @@ class HFRuntime:
     def _seen_in_part(self) -> set[str]:
         """Splits of which a run sees some examples alone."""
         drawn = self.work.steps * self.work.batch_size
-        return {split for split in self.rows if split == "train" and drawn < len(self.examples[split])}
+        large = {split for split, nested in self.rows.items() if isinstance(nested, LargeRows)}
+        return large | {split for split in self.rows if split == "train" and drawn < len(self.examples[split])}
 
     @property
     def seconds_filling(self) -> float:
@@ -375,6 +408,8 @@ class HFRuntime:
             signs: how often the result will be called.
             copies: of each row, which copy runs it; None runs all with the weights in use at the call.
         """
+        if isinstance(self.examples[split], LargeExamples):
+            self.examples[split].fetch(indices)
         rows = [row for i in indices for row in self.rows[split][i]]
         batch = RowBatch.of(rows, self.pad, self.device)
         examples = [self.examples[split][i] for i in indices]
@@ -493,6 +528,9 @@ class HFRuntime:
         )
         later = self._seen_in_part()
         for split, nested in self.rows.items():
+            if isinstance(nested, LargeRows):
+                trunk.register_one_by_one(split, nested.row)
+                continue
             rows = [row for example in nested for row in example]
             trunk.register(split, rows, group=1 if split in later else GROUP)
         return trunk
@@ -603,8 +641,16 @@ def _why_not_run(error: Exception) -> str:
     return f"this model does not run in parts ({type(error).__name__}: {' '.join(str(error).split()):.80})"
 
 
-def _starts(rows: list[list]) -> list[int]:
-    return [0, *itertools.accumulate(map(len, rows))][:-1]
+def product_of(model: Model, machine: Machine, checkpoint: Checkpoint) -> Product:
+    """What multiplies by the frozen weights of a model here, as --linear says or a trial decides."""
+    device = _device(machine.device)
+    return choose(machine.runtime.linear, width_of(checkpoint.config), _dtype(model.dtype, device), device)
+
+
+def packs(model: Model, machine: Machine) -> bool:
+    """Whether the frozen weights of a model can be packed here."""
+    device = _device(machine.device)
+    return why_not_packed(_dtype(model.dtype, device), device) is None
 
 
 def _device(name: str) -> torch.device:

@@ -28,6 +28,16 @@ class _Captured(Exception):
     """Ends a forward pass once everything wanted of it is known."""
 
 
+class _Each:
+    """A sequence whose items are made as they are asked for."""
+
+    def __init__(self, item: Callable[[int], object]):
+        self.item = item
+
+    def __getitem__(self, number: int):
+        return self.item(number)
+
+
 @dataclass
 class Entry:
     """What is kept of one row.
@@ -77,8 +87,8 @@ class Trunk:
         self.reading, self.layers, self.first = reading, layers, first
         self.keep_kv, self.causal, self.pad = keep_kv, causal, pad
         self.device, self.storage, self.limit = device, storage, limit
-        self.rows: dict[str, list[list[Row]]] = {}
-        self.place: dict[str, list[tuple[int, int]]] = {}
+        self.rows: dict[str, list[list[Row]] | _Each] = {}
+        self.place: dict[str, list[tuple[int, int]] | _Each] = {}
         self.groups: OrderedDict[tuple[str, int], list[Entry]] = OrderedDict()
         self.nbytes, self.seconds, self.full = 0, 0.0, False
         self.tokens = 0
@@ -96,6 +106,15 @@ class Trunk:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
         self.rows[split] = [[rows[i] for i in order[g : g + group]] for g in range(0, len(rows), group)]
         self.place[split] = [divmod(at, group) for at in sorted(range(len(rows)), key=order.__getitem__)]
+
+    def register_one_by_one(self, split: str, row: Callable[[int], Row]) -> None:
+        """Give each row of a split a group of its own, which is computed when it is first used.
+
+        Args:
+            split: its name.
+            row: by number.
+        """
+        self.rows[split], self.place[split] = _Each(lambda number: [row(number)]), _Each(lambda number: (number, 0))
 
     @torch.no_grad()
     def fill(self, split: str) -> int:

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from mezo.config import Machine, Model, SGLang, Workload
 from mezo.data.example import Example
+from mezo.data.files import LARGE
+from mezo.data.large import LargeExamples
 from mezo.errors import RunError, UserError
 from mezo.method.step import Step, Update
 from mezo.models.load import Checkpoint
@@ -117,6 +119,12 @@ class SGLangRuntime:
 
     def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
         """See `Runtime.prepare`. Starts the engine and proves that it scores as the model itself does."""
+        for split, examples in splits.items():
+            if isinstance(examples, LargeExamples):
+                raise UserError(
+                    f"--runtime sglang tokenises all of {split} ahead, and it has {len(examples):,} examples: give"
+                    f" --num-train, at most {LARGE}, or use --runtime hf"
+                )
         self.examples = splits
         self.rows = {split: [rows_of(example) for example in examples] for split, examples in splits.items()}
         self._check_lengths()

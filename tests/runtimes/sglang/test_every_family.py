@@ -17,7 +17,7 @@ DECODERS = [name for name, tiny in FAMILIES.items() if tiny.auto is CAUSAL and (
 CLOSE = 5e-5  # of log-odds in float32, two implementations
 SIZES = {
     "mistral": {"sliding_window": None},  # SGLang's class has none
-    **dict.fromkeys(("olmo2", "phi3"), {"intermediate_size": 64}),  # on a CPU SGLang pads to multiples of 32
+    **{name: {"intermediate_size": 64} for name in ("olmo2", "phi3")},  # on a CPU SGLang pads to multiples of 32
     "phi": {"num_key_value_heads": 4},  # SGLang's class has no grouped heads
 }
 OTHERS = {"phi": ("q_proj", "v_proj"), "phi3": ("o_proj", "down_proj")}  # what SGLang has LoRA on, beside the default
