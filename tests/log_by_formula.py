@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import rankdata
 
 from mezo_kernels import perturbation_seed, standard_normal
 
@@ -14,6 +15,7 @@ def follows(run: str | Path) -> int:
     """Assert that every line follows from its losses and config.json by the formulas; return the number of steps."""
     config = json.loads(Path(run, "config.json").read_text())
     header, *lines = [json.loads(line) for line in Path(run, "trajectory.jsonl").read_text().splitlines()]
+    before = []  # lengths of the steps that changed something
     for step, line in enumerate(lines):
         assert line["step"] == step
         n = len(line["seeds"])
@@ -22,10 +24,15 @@ def follows(run: str | Path) -> int:
             assert (line["coefficients"], line["decay"]) == ([0.0] * n, 1.0)
             continue
         plus, minus = np.array(line["loss_plus"]), np.array(line["loss_minus"])
-        distance = config["eps"] if config["update_rule"] == "fzoo" else 2 * config["eps"]
+        distance = config["eps"] if config["update_rule"] in ("fzoo", "one-sided") else 2 * config["eps"]
         assert line["projected_grads"] == pytest.approx(list((plus - minus) / distance), rel=1e-12)
         coefficients, decay = _expected(config, header, line)
-        assert line["coefficients"] == pytest.approx(coefficients, rel=1e-9)
+        factor, length = 1.0, np.linalg.norm(coefficients)
+        if config.get("max_step_ratio") and len(before) >= 20:
+            factor = min(1.0, config["max_step_ratio"] * np.median(before[-100:]) / max(length, 1e-300))
+        assert line.get("shortened", 1.0) == pytest.approx(factor, rel=1e-9)
+        assert line["coefficients"] == pytest.approx([factor * c for c in coefficients], rel=1e-9)
+        before += [np.linalg.norm(line["coefficients"])] * any(line["coefficients"])
         assert line["decay"] == pytest.approx(decay, rel=1e-12)
         if config["update_rule"] in ("momentum", "adam", "adamw", "sign"):
             assert line["lr"] == pytest.approx(_rate(config, step), rel=1e-12)
@@ -36,6 +43,9 @@ def _expected(config: dict, header: dict, line: dict) -> tuple[list[float], floa
     """Coefficients and decay of a step."""
     rule, lr, n = config["update_rule"], _rate(config, line["step"]), len(line["seeds"])
     grads, decay = np.array(line["projected_grads"]), 1 - lr * config["weight_decay"]
+    both = np.array(line["loss_plus"] + line["loss_minus"])
+    if rule == "ranks":
+        grads = -np.diff(rankdata(both).reshape(2, n), axis=0)[0] / (2 * n - 1)
     if config["clip"]:
         grads = np.clip(grads, -config["clip"], config["clip"])
     if config["normalise_z"]:
@@ -46,6 +56,8 @@ def _expected(config: dict, header: dict, line: dict) -> tuple[list[float], floa
         if len(set(line["loss_plus"])) == 1:
             return [0.0] * n, 1.0
         return list(lr * grads / n / np.std(line["loss_plus"], ddof=1)), decay
+    if rule == "z-score":
+        return ([0.0] * n, 1.0) if np.ptp(both) == 0 else (list(lr * grads / n / np.std(both, ddof=1)), decay)
     if rule == "conservative":
         here, after, against = line["tried"]
         return [lr * grads[0] if after < min(here, math.nextafter(against, math.inf)) else

@@ -33,6 +33,7 @@ COMMANDS = {
     "Look at runs": {
         "eval": "score a run, any adapter, or a model without one",
         "report": "what finished runs did, and where time and tokens went; also as a web page with curves",
+        "leaderboard": "finished runs beside each other, at the rows they scored",
         "trajectory": "show, verify or truncate a run's log",
     },
     "Take results away": {

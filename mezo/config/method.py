@@ -38,6 +38,8 @@ class Step:
     """Divide each z by its root mean square over all trained parameters, so that all directions have one length."""
     clip: NotBelowZero = 0.0
     """Bring each estimate of the slope along z (projected_grad) into [-clip, clip]; 0 leaves it as it is."""
+    max_step_ratio: NotBelowZero = 0.0
+    """Shorten a step to this many times the median length of the 100 before it; 0 leaves all as they are."""
     weight_decay: NotBelowZero = 0.0
     """Multiply theta by 1 - lr weight_decay at each step; the rule adam adds weight_decay theta to the gradient
     instead."""

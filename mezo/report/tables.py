@@ -46,7 +46,10 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
     facts = [
         ("model", _model_name(first["model"])),
         ("runtime", result["runtime"]),
-        ("steps", f"{len(records)}{early}, best {result['best_step']}, {result['skipped_steps']} skipped"),
+        (
+            "steps",
+            f"{len(records)}{early}, best {result['best_step']}, {result['skipped_steps']} skipped{_shortened(result)}",
+        ),
         ("speed", f"{result['steps_per_second']:.2f} steps/s at batch {config.method.batch_size}"),
         ("zero projected_grads", f"{100 * result['zero_gradient_share']:.1f} %"),
         *_instruments(result),
@@ -158,6 +161,11 @@ def warnings(run: str) -> list[str]:
         name = outcome.path(directory, first["peft"]).name
         texts.append(f"no evaluation of dev was better than the first: {name}/ is what the run started from")
     return [text for text in texts if text]
+
+
+def _shortened(result: dict) -> str:
+    n = result.get("shortened_steps", 0)
+    return f", {n} shortened by --max-step-ratio" if n else ""
 
 
 def _instruments(result: dict) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from rich.progress import track
 
 from mezo.config import Config
 from mezo.errors import UserError
+from mezo.method.guard import StepGuard
 from mezo.method.schedule import learning_rate
 from mezo.method.step import Step, Update
 from mezo.models.spec import adapter_shapes
@@ -40,13 +41,15 @@ def check_lines(run: RunDirectory, first: dict, records: Sequence[StepRecord], l
     config = run.read_config() if run.config.exists() else None
     if config is not None:
         _check_header(run, first, config)
+    guard = StepGuard(config.method.max_step_ratio if config else 0.0)
     for record in track(records, "check", transient=True, disable=len(records) < 1e5 or not sys.stderr.isatty()):
         line = f"{run.trajectory}: line {record.step + 2}"
         seeds = Step.of_run(first["run_seed"], record.step, len(record.update.seeds), 1.0).seeds
         if record.update.seeds != seeds:
             raise UserError(f"{line}: seeds {record.update.seeds} are not those of step {record.step}, {seeds}")
         if config is not None:
-            _check_line(line, record, config, first, lengths)
+            _check_line(line, record, config, first, lengths, guard)
+        guard.see(record.update)
 
 
 def check_steps(run: RunDirectory, steps: int) -> None:
@@ -96,7 +99,7 @@ def _check_adapter(run: RunDirectory, first: dict) -> None:
         raise UserError(f"{weights} has other parameters than the header of the log; {RESTORE}")
 
 
-def _check_line(line: str, record: StepRecord, config: Config, first: dict, lengths: bool) -> None:
+def _check_line(line: str, record: StepRecord, config: Config, first: dict, lengths: bool, guard: StepGuard) -> None:
     """Raise UserError unless the estimates and the update of a step follow from its losses and the configuration."""
     update, method = record.update, config.method
     if update.skipped:
@@ -113,8 +116,10 @@ def _check_line(line: str, record: StepRecord, config: Config, first: dict, leng
     planned = planned_steps(first, record.step, method.steps)
     lr = learning_rate(record.step, planned, method.lr, method.lr_schedule, method.warmup_steps)
     expected = method.rule.plan(update.seeds, grads, record.losses, lr, method.weight_decay, method.clip, norms)
+    slack = 1e-15 * method.lr / lr if lr else 0.0
+    expected, factor = guard.shorten(expected)
     expected = method.rule.choose(expected, record.tried) if method.rule.compares else expected
-    if not _near(update, expected, 1e-15 * method.lr / lr if lr else 0.0):
+    if not math.isclose(record.shortened, factor, rel_tol=1e-12 + slack) or not _near(update, expected, slack):
         raise fault
 
 

@@ -5,7 +5,7 @@ A run may come from somebody else, or from a disk that lost some of it. Fields t
 
 from typing import Annotated, Any, Literal, NotRequired
 
-from annotated_types import Ge, Le, Lt, MaxLen, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictBool, StrictInt, TypeAdapter, ValidationError
 from pydantic import model_validator as validates
 from typing_extensions import TypedDict
@@ -41,6 +41,7 @@ class Record(TypedDict):
     skipped: StrictBool
     lr: NotRequired[FiniteFloat]
     tried: NotRequired[tuple[float, ...]]
+    shortened: NotRequired[Annotated[float, Gt(0), Lt(1)]]
 
 
 class Peft(_Fields):
@@ -212,6 +213,7 @@ class Result(_Fields):
     steps: Count
     stopped_early: StrictBool = False
     skipped_steps: Count
+    shortened_steps: Count = 0
     runtime: Text
     seconds_training: Amount
     seconds_of_training: dict[Text, float] = {}

@@ -31,6 +31,7 @@ class StepRecord:
         losses: of the step's batch, at the two copies of each perturbation.
         projected_grads: (loss_plus - loss_minus) / (2 eps) of each; over eps where the rule is one-sided.
         tried: losses at theta, theta - c z and theta + c z, of which a rule that compares kept the least; else ().
+        shortened: what the coefficients were multiplied by under --max-step-ratio.
     """
 
     step: int
@@ -38,6 +39,7 @@ class StepRecord:
     losses: Losses
     projected_grads: tuple[float, ...]
     tried: tuple[float, ...] = ()
+    shortened: float = 1.0
 
     def to_line(self) -> str:
         """One line of JSON; floats round-trip, and those that are not finite are strings."""
@@ -54,6 +56,7 @@ class StepRecord:
         }
         values |= {} if update.lr is None else {"lr": update.lr}
         values |= {"tried": self.tried} if self.tried else {}
+        values |= {} if self.shortened == 1 else {"shortened": self.shortened}
         return json.dumps({key: _encode(value) for key, value in values.items()}, allow_nan=False) + "\n"
 
     @classmethod
@@ -65,7 +68,8 @@ class StepRecord:
         if any(len(each) != len(seeds) for each in lists):
             raise ValueError("expected lists of equal length, one item a perturbation")
         update = Update(seeds, values["coefficients"], values["decay"], values.get("lr"), values["skipped"])
-        return cls(values["step"], update, losses, values["projected_grads"], values.get("tried", ()))
+        tried, shortened = values.get("tried", ()), values.get("shortened", 1.0)
+        return cls(values["step"], update, losses, values["projected_grads"], tried, shortened)
 
 
 def _encode(value):

@@ -13,6 +13,7 @@ from mezo.data.rewards import Judge
 from mezo.errors import RunError
 from mezo.method.batches import Batches
 from mezo.method.estimator import Losses
+from mezo.method.guard import StepGuard
 from mezo.method.objectives import mixture, standardised
 from mezo.method.schedule import learning_rate
 from mezo.method.step import Step, Update
@@ -78,7 +79,7 @@ class Measurement:
         judges: of generated text, by the name of the objective.
         ranks: the processes that share the work.
 
-    `recent` keeps the scores of the last calls.
+    `recent` keeps the scores of the last calls; `guard` must have seen the steps that are done already.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Measurement:
         self.objective = mixture(method.objectives)
         self.judges = {name: judge for name, judge in judges.items() if name in method.objectives}
         self.recent: deque[Scores] = deque(maxlen=RECENT)
+        self.guard = StepGuard(method.max_step_ratio)
         backend = None if machine.backend == "auto" else machine.backend
         length = lambda seed: root_mean_square(runtime.spec.shapes, seed, device=runtime.device, backend=backend)  # noqa: E731
         self.norm = functools.lru_cache(256)(length) if method.normalise_z else None
@@ -147,11 +149,13 @@ class Measurement:
         lr = learning_rate(step.number, method.steps, method.lr, method.lr_schedule, method.warmup_steps)
         norms = self.norms(step.seeds)
         update = self.rule.plan(step.seeds, grads, losses, lr, method.weight_decay, method.clip, norms)
+        update, factor = self.guard.shorten(update)
         tried = ()
         if self.rule.compares and not update.skipped:
             tried = self._try(step, update, batch, watch)
             update = self.rule.choose(update, tried)
-        return StepRecord(step.number, update, losses, grads, tried)
+        self.guard.see(update)
+        return StepRecord(step.number, update, losses, grads, tried, factor)
 
     def _try(self, step: Step, update: Update, batch: list[int], watch: bool) -> tuple[float, ...]:
         """Losses of the batch at theta, theta - c z and theta + c z; () if c is below any float32."""

@@ -81,6 +81,7 @@ def result(
         **_instruments(metrics),
         "zero_gradient_share": sum(g == 0 for g in grads) / max(len(grads), 1),
         "clipped_share": sum(abs(g) > method.clip for g in grads) / max(len(grads), 1) if method.clip else 0.0,
+        "shortened_steps": sum(record.shortened < 1 for record in records),
         "zero_steps": sum(not record.update.skipped and not any(record.update.coefficients) for record in records),
         "skipped_steps": sum(record.update.skipped for record in records),
     }

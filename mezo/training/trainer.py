@@ -55,6 +55,8 @@ class Trainer:
         self.records = list(records)
         self.clock, judged = Clock(runtime, seconds_loading), judges(method)
         self.measurement = Measurement(method, machine, runtime, splits["train"], judged, self.ranks)
+        for record in self.records:
+            self.measurement.guard.see(record.update)
         measured = (self.clock, self.measurement)
         self.evaluations = Evaluations(method, machine, runtime, splits, judged, run, len(records), *measured)
         self.verify_every = machine.verify_every or max(1, method.steps // TENTHS)
@@ -110,10 +112,21 @@ class Trainer:
                 self.log.append(record)
             self._apply(record)
         self.monitor.step(record, self.clock.rate)
+        if record.shortened < 1:
+            self._say_shortened(record)
         self._give_up_if_stuck()
         self._evaluate_if_due()
         if len(self.records) % WINDOW == 0:
             self._give_up_if_diverged()
+
+    def _say_shortened(self, record: StepRecord) -> None:
+        """Say that --max-step-ratio shortened a step, the first time; the result counts them."""
+        if not any(before.shortened < 1 for before in self.records[:-1]):
+            longer = self.method.max_step_ratio / record.shortened
+            self.monitor.say(
+                f"step {record.step:>6}  was {longer:.3g} times as long as those before, shortened by --max-step-ratio;"
+                " more such steps are counted alone"
+            )
 
     def _apply(self, record: StepRecord) -> None:
         """Update theta and write both signs of the next step, in one pass."""

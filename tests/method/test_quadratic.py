@@ -12,7 +12,15 @@ from tests.training.test_update_rules import OPTIONS, each_rule
 
 D, STEPS = 20, 300
 TARGET = torch.linspace(-1, 1, D, dtype=torch.float64)
-LR = {"momentum": 2e-3, "adam": 0.2, "adamw": 0.2, "sign": 0.1, "fzoo": 1.6e-3}  # others 0.02
+LR = {
+    "momentum": 2e-3,
+    "adam": 0.2,
+    "adamw": 0.2,
+    "sign": 0.1,
+    "fzoo": 1.6e-3,
+    "z-score": 1.6e-3,
+    "ranks": 0.2,
+}  # others 0.02
 
 
 def loss(theta):
@@ -28,13 +36,13 @@ def descend(rule, steps=STEPS, factor=1.0, start=3.0, **changes):
         options.pop("adam_eps")
     config = Config.of(model="m", output_dir="o", task="sst2", steps=STEPS, **options)
     master = ParamLayout({"w": torch.full((D,), start)})
-    copies = [master.like([torch.full((D,), torch.nan)]) for _ in range(2 * config.method.num_perturbations)]
+    copies = [master.like([torch.full((D,), torch.nan)]) for _ in range(2 * config.method.perturbations)]
     pairs = list(zip(copies[::2], copies[1::2], strict=True))
     theta, updates = PerturbedTheta(master, pairs, None, config.method.logged_rule), []
     measured, rule = lambda copy: factor * loss(copy.tensors[0]), config.method.rule
     norm = (lambda seed: root_mean_square({"w": (D,)}, seed)) if config.method.normalise_z else None
     for number in range(steps):
-        step = Step.of_run(0, number, config.method.num_perturbations, config.method.eps, norm)
+        step = Step.of_run(0, number, config.method.perturbations, config.method.eps, norm)
         theta.update(updates, step)
         if rule.one_sided:
             assert torch.equal(pairs[0][1].tensors[0], master.tensors[0]), "one-sided: theta itself"
@@ -78,4 +86,4 @@ def test_a_loss_of_twice_the_size(rule):
     """Moves theta twice as far; rules that normalise move it as far as before."""
     adam = {"adam_eps": 1e-30} if rule in ("adam", "adamw") else {}
     once, twice = (descend(rule, steps=1, start=0.0, factor=factor, **adam) for factor in (1.0, 2.0))
-    assert torch.equal(twice, once if rule in ("adam", "adamw", "sign", "fzoo") else 2 * once)
+    assert torch.equal(twice, once if rule in ("adam", "adamw", "sign", "fzoo", "z-score", "ranks") else 2 * once)

@@ -1,5 +1,6 @@
 """The rules as objects: one folder, one class each; a new one is a class and nothing else."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ from mezo_kernels import Rule as Kernel
 def test_every_kernel_rule_has_its_rule():
     kernels = {rule().kernel().kind for rule in RULES.values() if rule().kernel()}
     assert kernels == {"momentum", "adam", "adamw", "sign"}
-    assert set(RULES) == kernels | {"sgd", "fzoo", "conservative"}
+    assert set(RULES) == kernels | {"sgd", "fzoo", "conservative", "one-sided", "z-score", "ranks"}
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
@@ -41,6 +42,23 @@ def test_coefficients_are_the_estimates_over_n_and_over_the_norms(rule, scale):
     update = RULES[rule]().plan((1, 2), (8.0, -2.0), losses, lr=0.5, clip=4.0, norms=(1.0, 2.0))
     assert update.coefficients == (scale * 4.0 / 2, scale * -2.0 / 2 / 2.0)
     assert update.lr == (0.5 if scale == 1.0 else None)
+
+
+def test_ranks_are_the_same_under_any_increasing_function_of_the_loss():
+    plan = lambda plus, minus: RULES["ranks"]().plan((1, 2, 3), (0.0,) * 3, Losses(plus, minus), lr=1.0)  # noqa: E731
+    plain = plan((1.0, 2.0, 3.0), (1.5, 0.5, 9.0))
+    assert plain.coefficients == pytest.approx([(1 - 2) / 15, (3 - 0) / 15, (4 - 5) / 15])
+    assert plan(*[tuple(math.exp(loss) for loss in side) for side in ((1.0, 2.0, 3.0), (1.5, 0.5, 60.0))]) == plain
+    assert plan((2.0,) * 3, (2.0,) * 3).coefficients == (0.0,) * 3
+
+
+def test_z_scores_are_the_same_under_a_scale_and_an_offset():
+    def plan(scale, offset):
+        losses = Losses((1.0 * scale + offset, 3.0 * scale + offset), (2.0 * scale + offset, 0.5 * scale + offset))
+        return RULES["z-score"]().plan((1, 2), losses.projected_grads(0.5), losses, lr=1.0).coefficients
+
+    assert plan(16.0, -8.0) == pytest.approx(plan(1.0, 0.0), rel=1e-12)
+    assert plan(1.0, 0.0) == pytest.approx([-1.0 / 2 / 1.1086778, 2.5 / 2 / 1.1086778], rel=1e-6)
 
 
 def test_a_toy_rule_is_one_class(tiny_config):

@@ -31,6 +31,9 @@ OPTIONS = {
     "sign": {"lr": 1e-3, "num_perturbations": 3, "weight_decay": 0.1},
     "conservative": {"lr": 5e-2},
     "fzoo": {"lr": 1e-4, "num_perturbations": 4, "weight_decay": 0.5},
+    "one-sided": {"num_perturbations": 3, "weight_decay": 0.5},
+    "z-score": {"lr": 1e-4, "num_perturbations": 2, "directions": 2},
+    "ranks": {"lr": 5e-2, "num_perturbations": 3},
     "normalised": {"update_rule": "sgd", "normalise_z": True, "num_perturbations": 2},
 }
 each_rule = pytest.mark.parametrize("rule", OPTIONS)

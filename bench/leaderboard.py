@@ -1,0 +1,250 @@
+"""Accuracy at equal forward passes: ways to estimate and to step, each with its own lr, on the demo's film reviews.
+
+A cell is a row of the table at a budget of scored rows. Its learning rate is chosen by dev loss on one seed, from a
+grid of factors of two that grows at an end that wins; other seeds are then reported. Every run is an ordinary run
+directory under --runs, whose log replays; a cell that is there is not run again, so the table can be made in parts.
+
+Run: make leaderboard, or python bench/leaderboard.py --runs RUNS --output JSON --markdown LEADERBOARD.md [--rows ...]
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from machine import describe
+
+from mezo.api import carry_on, start
+from mezo.config import Config
+from mezo.errors import Diverged
+from mezo.models.load import load_tokenizer
+from mezo.report.leaderboard import FIGURES, mean, rows_scored
+from mezo.run.directory import RunDirectory
+from mezo.runtimes.hf.runtime import HFRuntime
+from mezo.runtimes.hf.trunk import Trunk
+from mezo.runtimes.rows import RowBatch
+from mezo.studies import demo
+from mezo.tasks import load_splits
+
+FIRST = 0  # the seed that a learning rate is chosen on; others are reported
+BUDGETS = (5_000, 20_000, 100_000)
+EVALUATIONS = 10  # of a run, on dev; the best one is kept
+GROWTH = 3  # times that a grid may grow at its end
+XS = {"tuning": "lora-xs", "r": 32, "lora_alpha": 32}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Args:
+        title: for people.
+        lrs: grid that the search begins with, in order.
+        options: flat options that differ from the demo's.
+    """
+
+    title: str
+    lrs: tuple[float, ...]
+    options: dict = field(default_factory=dict)
+
+
+ROWS = {
+    "mezo": Row("MeZO: one direction a step, batch 32", (1e-3, 2e-3, 4e-3)),
+    "n-spsa": Row("n-SPSA: 4 directions for all of a batch of 8", (1e-3, 2e-3, 4e-3),
+                  {"batch_size": 8, "num_perturbations": 4}),
+    "fzoo": Row("FZOO: 7 one-sided directions for all of a batch of 8", (1e-4, 2e-4, 4e-4),
+                {"batch_size": 8, "num_perturbations": 7, "update_rule": "fzoo"}),
+    "directions-8": Row("8 directions, batch 32", (2e-3, 4e-3, 8e-3), {"directions": 8}),
+    "directions-32": Row("a direction an example, batch 32", (4e-3, 8e-3, 16e-3), {"directions": 32}),
+    "directions-128": Row("a direction an example, batch 128", (8e-3, 16e-3, 32e-3),
+                          {"batch_size": 128, "directions": 128}),
+    "one-sided": Row(
+        "one-sided: 7 directions for all of a batch of 8",
+        (1e-3, 2e-3, 4e-3),
+        {"batch_size": 8, "num_perturbations": 7, "update_rule": "one-sided"},
+    ),
+    "ranks-32": Row(
+        "a direction an example, batch 32, ranks of the losses",
+        (1e-2, 2e-2, 4e-2),
+        {"directions": 32, "update_rule": "ranks"},
+    ),
+    "adam-32": Row("a direction an example, batch 32, Adam", (5e-4, 1e-3, 2e-3),
+                   {"directions": 32, "update_rule": "adam"}),
+    "lora-b-32": Row("lora-b, a direction an example, batch 32", (4e-3, 8e-3, 16e-3),
+                     {"directions": 32, "tuning": "lora-b"}),
+    "xs-1": Row("lora-xs r 32, one direction a step, batch 32", (1e-3, 2e-3, 4e-3), XS),
+    "xs-32": Row("lora-xs r 32, a direction an example, batch 32", (4e-3, 8e-3, 16e-3), {**XS, "directions": 32}),
+    "xs-128": Row("lora-xs r 32, a direction an example, batch 128", (8e-3, 16e-3, 32e-3),
+                  {**XS, "batch_size": 128, "directions": 128}),
+}  # fmt: skip
+
+
+def config_of(row: Row, budget: int) -> Config:
+    """The run of a row that scores at most so many rows, its lr and directory aside."""
+    base = demo.demo_config("it-was", 1, Path("unused")).replace(
+        noise=False, report=False, best_metric="loss", lr_schedule="cosine", **row.options
+    )
+    steps = budget // rows_scored(base)
+    return base.replace(steps=steps, eval_every=max(1, steps // EVALUATIONS))
+
+
+class Runtimes:
+    """Prepared runtimes by what they train. All adapt the same layer, so what is computed below it is shared.
+
+    Args:
+        file: where that is kept for the next part of the table.
+    """
+
+    def __init__(self, file: Path):
+        self.held: dict[str, tuple] = {}
+        self.file, self.captured = file, torch.load(file, weights_only=False) if file.exists() else {}
+        capture = Trunk._capture
+
+        def captured(trunk: Trunk, batch: RowBatch) -> list:
+            key = batch.ids.numpy().tobytes()
+            if key not in self.captured:
+                self.captured[key] = capture(trunk, batch)
+            return self.captured[key]
+
+        Trunk._capture = captured
+
+    def of(self, config: Config) -> tuple[HFRuntime, dict]:
+        """The runtime for a run, and the data."""
+        model, machine, work = config.for_runtime
+        key = repr((model, work.rule, work.directions, work.perturbations))
+        if key not in self.held:
+            splits = load_splits(config, load_tokenizer(config.model.base))
+            runtime = HFRuntime(model, machine, work)
+            known = len(self.captured)
+            runtime.prepare(splits)
+            self.held[key] = runtime, splits
+            if len(self.captured) > known:
+                torch.save(self.captured, self.file)
+        return self.held[key]
+
+
+def cell(row: Row, budget: int, folder: Path, seeds: int, runtimes: Runtimes) -> dict:
+    """The lr of a row at a budget, and its runs."""
+    config = config_of(row, budget)
+    tried = {}
+
+    def dev_loss(lr: float) -> float:
+        run = finished(config.replace(lr=lr, seed=FIRST, output_dir=str(folder / f"search-lr-{lr:g}")), runtimes)
+        tried[lr] = min((r["loss"] for r in run.read_metrics() if r["split"] == "dev"), default=float("inf"))
+        return tried[lr]
+
+    for lr in row.lrs:
+        dev_loss(lr)
+    for _ in range(GROWTH):
+        best = min(tried, key=tried.__getitem__)
+        if best == max(tried):
+            dev_loss(2 * best)
+        elif best == min(tried):
+            dev_loss(best / 2)
+        else:
+            break
+    lr = min(tried, key=tried.__getitem__)
+    chosen = config.replace(lr=lr)
+    numbers = range(FIRST + 1, FIRST + 1 + seeds)
+    runs = [finished(chosen.replace(seed=s, output_dir=str(folder / f"seed-{s}-lr-{lr:g}")), runtimes) for s in numbers]
+    results = [run.read_result() for run in runs]
+    dev = [next(r for r in reversed(run.read_metrics()) if r.get("is_best")) for run in runs]
+    return {
+        "title": row.title,
+        "options": row.options,
+        "parameters": runtimes.of(chosen)[0].master.n_elements,
+        "rows": rows_scored(chosen),
+        "steps": chosen.method.steps,
+        "lr": lr,
+        "dev_loss_by_lr": dict(sorted(tried.items())),
+        "lr_at_end_of_grid": lr in (min(tried), max(tried)),
+        **{name: mean([result["test"]["after"][name] for result in results]) for name in FIGURES},
+        "before": {name: results[0]["test"]["before"][name] for name in FIGURES},
+        "dev_auc": mean([line["auc"] for line in dev]),
+        "seconds": mean([result["seconds_training"] for result in results]),
+    }
+
+
+def finished(config: Config, runtimes: Runtimes) -> RunDirectory:
+    """A run, made or carried through unless it is there; one that diverges keeps what it measured until then."""
+    path = Path(config.machine.output_dir)
+    run = RunDirectory(path)
+    if run.result.is_file() or (path / "diverged").exists():
+        return run
+    runtime, splits = runtimes.of(config)
+    try:
+        if path.exists():
+            carry_on(RunDirectory.open(str(path)), run.read_config(), runtime, splits)
+        else:
+            start(config, runtime, splits)
+    except Diverged as error:
+        (path / "diverged").write_text(str(error))
+    return run
+
+
+def table(found: dict) -> Iterator[str]:
+    """LEADERBOARD.md."""
+    machine = found["machine"]
+    yield "# Leaderboard: accuracy at equal forward passes"
+    yield ""
+    yield (
+        "What a budget of scored rows (an example under one copy of the weights is a row) buys on the demo's film"
+        " reviews: SmolLM2-135M-Instruct restored from a 4-bit file, the last layer's query, output and MLP projections"
+        " adapted, 512 examples to train on. Test accuracy and AUC as mean (standard deviation) over seeds; cosine"
+        " schedule; lr by dev loss on another seed, from a grid of factors of two that grows at an end that wins. CPU:"
+        f" {machine['cpu']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}; it was shared with"
+        " other work, so seconds are an upper bound. Rows that lose stay. Made by `make leaderboard`, which does what"
+        " is missing; `mezo leaderboard RUNS...` prints such a table from run directories."
+    )
+    for budget in sorted({int(b) for cells in found["cells"].values() for b in cells}):
+        rows = {name: cells[str(budget)] for name, cells in found["cells"].items() if str(budget) in cells}
+        yield ""
+        yield f"## {budget:,} scored rows"
+        yield ""
+        before = next(iter(rows.values()))["before"]
+        yield "| row | parameters | steps | lr | runs | test accuracy, % | test AUC | dev AUC | seconds |"
+        yield "|---|---|---|---|---|---|---|---|---|"
+        yield f"| zero-shot | 0 | 0 | | | {100 * before['accuracy']:.1f} | {before['auc']:.3f} | | |"
+        for row in sorted(rows.values(), key=lambda row: row["auc"]["mean"]):
+            lr = f"{row['lr']:g}{' (end of grid)' if row['lr_at_end_of_grid'] else ''}"
+            figures = [_shown(row["accuracy"], 100, 1), _shown(row["auc"], 1, 3), _shown(row["dev_auc"], 1, 3)]
+            facts = [row["title"], f"{row['parameters']:,}", f"{row['steps']:,}", lr, str(len(row["auc"]["of"]))]
+            yield "| " + " | ".join([*facts, *figures, f"{row['seconds']['mean']:.1f}"]) + " |"
+
+
+def _shown(value: dict, factor: int, digits: int) -> str:
+    std = "" if value["std"] is None else f" ({factor * value['std']:.{digits}f})"
+    return f"{factor * value['mean']:.{digits}f}{std}"
+
+
+def main() -> None:
+    """Make what is missing; write the JSON and the table after every cell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True, help="directory of the run directories")
+    parser.add_argument("--output", type=Path, required=True, help="JSON to write; cells that are there stay")
+    parser.add_argument("--markdown", type=Path, help="LEADERBOARD.md to write")
+    parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS), help="rows to make")
+    parser.add_argument("--budgets", nargs="*", type=int, default=list(BUDGETS), help="scored rows of a run")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each cell")
+    options = parser.parse_args()
+    found = {"machine": describe(), "cells": {}}
+    if options.output.exists():
+        found = json.loads(options.output.read_text())
+    options.runs.mkdir(parents=True, exist_ok=True)
+    runtimes = Runtimes(options.runs / "trunk.pt")
+    for budget in options.budgets:
+        for name in options.rows:
+            cells = found["cells"].setdefault(name, {})
+            if len(cells.get(str(budget), {}).get("auc", {}).get("of", ())) < options.seeds:
+                folder = options.runs / name / str(budget)
+                cells[str(budget)] = cell(ROWS[name], budget, folder, options.seeds, runtimes)
+            options.output.write_text(json.dumps(found, indent=1))
+            if options.markdown:
+                options.markdown.write_text("\n".join(table(found)) + "\n")
+            print(json.dumps({"row": name, "budget": budget, **cells[str(budget)]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
