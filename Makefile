@@ -7,7 +7,7 @@ RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-alternatives bench-directions leaderboard bench-figures bench-gpu reproduce-small crash-test verify-sglang test-gpu gpu-day clean
+.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-directions leaderboard bench-figures bench-gpu reproduce-small crash-test verify-sglang test-gpu gpu-day clean
 
 demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
@@ -43,6 +43,9 @@ bench-growth: $(READY)  ## cost over parameters, tensors and updates; JSON under
 
 bench-training: $(READY_SGLANG)  ## a training step as a whole, beside the original's, and how it grows; JSON under bench/results/
 	$(VENV)/bin/python bench/training_step.py --output $(RESULTS)/training_step.json
+
+bench-forward: $(READY)  ## forward passes of a step in CPU seconds of one thread, beside the original's; JSON under bench/results/
+	$(VENV)/bin/python bench/forward.py --output $(RESULTS)/forward.json
 
 bench-alternatives: $(READY_SGLANG)  ## memory and seconds of a step: inference, MeZO, AdamW; JSON under bench/results/
 	$(VENV)/bin/python bench/alternatives.py --output $(RESULTS)/alternatives.json

@@ -23,6 +23,7 @@ from training_step import ALL, OurStep, configs
 from mezo.config import Config
 from mezo.data.example import Example
 from mezo.method.objectives import cross_entropy
+from mezo.models.linear import as_loaded
 from mezo.models.load import load_tokenizer
 from mezo.runtimes.hf.runtime import HFRuntime
 from mezo.runtimes.rows import RowBatch, rows_of, scored
@@ -55,7 +56,7 @@ class Gradients:
     """
 
     def __init__(self, config: Config, data: list[Example], trained: str):
-        runtime = HFRuntime(*config.for_runtime)
+        runtime = HFRuntime(*config.replace(linear="torch").for_runtime)
         self.parts, self.labels = runtime.parts, torch.tensor([example.label for example in data])
         if trained != "adapter":
             self.parts.model.unload()  # the base model alone; body and head are its own modules
@@ -71,7 +72,8 @@ class Gradients:
     def __call__(self) -> float:
         """Do one step; return the loss before it."""
         with torch.set_grad_enabled(bool(self.trained)):
-            out = self.parts.body(self.rows.ids, attention_mask=self.rows.mask, use_cache=False)
+            with as_loaded():
+                out = self.parts.body(self.rows.ids, attention_mask=self.rows.mask, use_cache=False)
             logits = self.parts.head(scored(out.last_hidden_state, self.rows.positions))
             scores = logits.log_softmax(-1).gather(-1, self.rows.targets).flatten(1)
             loss = cross_entropy(scores, self.labels)

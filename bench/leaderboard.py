@@ -212,6 +212,13 @@ def table(found: dict) -> Iterator[str]:
             figures = [_shown(row["accuracy"], 100, 1), _shown(row["auc"], 1, 3), _shown(row["dev_auc"], 1, 3)]
             facts = [row["title"], f"{row['parameters']:,}", f"{row['steps']:,}", lr, str(len(row["auc"]["of"]))]
             yield "| " + " | ".join([*facts, *figures, f"{row['seconds']['mean']:.1f}"]) + " |"
+        if missing := [row.title for name, row in ROWS.items() if name not in rows]:
+            yield ""
+            yield f"Not made yet: {'; '.join(missing)}."
+    made = {int(budget) for cells in found["cells"].values() for budget in cells}
+    if missing := [f"{budget:,}" for budget in BUDGETS if budget not in made]:
+        yield ""
+        yield f"Budgets not made yet: {' and '.join(missing)} scored rows."
 
 
 def _shown(value: dict, factor: int, digits: int) -> str:
@@ -232,6 +239,8 @@ def main() -> None:
     found = {"machine": describe(), "cells": {}}
     if options.output.exists():
         found = json.loads(options.output.read_text())
+    if options.markdown:
+        options.markdown.write_text("\n".join(table(found)) + "\n")
     options.runs.mkdir(parents=True, exist_ok=True)
     runtimes = Runtimes(options.runs / "trunk.pt")
     for budget in options.budgets:

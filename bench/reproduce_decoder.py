@@ -27,7 +27,15 @@ POOLS = {"train": 5000, "dev": 2000, "test": 1000}
 SHOTS = {16: {"k_shot": 16}, 512: {"k_shot": 512, "num_dev": 256}}
 """Examples a class for training; as many for dev, but 128 beside 512."""
 STEPS, NUM_TEST = 3000, 500
-STUDY = {"steps": 1000, "num_train": 512, "num_dev": 200, "num_test": NUM_TEST, "eval_every": 50, "noise": False}
+STUDY = {
+    "best_metric": "accuracy",
+    "steps": 1000,
+    "num_train": 512,
+    "num_dev": 200,
+    "num_test": NUM_TEST,
+    "eval_every": 50,
+    "noise": False,
+}
 BATCHES, EPSILONS = (8, 32, 128), (1e-3, 1e-2, 1e-1)
 STILL = 1e-6
 """A learning rate at which theta stays where it starts: what is counted is a property of that place."""
@@ -74,7 +82,9 @@ def mean_std(values: Sequence[float]) -> dict:
 
 def few_shot(scratch: Path, sample: Sample = Sample(), steps: int = STEPS) -> dict:
     """Part (b): the demo's run for each number of shots and seed, an ordinary `mezo train` each."""
-    base = sample.config("it-was", steps, scratch / "unused").replace(**write_pools(scratch, sample), report=False)
+    base = sample.config("it-was", steps, scratch / "unused").replace(
+        **write_pools(scratch, sample), report=False, best_metric="accuracy"
+    )
     shots = {}
     for k, options in sample.shots.items():
         results = []

@@ -93,6 +93,7 @@ def encoder(
         label_words=("negative", "positive"),
         num_test=sample.num_test,
         objective="cross_entropy",
+        best_metric="accuracy",
         noise=False,
         report=False,
         **write_pools(scratch, sample),

@@ -16,6 +16,7 @@ from machine import describe
 from reproduce_decoder import accuracy_study, few_shot
 from reproduce_encoder import encoder
 from reproduce_linear import linear
+from reproduce_peers import peers
 from reproduce_tuning import tuning
 
 PARTS = {
@@ -24,6 +25,7 @@ PARTS = {
     "accuracy objective": accuracy_study,
     "encoder": encoder,
     "tuning": tuning,
+    "peers": peers,
 }
 
 

@@ -40,6 +40,7 @@ def tuning(
     """
     base = sample.config("it-was", steps, scratch / "unused").replace(
         report=False,
+        best_metric="accuracy",
         **write_pools(scratch, sample),
         **shots,
         target_modules=(),

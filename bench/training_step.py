@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ from providers import original_pass
 from mezo.config import Config
 from mezo.data.example import Example
 from mezo.method.objectives import cross_entropy
+from mezo.models.linear import as_loaded
 from mezo.models.load import load_tokenizer
 from mezo.run.trajectory import TrajectoryWriter
 from mezo.runtimes.hf.runtime import HFRuntime
@@ -80,9 +82,13 @@ class OriginalStep:
         config: eps and lr are read.
         batch: the examples.
         everywhere: logits at every position, as the original computes them, or at the scored ones alone.
+        as_ours: with the products and adapters of the runtime, packed or not.
     """
 
-    def __init__(self, runtime: HFRuntime, config: Config, batch: list[Example], everywhere: bool):
+    def __init__(
+        self, runtime: HFRuntime, config: Config, batch: list[Example], everywhere: bool, as_ours: bool = False
+    ):
+        self.as_ours = as_ours
         self.parts, self.config, self.everywhere, self.batch = runtime.parts, config, everywhere, batch
         self.rows = RowBatch.of([row for example in batch for row in rows_of(example)], 0, "cpu")
         self.labels = torch.tensor([example.label for example in batch])
@@ -97,9 +103,10 @@ class OriginalStep:
 
     @torch.no_grad()
     def loss(self) -> float:
-        """One forward pass."""
+        """One forward pass: torch's own products and PEFT's own adapters, unless `as_ours`."""
         rows, run = self.rows, self.parts.model if self.everywhere else self.parts.body
-        out = run(rows.ids, attention_mask=rows.mask, use_cache=False)
+        with nullcontext() if self.as_ours else as_loaded():
+            out = run(rows.ids, attention_mask=rows.mask, use_cache=False)
         if self.everywhere:
             logits = scored(out.logits, rows.positions)
         else:
@@ -141,9 +148,9 @@ def in_turn(runs: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
 
 def hf(config: Config, data: list[Example], log: Path, rounds: int) -> dict:
     """Ours, two forwards and the original's on one model and one batch; medians, and medians of ratios by round."""
-    runtime = HFRuntime(*config.for_runtime)
+    runtime, plain = (HFRuntime(*config.replace(linear=kind).for_runtime) for kind in ("auto", "torch"))
     ours = OurStep(runtime, config, data, log)
-    every, alone = (OriginalStep(runtime, config, data, everywhere) for everywhere in (True, False))
+    every, alone = (OriginalStep(plain, config, data, everywhere) for everywhere in (True, False))
     times = in_turn(
         {
             "ours": ours,
@@ -222,8 +229,9 @@ def growth(kinds: dict[str, Config], log: Path, rounds: int = 3) -> dict[str, li
                 runtime = HFRuntime(*config.for_runtime)
                 runs = {f"ours, {kind}": OurStep(runtime, config, data, log)}
                 if kind == "all layers":
-                    full = OriginalStep(runtime, config, data, everywhere=True)
-                    alone = OriginalStep(runtime, config, data, everywhere=False)
+                    plain = HFRuntime(*config.replace(linear="torch").for_runtime)
+                    full = OriginalStep(plain, config, data, everywhere=True)
+                    alone = OriginalStep(plain, config, data, everywhere=False)
                     runs |= {"original": full, "two forwards": alone.two_forwards}
                 seconds |= {run: statistics.median(own) for run, own in in_turn(runs, rounds).items()}
             series[name].append({"x": x, "examples": n, "tokens_a_prompt": length, "seconds": seconds})

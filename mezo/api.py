@@ -1,5 +1,6 @@
 """What each command does, as functions that scripts may call; `mezo/cli/` parses arguments and prints errors."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +23,9 @@ from mezo.run.header import INITIAL, initial_theta, make_header, starting_file
 from mezo.run.replay import rebuild, replay_records
 from mezo.run.stopping import stalled
 from mezo.run.trajectory import read_header, read_trajectory
-from mezo.runtimes.base import Follower, Runtime, require
+from mezo.runtimes.base import Follower, ReadsAdapters, Runtime, require
 from mezo.tasks import load_splits, with_objective
+from mezo.training.details import figures_of
 from mezo.training.evaluation import evaluate_split, evaluation_interval
 from mezo.training.ranks import Ranks
 from mezo.training.trainer import Trainer
@@ -109,12 +111,23 @@ def start(
     runtime.load(theta)
     if initial is not None and ranks.size > 1:
         ranks.check_equal(theta, 0, "make the adapter on one machine and start from it: --adapter")
+    _prove_adapter(runtime, config.model.tuning.adapter)
     if ranks.leads:
+        outcome.prove(runtime, header, initial, config.machine.output_dir)
         run = RunDirectory.create(config.machine.output_dir, config, header, initial)
     else:
         run = RunDirectory(Path(config.machine.output_dir))
     trainer = Trainer(config.method, config.machine, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
     return _carry_through(trainer, ranks, until)
+
+
+def _prove_adapter(runtime: Runtime, directory: str) -> None:
+    """Raise UserError if an adapter is another function here than where PEFT loads it itself.
+
+    The engine is compared with transformers at its start; an adapter is read the same way in both runtimes.
+    """
+    if directory and isinstance(runtime, ReadsAdapters):
+        runtime.prove_adapter(directory)
 
 
 def follow(config: Config) -> dict:
@@ -191,7 +204,7 @@ def resume(
     _check_ranks(config, ranks)
     trusted = trusted_reward(config.method.reward, first_line.get("reward_hash"), reward, trust_reward, path)
     config = _with_product_of(config.replace(reward=trusted), first_line)
-    with loaded(config, need="train") as (runtime, splits, seconds):
+    with loaded(config, need="train", done=len(records)) as (runtime, splits, seconds):
         return carry_on(run, config, runtime, splits, seconds, ranks, until)
 
 
@@ -272,12 +285,13 @@ def _check_ranks(config: Config, ranks: Ranks) -> None:
         raise UserError(f"--{name} {shared} cannot be shared by {ranks.size} ranks: raise it or start fewer")
 
 
-def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
+def evaluate(config: Config, adapter: Path | None, examples: bool = False) -> dict[str, dict]:
     """Score an adapter on the splits that `config` names.
 
     Args:
         config: model and data; its run settings are not used.
         adapter: adapter directory, or None for the model itself (a fresh adapter's output is zero).
+        examples: show single examples beside the figures.
     Returns:
         As `evaluate_split`, by split; with num_demonstrations train gives these and is not scored.
     """
@@ -294,18 +308,26 @@ def evaluate(config: Config, adapter: Path | None) -> dict[str, dict]:
             spec, linear = runtime.spec, config.model.tuning.head == "linear"
             check_base(adapter, config.model.base, linear, {"model_hash": spec.model_hash, "dtype": spec.dtype})
             runtime.load(load_adapter(adapter, runtime.spec.shapes))
+            _prove_adapter(runtime, str(adapter))
         judged = judges(config.method)
         groups = config.method, config.machine
-        return {split: evaluate_split(*groups, runtime, split, part, judged) for split, part in splits.items()}
+        scored = {
+            split: evaluate_split(*groups, runtime, split, part, judged, splits.decode)
+            for split, part in splits.items()
+        }
+        return scored if examples else {split: figures_of(row) for split, row in scored.items()}
 
 
-def evaluate_target(given: dict, target: Path | None = None, trust_reward: bool = False) -> dict[str, dict]:
+def evaluate_target(
+    given: dict, target: Path | None = None, trust_reward: bool = False, examples: bool = False
+) -> dict[str, dict]:
     """`evaluate` of what the user names.
 
     Args:
         given: flat options.
         target: a run or an adapter directory; None is the model alone.
         trust_reward: run the code of the reward that a run names.
+        examples: as in `evaluate`.
     Raises:
         UserError: also if options say otherwise of the adapter than it does itself.
     """
@@ -327,7 +349,7 @@ def evaluate_target(given: dict, target: Path | None = None, trust_reward: bool 
     if path and path != base.get("adapter", ""):
         raise UserError(f"--adapter {path}: mezo eval takes an adapter in front of its options: mezo eval {path} ...")
     refuse_contradiction(given, fixed, str(target))
-    return evaluate(Config.of(**over(Config.options(), base, given)), adapter)
+    return evaluate(Config.of(**over(Config.options(), base, given)), adapter, examples)
 
 
 def run_to_score(path: Path) -> tuple[dict, Path | None]:
@@ -366,8 +388,14 @@ def replay(run: str, output_dir: str, until: str = "best", backend: str | None =
 
 
 @contextmanager
-def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, dict, float]]:
-    """Runtime, examples and the seconds it took. Data first: it is quick to load, and most mistakes are there."""
+def loaded(config: Config, need: str | None = None, done: int = 0) -> Iterator[tuple[Runtime, dict, float]]:
+    """Runtime, examples and the seconds it took. Data first: it is quick to load, and most mistakes are there.
+
+    Args:
+        config: the run's.
+        need: a split that must be there.
+        done: steps of the run that are in its log.
+    """
     started = time.perf_counter()
     say(f"loading the data and {config.model.base}")
     config.data.refuse_missing_files()
@@ -388,7 +416,7 @@ def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, d
     for judge in judges(config.method).values():  # a reward that takes nothing is found before the model is loaded
         judge(next(iter(splits.values()))[0], "")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    runtime = _runtime(config, pad, checkpoint)
+    runtime = _runtime(config, pad, checkpoint, done)
     try:
         runtime.prepare(splits)
         yield runtime, splits, time.perf_counter() - started - runtime.seconds_filling - runtime.seconds_proving
@@ -396,18 +424,20 @@ def loaded(config: Config, need: str | None = None) -> Iterator[tuple[Runtime, d
         runtime.close()
 
 
-def _runtime(config: Config, pad: int, checkpoint: Checkpoint) -> Runtime:
+def _runtime(config: Config, pad: int, checkpoint: Checkpoint, done: int) -> Runtime:
     """The runtime that --runtime names; the other one's libraries are not imported."""
+    model, machine, work = config.for_runtime
+    work = dataclasses.replace(work, done=done)
     if config.machine.runtime.name == "sglang":
         try:
             from mezo.runtimes.sglang.runtime import SGLangRuntime
         except ImportError as error:
             raise UserError(f"--runtime sglang: {error}; install it: pip install 'mezo-kernels[sglang]'") from error
 
-        return SGLangRuntime(*config.for_runtime, pad, checkpoint)
+        return SGLangRuntime(model, machine, work, pad, checkpoint)
     from mezo.runtimes.hf.runtime import HFRuntime
 
-    return HFRuntime(*config.for_runtime, pad, checkpoint)
+    return HFRuntime(model, machine, work, pad, checkpoint)
 
 
 def _same_run(logged: dict, now: dict, path: str) -> None:

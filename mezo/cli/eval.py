@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from mezo.cli.parsing import POSITIONAL, given
-from mezo.cli.showing import show_splits
+from mezo.cli.showing import show_examples, show_splits
 from mezo.config import Config
 
 
@@ -34,5 +34,7 @@ def main(argv: list[str]) -> int:
     from mezo.api import evaluate_target
 
     trust = values.pop("trust_reward", False)
-    show_splits(evaluate_target(values, Path(target) if target else None, trust))
+    splits = evaluate_target(values, Path(target) if target else None, trust, examples=True)
+    show_splits(splits)
+    show_examples(splits)
     return 0

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from types import FrameType
 from mezo.errors import RunError, Terminated, UserError
 
 GRACE = 15  # seconds that a command has to put its things away
+AGAIN = 0.5  # seconds after which it is looked whether it does
 COMMANDS = {
     "Start here": {
         "demo": "fine-tune a small model on movie reviews, from download to a report",
@@ -97,8 +99,9 @@ def main(argv: list[str] | None = None) -> int:
 def _ending_on_signals() -> Iterator[None]:
     """Have SIGTERM and SIGHUP end the command by an exception, so that it puts its things away; a second one kills it.
 
-    So does the time: a library that was interrupted may have lost the exception. An ignored signal, as by nohup, stays
-    ignored.
+    The exception is raised again where it was lost, as Python loses one that comes up in a destructor or in a callback
+    of ctypes: while numba compiles, three of sixty were. And the time kills it, where something takes for ever. An
+    ignored signal, as by nohup, stays ignored.
     """
     numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.getsignal(number) for number in numbers}
@@ -109,7 +112,7 @@ def _ending_on_signals() -> Iterator[None]:
         yield
     finally:
         if numbers:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
         if numbers:  # a Ctrl-C too many would interrupt what Python puts away at its end
@@ -132,9 +135,25 @@ def _saying_what_begins() -> Iterator[None]:
 
 def _end(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), number))
-    signal.alarm(GRACE)
+    begun = time.monotonic()
+
+    def again(*_) -> None:
+        if time.monotonic() - begun > GRACE:
+            os.kill(os.getpid(), number)
+        if not _is_handled():
+            raise Terminated(number)
+
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
     raise Terminated(number)
+
+
+def _is_handled() -> bool:
+    """Whether the code that runs now puts things away because of a `Terminated`, and not as if none had come."""
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, Terminated):
+        error = error.__context__
+    return error is not None
 
 
 def _fail(message: str, code: int) -> int:

@@ -53,7 +53,8 @@ def main(argv: list[str]) -> int:
         if len(options.runs) > 1:
             console.rule(run)
         for title, rows in tables.tables(run).items():
-            _print(console, title, rows, tables.HEADS.get(title, ()))
+            head, rest = tables.headed(title, rows)
+            _print(console, title, rest, head)
         for text in tables.warnings(run):
             console.print(f"warning: {text}", markup=False)
     if options.html or len(options.runs) == 1:

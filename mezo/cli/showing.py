@@ -43,3 +43,22 @@ def show_splits(splits: dict[str, dict]) -> None:
         cells = ("-" if row.get(key) is None else f"{row[key]:.4f}" for key in keys)
         table.add_row(split, *cells)
     Console().print(table)
+
+
+def show_examples(splits: dict[str, dict]) -> None:
+    """Print what evaluations show of single examples: texts, answers by class, the surest mistakes."""
+    from mezo.report import samples  # brings torch
+
+    console = Console(highlight=False)
+    for split, row in splits.items():
+        names = samples.class_names(row)
+        found = {
+            f"texts of {split}": samples.texts(text=row),
+            f"answers on {split}": samples.answered(row, names),
+            f"mistakes on {split} it is surest of": samples.mistakes(row, names),
+        }
+        for title, (head, *rows) in ((title, rows) for title, rows in found.items() if rows):
+            table = Table(*head, title=title, title_justify="left")
+            for cells in rows:
+                table.add_row(*cells)
+            console.print(table)

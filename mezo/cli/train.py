@@ -41,10 +41,10 @@ def main(argv: list[str]) -> int:
     else:
         if values.pop("trust_reward", False):
             raise UserError("--trust-reward belongs to --resume, a new run has --reward: leave it out")
-        if values.get("adapter") and "model" not in values:
-            from mezo.run.adapter import adapter_options
+        if values.get("adapter"):
+            from mezo.run.adapter import with_base
 
-            values["model"] = adapter_options(values["adapter"])["model"]
+            values = with_base(values)
         config = Config.of(**values)
         output = config.machine.output_dir
         from mezo.api import train

@@ -1,6 +1,7 @@
 """`mezo tune`: its options, and what it prints."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from rich.console import Console
@@ -49,17 +50,21 @@ def main(argv: list[str]) -> int:
             f"mezo tune --resume {path} takes no other option, got {flag_of(next(iter(values)))}: the plan is fixed"
         )
     options = {field.name: values.pop(field.name) for field in fields(Options) if field.name in values}
+    if values.get("adapter"):
+        from mezo.run.adapter import with_base
+
+        values = with_base(values)
     config = None if path else Config.of(**values)
     from mezo.studies import tune
 
     result = tune.resume(path, reward, trust) if path else tune.tune(config, **options)
     if result is None:
         return 130
-    _show(result)
+    _show(result, tune.edges)
     return 0
 
 
-def _show(result: dict) -> None:
+def _show(result: dict, edges: Callable[[dict, list[dict]], list[str]]) -> None:
     console, estimate = Console(highlight=False), result["estimate"]
     if estimate:
         lr = "none, the loss curves down" if estimate["lr"] is None else f"{estimate['lr']:g}"
@@ -74,4 +79,6 @@ def _show(result: dict) -> None:
         values = ["-" if row[key] is None else f"{row[key]:.4f}" for key in figures]
         table.add_row(*shown, *(values if row["failed"] is None else ["failed"]))
     console.print(table)
+    for text in edges(result["best"], result["rungs"]):
+        console.print(text, soft_wrap=True)
     print(result["command"], file=sys.stdout)

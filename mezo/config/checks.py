@@ -50,7 +50,7 @@ def _check_method(method: Method) -> None:
     require(ratio == 0 or ratio > 1, f"--max-loss-ratio must be 0 or a finite number > 1, got {ratio}")
     longest = method.max_step_ratio
     require(longest == 0 or longest > 1, f"--max-step-ratio must be 0 or a finite number > 1, got {longest}")
-    read = method.scores or method.best_metric == "auto"
+    read = method.scores or method.best_metric != "loss"
     require(read, f"--best-metric loss: --objective {method.objective} reads no loss of options; leave it out")
     refused = method.rule.refusals(
         num_perturbations=method.num_perturbations,

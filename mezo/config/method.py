@@ -145,9 +145,10 @@ class Evaluation:
     """Load the test examples, and score them before and after the run."""
     eval_train: bool = False
     """Score the training examples too, before and after the run."""
-    best_metric: Literal["auto", "loss"] = "auto"
-    """The figure of dev that chooses the best step. loss: the loss. auto: what the run is for, that is the reward if
-    one is trained, F1 of written text, the loss of lm_cross_entropy, else the accuracy."""
+    best_metric: Literal["auto", "loss", "accuracy"] = "auto"
+    """The figure of dev that chooses the best step. auto: what the run is for, that is the reward if one is trained, F1
+    of written text, the loss of lm_cross_entropy, else the accuracy, or the loss among steps whose accuracies differ by
+    no more than their standard error."""
     noise: Annotated[bool, RESUMABLE] = True
     """At every evaluation score one batch four times at theta itself, and report the noise that this puts on the
     estimates, how they spread over examples and directions, and what rounding leaves of a perturbation."""

@@ -37,6 +37,8 @@ class Adapted(Tuning):
     """Rank of the adapter's matrices."""
     lora_alpha: AtLeastOne = 16
     """Scale of the adapter: its output is multiplied by lora_alpha / r."""
+    use_rslora: bool = False
+    """Multiply by lora_alpha / sqrt(r) instead (rsLoRA: Kalajdzievski 2023, arXiv 2312.03732)."""
     target_modules: tuple[str, ...] = ()
     """Names of the linear layers that get an adapter, such as q_proj v_proj; by default query and value, as in the MeZO
     paper."""

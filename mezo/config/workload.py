@@ -12,6 +12,7 @@ class Workload:
     Args:
         rule: the update rule that moves theta.
         steps: of the run.
+        done: of these, where the run is resumed.
         batch_size: training examples of a step.
         perturbations: of a step.
         directions: groups that a batch is divided into, each with perturbations of its own.
@@ -24,6 +25,7 @@ class Workload:
 
     rule: LoggedRule = field(default_factory=LoggedRule)
     steps: int = 1
+    done: int = 0
     batch_size: int = 1
     perturbations: int = 1
     directions: int = 1

@@ -31,9 +31,13 @@ MOST_BAD = 10_000  # bad rows of a large data set that are counted before it is 
 
 
 class Splits(dict[str, Sequence[Example]]):
-    """Examples by split; `skipped` has how many bad rows were left out of each, where there were any."""
+    """Examples by split; `skipped` has how many bad rows were left out of each, where there were any.
+
+    `decode` gives the text of token ids, None where there is no tokenizer.
+    """
 
     skipped: Mapping[str, int] = MappingProxyType({})
+    decode: Callable[[Sequence[int]], str] | None = None
 
 
 def examples_of(
@@ -141,6 +145,7 @@ def examples_of(
         train = LargeExamples(at, large.labels[at[0]], make, identity, alike, data.max_length)
         splits = Splits({"train": train, **splits})
         looked_at(train)  # what is wrong with one of these is found before anything is written
+    splits.decode = tokenizer.decode
     splits.skipped = {split: count for split, count in skipped.items() if count}
     return splits
 

@@ -107,6 +107,15 @@ def standardised(values: torch.Tensor) -> torch.Tensor:
     return (values - values.mean()) / values.std(correction=0)
 
 
+def standard_error(accuracy: float, n: int) -> float:
+    """Of an accuracy that was measured on n examples, sqrt(p (1 - p) / n); at 0 and 1 that of half an example.
+
+    >>> standard_error(0.5, 100), standard_error(1.0, 100)
+    (0.05, 0.005)
+    """
+    return math.sqrt(max(accuracy * (1 - accuracy), 1 / (4 * n)) / n)
+
+
 def predictions(scores: torch.Tensor) -> torch.Tensor:
     """argmax over the options, (batch,) int64; the first of equal scores, on every device.
 

@@ -4,6 +4,7 @@ A family without an entry in `FAMILIES` is `GENERIC`. What an entry says wrongly
 at the start of a run finds: it compares scores with the model's own forward pass, which then gives them itself.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -219,8 +220,15 @@ def complete_stacks(config: PretrainedConfig, tensors: dict[str, torch.Tensor]) 
 
 
 def complete_fields(peft: dict, tensors: dict[str, torch.Tensor]) -> dict:
-    """adapter_config.json for completed tensors."""
-    return {**peft, "target_modules": sorted(set(map(leaf_of, tensors)))}
+    """adapter_config.json for completed tensors, with the scale of rsLoRA, which SGLang does not know, in lora_alpha.
+
+    >>> complete_fields({"r": 4, "lora_alpha": 8, "use_rslora": True}, {})
+    {'r': 4, 'lora_alpha': 16.0, 'target_modules': []}
+    """
+    fields = {**peft, "target_modules": sorted(set(map(leaf_of, tensors)))}
+    if fields.pop("use_rslora", False):
+        fields["lora_alpha"] = peft["lora_alpha"] * math.sqrt(peft["r"])
+    return fields
 
 
 HEADS_MADE = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}

@@ -21,6 +21,8 @@ from mezo.errors import UserError
 from mezo.models.attention import ATTENTION
 from mezo.models.families import Family, family_of
 
+ADAPTER = "adapter_config.json"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -37,6 +39,8 @@ class Checkpoint:
     @classmethod
     def of(cls, model: str) -> "Checkpoint":
         """Read the configuration of a model directory or hub id. Raises UserError if it cannot be read."""
+        if Path(model, ADAPTER).is_file():
+            raise _two_in_one(model)
         try:
             return cls(model, AutoConfig.from_pretrained(model, trust_remote_code=False))
         except (OSError, ValueError) as error:
@@ -102,9 +106,12 @@ def load_base(checkpoint: Checkpoint, dtype: torch.dtype | str, bare: bool = Fal
         ) from error
     try:
         options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
-        return auto.from_pretrained(checkpoint.name, **options).eval()
+        base = auto.from_pretrained(checkpoint.name, **options).eval()
     except (OSError, ValueError, ImportError) as error:  # ImportError: a quantised checkpoint without its library
         raise _unloadable(checkpoint.name, error) from error
+    if base._hf_peft_config_loaded:  # of a hub id, whose files are not looked at before
+        raise _two_in_one(checkpoint.name)
+    return base
 
 
 def _attention(model: type, config: PretrainedConfig) -> str | None:
@@ -132,6 +139,14 @@ def weights_hash(base: nn.Module) -> str:
         digest.update(f"{name} {p.dtype} {tuple(p.shape)}\n".encode())
         digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _two_in_one(model: str) -> UserError:
+    """transformers loads an adapter beside a model together with it, and says nothing."""
+    return UserError(
+        f"--model {model}: it holds an adapter ({ADAPTER}), which would be part of the model: give the base as --model"
+        " and the adapter as --adapter, or leave that file out"
+    )
 
 
 def _unloadable(model: str, error: Exception) -> UserError:

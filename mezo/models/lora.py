@@ -2,9 +2,10 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -16,6 +17,8 @@ from mezo.models.tuning import Attached, Base
 from mezo.progress import say
 from mezo_kernels import canonical_name, lora_init
 
+READ = "read"
+"""Name under which an adapter is loaded beside the one that is trained."""
 ALL_LINEAR = "all-linear"
 """What `--target-modules` takes, as PEFT does, for every linear layer but the head."""
 
@@ -31,6 +34,7 @@ def attach(tuning: Adapted, base: Base) -> Attached:
     lora = LoraConfig(
         r=tuning.r,
         lora_alpha=tuning.lora_alpha,
+        use_rslora=tuning.use_rslora,
         target_modules=sorted(targets),
         layers_to_transform=layers or None,
         lora_dropout=0.0,
@@ -63,6 +67,29 @@ def _task_type(base: Base, linear_head: bool) -> str | None:
     if linear_head or base.checkpoint.masked:
         return None
     return "SEQ_2_SEQ_LM" if base.checkpoint.encoder_decoder else "CAUSAL_LM"
+
+
+@contextmanager
+def as_peft_loads(model: PeftModel, directory: str) -> Iterator[None]:
+    """Within the block a model runs the adapter of a directory, which PEFT reads by itself, in place of its own.
+
+    Args:
+        model: of PEFT.
+        directory: of the adapter.
+    Raises:
+        UserError: PEFT cannot load it.
+    """
+    try:
+        model.load_adapter(directory, READ, autocast_adapter_dtype=False)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"adapter {directory}: PEFT cannot load it ({' '.join(str(error).split())})") from error
+    try:
+        model.set_adapter(READ)
+        yield
+    finally:
+        model.set_adapter("default")
+        model.delete_adapter(READ)
+        model.requires_grad_(False).eval()
 
 
 def _say_experts(base: Base) -> None:
@@ -173,6 +200,7 @@ def _uncalled(base: Base) -> set[str]:
 
 def _peft_fields(lora: LoraConfig, model: str) -> dict:
     saved = {"modules_to_save": list(lora.modules_to_save)} if lora.modules_to_save else {}
+    saved |= {"use_rslora": True} if lora.use_rslora else {}
     saved |= {"fan_in_fan_out": True} if lora.fan_in_fan_out else {}
     return saved | {
         "peft_type": "LORA",

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from mezo.run.trajectory import StepRecord
 
@@ -63,7 +64,7 @@ class Drawing:
         """The figure as a file: `form` is "svg" or "png"."""
         buffer = io.BytesIO()
         with rc_context(STYLE):
-            self.figure.savefig(buffer, format=form, dpi=120, metadata=METADATA[form])
+            self.figure.savefig(buffer, format=form, dpi=120, metadata=METADATA[form], transparent=form == "svg")
         return buffer.getvalue()
 
 
@@ -81,8 +82,10 @@ def drawings(runs: Sequence[Curves]) -> list[Drawing]:
     drawn = []
     with rc_context(STYLE):
         for (name, caption), draw in kinds.items():
+            if draw is _parts and len(runs) == 1:
+                continue  # a table says it in three lines
             height = 1.2 + 0.35 * len(runs) if draw is _parts else 3.2
-            figure = Figure(figsize=(7, height), layout="constrained")
+            figure = Figure(figsize=(5.6, height), layout="constrained")
             if draw(figure.subplots(), runs):
                 drawn.append(Drawing(name, caption, figure))
     return drawn
@@ -112,7 +115,7 @@ def _loss(axes: Axes, runs: Sequence[Curves]) -> bool:
         if not all(record.update.skipped for record in run.records):
             _series(axes, run, lambda r: r.losses.mean, run.name, color=f"C{i}")
         dev = run.points("dev", "loss")
-        if dev:
+        if dev and not any(record.losses.mean < 0 for record in run.records):  # what is maximised is another figure
             axes.plot(*zip(*dev, strict=True), "o", markersize=4, color=f"C{i}", label=f"{run.name}, dev")
     return _finish(axes, "loss")
 
@@ -157,6 +160,9 @@ def _projected_grad(axes: Axes, runs: Sequence[Curves]) -> bool:
                 )
     if axes.lines:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     return _finish(axes, "|projected_grad|")
 
 
@@ -183,7 +189,8 @@ def _parts(axes: Axes, runs: Sequence[Curves]) -> bool:
     axes.set_yticks(range(len(runs)), [run.name for run in runs])
     axes.invert_yaxis()
     axes.set(xlabel="ms")
-    axes.legend(fontsize=8)
+    axes.grid(axis="y", visible=False)
+    axes.legend(fontsize=8, ncols=len(colours), loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     return True
 
 

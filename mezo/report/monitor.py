@@ -96,6 +96,11 @@ class Monitor:
             self.writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.say(f"step {row['step']:>6}  {row['split']:<5} {shown}{'  *' if row.get('is_best') else ''}")
+        for sample in row.get("samples", [])[:1]:
+            right = f" (right: {sample['references'][0]!r:.60})" if sample["references"] else ""
+            self.say(f"             for example {sample['text']!r:.80}{right}")
+        if markdown := as_markdown(row):
+            self.writer.add_text(f"{row['split']}/examples", markdown, row["step"])
 
     def instrument(self, row: dict) -> None:
         """Show a row of the instruments; warn of noise above a tenth of projected_grad, and of lost perturbations."""
@@ -112,6 +117,24 @@ class Monitor:
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=not self.console.is_terminal)
+
+
+def as_markdown(row: dict) -> str:
+    """The single examples of an evaluation, for TensorBoard; "" where there are none.
+
+    >>> as_markdown({"mistakes": [{"prompt": "Fun.", "where": "", "right": 1, "chosen": 0, "probability": 0.75}]})
+    '- Fun.: class 0 with probability 0.750, right is 1'
+    """
+    texts = [
+        f"- {one['prompt']} **{one['text']}** (right: {', '.join(one['references'])}; {one['judged']})"
+        for one in row.get("samples", [])
+    ]
+    wrong = [
+        f"- {one['prompt'] or one['where']}: class {one['chosen']} with probability {one['probability']:.3f}, right is"
+        f" {one['right']}"
+        for one in row.get("mistakes", [])
+    ]
+    return "\n".join(texts + wrong)
 
 
 def warning(row: dict) -> str | None:

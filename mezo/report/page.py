@@ -1,6 +1,7 @@
 """A report as one HTML page that opens anywhere: figures inside it, nothing fetched, no script."""
 
 import base64
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.report import tables
-from mezo.report.figures import Curves, drawings
+from mezo.report.figures import Curves, Drawing, drawings
 from mezo.run.directory import RunDirectory
 from mezo.run.files import replace_file
 from mezo.run.trajectory import read_trajectory
@@ -24,21 +25,29 @@ HEAD = f"""<!DOCTYPE html>
 CSS = """<style>
 :root { color-scheme: light dark; --text: #222; --page: #fff; --line: #ddd; --warning: #fff4d6; }
 @media (prefers-color-scheme: dark) { :root { --text: #ddd; --page: #16181c; --line: #3a3d44; --warning: #3d3112; } }
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 1.5rem auto; padding: 0 1rem; }
 body { color: var(--text); background: var(--page); }
-h1 { overflow-wrap: break-word; } .headline { font-size: 1.5rem; margin: .4rem 0 1rem; }
+h1 { overflow-wrap: break-word; font-size: 1.3rem; margin: 1.6rem 0 0; opacity: .8; }
+.headline { font-size: 1.7rem; line-height: 1.25; margin: .3rem 0; } .beside { opacity: .75; margin: .2rem 0 1rem; }
+.verdict { padding-left: 1.2rem; } code { white-space: nowrap; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .3rem 0 1.2rem; }
 caption { text-align: left; font-weight: 600; padding: .2rem 0; }
 td, th { border-bottom: 1px solid var(--line); padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top; }
 th { font-weight: 400; opacity: .75; }
 td { overflow-wrap: break-word; font-variant-numeric: tabular-nums; }
-figure { margin: 1rem 0; } figcaption { font-weight: 600; padding-bottom: .3rem; }
-figure img { width: 100%; min-width: 34rem; height: auto; background: #fff; border-radius: 4px; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 0 1.5rem; }
+figure { margin: .8rem 0; } figcaption { font-weight: 600; padding-bottom: .3rem; }
+figure img { width: 100%; height: auto; }
+@media (prefers-color-scheme: dark) { figure img { filter: invert(1) hue-rotate(180deg); } }
+.number { text-align: right; } summary { cursor: pointer; padding: .3rem 0; }
 .warnings { background: var(--warning); padding: .6rem 2rem; border-left: 4px solid #d99a00; }
 .given { font-weight: 600; }
 </style>
 """
+
+
+NUMBER = re.compile(r"-|[-+.,0-9]+(e[-+][0-9]+)?( ?%| s)?")
 
 
 def write(runs: Sequence[str], path: Path) -> None:
@@ -85,21 +94,43 @@ def html(runs: Sequence[str]) -> str:
     names = names_of(runs)
     parts = [HEAD, f"<title>{escape(', '.join(names))}: mezo report</title>\n", CSS, "</head>\n<body>\n"]
     parts += [_table(title, rows, head) for title, (head, *rows) in beside(runs, names).items()]
+    figures = f'<div class="figures">\n{"".join(map(_figure, drawings(_curves(runs))))}</div>\n'
+    parts += [figures] if len(runs) > 1 else []
     for name, run in zip(names, runs, strict=True):
-        parts.append(f"<h1>{escape(name)}</h1>\n")
-        parts += [f'<p class="headline">{escape(text)}</p>\n' for text in tables.headline(run)]
-        warnings = "".join(f"<li>{escape(text)}</li>\n" for text in tables.warnings(run))
-        parts += [f'<ul class="warnings">\n{warnings}</ul>\n'] if warnings else []
-        parts += [_table(title, rows, tables.HEADS.get(title, ())) for title, rows in tables.tables(run).items()]
-    parts.append("<h1>curves</h1>\n" if len(runs) > 1 else "")
-    for drawn in drawings(_curves(runs)):
-        text, image = escape(drawn.caption), base64.b64encode(drawn.render("svg")).decode()
-        parts.append(
-            f"<figure>\n<figcaption>{text}</figcaption>\n"
-            f'<div class="wide"><img alt="{text}" src="data:image/svg+xml;base64,{image}"></div>\n</figure>\n'
-        )
+        learnt, work = _run(run)
+        parts += [f"<h1>{escape(name)}</h1>\n", learnt, *([figures] if len(runs) == 1 else []), work]
     configs = [RunDirectory(Path(run)).read_config() for run in runs]
     return "".join([*parts, _options(names, configs), "</body>\n</html>\n"])
+
+
+def _run(run: str) -> tuple[str, str]:
+    """What a run learnt, with what to do next and single examples; and what it took, which is folded."""
+    first, *others = [*tables.headline(run), ""]
+    parts = [f'<p class="headline">{escape(first)}</p>\n'] if first else []
+    parts += [f'<p class="beside">{escape(text)}</p>\n' for text in others if text]
+    shown = tables.tables(run)
+    for kind, texts in (("verdict", [text for (text,) in shown.pop("verdict")]), ("warnings", tables.warnings(run))):
+        items = "".join(f"<li>{_with_flags(text)}</li>\n" for text in texts)
+        parts += [f'<ul class="{kind}">\n{items}</ul>\n'] if items else []
+    made = {title: _table(title, *reversed(tables.headed(title, rows))) for title, rows in shown.items()}
+    work = "".join(made.pop(title) for title in tables.WORK if title in made)
+    folded = (
+        f"<details>\n<summary>what it took: time, tokens, and what an estimate is worth</summary>\n{work}</details>\n"
+    )
+    return "".join([*parts, *made.values()]), folded
+
+
+def _with_flags(text: str) -> str:
+    """A sentence whose flags are not broken at their dashes."""
+    return re.sub(r"--[a-z][a-z-]*[a-z]", r"<code>\g<0></code>", escape(text))
+
+
+def _figure(drawn: Drawing) -> str:
+    text, image = escape(drawn.caption), base64.b64encode(drawn.render("svg")).decode()
+    return (
+        f"<figure>\n<figcaption>{text}</figcaption>\n"
+        f'<img alt="{text}" src="data:image/svg+xml;base64,{image}">\n</figure>\n'
+    )
 
 
 def beside(runs: Sequence[str], names: Sequence[str]) -> dict[str, list[tuple[str, ...]]]:
@@ -143,9 +174,11 @@ def names_of(runs: Sequence[str]) -> list[str]:
 def _table(title: str, rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
     if not rows:
         return ""
-    titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    kinds = [' class="number"' if all(NUMBER.fullmatch(cell) for cell in cells) else "" for cells in zip(*rows)]  # noqa: B905
+    titles = "".join(f"<th{kind}>{escape(cell)}</th>" for cell, kind in zip(head, kinds, strict=True)) if head else ""
     lines = f"<tr>{titles}</tr>\n" if head else ""
-    lines += "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    for row in rows:
+        lines += "<tr>" + "".join(f"<td{k}>{escape(cell)}</td>" for cell, k in zip(row, kinds, strict=True)) + "</tr>\n"
     return f'<div class="wide"><table>\n<caption>{escape(title)}</caption>\n{lines}</table></div>\n'
 
 

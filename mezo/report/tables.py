@@ -4,8 +4,10 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+from mezo.config import Config
 from mezo.config.options import shown
 from mezo.errors import UserError
+from mezo.report import samples
 from mezo.report.monitor import warning
 from mezo.report.verdict import verdicts
 from mezo.run import outcome
@@ -56,12 +58,46 @@ def tables(run: str) -> dict[str, list[tuple[str, ...]]]:
     ]
     return {
         "verdict": [(text,) for text in verdicts(result, run)],
-        "result": facts,
         "before, after": _changes(result),
+        **_examples(directory, config),
+        "result": facts,
         "seconds of the run": time_spent(result),
         "tokens": [_tokens(result, prefix, what) for prefix, what in (("", "training"), ("eval_", "evaluation"))],
         "seconds of training": _seconds(result),
     }
+
+
+def _examples(directory: RunDirectory, config: Config) -> dict[str, list[tuple[str, ...]]]:
+    """Tables of single examples, head first: those of the split that stands for the run."""
+    before, after = _looked_at(directory)
+    names = samples.class_names(after, config.data.label_words)
+    split = after.get("split", "")
+    found = {
+        f"texts of {split}": samples.texts(before=before, after=after),
+        f"answers on {split}": samples.answered(after, names),
+        f"mistakes on {split} it is surest of": samples.mistakes(after, names),
+    }
+    return {title: rows for title, rows in found.items() if rows}
+
+
+def _looked_at(directory: RunDirectory) -> tuple[dict, dict]:
+    """The first evaluation of a run and that of what it kept: of test, else of dev; ({}, {}) where there is none."""
+    metrics = directory.read_metrics()
+    for split in ("test", "dev"):
+        if rows := [row for row in metrics if row["split"] == split]:
+            return rows[0], [row for row in rows if split == "test" or row["is_best"]][-1]
+    return {}, {}
+
+
+def headed(title: str, rows: list[tuple[str, ...]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The head of a table, () if it has none, and the rows below it.
+
+    Args:
+        title, rows: an item of `tables`.
+    """
+    if title.startswith(("texts of", "answers on", "mistakes on")):
+        return rows[0], rows[1:]
+    return HEADS.get(title, ()), rows
 
 
 HEADS = {
@@ -71,31 +107,50 @@ HEADS = {
     "seconds of training": ("part", "time", "share", "what it is"),
 }
 """What the columns of a table hold, where that is not plain to see."""
+WORK = ("result", "seconds of the run", "tokens", "seconds of training")
+"""Tables on what a run took, which the page folds."""
 HEADLINES = ("reward", "accuracy", "f1", "loss")
 """Figures of a run, the first of which that it has stands for it in a comparison."""
 
 
 def headline(run: str) -> list[str]:
-    """What the run came to, in one line; none where nothing was tested or evaluated.
+    """What the run came to, in one line, and what to compare that with; none where nothing was tested or evaluated.
 
     Args:
         run: directory of a finished run.
     """
     head, row = comparison([run], [run])
     cells = dict(zip(head, row, strict=True))
+    beside = [text] if (text := samples.yardstick(_looked_at(finished(run))[1])) else []
+    percent = lambda name: _percent(cells["figure"], cells[name])  # noqa: E731
     if cells["test after"] != "-":
-        return [f"test {cells['figure']} {cells['test before']} to {cells['test after']}"]
-    return [f"dev {cells['figure']} {cells['best dev']} at step {cells['at step']}"] if cells["best dev"] != "-" else []
+        return [f"test {cells['figure']} {percent('test before')} to {percent('test after')}", *beside]
+    if cells["best dev"] != "-":
+        return [f"dev {cells['figure']} {percent('best dev')} at step {cells['at step']}", *beside]
+    return []
+
+
+def _percent(figure: str, number: str) -> str:
+    """A number of a table, shares as percent.
+
+    >>> _percent("accuracy", "0.7500"), _percent("loss", "0.7500")
+    ('75.0 %', '0.7500')
+    """
+    return f"{100 * float(number):.1f} %" if figure in ("accuracy", "f1") and number != "-" else number
 
 
 def _model_name(model: str) -> str:
-    """A hub id, of which the path in the hub's cache is an absolute one; any other path as it is.
+    """A hub id or a name, of which the path in a cache is an absolute one; any other path as it is.
 
     >>> _model_name("/home/me/.cache/huggingface/hub/models--org--name/snapshots/0123abc"), _model_name("/data/m")
     ('org/name', '/data/m')
+    >>> _model_name("/home/me/.cache/mezo-kernels/smollm2-135m")
+    'smollm2-135m'
     """
-    cached = [part for part in Path(model).parts if part.startswith("models--")]
-    return cached[-1].removeprefix("models--").replace("--", "/") if cached else model
+    parts = Path(model).parts
+    if cached := [part for part in parts if part.startswith("models--")]:
+        return cached[-1].removeprefix("models--").replace("--", "/")
+    return parts[-1] if ".cache" in parts else model
 
 
 def comparison(runs: Sequence[str], names: Sequence[str]) -> list[tuple[str, ...]]:

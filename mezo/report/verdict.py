@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mezo.method.objectives import standard_error
+
 MUCH_NOISE = 1.0  # times the signal
 STILL = 0.9  # of the fall of the dev loss: if less of it was done a quarter before the end, it goes on
 RISEN = 0.25  # of that fall, lost again
@@ -21,21 +23,29 @@ def verdicts(result: Mapping[str, Any], run: str = "RUN") -> list[str]:
 
 
 def _learning(result: Mapping[str, Any], run: str) -> str:
-    """From the dev losses: falling to the end, at rest, or rising again."""
-    points = [(row["loss"], row["step"]) for row in result["dev"] if row.get("loss") is not None]
+    """From the dev losses, or rewards where these are trained: getting better to the end, at rest, or worse again."""
+    rewarded = bool(result["dev"]) and all(row.get("reward") is not None for row in result["dev"])
+    what, key, sign, better, worse = (
+        ("reward", "reward", -1, "rising", "fell") if rewarded else ("loss", "loss", 1, "falling", "rose")
+    )
+    points = [(sign * row[key], row["step"]) for row in result["dev"] if row.get(key) is not None]
     if len(points) < FEWEST:
         return ""
     losses = [loss for loss, _ in points]
     first, last, (lowest, at) = losses[0], losses[-1], min(points)
+    shown = lambda loss: f"{sign * loss:.4f}"  # noqa: E731
     if lowest == first:
-        return f"not learning: the dev loss was never below its first, {first:.4f}; find --lr and --eps by mezo tune"
+        never = f"not learning: the dev {what} was never better than its first, {shown(first)}"
+        return f"{never}; find --lr and --eps by mezo tune"
     if last - lowest > RISEN * (first - lowest):
-        return f"the dev loss was lowest at step {at}, {lowest:.4f}, and rose to {last:.4f}: lower --lr, or stop there"
+        since = f"the dev {what} was best at step {at}, {shown(lowest)}, and {worse} to {shown(last)}"
+        return f"{since}: lower --lr, or stop there"
     before = min(losses[: -max(1, len(losses) // 4)])
     if last == lowest and first - before < STILL * (first - last):
         longer = f"mezo train --resume {run} --steps {2 * result['steps']}"
-        return f"learning: the dev loss was still falling at the end, {first:.4f} to {last:.4f}; go on with {longer}"
-    return f"learned: the dev loss went from {first:.4f} to {lowest:.4f} at step {at}, and is at rest"
+        still = f"learning: the dev {what} was still {better} at the end, {shown(first)} to {shown(last)}"
+        return f"{still}; go on with {longer}"
+    return f"learned: the dev {what} went from {shown(first)} to {shown(lowest)} at step {at}, and is at rest"
 
 
 def _signal(result: Mapping[str, Any]) -> str:
@@ -59,11 +69,11 @@ def _dev_size(result: Mapping[str, Any]) -> str:
     if not n or len(accuracies) < 2:
         return ""
     best = max(accuracies)
-    error, gain = math.sqrt(max(best * (1 - best), 1 / (4 * n)) / n), best - accuracies[0]
+    error, gain = standard_error(best, n), best - accuracies[0]
     if gain > 2 * error:
         return ""
     return (
         f"dev is small: the standard error of its accuracy is {100 * error:.1f} points with {n} examples, the best is"
-        f" {100 * gain:.1f} above the first: the choice of the best step may be chance; take more examples, or"
-        " --best-metric loss"
+        f" {100 * gain:.1f} above the first, which may be chance: take more examples (among"
+        " steps so near each other the loss chose)"
     )

@@ -1,7 +1,7 @@
 """Adapters in PEFT's format: written, read and checked."""
 
+import hashlib
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -22,7 +22,8 @@ WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 THETA = "mezo_theta.safetensors"
 """What was trained, beside an adapter that it does not show in (--tuning lora-xs)."""
 BASE = "mezo_base.json"
-"""What base an adapter was trained on: `model_hash` and `dtype`, as in the header of its log."""
+"""What base an adapter was trained on: `model_hash` and `dtype`, as in the header of its log; and `weights`, the
+SHA-256 of its own weights, two of them where a process died between writing these files."""
 
 HARMLESS = (
     "peft_type",
@@ -56,12 +57,17 @@ def save_adapter(
         frozen: see `as_lora`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    if base:
-        replace_file(directory / BASE, json.dumps(base).encode())
+    weights = directory / WEIGHTS
+    before = [_sha256(weights)] if base and weights.exists() else []
     replace_file(directory / PEFT_CONFIG, json.dumps(peft, indent=2).encode())
-    with replacing(directory / WEIGHTS) as part:
+    with replacing(weights) as part:
         tensors = as_lora(theta, frozen or {})
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={"format": "pt"})
+        if base:
+            said = {key: base[key] for key in ("model_hash", "dtype")} | {"weights": [_sha256(part)]}
+            replace_file(directory / BASE, json.dumps({**said, "weights": said["weights"] + before}).encode())
+    if before:
+        replace_file(directory / BASE, json.dumps(said).encode())
     if any(name.endswith(CORE) for name in theta):
         with replacing(directory / THETA) as part:
             save_file({name: tensor.contiguous() for name, tensor in theta.items()}, part)
@@ -96,6 +102,8 @@ def as_lora(theta: dict[str, torch.Tensor], frozen: dict[str, torch.Tensor]) -> 
 def read_adapter(directory: Path, file: str = WEIGHTS) -> dict[str, torch.Tensor]:
     """Tensors of an adapter directory or file as float32, by canonical name."""
     path = directory / file if directory.is_dir() else directory
+    if path.name == WEIGHTS:
+        check_weights(path)
     try:
         return {canonical_name(name): tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
@@ -112,6 +120,22 @@ def read_theta(directory: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str,
     if any(name.endswith(CORE) for name in shapes):
         trained |= read_adapter(directory, THETA)
     return _fitting(trained, directory, shapes)
+
+
+def check_weights(path: Path) -> None:
+    """Raise UserError if weights are not those that were written, where the file beside them says which."""
+    if not (path.parent / BASE).exists() or not path.is_file():
+        return
+    known = validated(BaseHash, read_object(path.parent / BASE), str(path.parent / BASE)).get("weights")
+    if known and _sha256(path) not in known:
+        raise UserError(
+            f"{path} is not what was written (SHA-256): {RESTORE}, or rebuild it from its run's log by mezo replay"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
@@ -179,10 +203,6 @@ def check_trainable(peft: dict, directory: str) -> None:
     saved = peft.get("modules_to_save") or []
     if saved not in ([], [LINEAR_HEAD]):
         raise UserError(f"adapter {directory}: modules_to_save is {saved}, only plain LoRA can be trained on")
-    if kind == "LORA" and peft.get("use_rslora") and math.isqrt(peft["r"]) ** 2 != peft["r"]:
-        raise UserError(
-            f"adapter {directory}: use_rslora with r {peft['r']}: its scale is lora_alpha / r of no whole lora_alpha"
-        )
     if not float(peft.get("lora_alpha") or 1).is_integer():
         raise UserError(f"adapter {directory}: lora_alpha must be a whole number, got {peft['lora_alpha']}")
 
@@ -243,12 +263,19 @@ def adapter_options(directory: str | Path) -> dict:
         "model": model,
         "tuning": "lora",
         "r": peft["r"],
-        # rsLoRA: lora_alpha / sqrt(r) = (lora_alpha sqrt(r)) / r (Kalajdzievski 2023, arXiv 2312.03732)
-        "lora_alpha": int(peft["lora_alpha"]) * (math.isqrt(peft["r"]) if peft.get("use_rslora") else 1),
+        "lora_alpha": int(peft["lora_alpha"]),
+        "use_rslora": bool(peft.get("use_rslora")),
         "target_modules": _targets(peft, Path(directory)),
         "layers_to_transform": tuple([layers] if isinstance(layers, int) else layers or ()),
         "head": "linear" if peft.get("modules_to_save") else "model",
     }
+
+
+def with_base(values: dict) -> dict:
+    """Flat options with the model that their --adapter names, where they name none."""
+    if not values.get("adapter") or "model" in values:
+        return values
+    return {**values, "model": adapter_options(values["adapter"])["model"]}
 
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> str | None:

@@ -6,7 +6,16 @@ from mezo.errors import UserError
 from mezo.models.families import complete_fields, complete_stacks
 from mezo.models.load import Checkpoint
 from mezo.models.merge import cast, merge
-from mezo.run.adapter import base_of, check_base, is_prefix, read_adapter, read_peft_config, save_adapter
+from mezo.run.adapter import (
+    WEIGHTS,
+    base_of,
+    check_base,
+    check_weights,
+    is_prefix,
+    read_adapter,
+    read_peft_config,
+    save_adapter,
+)
 from mezo.run.directory import RunDirectory
 
 
@@ -35,6 +44,7 @@ def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -
         raise UserError(f"--format {form}: the adapter has a linear head, which this form cannot hold; use peft")
     if form == "merged":
         check_base(adapter, peft["base_model_name_or_path"])
+        check_weights(adapter / WEIGHTS)
         merge(peft["base_model_name_or_path"], adapter, Path(output_dir), dtype)
         return
     tensors = read_adapter(adapter)

@@ -1,14 +1,19 @@
 """The outcome of a run: theta as a PEFT adapter in adapter/, or, where the whole base is trained, a model in model/."""
 
+import json
+import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
+from mezo.atomic import SCRATCH
 from mezo.errors import UserError
+from mezo.models.load import checkpoint_hash
 from mezo.models.spec import TrainedSpec
 from mezo.run.adapter import as_lora, read_adapter, read_theta, same_bits, save_adapter
 from mezo.run.directory import RunDirectory
-from mezo.run.header import INITIAL, frozen_part
+from mezo.run.header import INITIAL, content_of, frozen_part
 from mezo.run.trajectory import read_header
 from mezo.runtimes.base import Runtime, Savable, require
 
@@ -27,6 +32,41 @@ def save(run: RunDirectory, runtime: Runtime) -> None:
         base = {"model_hash": spec.model_hash, "dtype": spec.dtype}
         frozen = frozen_part(read_header(run.trajectory), run.path / INITIAL) if spec.frozen else {}
         save_adapter(run.adapter, spec.peft, runtime.theta(), base, frozen)
+
+
+def prove(runtime: Runtime, first_line: dict, initial: Path | bytes | None, output_dir: str) -> None:
+    """Save theta as a run's outcome, load that again, and leave nothing of it: a run is not lost at its end.
+
+    Args:
+        runtime: at theta_0.
+        first_line: header of the run's log.
+        initial: the run's `starting_file`.
+        output_dir: of the run, which is not there yet; what is written meanwhile is on the same disk.
+    Raises:
+        UserError: it cannot be saved or loaded, or is another theta then.
+    """
+    place = next(parent for parent in Path(output_dir).absolute().parents if parent.is_dir())
+    try:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place) as scratch:
+            run = RunDirectory(Path(scratch))
+            if initial is not None:
+                (run.path / INITIAL).write_bytes(content_of(initial))
+            run.trajectory.write_text(json.dumps(first_line) + "\n")
+            save(run, runtime)
+            if first_line["peft"] is None:  # theta_0 is the base, whose hash is known: no copy of it is needed
+                same = checkpoint_hash(str(run.model), first_line["dtype"]) == first_line["model_hash"]
+            else:
+                same = difference(run, first_line, runtime.theta()) is None
+    except OSError as error:
+        raise UserError(f"--output-dir {output_dir} cannot be created: {error.strerror}; choose another") from error
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"what this run would leave in {output_dir} cannot be saved and loaded: {why}") from error
+    if not same:
+        raise UserError(
+            f"--model {first_line['model']}: what this run would leave is not what transformers loads of it: use"
+            " another --tuning"
+        )
 
 
 def read(run: RunDirectory, spec: TrainedSpec) -> dict[str, torch.Tensor]:

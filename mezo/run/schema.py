@@ -51,6 +51,7 @@ class Peft(_Fields):
     base_model_name_or_path: Text | None = None
     r: Rank | None = None
     lora_alpha: Annotated[StrictInt, Ge(1), Lt(2**31)] | Annotated[FiniteFloat, Ge(2.0**-31), Lt(2**31)] | None = None
+    use_rslora: StrictBool | None = None
     target_modules: list[Text] | Text | None = None
     layers_to_transform: list[Count] | Count | None = None
     modules_to_save: list[Text] | None = None
@@ -66,10 +67,11 @@ class Peft(_Fields):
 
 
 class BaseHash(_Fields):
-    """What base an adapter was trained on."""
+    """What base an adapter was trained on, and what its weights are."""
 
     model_hash: Text
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")]
+    weights: Annotated[list[Text], MaxLen(2)] = []
 
 
 class Stream(_Fields):
@@ -164,6 +166,25 @@ class Clock(_Fields):
     eval_tokens: tuple[Amount, Amount]
 
 
+class Sample(_Fields):
+    """A text that was written for an example, and what judges say of it."""
+
+    prompt: Text
+    text: Text
+    references: list[Text]
+    judged: dict[Text, FiniteFloat]
+
+
+class Mistake(_Fields):
+    """A wrong answer, by numbers of classes."""
+
+    prompt: Text
+    where: Text
+    right: Count
+    chosen: Count
+    probability: FiniteFloat
+
+
 class Metrics(_Fields):
     """A line of metrics.jsonl: an evaluation, or what an instrument measured."""
 
@@ -172,6 +193,10 @@ class Metrics(_Fields):
     step: Count
     split: Literal["dev", "test", "train", "noise", "spread", "gradient", "stop"]
     is_best: StrictBool | None = None
+    samples: Annotated[list[Sample], MaxLen(16)] = []
+    classes: Annotated[list[Text], MaxLen(64)] = []
+    confusion: Annotated[list[Annotated[list[Count], MaxLen(64)]], MaxLen(64)] = []
+    mistakes: Annotated[list[Mistake], MaxLen(16)] = []
     clock: Clock
 
     @validates(mode="after")

@@ -162,6 +162,18 @@ class Savable(Protocol):
 
 
 @runtime_checkable
+class ReadsAdapters(Protocol):
+    """A runtime that has a model of PEFT's at hand: hf."""
+
+    def prove_adapter(self, directory: str) -> None:
+        """Compare scores at theta with those of PEFT with the adapter of a directory, on a few examples, once.
+
+        Raises:
+            UserError: they differ, or PEFT cannot load it.
+        """
+
+
+@runtime_checkable
 class InitialTheta(Protocol):
     """A runtime whose model decides where a run starts, as under --tuning prefix; else a log's header says it alone."""
 

@@ -86,7 +86,7 @@ def _roberta(task: str, k: int, mean: float, std: float, tuning: Tuning) -> Prot
         tuning=tuning,
         task=task,
         data={"k_shot": k, **larger},
-        others={"balance": "off", "dtype": "float32"},
+        others={"balance": "off", "dtype": "float32", "best_metric": "accuracy"},
         data_seeds=DATA_SEEDS,
         lrs=lrs,
         eps=eps,

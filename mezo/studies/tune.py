@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import optuna
@@ -207,6 +207,31 @@ def order(rows: Sequence[dict], sign: int = -1, key: str = "loss") -> list[dict]
     value = lambda row: math.inf if row[f"dev_{key}"] is None else -sign * row[f"dev_{key}"]  # noqa: E731
     by = lambda row: (row["trial"] in failed, -row["steps"], value(row), -(row["dev_accuracy"] or 0))  # noqa: E731
     return sorted(rows, key=by)
+
+
+def edges(best: Mapping[str, float], rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """A sentence on each of lr and eps whose best value has none better tried beyond it.
+
+    Args:
+        best: row of the best trial.
+        rows: of all trials.
+
+    >>> edges({"lr": 0.1, "eps": 0.01}, [{"lr": 0.01, "eps": 0.01}, {"lr": 0.1, "eps": 0.01}])
+    ['the best lr, 0.1, is the largest that was tried: a larger one may be better still, such as --grid-lr 0.1 0.3 1']
+    """
+    texts = []
+    for name in AROUND:
+        tried = {row[name] for row in rows}
+        value, factors = best[name], {max(tried): ("largest", "larger", 3, 10)}
+        factors[min(tried)] = ("smallest", "smaller", 1 / 3, 0.1)
+        if len(tried) > 1 and value in factors:
+            which, beyond, *others = factors[value]
+            grid = " ".join(f"{float(f'{value * factor:.1g}'):g}" for factor in (1, *others))
+            texts.append(
+                f"the best {name}, {value:g}, is the {which} that was tried: a {beyond} one may be better still, such"
+                f" as --grid-{name} {grid}"
+            )
+    return texts
 
 
 def _estimate(config: Config, runtime: Runtime, splits: dict[str, Sequence[Example]]) -> StepSizes:

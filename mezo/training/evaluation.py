@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from mezo.config import Machine, Method
 from mezo.data.answers import METRICS, best
 from mezo.data.example import Example
 from mezo.data.rewards import Judge
-from mezo.method.objectives import evaluate, predictions
+from mezo.method.objectives import evaluate, predictions, standard_error
 from mezo.progress import EVERY, told
 from mezo.report.monitor import Monitor
 from mezo.run import outcome
@@ -19,6 +20,7 @@ from mezo.run.files import write_line
 from mezo.run.trajectory import StepRecord
 from mezo.runtimes.base import Runtime
 from mezo.training.clock import Clock
+from mezo.training.details import Decode, answers, texts
 from mezo.training.instruments import Instruments
 from mezo.training.measurement import Measurement
 
@@ -31,7 +33,7 @@ class Evaluations:
     Args:
         method, machine: groups of the run's configuration.
         runtime: at theta of the step that is evaluated.
-        splits: examples.
+        splits: examples; `decode` of `Splits` gives the texts that are shown.
         judges: of generated text, by the name that a row has.
         run: its directory.
         done: steps done already.
@@ -52,7 +54,7 @@ class Evaluations:
         measurement: Measurement,
     ):
         self.method, self.machine, self.runtime, self.run = method, machine, runtime, run
-        self.splits, self.judges = splits, judges
+        self.splits, self.judges, self.decode = splits, judges, getattr(splits, "decode", None)
         self.clock, self.instruments = clock, Instruments(method, runtime, measurement, clock)
         self.metrics = [row for row in run.read_metrics() if row["step"] <= done]
         self.every = evaluation_interval(method)
@@ -77,7 +79,9 @@ class Evaluations:
     def evaluate(self, split: str, step: int, monitor: Monitor) -> dict:
         """Score a split at theta; return its row, which is on the disk."""
         with self.clock.measuring("evaluation"):
-            figures = evaluate_split(self.method, self.machine, self.runtime, split, self.splits[split], self.judges)
+            figures = evaluate_split(
+                self.method, self.machine, self.runtime, split, self.splits[split], self.judges, self.decode
+            )
             row = {"step": step, "split": split, **figures}
             if split == "dev":
                 row["is_best"] = self._beats(row)
@@ -101,10 +105,38 @@ class Evaluations:
             os.fsync(file.fileno())
 
     def _beats(self, row: dict) -> bool:
-        """Better by what the run is for (`best_by`); never a NaN."""
-        sign, key = best_by(self.method)
-        others = [r[key] for r in self.metrics if r["split"] == "dev" and r["step"] < row["step"]]
-        return row[key] is not None and all(sign * row[key] > sign * other for other in others if other is not None)
+        """Whether a row of dev is the first or `beats` the best before it; never a NaN."""
+        earlier = [r for r in self.metrics if r["split"] == "dev" and r["step"] < row["step"]]
+        best = [r for r in earlier if r["is_best"]]
+        if not best:
+            return row[best_by(self.method)[1]] is not None
+        return beats(row, best[-1], self.method, len(self.splits["dev"]))
+
+
+def beats(row: dict, best: dict, method: Method, n: int) -> bool:
+    """Whether an evaluation of dev is better than the best before it, by what the run is for (`best_by`).
+
+    Under the default an accuracy that differs by no more than its standard error decides nothing, the loss does: of
+    150 examples the best of ten accuracies is mostly luck.
+
+    Args:
+        row, best: of metrics.jsonl.
+        method: of the run.
+        n: examples of dev.
+
+    >>> rows = [{"accuracy": 0.50, "loss": 0.7}, {"accuracy": 0.53, "loss": 0.8}, {"accuracy": 0.53, "loss": 0.6}]
+    >>> [beats(row, rows[0], Method(), 150) for row in rows], beats(rows[1], rows[0], Method(), 1500)
+    ([False, False, True], True)
+    """
+    sign, key = best_by(method)
+    if row[key] is None:
+        return False
+    gain = sign * (row[key] - best[key])
+    strict = key != "accuracy" or method.best_metric != "auto" or "accuracy" in method.objectives
+    if strict or None in (row["loss"], best["loss"]):
+        return gain > 0
+    error = standard_error(max(row[key], best[key]), n)
+    return gain > error or (gain >= -error and row["loss"] < best["loss"])
 
 
 def evaluation_interval(method: Method) -> int:
@@ -115,11 +147,11 @@ def evaluation_interval(method: Method) -> int:
 def best_by(method: Method) -> tuple[int, str]:
     """Which figure of dev chooses the best step, and its sign: 1 where more is better.
 
-    Unless the run asks for the loss: the reward if one is trained, F1 where text is generated, the loss where the
+    Unless the run asks for another: the reward if one is trained, F1 where text is generated, the loss where the
     objective has no options to be right about, else the accuracy.
     """
-    if method.best_metric == "loss":
-        return -1, "loss"
+    if method.best_metric != "auto":
+        return (-1, "loss") if method.best_metric == "loss" else (1, "accuracy")
     if "reward" in method.objectives:
         return 1, "reward"
     if method.generates:
@@ -134,7 +166,8 @@ def evaluate_split(
     split: str,
     examples: Sequence[Example],
     judges: dict[str, Judge],
-) -> dict[str, float | None]:
+    decode: Decode | None = None,
+) -> dict[str, Any]:
     """Everything that is reported of a split at theta.
 
     Args:
@@ -143,13 +176,15 @@ def evaluate_split(
         split: name of the split.
         examples: all of it.
         judges: of generated text, by the name of the figure.
+        decode: from token ids to the text of a prompt that is shown.
 
     Returns:
-        As `evaluate`; where the options are answers with names f1 and exact_match are those of the chosen one, and
-        accuracy takes every right one; where text is generated, the mean of what each judge says of it.
+        What `details.py` shows of single examples, and figures as `evaluate` gives them; where the options are answers
+        with names f1 and exact_match are those of the chosen one, and accuracy takes every right one; where text is
+        generated, the mean of what each judge says of it.
     """
     size, n = machine.eval_batch_size or method.batch_size, len(examples)
-    figures = dict.fromkeys(("accuracy", "loss", "f1", "auc"))
+    figures, shown = dict.fromkeys(("accuracy", "loss", "f1", "auc")), {}
     if all(example.options for example in examples):
         scores = score_split(runtime, split, n, size)
         alone = "lm_cross_entropy" in method.objectives or scores.shape[1] == 1
@@ -157,6 +192,7 @@ def evaluate_split(
         figures = evaluate(scores, labels, "lm_cross_entropy" if alone else "cross_entropy")
         if all(example.names for example in examples) and figures["accuracy"] is not None:
             figures |= _of_named_options(scores, examples)
+        shown = answers(scores, examples, decode)
     if judges:
         parts = [range(i, min(n, i + size)) for i in range(0, n, size)]
         outputs = [
@@ -164,9 +200,10 @@ def evaluate_split(
             for part in told(parts, f"texts of {split}, batches", EVERY)
             for text in runtime.generate(split, part, method.max_new_tokens, method.stops)
         ]
-        for name, judge in judges.items():
-            figures[name] = sum(map(judge, examples, outputs)) / n
-    return figures
+        verdicts = {name: list(map(judge, examples, outputs)) for name, judge in judges.items()}
+        figures |= {name: sum(values) / n for name, values in verdicts.items()}
+        shown |= texts(examples, outputs, verdicts, decode)
+    return figures | shown
 
 
 def _of_named_options(scores: torch.Tensor, examples: Sequence[Example]) -> dict[str, float]:

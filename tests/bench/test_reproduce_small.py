@@ -7,11 +7,12 @@ import random
 import pytest
 import reproduce_decoder
 import reproduce_encoder
+import reproduce_peers
 import reproduce_small
 import reproduce_tuning
 
 from mezo.config import Config
-from tests.tiny_data import BAD, GOOD
+from tests.tiny_data import BAD, GOOD, write_jsonl
 from tests.tiny_models import save, tokenizer
 
 POOLS = {"train": 24, "dev": 16, "test": 12}
@@ -41,12 +42,18 @@ def parts(tmp_path_factory):
     study = {**reproduce_decoder.STUDY, "steps": 20, "num_train": 16, "num_dev": 8, "num_test": 8, "eval_every": 10}
     own = {"model": lambda: bert, "steps": {6: 6, 8: 6}, "peer": {"steps": 4, "lr": 1e-3, "eval_every": 2}}
     own["options"] = {**reproduce_encoder.MEZO, "layers_to_transform": (1, 2)}
+    rows = {
+        f"{split}_file": write_jsonl(tmp_path_factory.mktemp("rows") / f"{split}.jsonl", 16, seed)
+        for seed, split in enumerate(POOLS)
+    }
+    demo = config("it-was", 1, "unused").replace(**rows)
     few = {"k_shot": 6, "num_dev": 8, "num_test": 8}
     return {
         "linear": reproduce_small.PARTS["linear"],
         "decoder": functools.partial(reproduce_decoder.few_shot, sample=sample, steps=6),
         "accuracy objective": functools.partial(reproduce_decoder.accuracy_study, sample=sample, study=study),
         "encoder": functools.partial(reproduce_encoder.encoder, sample=sample, **own),
+        "peers": functools.partial(reproduce_peers.peers, config=demo, epochs=6, lrs=(3e-3, 3e-2)),
         "tuning": functools.partial(reproduce_tuning.tuning, sample=sample, shots=few, steps=10),
     }
 
@@ -99,6 +106,15 @@ def test_an_adapter_a_prefix_and_all_weights_are_beside_each_other(measured):
         assert 0 <= row["best_step"] <= 10
         assert row["peak_bytes"] is None or row["peak_bytes"] >= 0  # None where the kernel keeps no account
         assert row["first_difference_of_replay"] is None
+
+
+def test_what_a_newcomer_knows_learns_the_same_rows(measured):
+    """Words alone say how these sentences are rated; AdamW lowers the loss of the adapter that MeZO trains."""
+    found = measured("peers")["peers"]
+    assert found["tf-idf"]["accuracy"] > 0.8
+    best, tried = found["adamw"]["best"], found["adamw"]["tried"]
+    assert best["dev"]["loss"] == min(row["dev"]["loss"] for row in tried) < tried[0]["dev"]["loss"]
+    assert len(tried) == 12
 
 
 def test_parts_are_kept_beside_each_other(measured, tmp_path):

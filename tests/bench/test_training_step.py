@@ -27,13 +27,13 @@ def data():
     return [Example(tuple(range(3 + i, 12 + 2 * i)), ((5,), (9,)), i % 2) for i in range(4)]
 
 
-@pytest.mark.parametrize("everywhere", [True, False])
-def test_the_original_scores_what_the_runtime_scores(config, data, everywhere):
-    runtime = HFRuntime(*config.for_runtime)
+@pytest.mark.parametrize(("everywhere", "product"), [(True, "torch"), (False, "torch"), (False, "packed")])
+def test_the_original_scores_what_the_runtime_scores(config, data, everywhere, product):
+    runtime = HFRuntime(*config.replace(linear=product).for_runtime)
     runtime.prepare({"train": data})
     runtime.load({name: lora_init(3, name, shape) for name, shape in runtime.spec.shapes.items()})
     expected = cross_entropy(runtime.score("train", range(4)), torch.tensor([0, 1, 0, 1])).item()
-    original = OriginalStep(runtime, config, data, everywhere)
+    original = OriginalStep(runtime, config, data, everywhere, as_ours=product == "packed")
     original.in_place()
     assert original.loss() == pytest.approx(expected, abs=1e-5)
 

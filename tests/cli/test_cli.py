@@ -337,11 +337,40 @@ def test_sigterm_and_sighup_end_a_command_with_an_exit_code_of_their_own(monkeyp
                 put_away.append(True)
 
         monkeypatch.setattr("mezo.cli.tasks.main", command)
+        signal.signal(number, signal.SIG_DFL)  # it is ignored where the tests run under nohup
         before = signal.getsignal(number)
         assert main(["tasks"]) == code
         assert put_away
         assert f"ended by {signal.Signals(number).name}" in capsys.readouterr().err
         assert signal.getsignal(number) is before
+
+
+SWALLOWED = """
+import ctypes, os, signal, time
+from mezo.cli import main, tasks
+@ctypes.CFUNCTYPE(None)
+def callback():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+def command(argv):
+    try:
+        callback()
+        time.sleep(60)
+    finally:
+        time.sleep(2.5 * main.AGAIN)  # what is put away is left in peace
+        print("put away", flush=True)
+tasks.main = command
+raise SystemExit(main.main(["tasks"]))
+"""
+
+
+def test_an_exception_that_python_loses_is_raised_again():
+    """A signal that comes in a callback of ctypes, as llvmlite makes them while numba compiles, goes to no caller."""
+    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=40)
+    assert done.returncode == 143, done.stderr
+    assert done.stdout == "put away\n"
+    assert "Exception ignored on calling ctypes callback" in done.stderr
+    assert "ended by SIGTERM" in done.stderr
 
 
 LOST = """

@@ -1,7 +1,10 @@
 """The optimizer in other people's loops: all end where the plain loop does, and what goes wrong is said."""
 
+import copy
+
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from mezo import MeZO
 from mezo.optim.closure import EQUAL_STEPS
@@ -71,7 +74,31 @@ def lightning(model):
     lightning.Trainer(**options).fit(Module(), torch.utils.data.DataLoader(range(20)))
 
 
-@pytest.mark.parametrize("loop", [amp, compiled, accelerated, lightning], ids=lambda loop: loop.__name__)
+def ddp(model):
+    """A wrapper of one rank; `test_optimizer_ranks.py` has several."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        steps(optimizer_of(wrapped), 20, lambda: loss(wrapped))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def checkpointed(model):
+    """Half of it, then another model and optimizer that torch's distributed checkpoints bring there."""
+    optimizer = optimizer_of(model)
+    steps(optimizer, 10, lambda: loss(model))
+    saved = copy.deepcopy(get_state_dict(model, optimizer))
+    again = make()
+    other = optimizer_of(again)
+    set_state_dict(again, other, model_state_dict=saved[0], optim_state_dict=saved[1])
+    steps(other, 10, lambda: loss(again))
+    model.load_state_dict(again.state_dict())
+
+
+@pytest.mark.parametrize(
+    "loop", [amp, compiled, accelerated, lightning, ddp, checkpointed], ids=lambda loop: loop.__name__
+)
 def test_a_loop_ends_where_the_plain_one_does(loop):
     expected, model = make(), make()
     before = loss(expected).item()

@@ -18,7 +18,7 @@ def result(losses=(), accuracies=(), n=None, **others):
     [
         ((1.0, 0.9, 0.8, 0.7, 0.6), "learning: .* still falling .* mezo train --resume runs/x --steps 80"),
         ((1.0, 0.6, 0.51, 0.50, 0.50), "learned: .* 1.0000 to 0.5000 at step 30, and is at rest"),
-        ((1.0, 0.6, 0.5, 0.7, 0.9), "lowest at step 20, 0.5000, and rose to 0.9000: lower --lr"),
+        ((1.0, 0.6, 0.5, 0.7, 0.9), "best at step 20, 0.5000, and rose to 0.9000: lower --lr"),
         ((1.0, 1.1, 1.2, 1.3), "not learning: .* mezo tune"),
     ],
     ids=["falling", "at_rest", "risen", "never"],
@@ -26,6 +26,13 @@ def result(losses=(), accuracies=(), n=None, **others):
 def test_the_dev_loss_says_what_to_do_next(losses, text):
     (found,) = verdicts(result(losses), "runs/x")
     assert re.search(text, found), found
+
+
+def test_a_reward_that_is_trained_is_what_is_judged():
+    """The loss of the options may go the other way."""
+    rows = [{"step": 10 * i, "loss": 1.0 + i, "reward": 0.1 * i, "accuracy": None} for i in range(5)]
+    (found,) = verdicts(result() | {"dev": rows}, "runs/x")
+    assert found.startswith("learning: the dev reward was still rising at the end, 0.0000 to 0.4000; go on with")
 
 
 def test_a_signal_below_the_noise_asks_for_more_of_it():

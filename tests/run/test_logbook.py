@@ -8,13 +8,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, LlamaForCausalLM
 
-from mezo.api import resume, train
+from mezo.api import evaluate_target, resume, train
 from mezo.cli.main import main
 from mezo.config import Config
 from mezo.errors import UserError
-from mezo.run import logbook
+from mezo.models import full
+from mezo.models.load import Checkpoint, load_base
+from mezo.run import adapter, logbook
 from mezo.run.adapter import BASE, PEFT_CONFIG, WEIGHTS, adapter_options
 from mezo.run.directory import RunDirectory
 from mezo.run.export import export
@@ -143,23 +145,102 @@ def foreign_adapter(finished, tmp_path, **change):
     return foreign
 
 
-def test_rslora_and_a_pattern_of_targets_are_converted(finished, tmp_path):
-    """r 16 and alpha 2: PEFT scales by 2 / sqrt(16), which is 8 / 16."""
+def test_rslora_of_any_rank_and_a_pattern_of_targets_are_a_start(tmp_path, tiny_options):
+    """r 6 has no whole root; the run scores as PEFT does at its start, leaves rsLoRA, and is exported for SGLang."""
     targets = r"model\.layers\.2\.self_attn\.(q|o)_proj"
-    plain = PeftModel(build("llama"), LoraConfig(r=16, lora_alpha=2, use_rslora=True, target_modules=targets))
-    plain.save_pretrained(tmp_path / "rs")
+    start = PeftModel(
+        build("llama"),
+        LoraConfig(r=6, lora_alpha=3, use_rslora=True, target_modules=targets, init_lora_weights=False),
+    )
+    start.save_pretrained(tmp_path / "rs")
     found = adapter_options(tmp_path / "rs")
-    assert (found["r"], found["lora_alpha"]) == (16, 8)
+    assert (found["r"], found["lora_alpha"], found["use_rslora"]) == (6, 3, True)
     assert tuple(sorted(found["target_modules"])) == (
         "model.layers.2.self_attn.o_proj",
         "model.layers.2.self_attn.q_proj",
     )
-    (layer,) = [m for name, m in plain.named_modules() if name.endswith("layers.2.self_attn.q_proj")]
-    assert layer.scaling["default"] == found["lora_alpha"] / found["r"]
-    config = json.loads((tmp_path / "rs" / PEFT_CONFIG).read_text())
-    (tmp_path / "rs" / PEFT_CONFIG).write_text(json.dumps({**config, "r": 8}))
-    with pytest.raises(UserError, match="use_rslora with r 8"):
-        adapter_options(tmp_path / "rs")
+    options = {
+        name: value for name, value in tiny_options.items() if name not in ("target_modules", "layers_to_transform")
+    }
+    train(Config.of(**{**options, "adapter": str(tmp_path / "rs"), "steps": 2}))
+    run = Path(options["output_dir"])
+    export(str(run), str(tmp_path / "sglang"), "sglang")
+    peft, engine = (
+        PeftModel.from_pretrained(build("llama"), str(path)).eval() for path in (run / "adapter", tmp_path / "sglang")
+    )
+    assert "use_rslora" not in json.loads((tmp_path / "sglang" / PEFT_CONFIG).read_text())
+    with torch.no_grad():
+        assert torch.allclose(peft(IDS).logits, engine(IDS).logits, atol=1e-6)
+        assert not torch.allclose(peft(IDS).logits, build("llama")(IDS).logits, atol=1e-3)
+
+
+def test_an_adapter_that_peft_reads_otherwise_is_refused(tmp_path, tiny_options, monkeypatch):
+    """What neither list nor schema knows of an adapter changes its scores, which are compared once."""
+    start = PeftModel(
+        build("llama"),
+        LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    start.save_pretrained(tmp_path / "foreign")
+    as_plain = {**adapter_options(tmp_path / "foreign"), "use_rslora": False}
+    monkeypatch.setattr("mezo.api.adapter_options", lambda path: as_plain)
+    options = {
+        name: value for name, value in tiny_options.items() if name not in ("target_modules", "layers_to_transform")
+    }
+    foreign = str(tmp_path / "foreign")
+    with pytest.raises(UserError, match="it is another function where PEFT loads it"):
+        train(Config.of(**{**options, "adapter": foreign}))
+    assert not Path(options["output_dir"]).exists()
+    with pytest.raises(UserError, match="it is another function where PEFT loads it"):
+        evaluate_target({name: options[name] for name in ("dev_file", "prompt", "label_words", "model")}, Path(foreign))
+
+
+def test_weights_of_an_adapter_that_changed_are_refused(finished, tmp_path, capsys):
+    adapter = shutil.copytree(finished / "adapter", tmp_path / "adapter")
+    data = bytearray((adapter / WEIGHTS).read_bytes())
+    data[-5] ^= 1  # one bit of one number
+    (adapter / WEIGHTS).write_bytes(data)
+    for form in ("peft", "merged"):
+        out = tmp_path / form
+        assert main(["export", str(adapter), "--output-dir", str(out), "--format", form]) == 2
+        assert "is not what was written (SHA-256)" in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_a_model_directory_with_an_adapter_in_it_is_refused(finished, tmp_path, tiny_options, capsys):
+    both = shutil.copytree(tiny_options["model"], tmp_path / "both")
+    for name in (PEFT_CONFIG, WEIGHTS):
+        shutil.copy(finished / "adapter" / name, both)
+    with pytest.raises(UserError, match="it holds an adapter"):
+        load_base(Checkpoint(str(both), AutoConfig.from_pretrained(both)), torch.float32)  # as a hub id is looked at
+    with pytest.raises(UserError, match="it holds an adapter"):
+        train(Config.of(**{**tiny_options, "model": str(both)}))
+    assert not Path(tiny_options["output_dir"]).exists()
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_what_a_run_would_leave_is_saved_and_loaded_before_its_first_step(tuning, tiny_options, monkeypatch):
+    """A model that loads otherwise than it was saved: the last bit of one number."""
+
+    def damaged(tensors, path, **others):
+        first = next(iter(tensors))
+        tensors = {**tensors, first: tensors[first].clone()}
+        tensors[first].view(torch.int32).view(-1)[0] ^= 1
+        save_file(tensors, path, **others)
+
+    def save_model(model, source, directory, save=full.save_model):
+        next(model.parameters()).data.view(torch.int32).view(-1)[0] ^= 1
+        save(model, source, directory)
+
+    monkeypatch.setattr(adapter, "save_file", damaged)
+    monkeypatch.setattr("mezo.runtimes.hf.runtime.save_model", save_model)
+    options = {**tiny_options, "tuning": tuning}
+    if tuning == "full":
+        del options["target_modules"], options["layers_to_transform"]
+    with pytest.raises(UserError, match="what this run would leave is not what transformers loads of it"):
+        train(Config.of(**options))
+    output = Path(options["output_dir"])
+    assert not output.exists()
+    assert not [path for path in output.parent.iterdir() if path.name.startswith(".mezo")]
 
 
 def test_fields_at_their_default_or_off_are_no_reason_to_refuse(finished, tmp_path):

@@ -34,7 +34,7 @@ def dev(directory):
 @pytest.fixture
 def stalling(tiny_config):
     """A run whose dev accuracy cannot improve after its start for long: the smallest of steps, evaluated often."""
-    return tiny_config.replace(lr=1e-12, eval_every=4, early_stopping=3)
+    return tiny_config.replace(lr=1e-12, eval_every=4, early_stopping=3, best_metric="accuracy")
 
 
 def test_a_run_ends_when_dev_has_not_improved(stalling, tmp_path):

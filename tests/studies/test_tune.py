@@ -8,12 +8,14 @@ import shutil
 import signal
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 
 from mezo.api import train
 from mezo.cli.main import main
 from mezo.config import Config
+from mezo.data.rewards import reward_hash
 from mezo.errors import RunError, UserError
 from mezo.method.estimator import projected_grad
 from mezo.method.objectives import cross_entropy
@@ -248,6 +250,36 @@ def test_command_line(tiny_options, as_flags, tmp_path, capsys):
     assert "takes no other option, got --rungs" in capsys.readouterr().err
     assert main(["tune", "--resume", str(tmp_path)]) == 2
     assert "not a sweep of mezo tune" in capsys.readouterr().err
+
+
+def test_an_adapter_names_the_model_of_a_sweep(sweep, monkeypatch, tmp_path):
+    directory, config, result = sweep
+    adapter, seen = directory / result["best"]["trial"] / "adapter", []
+    monkeypatch.setattr(tune, "tune", lambda config, **options: seen.append(config))
+    rest = ["--train-file", config.data.train_file, "--output-dir", str(tmp_path / "sweep")]
+    assert main(["tune", "--adapter", str(adapter), *rest]) == 130
+    assert seen[0].model.base == config.model.base
+
+
+def test_a_sweep_runs_a_reward_only_where_the_user_says_so(sweep, tmp_path, capsys):
+    """As `mezo train --resume` does; a file that is imported leaves a mark."""
+    reward, mark, directory = tmp_path / "theirs.py", tmp_path / "mark", tmp_path / "sweep"
+    reward.write_text(f"open({str(mark)!r}, 'w')\ndef score(example, output):\n    return 1\n")
+    options = {"objective": "reward", "reward": f"{reward}:score", "output_dir": str(directory)}
+    plan = {
+        "config": sweep[1].replace(**options).to_dict(),
+        "rungs": [4],
+        "reward_hash": reward_hash(options["reward"]),
+    }
+    directory.mkdir()
+    study = optuna.create_study(storage=tune._journal(directory), study_name="mezo")
+    study.set_user_attr("plan", plan)
+    assert main(["tune", "--resume", str(directory)]) == 2
+    assert "is Python code that this would run" in capsys.readouterr().err
+    reward.write_text(reward.read_text().replace("1", "2"))
+    assert main(["tune", "--resume", str(directory), "--trust-reward"]) == 2
+    assert "was made with another file" in capsys.readouterr().err
+    assert not mark.exists()
 
 
 def test_noise_is_found_in_fourth_differences():

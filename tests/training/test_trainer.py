@@ -1,6 +1,7 @@
 """Whole runs on a tiny model: what they write, that they resume and replay to the bit, and how they stop."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -63,12 +64,17 @@ def test_run_directory(finished):
         assert record.update.coefficients == tuple(config.method.lr * g / 2 for g in record.projected_grads)
     assert json.loads((run / "result.json").read_text()) == result
     assert [row["step"] for row in result["dev"]] == [0, 10, 20, 30, 40]
-    best = max(result["dev"], key=lambda row: (row["accuracy"], -row["step"]))
+    best, *others = result["dev"]
+    for row in others:  # 20 examples of dev
+        accuracy = max(row["accuracy"], best["accuracy"])
+        error, gain = math.sqrt(accuracy * (1 - accuracy) / 20), row["accuracy"] - best["accuracy"]
+        if gain > error or (abs(gain) <= error and row["loss"] < best["loss"]):
+            best = row
     assert result["best_step"] == best["step"]
     assert set(result["test"]["after"]) == {"accuracy", "loss", "f1", "auc"}
     assert result["train"]["before"]["loss"] > 0
     assert result["tokens_scored"] == round(result["tokens_computed"] + result["tokens_reused"])
-    assert (run / "report.html").read_text().count("<figure>") == 4
+    assert (run / "report.html").read_text().count("<figure>") == 3
     assert any((run / "tensorboard").iterdir())
 
 

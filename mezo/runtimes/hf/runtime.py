@@ -17,6 +17,7 @@ from mezo.method.step import Step, Update
 from mezo.models.full import save_model
 from mezo.models.linear import Product, add_adapters_in_place, choose, pack, tell, why_not_packed, width_of
 from mezo.models.load import Checkpoint
+from mezo.models.lora import as_peft_loads
 from mezo.models.parts import load_parts
 from mezo.progress import say
 from mezo.runtimes.base import TokenCount
@@ -24,7 +25,8 @@ from mezo.runtimes.generation import Writing, decoder_of, greedy, greedy_by_deco
 from mezo.runtimes.hf.proof import StartProof
 from mezo.runtimes.hf.reading import ByModel, ByParts, Reading
 from mezo.runtimes.hf.rowwise import RowsLost, RowWise, why_not
-from mezo.runtimes.hf.trunk import GROUP, Trunk, attention_of, no_cache
+from mezo.runtimes.hf.trunk import CALL, Trunk, attention_of, no_cache
+from mezo.runtimes.reference import reference_log_probs
 from mezo.runtimes.rows import (
     LargeRows,
     RowBatch,
@@ -39,7 +41,6 @@ from mezo.runtimes.sides import Sides
 from mezo.runtimes.theta import PerturbedTheta
 from mezo_kernels import ParamLayout, available_backends
 
-CALL = 48  # tokens whose time a forward pass of none takes on a CPU, where the weights are read for each call
 SIGNS = ("plus", "minus")
 WATCHED = 1 << 20  # elements of a whole model that a watched step compares with the reference
 
@@ -170,17 +171,21 @@ class HFRuntime:
         return max([longest, *large])
 
     def _fill_trunk(self) -> None:
-        """Compute the trunk of all rows; a training set too large to be seen once is filled as it is drawn."""
+        """Compute the trunk of all rows but those of a training set that the steps to come do not see whole."""
         self.trunk.clear()
-        for split in [split for split in self.rows if split not in self._seen_in_part()]:
+        short = self._seen_in_part(self.work.done) | {
+            s for s, nested in self.rows.items() if isinstance(nested, LargeRows)
+        }
+        for split in short:
+            say(f"the trunk cache is not filled with {split} ahead: the steps to come do not draw all of its examples")
+        for split in [split for split in self.rows if split not in short]:
             count = self.tokens if split == "train" else self.eval_tokens
             count.computed += self._trunk_share(self.trunk.fill(split))
 
-    def _seen_in_part(self) -> set[str]:
-        """Splits of which a run sees some examples alone."""
-        drawn = self.work.steps * self.work.batch_size
-        large = {split for split, nested in self.rows.items() if isinstance(nested, LargeRows)}
-        return large | {split for split in self.rows if split == "train" and drawn < len(self.examples[split])}
+    def _seen_in_part(self, done: int = 0) -> set[str]:
+        """Splits of which the steps after so many see some examples alone."""
+        drawn = (self.work.steps - done) * self.work.batch_size
+        return {split for split in self.rows if split == "train" and drawn < len(self.examples[split])}
 
     @property
     def seconds_filling(self) -> float:
@@ -529,10 +534,10 @@ class HFRuntime:
         later = self._seen_in_part()
         for split, nested in self.rows.items():
             if isinstance(nested, LargeRows):
-                trunk.register_one_by_one(split, nested.row)
+                trunk.register_one_by_one(split, nested.row, kept=split not in later)
                 continue
             rows = [row for example in nested for row in example]
-            trunk.register(split, rows, group=1 if split in later else GROUP)
+            trunk.register(split, rows, kept=split not in later)
         return trunk
 
     def _ways(self, with_trunk: bool) -> list[tuple[Trunk | None, Reading]]:
@@ -604,6 +609,17 @@ class HFRuntime:
                 raise
             return _why_not_run(error)
         return proof.why_wrong(self.parts.model, log_probs, plain)
+
+    @torch.no_grad()
+    def prove_adapter(self, directory: str) -> None:
+        """See `ReadsAdapters.prove_adapter`."""
+        self._point([t.to(self.dtype) for t in self.master.tensors])
+        proof = StartProof(self.rows, self.pad, self.device, self.dtype)
+        log_probs = reference_log_probs(self.parts.model, proof.batch)
+        with as_peft_loads(self.parts.model, directory):
+            why = proof.why_wrong(self.parts.model, log_probs)
+        if why:
+            raise UserError(f"adapter {directory}: it is another function where PEFT loads it: {why}")
 
     def _prove_rowwise(self, proof: StartProof) -> None:
         """Give up passes of rows with copies of their own, in favour of one for each copy, if scores change."""

@@ -19,8 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 from mezo.models.attention import ATTENTION, Known, attending
 from mezo.progress import say, told
 from mezo.runtimes.hf.reading import Reading
-from mezo.runtimes.rows import Row, RowBatch
+from mezo.runtimes.rows import Row, RowBatch, by_length
 
+CALL = 48  # tokens whose time a forward pass of none takes on a CPU, where the weights are read for each call
+RECENT = 16  # calls whose entries are kept where no more are: instruments score a step's batch again
 GROUP = 16  # rows whose trunk is computed together, fixed from the start: an entry's bits never depend on the batch
 
 
@@ -89,31 +91,39 @@ class Trunk:
         self.device, self.storage, self.limit = device, storage, limit
         self.rows: dict[str, list[list[Row]] | _Each] = {}
         self.place: dict[str, list[tuple[int, int]] | _Each] = {}
+        self.passing: set[str] = set()
+        self.recent: OrderedDict[tuple, list[Entry]] = OrderedDict()
         self.groups: OrderedDict[tuple[str, int], list[Entry]] = OrderedDict()
         self.nbytes, self.seconds, self.full = 0, 0.0, False
         self.tokens = 0
         self.attention = attention_of(layers[first])
         self.others: tuple | None = None  # stands for what a layer gives beside hidden states; None: it gives these
 
-    def register(self, split: str, rows: Sequence[Row], group: int = GROUP) -> None:
+    def register(self, split: str, rows: Sequence[Row], *, kept: bool = True) -> None:
         """Divide a split's rows into groups of like length, which wastes little on padding.
 
         Args:
             split: its name.
             rows: in the order of the examples.
-            group: rows of each group.
+            kept: keep what is computed of them. Else each call computes its rows together, and they are forgotten some
+                calls later: for rows that one step alone asks for, of which groups would cost more than they save.
         """
+        if not kept:
+            self.passing.add(split)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-        self.rows[split] = [[rows[i] for i in order[g : g + group]] for g in range(0, len(rows), group)]
-        self.place[split] = [divmod(at, group) for at in sorted(range(len(rows)), key=order.__getitem__)]
+        self.rows[split] = [[rows[i] for i in order[g : g + GROUP]] for g in range(0, len(rows), GROUP)]
+        self.place[split] = [divmod(at, GROUP) for at in sorted(range(len(rows)), key=order.__getitem__)]
 
-    def register_one_by_one(self, split: str, row: Callable[[int], Row]) -> None:
+    def register_one_by_one(self, split: str, row: Callable[[int], Row], *, kept: bool = True) -> None:
         """Give each row of a split a group of its own, which is computed when it is first used.
 
         Args:
             split: its name.
             row: by number.
+            kept: see `register`.
         """
+        if not kept:
+            self.passing.add(split)
         self.rows[split], self.place[split] = _Each(lambda number: [row(number)]), _Each(lambda number: (number, 0))
 
     @torch.no_grad()
@@ -131,6 +141,7 @@ class Trunk:
     def clear(self) -> None:
         """Forget every entry, and what filling took."""
         self.groups.clear()
+        self.recent.clear()
         self.nbytes, self.seconds, self.tokens, self.full = 0, 0.0, 0, False
 
     def hidden(self, split: str, indices: Sequence[int], batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:
@@ -144,14 +155,8 @@ class Trunk:
             A function, and the tokens whose trunk was run for it. The function runs the rest of the model and gives
             its outputs at the scored positions; it may be called again after the adapted weights have changed.
         """
-        filled = 0
-        entries = []
-        for index in indices:
-            group, at = self.place[split][index]
-            if (split, group) not in self.groups:
-                filled += self._fill((split, group))
-            self.groups.move_to_end((split, group))
-            entries.append(self.groups[split, group][at])
+        passing = split in self.passing
+        entries, filled = self._passing(split, indices, batch) if passing else self._kept(split, indices)
         hidden = pad_sequence([entry.hidden for entry in entries], batch_first=True).to(self.device)
         if not self.keep_kv:
             return lambda: self._run(batch.ids, batch.positions, hidden, attention_mask=self._mask(batch)), filled
@@ -159,6 +164,32 @@ class Trunk:
         known = (keys.transpose(1, 2).to(self.device), values.transpose(1, 2).to(self.device), self._known_mask(batch))
         ids = batch.ids.gather(1, batch.positions)
         return lambda: self._run(ids, None, hidden, known, position_ids=batch.positions), filled
+
+    def _kept(self, split: str, indices: Sequence[int]) -> tuple[list[Entry], int]:
+        """The entries of rows, and the tokens of those that were computed for it."""
+        filled, entries = 0, []
+        for index in indices:
+            group, at = self.place[split][index]
+            if (split, group) not in self.groups:
+                filled += self._fill((split, group))
+            self.groups.move_to_end((split, group))
+            entries.append(self.groups[split, group][at])
+        return entries, filled
+
+    def _passing(self, split: str, indices: Sequence[int], batch: RowBatch) -> tuple[list[Entry], int]:
+        """The entries of a batch's rows, computed together, each row once, and soon forgotten; and their tokens."""
+        call = (split, *indices)
+        if call in self.recent:
+            return self.recent[call], 0
+        places = sorted({index: place for place, index in enumerate(indices)}.values())
+        lengths, entries = batch.lengths[places].tolist(), {}
+        for group in by_length(lengths, CALL) if self.device.type == "cpu" else [range(len(places))]:
+            rows = [places[n] for n in group]
+            entries |= zip((indices[row] for row in rows), self._capture(batch.part(rows)), strict=True)
+        self.recent[call] = [entries[index] for index in indices]
+        if len(self.recent) > RECENT:
+            self.recent.popitem(last=False)
+        return self.recent[call], sum(lengths)
 
     def _mask(self, batch: RowBatch) -> torch.Tensor | None:
         # padding on the right is invisible to a causal layer

@@ -45,10 +45,11 @@ def examples(n, masked=False, several=False):
     return made
 
 
-def runtime(model, data, **options):
-    """A prepared runtime whose adapter has an effect."""
+def runtime(model, data, done=0, **options):
+    """A prepared runtime whose adapter has an effect, of a run with so many steps done."""
     config = Config.of(**{"model": model, "output_dir": "unused", "task": "sst2", **options})
-    built = HFRuntime(*config.for_runtime)
+    model, machine, work = config.for_runtime
+    built = HFRuntime(model, machine, dataclasses.replace(work, done=done))
     built.prepare({"train": data})
     for copy in (built.plus, built.minus):  # what no step has written must reach no score
         for tensor in copy.tensors:
@@ -255,16 +256,37 @@ def test_eviction_changes_no_bit(llama, adapted):
         assert small.trunk.nbytes <= limit or len(small.trunk.groups) == 1
 
 
-def test_large_training_sets_are_cached_as_they_are_drawn(llama):
-    """A run too short to see every example computes the trunk of those it draws, one row at a time."""
-    data, options = examples(40), {"steps": 2, "batch_size": 4, **ADAPTED["last layer"]("llama")}
-    built = runtime(llama, data, **options)
+@pytest.mark.parametrize("adapted", ["two layers", "last layer"])
+def test_a_run_too_short_to_see_every_example_keeps_none(llama, adapted):
+    """It computes the trunk of a batch once for all signs and instruments; scores are those without a cache."""
+    data, options = examples(40), {"steps": 2, "batch_size": 4, **ADAPTED[adapted]("llama")}
+    built, plain = runtime(llama, data, **options), runtime(llama, data, **options, trunk_cache="off")
     assert built.tokens.computed == 0
-    built.perturb(Step([1], 1e-2))
-    drawn = [3, 9, 27, 3]
-    plus, _ = built.score_pairs("train", drawn)[0]
-    assert len(built.trunk.groups) == 3
-    assert torch.equal(plus[0], plus[3])
+    drawn, scores = [3, 9, 27, 3], []
+    for one in (built, plain):
+        one.perturb(Step([1], 1e-2))
+        scores.append(one.score_pairs("train", drawn)[0])
+    for of_built, of_plain in zip(*scores, strict=True):
+        assert torch.allclose(of_built, of_plain, atol=1e-5)
+        assert torch.equal(of_built[0], of_built[3])
+    assert built.tokens.computed < plain.tokens.computed
+    assert not built.trunk.groups
+    computed = built.tokens.computed
+    again = built.score_pairs("train", drawn)[0]
+    assert all(torch.equal(a, b) for a, b in zip(scores[0], again, strict=True))
+    assert built.tokens.computed - computed < computed, "the trunk of this batch is known"
+
+
+def test_what_is_left_of_a_resumed_run_fills_what_it_draws(llama):
+    data, options = examples(40), {"steps": 20, "batch_size": 4, **ADAPTED["last layer"]("llama")}
+    whole, rest = (runtime(llama, data, done=done, **options) for done in (0, 19))
+    assert rest.tokens.computed == 0
+    assert len(whole.trunk.groups) == 3
+    scores = []
+    for one in (whole, rest):
+        one.perturb(Step([1], 1e-2))
+        scores.append(one.score_pairs("train", [3, 9, 27, 3])[0])
+    assert all(torch.equal(a, b) for a, b in zip(*scores, strict=True)), "the groups are those of the whole run"
 
 
 def test_tokens_are_counted(llama):
