@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from tests.tiny_models import tokenizer
 
@@ -19,7 +19,14 @@ SIZES = {
 GROUPED = SIZES | {"num_key_value_heads": 2}
 HEADS = GROUPED | {"head_dim": 8}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1}
-CAUSAL, MASKED = AutoModelForCausalLM, AutoModelForMaskedLM
+CAUSAL, MASKED, READER = AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+T5_SIZES = {"num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 48}
+BART_SIZES = {
+    f"{part}_{name}": size
+    for part in ("encoder", "decoder")
+    for name, size in {"layers": 2, "attention_heads": 4, "ffn_dim": 48}.items()
+}
+CAPPED = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 2.0, "hidden_act": "gelu_pytorch_tanh"}
 POSITIONS = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
 
 
@@ -40,6 +47,7 @@ class Tiny:
 
 FAMILIES = {
     "albert": Tiny(MASKED, SIZES | {"embedding_size": 16}),
+    "bart": Tiny(READER, {"vocab_size": 64, "d_model": 32, "decoder_start_token_id": 2} | BART_SIZES),
     "bloom": Tiny(CAUSAL, {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "deberta": Tiny(MASKED, SIZES | POSITIONS | {"type_vocab_size": 0}),
     "deberta-v2": Tiny(MASKED, SIZES | POSITIONS | {"type_vocab_size": 0}),
@@ -47,7 +55,7 @@ FAMILIES = {
     "electra": Tiny(MASKED, SIZES | {"embedding_size": 16}),
     "falcon": Tiny(CAUSAL, {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
     "gemma": Tiny(CAUSAL, HEADS),
-    "gemma2": Tiny(CAUSAL, HEADS | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 2.0}),
+    "gemma2": Tiny(CAUSAL, HEADS | CAPPED),
     "gemma3_text": Tiny(CAUSAL, HEADS),
     "gpt2": Tiny(CAUSAL, {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "gpt_oss": Tiny(CAUSAL, HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),
@@ -62,16 +70,17 @@ FAMILIES = {
     "phi3": Tiny(CAUSAL, GROUPED),
     "qwen3": Tiny(CAUSAL, HEADS),
     "qwen3_moe": Tiny(CAUSAL, HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "t5": Tiny(READER, {"vocab_size": 64, "d_model": 32, "decoder_start_token_id": 0} | T5_SIZES, scale=2),
     "xlm-roberta": Tiny(MASKED, SIZES),
 }
 """By `model_type`."""
 
 
-def build(name: str) -> PreTrainedModel:
-    """A model of a family, the same each time."""
+def build(name: str, **others) -> PreTrainedModel:
+    """A model of a family, the same each time; `others` are of its configuration."""
     torch.manual_seed(0)
     tiny = FAMILIES[name]
-    model = tiny.auto.from_config(AutoConfig.for_model(name, **IDS | tiny.sizes)).eval()
+    model = tiny.auto.from_config(AutoConfig.for_model(name, **IDS | tiny.sizes | others)).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
@@ -79,8 +88,8 @@ def build(name: str) -> PreTrainedModel:
     return model
 
 
-def save(name: str, directory: Path) -> str:
+def save(name: str, directory: Path, **others) -> str:
     """Write model and tokenizer to a directory and return its path."""
-    build(name).save_pretrained(directory)
+    build(name, **others).save_pretrained(directory)
     tokenizer(masked=FAMILIES[name].auto is MASKED).save_pretrained(directory)
     return str(directory)

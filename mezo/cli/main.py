@@ -26,6 +26,7 @@ COMMANDS = {
     "Start here": {
         "demo": "fine-tune a small model on movie reviews, from download to a report",
         "tasks": "list what --task takes: prompts, answers, objectives",
+        "models": "list model families, and what was proved of each",
     },
     "Train": {
         "train": "fine-tune a model with forward passes only; --resume RUN continues a run",

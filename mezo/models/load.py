@@ -11,6 +11,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
@@ -41,7 +42,7 @@ class Checkpoint:
         if Path(model, ADAPTER).is_file():
             raise _two_in_one(model)
         try:
-            return cls(model, AutoConfig.from_pretrained(model))
+            return cls(model, AutoConfig.from_pretrained(model, trust_remote_code=False))
         except (OSError, ValueError) as error:
             raise _unloadable(model, error) from error
 
@@ -55,9 +56,23 @@ class Checkpoint:
         """True if it fills masks, False if it continues text."""
         return (self.config.architectures or [""])[0].endswith("ForMaskedLM")
 
+    @property
+    def encoder_decoder(self) -> bool:
+        """True if one transformer reads the prompt and another writes the answer, as in T5."""
+        return bool(self.config.is_encoder_decoder) and not self.masked
+
+    @property
+    def auto(self) -> type:
+        """Class of transformers that loads it with its head."""
+        if self.encoder_decoder:
+            return AutoModelForSeq2SeqLM
+        return AutoModelForMaskedLM if self.masked else AutoModelForCausalLM
+
     def one_token(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Arguments of the shortest forward pass of the model."""
-        return {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=device)}
+        names = ("input_ids", "decoder_input_ids") if self.encoder_decoder else ("input_ids",)
+        zero, one = (torch.full((1, 1), n, dtype=torch.int64, device=device) for n in (0, 1))
+        return {**dict.fromkeys(names, zero), "attention_mask": one}
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -65,7 +80,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():  # no hub id begins so
         raise UserError(f"--model {model}: no such directory; give one with a model in it, or a hub id like org/name")
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         why = f"no tokenizer could be loaded ({_first_line(error)})"
         raise UserError(f"--model {model}: {why}; give a directory with a model in it, or a hub id") from error
@@ -81,13 +96,17 @@ def load_base(checkpoint: Checkpoint, dtype: torch.dtype | str, bare: bool = Fal
     Raises:
         UserError: it cannot be loaded.
     """
-    auto = AutoModel if bare else AutoModelForMaskedLM if checkpoint.masked else AutoModelForCausalLM
+    auto = AutoModel if bare else checkpoint.auto
     try:
         attention = _attention(auto._model_mapping[type(checkpoint.config)], checkpoint.config)
-    except KeyError:
-        attention = None  # there is no such class, and the next lines say so
+    except KeyError as error:
+        raise UserError(
+            f"--model {checkpoint.name}: transformers has no head for text of {checkpoint.config.model_type}"
+            f" ({auto.__name__}): use a model that continues text, fills masks or answers by a decoder"
+        ) from error
     try:
-        base = auto.from_pretrained(checkpoint.name, dtype=dtype, attn_implementation=attention).eval()
+        options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+        base = auto.from_pretrained(checkpoint.name, **options).eval()
     except (OSError, ValueError, ImportError) as error:  # ImportError: a quantised checkpoint without its library
         raise _unloadable(checkpoint.name, error) from error
     if base._hf_peft_config_loaded:  # of a hub id, whose files are not looked at before
@@ -131,6 +150,11 @@ def _two_in_one(model: str) -> UserError:
 
 
 def _unloadable(model: str, error: Exception) -> UserError:
+    if "custom code" in str(error):
+        return UserError(
+            f"--model {model}: it comes with code of its own, which is never run here: use a model of a family that"
+            " transformers has (mezo models lists some)"
+        )
     return UserError(f"--model {model}: it could not be loaded ({_first_line(error)})")
 
 

@@ -41,7 +41,7 @@ def attach(tuning: Adapted, base: Base) -> Attached:
         bias="none",
         modules_to_save=[LINEAR_HEAD] if linear_head else None,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.model.modules()),
-        task_type=None if linear_head or base.checkpoint.masked else "CAUSAL_LM",
+        task_type=_task_type(base, linear_head),
         base_model_name_or_path=base.checkpoint.name,
     )
     try:
@@ -60,6 +60,13 @@ def attach(tuning: Adapted, base: Base) -> Attached:
         head = getattr(base.model, LINEAR_HEAD).modules_to_save["default"]
         params[f"base_model.model.{LINEAR_HEAD}.weight"] = head.weight  # as PEFT's state dict calls it
     return Attached(model, params, _peft_fields(lora, base.checkpoint.name), "LoRA parameters", _noise)
+
+
+def _task_type(base: Base, linear_head: bool) -> str | None:
+    """What PEFT calls the kind of a model; it has no name for one that fills masks."""
+    if linear_head or base.checkpoint.masked:
+        return None
+    return "SEQ_2_SEQ_LM" if base.checkpoint.encoder_decoder else "CAUSAL_LM"
 
 
 @contextmanager

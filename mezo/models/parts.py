@@ -36,7 +36,8 @@ class ModelParts:
         body: the transformer without its head.
         layers: its layers; empty where it has no list of them, one module a layer.
         head: hidden states -> logits; it may be adapted as well. None where it is no single module.
-        causal: True for a decoder, False for an encoder.
+        causal: True for a decoder, False for an encoder or both of them.
+        encoder_decoder: one transformer reads the prompt, another writes the answer.
         first: number of the lowest layer that must be run: the lowest trained one, or the last.
         kv_depends: why keys and values depend on what is trained, None if none does.
         linear_head: the head is a linear one of ours, and the base has none.
@@ -49,6 +50,7 @@ class ModelParts:
     layers: Sequence[nn.Module]
     head: nn.Module | None
     causal: bool
+    encoder_decoder: bool
     first: int
     kv_depends: str | None
     linear_head: bool
@@ -124,7 +126,8 @@ def load_parts(
         base.body,
         base.layers,
         _head_in_use(base, linear),
-        causal=not linear and not base.checkpoint.masked,
+        causal=not linear and not base.checkpoint.masked and not base.checkpoint.encoder_decoder,
+        encoder_decoder=base.checkpoint.encoder_decoder,
         first=0 if attached.prefix else _lowest_trained(base, params, linear),
         kv_depends=why_kv_depends(params, n_layers, family) if n_layers else "the model has no list of its layers",
         linear_head=linear,
@@ -159,7 +162,9 @@ def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, clas
     sha256, body = weights_hash(model), model.base_model
     if classes is not None:
         add_linear_head(model, classes)
-    layers = checkpoint.family.layers_of(body, model.config.num_hidden_layers)
+    layers = None  # of an encoder and a decoder there are two lists
+    if not checkpoint.encoder_decoder:
+        layers = checkpoint.family.layers_of(body, model.config.num_hidden_layers)
     return Base(checkpoint, model, body, layers or (), _head_of(model, body, classes is not None)), sha256
 
 

@@ -15,6 +15,7 @@ from mezo.errors import UserError
 from mezo.models.attention import Prefix
 from mezo.models.families import family_of
 from mezo.models.load import Checkpoint, load_tokenizer
+from mezo.runtimes.rows import Decoder, Row, RowBatch
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,53 @@ def refuse_too_long(
         raise UserError(
             f"--max-length: {what} has {tokens} tokens, the model takes {limit}{after}; use --max-length {limit - new}"
         )
+
+
+def decoder_of(checkpoint: Checkpoint) -> Decoder:
+    """What an encoder-decoder is given around texts: its tokenizer's special tokens, and the start of its decoder.
+
+    Raises:
+        UserError: its configuration has no such start.
+    """
+    first = checkpoint.config.decoder_start_token_id
+    if first is None:
+        raise UserError(f"--model {checkpoint.name}: its config.json has no decoder_start_token_id: add it there")
+    tokenizer = load_tokenizer(checkpoint.name)
+    bare, full = (tuple(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    at = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    return Decoder(end=full[at + len(bare) :], start=(first, *full[:at]))
+
+
+@torch.no_grad()
+def greedy_by_decoder(
+    model: nn.Module,
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    ended: Callable[[Sequence[int]], bool],
+    pad: int,
+) -> list[list[int]]:
+    """As `greedy`, of an encoder-decoder: prompts are read once, answers are run anew for each token.
+
+    Args:
+        model: with its head.
+        decoder: what is given around prompts and answers.
+        prompts, max_new_tokens, ended, pad: see `greedy`.
+    """
+    rows = RowBatch.of([Row((*prompt, *decoder.end), (0,), ((0,),)) for prompt in prompts], pad, model.device)
+    read = model.get_encoder()(input_ids=rows.ids, attention_mask=rows.mask)
+    written = torch.tensor([decoder.start] * len(prompts), device=model.device)
+    answers, unfinished = [[] for _ in prompts], set(range(len(prompts)))
+    for _ in range(max_new_tokens):
+        out = model(encoder_outputs=read, attention_mask=rows.mask, decoder_input_ids=written, use_cache=False)
+        tokens = out.logits[:, -1].float().argmax(-1)
+        for i in sorted(unfinished):
+            answers[i].append(int(tokens[i]))
+            unfinished -= {i} if ended(answers[i]) else set()
+        if not unfinished:
+            break
+        written = torch.cat([written, tokens[:, None]], 1)
+    return answers
 
 
 @torch.no_grad()

@@ -20,13 +20,13 @@ def reference_log_probs(model: nn.Module, batch: RowBatch) -> torch.Tensor:
 
     Products are torch's own, whatever the runtime uses.
     """
-    parts = zip(
-        *(t.split(REFERENCE_ROWS) for t in (batch.ids, batch.mask, batch.positions, batch.targets)), strict=True
-    )
+    tensors = [batch.ids, batch.mask, batch.positions, batch.targets]
+    tensors += [] if batch.decoder is None else [batch.decoder]
     log_probs = []
-    for ids, mask, positions, targets in parts:
+    for ids, mask, positions, targets, *decoder in zip(*(t.split(REFERENCE_ROWS) for t in tensors), strict=True):
+        more = {"decoder_input_ids": decoder[0]} if decoder else {}
         with as_loaded():
-            out = model(input_ids=ids, attention_mask=mask)
+            out = model(input_ids=ids, attention_mask=mask, **more)
         if hasattr(out, "logits"):
             logits = scored(out.logits, positions)
         else:

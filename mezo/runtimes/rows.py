@@ -1,7 +1,7 @@
 """Rows: the token sequences a model sees for an example, and where in them its options are read."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +19,50 @@ class Row:
         ids: token ids.
         positions: where the scored tokens are predicted.
         targets: for each position, the candidate tokens scored there.
+        decoder: of an encoder-decoder, what the decoder is given; `positions` are in it.
     """
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
     targets: tuple[tuple[int, ...], ...]
+    decoder: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model runs."""
+        return len(self.ids) + len(self.decoder)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What an encoder-decoder is given around a prompt and its answer.
+
+    Args:
+        end: special tokens after the prompt, which the encoder reads.
+        start: tokens that the decoder begins with.
+    """
+
+    end: tuple[int, ...]
+    start: tuple[int, ...]
+
+    def rows_of(self, example: Example) -> list[Row]:
+        """As `rows_of`: the encoder reads the prompt, the decoder is scored on the options.
+
+        >>> Decoder(end=(1,), start=(0,)).rows_of(Example((3, 4), ((5, 6), (7,)), label=0))[0]
+        Row(ids=(3, 4, 1), positions=(0, 1), targets=((5,), (6,)), decoder=(0, 5))
+        """
+        ids, first, options = example.prompt + self.end, len(self.start) - 1, example.options or ((0,),)
+        if all(len(option) == 1 for option in options):
+            return [Row(ids, (first,), (tuple(option[0] for option in options),), self.start)]
+        return [
+            Row(
+                ids,
+                tuple(range(first, first + len(option))),
+                tuple((token,) for token in option),
+                self.start + option[:-1],
+            )
+            for option in options
+        ]
 
 
 def rows_of(example: Example) -> list[Row]:
@@ -59,23 +98,24 @@ class LargeRows(Sequence[list[Row]]):
     They have numbers: those of example i begin at i times the most rows of an example.
     """
 
-    def __init__(self, examples: LargeExamples):
+    def __init__(self, examples: LargeExamples, make: Callable[[Example], list[Row]] = rows_of):
+        self.make = make
         self.examples, self.most = examples, len(examples[0].options)
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, i: int) -> list[Row]:
-        return rows_of(self.examples[i])
+        return self.make(self.examples[i])
 
     def row(self, number: int) -> Row:
         """A row by its number."""
         return self[number // self.most][number % self.most]
 
 
-def rows_by_example(examples: Sequence[Example]) -> Sequence[list[Row]]:
+def rows_by_example(examples: Sequence[Example], make: Callable[[Example], list[Row]] = rows_of) -> Sequence[list[Row]]:
     """The rows of each example of a split."""
-    return LargeRows(examples) if isinstance(examples, LargeExamples) else list(map(rows_of, examples))
+    return LargeRows(examples, make) if isinstance(examples, LargeExamples) else list(map(make, examples))
 
 
 def first_rows(rows: Sequence[list[Row]]) -> Sequence[int]:
@@ -100,6 +140,7 @@ class RowBatch:
         positions: (rows, scored) int64; short rows repeat their last position.
         valid: (rows, scored) bool, False for those repeats.
         targets: (rows, scored, candidates) int64.
+        decoder: (rows, length of the longest) int64, see `Row.decoder`; None where there is none.
     """
 
     ids: torch.Tensor
@@ -107,6 +148,7 @@ class RowBatch:
     positions: torch.Tensor
     valid: torch.Tensor
     targets: torch.Tensor
+    decoder: torch.Tensor | None = None
 
     @classmethod
     def of(cls, rows: Sequence[Row], pad: int, device: torch.device | str) -> "RowBatch":
@@ -125,6 +167,8 @@ class RowBatch:
             [[*t, *(t[-1:] * (candidates - len(t)))] for t in (*row.targets, *(row.targets[-1:] * n))]
             for row, n in zip(rows, repeat, strict=True)
         ]
+        written = max(len(row.decoder) for row in rows)
+        decoder = torch.tensor([[*row.decoder, *([pad] * (written - len(row.decoder)))] for row in rows])
         return cls(
             torch.tensor([[*row.ids, *([pad] * (length - len(row.ids)))] for row in rows]).to(device),
             torch.tensor([len(row.ids) for row in rows]).to(device),
@@ -135,13 +179,19 @@ class RowBatch:
                 device
             ),
             torch.tensor(targets).to(device),
+            decoder.to(device) if written else None,
         )
 
     def part(self, rows: Sequence[int]) -> "RowBatch":
         """Some of the rows, padded to the longest of them."""
         longest = int(self.lengths[rows].max())
         return RowBatch(
-            self.ids[rows, :longest], self.lengths[rows], self.positions[rows], self.valid[rows], self.targets[rows]
+            self.ids[rows, :longest],
+            self.lengths[rows],
+            self.positions[rows],
+            self.valid[rows],
+            self.targets[rows],
+            None if self.decoder is None else self.decoder[rows],
         )
 
     @property

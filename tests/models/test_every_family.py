@@ -1,25 +1,40 @@
 """Every family trains by default options; its scores are those of its own forward pass, its log gives its adapter."""
 
+import os
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel
+from transformers.pytorch_utils import Conv1D
 
 from mezo.api import loaded, replay, start
 from mezo.config import Config
 from mezo.method.step import Step
+from mezo.models.families import leaf_of
+from mezo.models.proved import markdown, proved, record
 from mezo.run.adapter import read_adapter, same_bits
+from mezo.runtimes.hf.reading import ByParts
+from mezo.runtimes.hf.runtime import HFRuntime
 from mezo.tasks import with_objective
 from mezo_kernels import lora_init
 from tests import tiny_families
 from tests.tiny_families import FAMILIES
 
+README = Path(__file__).parents[2] / "README.md"
+BETWEEN = re.compile("(<!-- families -->).*(<!-- end of families -->)", re.DOTALL)
+RECORD = os.environ.get("MEZO_RECORD_FAMILIES")  # make families
 EXACT = 1e-5  # of log-probabilities in float32
 
 
 @torch.no_grad()
 def by_itself(model, example):
     """Log-probabilities of the options of an example by a model's own forward pass, without anything of ours."""
-    logits = model(input_ids=torch.tensor([example.prompt])).logits[0]
+    more = {}
+    if model.config.is_encoder_decoder:
+        more["decoder_input_ids"] = torch.tensor([[model.config.decoder_start_token_id]])
+    logits = model(input_ids=torch.tensor([example.prompt]), **more).logits[0]
     at = logits[-1 if example.mask is None else example.mask].double()
     return at[[option[0] for option in example.options]].log_softmax(-1)
 
@@ -65,6 +80,29 @@ def trained(request, tmp_path_factory, tiny_data):
         yield request.param, runtime, splits["train"], directory
 
 
+def with_last_layer(path, data, base):
+    """A runtime that adapts the last layer, and there what leaves keys and values alone, as far as there is such."""
+    if not base.layers:
+        return None
+    last = base.layers[-1]
+    linear = {name.rsplit(".", 1)[-1] for name, m in last.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    free = (linear & base.family.kv_free) - base.family.uncalled
+    targets = tuple(sorted(free)) or ("all-linear",)
+    layers = {"layers_to_transform": (len(base.layers) - 1,), "target_modules": targets}
+    config = Config.of(model=path, output_dir="unused", task="sst2", **layers)
+    runtime = HFRuntime(*config.for_runtime)
+    runtime.prepare({"train": data})
+    runtime.load({key: lora_init(3, key, shape) for key, shape in runtime.spec.shapes.items()})
+    return runtime
+
+
+def kept(runtime):
+    """What a trunk cache keeps of a row, in words."""
+    if runtime is None or runtime.trunk is None:
+        return "nothing"
+    return "keys and values" if runtime.trunk.keep_kv else "hidden states"
+
+
 def test_family(trained):
     name, runtime, data, directory = trained
     adapter, everything = directory / "run" / "adapter", range(len(data))
@@ -78,3 +116,24 @@ def test_family(trained):
         weights = dict(zip(copy.names, copy.tensors, strict=True))
         assert_equal_scores(scores, of_peft(name, adapter, weights), data)
     assert ((pair[0] - pair[1]).abs().amax(1) > 10 * EXACT).all()
+    last = with_last_layer(runtime.source, data, runtime.parts)
+    if last is not None:
+        for score, example in zip(last.score("train", everything), data, strict=True):
+            assert (score.log_softmax(-1) - by_itself(last.parts.model, example)).abs().max() < EXACT
+    seen = {
+        "trained": ", ".join(sorted(set(map(leaf_of, runtime.spec.shapes)))),
+        "logits": "body and head" if isinstance(runtime.reading, ByParts) else "its own forward pass",
+        "trunk": kept(last),
+    }
+    if RECORD:
+        record(name, **seen)
+    assert proved()[name].items() >= seen.items()
+
+
+def test_the_table_is_whole_and_readme_has_it():
+    assert set(proved()) == set(FAMILIES)
+    text = README.read_text()
+    if RECORD:
+        text = BETWEEN.sub(lambda between: f"{between[1]}\n{markdown()}\n{between[2]}", text)
+        README.write_text(text)
+    assert BETWEEN.search(text)[0].split("\n", 1)[1].rsplit("\n", 1)[0] == markdown()

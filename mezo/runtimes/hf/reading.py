@@ -23,7 +23,7 @@ class Reading(Protocol):
 
         Args:
             ids: (rows, length) token ids.
-            positions: (rows, scored) that are read; None reads all.
+            positions: (rows, scored) that are read, of the decoder's tokens where `inputs` have such; None reads all.
             inputs: other arguments of the forward pass.
         Returns:
             (rows, scored, ...), float32 if these are logits, else of the model's dtype.
@@ -76,7 +76,8 @@ class ByModel:
         """See `Reading.outputs`: logits."""
         if positions is None:
             return self.model(input_ids=ids, **inputs).logits.float()
-        with _read_at(self.model, positions, ids.shape) as done:
+        shape = inputs.get("decoder_input_ids", ids).shape
+        with _read_at(self.model, positions, shape) as done:
             logits = self.model(input_ids=ids, **inputs).logits
         return (logits if done else scored(logits, positions)).float()
 
@@ -96,7 +97,7 @@ def _read_at(model: nn.Module, positions: torch.Tensor, shape: torch.Size) -> It
     Args:
         model: of transformers.
         positions: (rows, scored).
-        shape: (rows, length) of what is run.
+        shape: (rows, length) of the tokens that have logits.
     Yields:
         A list, which holds something once the layer has been given them. Models that have no such layer, or do not
         call it with every token, leave it empty.

@@ -21,13 +21,22 @@ from mezo.models.lora import as_peft_loads
 from mezo.models.parts import load_parts
 from mezo.progress import say
 from mezo.runtimes.base import TokenCount
-from mezo.runtimes.generation import Writing, greedy, refuse_too_long
+from mezo.runtimes.generation import Writing, decoder_of, greedy, greedy_by_decoder, refuse_too_long
 from mezo.runtimes.hf.proof import StartProof
 from mezo.runtimes.hf.reading import ByModel, ByParts, Reading
 from mezo.runtimes.hf.rowwise import RowsLost, RowWise, why_not
 from mezo.runtimes.hf.trunk import CALL, Trunk, attention_of, no_cache
 from mezo.runtimes.reference import reference_log_probs
-from mezo.runtimes.rows import LargeRows, RowBatch, by_length, first_rows, measured, option_scores, rows_by_example
+from mezo.runtimes.rows import (
+    LargeRows,
+    RowBatch,
+    by_length,
+    first_rows,
+    measured,
+    option_scores,
+    rows_by_example,
+    rows_of,
+)
 from mezo.runtimes.sides import Sides
 from mezo.runtimes.theta import PerturbedTheta
 from mezo_kernels import ParamLayout, available_backends
@@ -91,7 +100,8 @@ class HFRuntime:
         self.reading: Reading | None = None
         self.writing = Writing.of(checkpoint) if work.max_new_tokens else None
         self.vocabulary = "lm_cross_entropy" in work.objectives
-        if self.writing and not self.parts.causal:
+        self.decoder = decoder_of(checkpoint) if self.parts.encoder_decoder else None
+        if self.writing and not (self.parts.causal or self.decoder):
             raise UserError(f"--model {model.base} fills masks and generates no text: use another model")
 
     def _with_product(self, product: Product) -> str:
@@ -128,7 +138,8 @@ class HFRuntime:
     def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
         """See `Runtime.prepare`. Raises UserError if a trunk cache that was asked for is not exact on this model."""
         self.examples = splits
-        self.rows = {split: rows_by_example(examples) for split, examples in splits.items()}
+        make = self.decoder.rows_of if self.decoder else rows_of
+        self.rows = {split: rows_by_example(examples, make) for split, examples in splits.items()}
         self.first_row = {split: first_rows(rows) for split, rows in self.rows.items()}
         self._check_lengths()
         # of a large split all examples have the options of the first, or each has some of several tokens
@@ -323,7 +334,10 @@ class HFRuntime:
         prompts = [self.examples[split][i].prompt for i in indices]
         ended = lambda ids: self.writing.ended(ids, stop)  # noqa: E731
         parts = self.parts
-        answers = greedy(parts.body, parts.logits, prompts, max_new_tokens, ended, self.pad, parts.prefix)
+        if self.decoder:
+            answers = greedy_by_decoder(parts.base, self.decoder, prompts, max_new_tokens, ended, self.pad)
+        else:
+            answers = greedy(parts.body, parts.logits, prompts, max_new_tokens, ended, self.pad, parts.prefix)
         tokens = sum(len(prompt) + len(answer) - 1 for prompt, answer in zip(prompts, answers, strict=True))
         count.scored, count.computed = count.scored + tokens, count.computed + tokens
         return [self.writing.text(answer, stop) for answer in answers]
@@ -404,7 +418,7 @@ class HFRuntime:
         rows = [row for i in indices for row in self.rows[split][i]]
         batch = RowBatch.of(rows, self.pad, self.device)
         examples = [self.examples[split][i] for i in indices]
-        tokens = sum(len(row.ids) for row in rows)
+        tokens = sum(row.tokens for row in rows)
         count.scored += signs * tokens
         outputs, filled = self._outputs(split, indices, batch, copies)
         if self.trunk is None:
@@ -474,7 +488,9 @@ class HFRuntime:
         by_parts = isinstance(self.reading, ByParts)
         # padding on the right is invisible to a causal layer; the model itself is told of it all the same
         mask, prefix = None if self.parts.causal and by_parts else batch.mask, self.parts.prefix
-        others = {"attention_mask": mask, **no_cache(self.parts.causal)}
+        others = {"attention_mask": mask, **no_cache(self.parts.causal or self.decoder is not None)}
+        if self.decoder:
+            others["decoder_input_ids"] = batch.decoder
         inputs = prefix.inputs(len(batch.ids), mask, prefixes) if prefix else others
         return self.reading.outputs(batch.ids, batch.positions, **inputs)
 

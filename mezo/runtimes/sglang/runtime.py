@@ -46,6 +46,7 @@ from mezo.runtimes.sglang.reuse import PrefixCache
 from mezo.runtimes.sglang.scratch import Scratch, bytes_of
 from mezo.runtimes.sglang.support import (
     model_class,
+    refuse_inexact,
     refuse_small_shared_memory,
     refuse_window,
     refuse_without_lora,
@@ -89,6 +90,7 @@ class SGLangRuntime:
         if self.checkpoint.masked:
             raise UserError(f"--model {model.base} fills masks, which SGLang does not score: use --runtime hf")
         self._served = model_class(self.checkpoint)
+        refuse_inexact(self.checkpoint, self._served)
         check_heads(self.runtime.tp, self.checkpoint)
         refuse_small_shared_memory(self.runtime.tp, shutil.disk_usage("/dev/shm").free)
         self.pairs = pairs_of(work.perturbations, self.options)

@@ -19,6 +19,10 @@ from mezo.runtimes.sglang.engine import accelerated, engine_environment
 
 PLAIN = {str, int, float, bool, type(None)}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+INEXACT = {
+    "GemmaForCausalLM": "computes the exact GELU, where the model has its tanh approximation",
+}
+"""Classes of SGLang's that are another function than the model is, and why: seen by comparing log-probabilities."""
 SHARED_MEMORY = 32 << 20  # bytes of /dev/shm that an engine of several ranks needs, 25 MB of them for one queue
 
 
@@ -38,6 +42,20 @@ def model_class(checkpoint: Checkpoint) -> type:
             f"--model {checkpoint.name}: SGLang computes the experts of {name} on a GPU only: use --runtime hf"
         )
     return served
+
+
+def refuse_inexact(checkpoint: Checkpoint, served: type) -> None:
+    """Raise UserError if SGLang's class is another function than the model.
+
+    Args:
+        checkpoint: of the model.
+        served: its `model_class`.
+    """
+    if served.__name__ in INEXACT:
+        raise UserError(
+            f"--model {checkpoint.name}: SGLang's {served.__name__} {INEXACT[served.__name__]}, so that its scores are"
+            " not the model's: use --runtime hf"
+        )
 
 
 def refuse_without_lora(checkpoint: Checkpoint, served: type, names: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ from mezo.runtimes.sglang.arguments import check_heads, refuse_small_limits
 from mezo.runtimes.sglang.engine import accelerated
 from mezo.runtimes.sglang.support import (
     model_class,
+    refuse_inexact,
     refuse_small_shared_memory,
     refuse_window,
     refuse_without_lora,
@@ -63,6 +64,13 @@ def test_modules_without_lora_are_refused(kind, leaf):
 def test_modules_with_lora_are_not_refused(kind, leaf):
     model = checkpoint(kind)
     refuse_without_lora(model, model_class(model), [f"base_model.model.model.layers.0.x.{leaf}.lora_A.weight"])
+
+
+def test_a_class_that_is_another_function_is_refused():
+    gemma = checkpoint("gemma")
+    with pytest.raises(UserError, match=r"GemmaForCausalLM computes the exact GELU, .* use --runtime hf"):
+        refuse_inexact(gemma, model_class(gemma))
+    refuse_inexact(checkpoint("llama"), model_class(checkpoint("llama")))
 
 
 def test_a_window_that_sglang_does_not_have_is_refused_where_a_row_is_longer():
