@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
     """In several processes (pytest-xdist) the tests of a file stay together, and all that share engines: two at once
     would fill the machine."""

@@ -85,6 +85,22 @@ def test_commands_of_a_page_run(page, prepared, tmp_path, monkeypatch):
             assert main(argv) == 0, argv
 
 
+def test_python_that_trains_a_language_model_runs(prepared, tmp_path, monkeypatch):
+    """Blocks called py: those called python need no model."""
+    model, _ = prepared
+    monkeypatch.chdir(tmp_path)
+    texts = [text for page in PAGES for _, text in blocks(page, "py")]
+    assert texts
+    for text in texts:
+        exec(
+            text.replace(MODEL, model)
+            .replace("steps=100", "steps=4")
+            .replace("Dull.", "bad")
+            .replace("A fine", "a good"),
+            {},
+        )
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in (DOCS / page).read_text()])
 def test_python_of_a_page_runs(page):
     for _, text in blocks(page, "python"):

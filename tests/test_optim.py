@@ -375,7 +375,7 @@ def test_memory_is_counted_and_shown():
         ({"lr": math.nan}, "lr"),
         ({"lr": 0.1, "eps": 0.0}, "eps"),
         ({"lr": 0.1, "rule": "momentum", "momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0"),
-        ({"lr": 0.1, "rule": "lion"}, "rule must be one of adam, adamw, .*, sign; got 'lion'"),
+        ({"lr": 0.1, "rule": "lion"}, "rule must be one of adam, adamw, .*, sign, .*; got 'lion'"),
         ({"lr": 0.1, "momentum": 0.9}, "momentum is of the rule momentum, not of sgd"),
         ({"lr": 0.1, "rule": "conservative", "weight_decay": 0.1}, "weight_decay must be 0, got 0.1"),
         ({"lr": 0.1, "rule": "fzoo"}, "num_perturbations must be >= 2, got 1"),

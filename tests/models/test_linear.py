@@ -104,10 +104,11 @@ def test_models_of_every_family_keep_their_logits_and_their_state(name):
     """GPT-2's weights lie transposed, Mamba's are read without a call, Falcon's are in a class of its own."""
     model, ids = tiny_families.build(name), torch.tensor([[5, 7, 9, 11, 13]])
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
     with torch.no_grad():
-        plain = model(ids).logits
+        plain = model(**inputs).logits
         nbytes = linear.pack(model.base_model, trained=set())
-        packed = model(ids).logits
+        packed = model(**inputs).logits
     assert torch.allclose(plain, packed, atol=1e-4, rtol=1e-5)
     packed_here = sum(module.weight.nbytes for module in model.modules() if isinstance(module, PackedLinear))
     assert nbytes == packed_here

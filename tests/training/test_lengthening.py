@@ -93,7 +93,7 @@ def test_a_crash_between_header_and_configuration_is_mended(run, tmp_path):
 
 
 def test_a_run_that_ended_early_needs_more_patience_too(run):
-    path = run("stalled", 40, early_stopping=1, lr=1e-8)
+    path = run("stalled", 40, early_stopping=1, lr=1e-12)
     assert json.loads((path / "result.json").read_text())["stopped_early"]
     with pytest.raises(UserError, match=r"--steps 60: dev did not improve for 1 evaluations.*--early-stopping 0"):
         resume(str(path), machine={"steps": 60})

@@ -23,7 +23,9 @@ from mezo.runtimes.sglang.sweeper import orphans, processes
 from tests.tiny_data import flags_of, write_jsonl
 
 TRAINER = """
-import os, subprocess, sys, threading, time
+import os, signal, subprocess, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started by, such as nohup
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from mezo.runtimes.sglang.scratch import Scratch
 scratch = Scratch("run")
 with scratch.holding_temporary_files() as variables:
@@ -54,7 +56,7 @@ def temporary(monkeypatch):
     tempfile.tempdir = None
 
 
-def gone(folder, shared=(), seconds=10.0):
+def gone(folder, shared=(), seconds=60.0):
     """Whether the sweeper has done its work."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
