@@ -254,6 +254,12 @@ class Result(_Fields):
     examples: dict[Text, Count] = {}
 
     @validates(mode="after")
+    def _has_the_step_of_each_evaluation(self) -> "Result":
+        if any(row.get("step") is None for row in self.dev):
+            raise ValueError("a step of dev is missing")
+        return self
+
+    @validates(mode="after")
     def _has_both_of_a_pair(self) -> "Result":
         pairs = {
             "projected_grad_noise": "projected_grad_rms",

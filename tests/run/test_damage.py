@@ -112,6 +112,17 @@ def test_200_damages_of_a_file(finished, name, tmp_path, capsys):
     check_damage(finished, name, tmp_path, capsys, 200, "all")
 
 
+def test_an_evaluation_without_its_step_is_named(finished, tmp_path, capsys):
+    """Found among the 200 damages of result.json."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    result = json.loads((copy / "result.json").read_text())
+    del result["dev"][1]["step"]
+    (copy / "result.json").write_text(json.dumps(result))
+    assert main(["report", str(copy)]) == 2
+    assert "a step of dev is missing" in capsys.readouterr().err
+
+
 def rewritten(copy, **changes):
     """A run with other fields in its header, and no configuration or adapter that would contradict it."""
     for name in ("config.json", "result.json", "metrics.jsonl"):
