@@ -109,8 +109,9 @@ class RunDirectory:
         replace_file(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def read_result(self) -> dict:
-        """result.json of a finished run."""
-        return validated(Result, read_object(self.result), str(self.result))
+        """result.json of a finished run; a null is a figure that the run does not have."""
+        result = validated(Result, read_object(self.result), str(self.result))
+        return {name: value for name, value in result.items() if value is not None}
 
     def _refuse_links(self) -> None:
         """Raise UserError for a link in place of a file: what is written to the run would be written elsewhere."""
