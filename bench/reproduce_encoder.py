@@ -223,7 +223,7 @@ def adamw(
         batch = batches(step)
         optimizer.zero_grad()
         # as `score_pairs` does, the trunk cache included, at the parameters as they are
-        loss = cross_entropy(runtime._forward("train", batch, TokenCount(), signs=1)(), targets["train"][batch])
+        loss = cross_entropy(runtime.scorer.forward("train", batch, TokenCount(), signs=1)(), targets["train"][batch])
         loss.backward()
         optimizer.step()
         if (step + 1) % eval_every == 0:

@@ -14,13 +14,17 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+LONG = ("runtimes/sglang", "kernels/ptx", "kernels/test_aot")
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
     """In several processes (pytest-xdist) the tests of a file stay together, and all that share engines: two at once
-    would fill the machine."""
+    would fill the machine. What takes longest begins first, so that no process waits for it at the end."""
     for item in items:
         path = item.path.as_posix()
         item.add_marker(pytest.mark.xdist_group("engines" if "runtimes/sglang" in path else path))
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if name in item.path.as_posix()), len(LONG)))
 
 
 @pytest.fixture(scope="session")

@@ -98,9 +98,9 @@ def with_last_layer(path, data, base):
 
 def kept(runtime):
     """What a trunk cache keeps of a row, in words."""
-    if runtime is None or runtime.trunk is None:
+    if runtime is None or runtime.scorer.trunk is None:
         return "nothing"
-    return "keys and values" if runtime.trunk.keep_kv else "hidden states"
+    return "keys and values" if runtime.scorer.trunk.keep_kv else "hidden states"
 
 
 def test_family(trained):
@@ -122,7 +122,7 @@ def test_family(trained):
             assert (score.log_softmax(-1) - by_itself(last.parts.model, example)).abs().max() < EXACT
     seen = {
         "trained": ", ".join(sorted(set(map(leaf_of, runtime.spec.shapes)))),
-        "logits": "body and head" if isinstance(runtime.reading, ByParts) else "its own forward pass",
+        "logits": "body and head" if isinstance(runtime.scorer.reading, ByParts) else "its own forward pass",
         "trunk": kept(last),
     }
     if RECORD:

@@ -59,7 +59,7 @@ def test_logits_that_are_changed_after_the_head_are_scored_so(name, adapted, tmp
     torch.manual_seed(0)
     path, data = save(CHANGED_LOGITS[name](), tmp_path), examples(6)
     built = runtime(path, data, **ADAPTED[adapted])
-    assert (built.trunk is not None) == (adapted == "last layer")
+    assert (built.scorer.trunk is not None) == (adapted == "last layer")
     built.perturb(Step([7], 1e-2))
     for got, sign in zip(built.score_pairs("train", range(6))[0], ("plus0", "minus0"), strict=True):
         built._use(built.copies[sign])
@@ -109,7 +109,7 @@ def test_a_family_that_is_not_in_the_table_is_scored_by_its_own_forward_pass(toy
     built = runtime(toy, examples(6))
     adapted = {name.rsplit(".", 3)[-3] for name in built.spec.shapes}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert isinstance(built.reading, ByModel)
+    assert isinstance(built.scorer.reading, ByModel)
     assert torch.allclose(
         difference(built.score("train", range(6))), log_odds(built.parts.model, examples(6)), atol=ROUNDING
     )
@@ -120,7 +120,7 @@ def test_one_entry_in_the_table_is_all_that_a_new_family_takes(toy, monkeypatch)
     data = examples(6)
     built = runtime(toy, data)
     assert {name.rsplit(".", 3)[-3] for name in built.spec.shapes} == {"o_proj"}
-    assert isinstance(built.reading, ByParts)
+    assert isinstance(built.scorer.reading, ByParts)
     assert torch.allclose(difference(built.score("train", range(6))), log_odds(built.parts.model, data), atol=ROUNDING)
     with pytest.raises(UserError, match="a prompt has 101 tokens, the model takes 100"):
         runtime(toy, [Example((5,) * 101, ((5,), (9,)), 0)])
@@ -136,7 +136,7 @@ def test_what_may_be_reused_follows_the_table(toy, monkeypatch, leaf, tokens, sc
     monkeypatch.setitem(FAMILIES, "mezo_toy", TOY)
     data = [Example(tuple(range(3, 3 + tokens)), ((5,), (9,)), 0)]
     built = runtime(toy, data, layers_to_transform=(2,), target_modules=(leaf,))
-    assert built.trunk.keep_kv is scored_only
+    assert built.scorer.trunk.keep_kv is scored_only
     assert (built.parts.kv_depends is None) == (leaf == "o_proj")
 
 

@@ -57,7 +57,7 @@ def test_packed_weights_score_as_plain_ones(family, directions):
         built = runtime(model, name in ENCODERS, linear=product, directions=directions)
         assert built.linear == product
         assert bool(packed_in(built)) == (product == "packed")
-        assert directions == 1 or built.rowwise
+        assert directions == 1 or built.scorer.rowwise
         scores.append([s for pair in built.score_pairs("train", range(4), shares) for s in pair])
     for plain, packed in zip(*scores, strict=True):
         assert torch.allclose(plain, packed, atol=ROUNDING, rtol=0)

@@ -105,11 +105,11 @@ LAST = {"layers_to_transform": (2,), "target_modules": ("q_proj",)}
 
 def test_the_trunk_cache_is_for_scores(tmp_path, data):
     model = save("llama", tmp_path, vocab_size=len(WORDS) + 3)
-    assert runtime(model, data, **LAST).trunk is None
+    assert runtime(model, data, **LAST).scorer.trunk is None
     with pytest.raises(UserError, match="--trunk-cache: --objective f1 generates text, which takes nothing from it"):
         runtime(model, data, trunk_cache="cpu", **LAST)
     mixed, plain = (runtime(model, data, objective=kind, **LAST) for kind in ("cross_entropy:1,f1:1", "f1"))
-    assert mixed.trunk is not None
+    assert mixed.scorer.trunk is not None
     for one in (mixed, plain):
         one.perturb(Step([7], 0.5))
     mixed.score_pairs("train", range(12))

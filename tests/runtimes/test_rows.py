@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from mezo.runtimes.hf import runtime
+from mezo.runtimes.hf import scorer
 from mezo.runtimes.rows import RowBatch, by_length, rows_of
 from tests.runtimes.hf.test_prefix import runtime as with_prefix
 from tests.runtimes.hf.test_runtime import ROUNDING, examples
@@ -57,10 +57,10 @@ def test_groups_change_no_score(name, make, options, tmp_path, monkeypatch):
     data = examples(12, masked=name in ENCODERS)
     built = make(save(name, tmp_path / name), data, **options)
     found, calls = {}, []
-    run = runtime.HFRuntime._run_of
-    monkeypatch.setattr(runtime.HFRuntime, "_run_of", lambda *arguments: calls.append(1) or run(*arguments))
+    run = scorer.Scorer._run_of
+    monkeypatch.setattr(scorer.Scorer, "_run_of", lambda *arguments: calls.append(1) or run(*arguments))
     for call in (10**9, 1):
-        monkeypatch.setattr(runtime, "CALL", call)
+        monkeypatch.setattr(scorer, "CALL", call)
         found[call] = built.score("train", range(12))
     assert len(calls) > 2
     assert torch.allclose(found[1], found[10**9], rtol=0, atol=ROUNDING)

@@ -69,13 +69,15 @@ def test_theta_is_scored_once_a_step(runtime):
         before = runtime.tokens.scored
         runtime.score_pairs("train", batch)
         scored.append(
-            (runtime.tokens.scored - before) / sum(len(r.ids) for i in batch for r in runtime.rows["train"][i])
+            (runtime.tokens.scored - before) / sum(len(r.ids) for i in batch for r in runtime.scorer.rows["train"][i])
         )
     assert scored == [2, 1, 1, 2]
     runtime.equalise()
     before = runtime.tokens.scored
     runtime.score_pairs("train", [0, 1])
-    assert runtime.tokens.scored - before == 2 * sum(len(r.ids) for i in (0, 1) for r in runtime.rows["train"][i])
+    assert runtime.tokens.scored - before == 2 * sum(
+        len(r.ids) for i in (0, 1) for r in runtime.scorer.rows["train"][i]
+    )
 
 
 def test_n_perturbations_cost_n_plus_1_forward_passes(config, tmp_path):

@@ -57,7 +57,7 @@ def test_scores_are_the_head_on_the_mean_hidden_state(config, cache):
     splits = load_splits(config, load_tokenizer(config.model.base))
     runtime = HFRuntime(*config.replace(trunk_cache=cache).for_runtime)
     runtime.prepare(splits)
-    assert (runtime.trunk is None) == (cache == "off")
+    assert (runtime.scorer.trunk is None) == (cache == "off")
     theta = {name: lora_init(3, name, shape) for name, shape in runtime.spec.shapes.items()}
     runtime.load(theta)
     got = runtime.score("train", range(8))

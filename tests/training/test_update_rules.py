@@ -80,7 +80,7 @@ def test_a_run_is_its_log_and_goes_on_from_any_line(rule, tiny_config):
 @each_rule
 def test_the_loss_falls(rule, tiny_config):
     """200 steps of the sentiment task, from chance; a sign error climbs."""
-    lr = {"momentum": 5e-3, "adam": 1e-2, "adamw": 1e-2, "sign": 3e-3, "fzoo": 1e-4}.get(rule, 3e-2)
+    lr = {"momentum": 5e-3, "adam": 1e-2, "adamw": 1e-2, "sign": 3e-3, "fzoo": 1e-4, "z-score": 7e-3}.get(rule, 3e-2)
     config = of(tiny_config, rule, lr=lr, steps=200, weight_decay=0.0, no_decay=(), verify_every=-1, eval_every=200)
     result = train(config)
     records = read_trajectory(log_of(config))[1]

@@ -27,6 +27,7 @@ class RowWise:
 
     def __init__(self, parts: ModelParts, stacks: Sequence[torch.Tensor]):
         owners = _owners(parts)
+        self.copies = len(stacks[0])
         self.prefix = stacks[0] if parts.prefix else None
         self.linear = (
             [] if parts.prefix else [(owners[id(p)], s) for p, s in zip(parts.params.values(), stacks, strict=True)]

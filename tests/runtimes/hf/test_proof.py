@@ -65,4 +65,4 @@ def test_an_error_of_the_models_own_size_is_allowed_and_a_larger_one_is_not(llam
 def test_every_way_of_scoring_is_proved_in_bfloat16(llama, options):
     built = runtime(llama, "bfloat16", batch_size=4, **options)
     built.prepare({"train": DATA})
-    assert built.rowwise or "directions" not in options
+    assert built.scorer.rowwise or "directions" not in options

@@ -19,12 +19,12 @@ SHARES = [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 def both_ways(built, shares=SHARES, indices=range(8), step=STEP):
     """Scores by one pass for all copies, and by a pass for each."""
-    assert built.rowwise is not None, built.why_not_rowwise
+    assert built.scorer.rowwise is not None, built.scorer.why_not_rowwise
     built.perturb(step)
-    together, passes = built.score_pairs("train", indices, shares), built.rowwise
-    built.rowwise = None
+    together, passes = built.score_pairs("train", indices, shares), built.scorer.rowwise
+    built.scorer.rowwise = None
     alone = built.score_pairs("train", indices, shares)
-    built.rowwise = passes
+    built.scorer.rowwise = passes
     return together, alone
 
 
@@ -67,10 +67,10 @@ def test_shares_may_be_of_any_size(llama, shares):
 def test_the_trunk_cache_serves_all_directions(llama, cache):
     last = {"layers_to_transform": (2,), "target_modules": LAST_LAYER["llama"]}
     built = runtime(llama, examples(8), directions=8, batch_size=8, trunk_cache=cache, **last)
-    assert (built.trunk is not None) == (cache == "auto")
+    assert (built.scorer.trunk is not None) == (cache == "auto")
     step = Step(range(8), 0.1)
     assert_close(*both_ways(built, [[i] for i in range(8)], step=step))
-    assert built.tokens.scored == 2 * 2 * sum(len(row.ids) for rows in built.rows["train"] for row in rows)
+    assert built.tokens.scored == 2 * 2 * sum(len(row.ids) for rows in built.scorer.rows["train"] for row in rows)
 
 
 def test_a_linear_head_of_each_direction(tmp_path):
@@ -89,7 +89,7 @@ def test_small_adapters_of_each_direction(llama, adapted, tuning):
     options = {**adapters(adapted, "llama"), "tuning": tuning, "r": 4, "directions": 4, "batch_size": 8}
     built = runtime(llama, examples(8), **options)
     built.load(built.initial_theta(1))
-    assert (built.trunk is not None) == (adapted == "last layer")
+    assert (built.scorer.trunk is not None) == (adapted == "last layer")
     together, alone = both_ways(built)
     assert_close(together, alone)
     assert (torch.cat([plus - minus for plus, minus in alone]).nan_to_num().abs().amax(1) > 10 * ROUNDING).all()
@@ -104,10 +104,10 @@ def test_a_prefix_of_each_direction(family):
 def test_texts_of_each_direction(llama):
     options = {"objective": "f1", "task": "drop", "directions": 4, "batch_size": 8}
     built = runtime(llama, [Example(e.prompt, (), 0) for e in examples(8)], **options)
-    assert built.rowwise is not None
+    assert built.scorer.rowwise is not None
     built.perturb(STEP)
     together = built.generate_pairs("train", range(8), 6, (), SHARES)
-    built.rowwise = None
+    built.scorer.rowwise = None
     assert together == built.generate_pairs("train", range(8), 6, (), SHARES)
     assert len({text for plus, minus in together for text in (*plus, *minus)}) > 4
 
@@ -122,7 +122,7 @@ def test_copies_that_do_not_fit_take_turns(llama):
 
 def test_the_base_itself_is_scored_a_copy_at_a_time(llama):
     built = runtime_of_the_base(llama)
-    assert (built.pairs, built.rowwise) == (1, None)
+    assert (built.pairs, built.scorer.rowwise) == (1, None)
     assert "4 directions, a forward pass each: model.embed_tokens.weight is no adapter" in built.describe()
 
 
@@ -137,7 +137,7 @@ def test_a_wrong_copy_is_found_at_the_start(llama, monkeypatch):
     """Every row run by the first copy: the proof says no, and each copy is run alone."""
     monkeypatch.setattr(rowwise, "_chosen", lambda copies: [0] * len(copies))
     built = runtime(llama, examples(8), directions=4, batch_size=8)
-    assert built.rowwise is None
+    assert built.scorer.rowwise is None
     assert "not exact on this model" in built.describe()
 
 
@@ -157,7 +157,7 @@ def test_a_module_that_sorts_tokens_is_found_at_the_start(llama, monkeypatch, pa
 
     monkeypatch.setattr(LlamaMLP, "forward", sorted_tokens)
     built = runtime(llama, examples(8), directions=4, batch_size=8, target_modules=("q_proj", "up_proj"))
-    assert built.rowwise is None
+    assert built.scorer.rowwise is None
     assert why in built.describe()
     built.perturb(STEP)
     assert len(built.score_pairs("train", range(8), SHARES)) == 4
