@@ -53,7 +53,7 @@ def _signal(result: Mapping[str, Any]) -> str:
     size, noise = result.get("projected_grad_rms"), result.get("projected_grad_batch_error")
     if not size or not noise:
         return ""
-    signal = math.sqrt(max(size**2 - noise**2, 0.0))
+    signal = math.sqrt(max(0.0, (size - noise) * (size + noise)))
     if signal < MUCH_NOISE * noise:
         return (
             f"signal below noise: of projected_grad, {size:.3g}, {noise:.3g} is chance of the batch; use a larger"
