@@ -47,7 +47,7 @@ def test_a_table_is_made_in_parts_of_what_its_runs_measured(make, tmp_path):
         assert cell["dev_loss_by_lr"][repr(cell["lr"])] == min(cell["dev_loss_by_lr"].values())
     adamw, mezo = (cells[name]["128"] for name in ("adamw", "mezo"))
     made = json.loads((tmp_path / f"runs/adamw/128/seed-1-lr-{adamw['lr']:g}/made.json").read_text())
-    assert min(line["loss"] for line in made["dev"]) < 0.99 * made["dev"][0]["loss"]
+    assert min(line["loss"] for line in made["dev"]) < 0.995 * made["dev"][0]["loss"]
     runs = [tmp_path / f"runs/mezo/128/seed-{seed}-lr-{mezo['lr']:g}" for seed in (1, 2)]
     assert mezo["loss"]["of"] == [RunDirectory(run).read_result()["test"]["after"]["loss"] for run in runs]
     assert [logbook.verify(str(run)) for run in runs] == [2, 2]
