@@ -383,6 +383,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--markdown", type=Path, help="LEADERBOARD.md to write")
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS), help="rows to make")
     parser.add_argument("--budgets", nargs="*", type=int, default=list(BUDGETS), help="scored rows of a run")
+    parser.add_argument("--lrs", nargs="*", type=float, help="where searches begin, each twice the one before")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each cell")
     options = parser.parse_args(argv)
     found = {"machine": describe(), "cells": {}}
@@ -397,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             cells = found["cells"].setdefault(name, {})
             if len(cells.get(str(budget), {}).get("auc", {}).get("of", ())) < options.seeds:
                 folder = options.runs / name / str(budget)
-                lrs = first_lrs(ROWS[name], budget, cells)
+                lrs = options.lrs or first_lrs(ROWS[name], budget, cells)
                 cells[str(budget)] = cell(ROWS[name], budget, folder, options.seeds, runtimes, lrs)
             options.output.write_text(json.dumps(found, indent=1))
             figures.draw_leaderboard(found["cells"], found["machine"], options.output.with_suffix(".svg"))
