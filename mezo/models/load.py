@@ -1,6 +1,7 @@
 """Base models and tokenizers from transformers."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,10 +133,10 @@ def checkpoint_hash(model: str, dtype: str, bare: bool = False) -> str:
     return weights_hash(base)
 
 
-def weights_hash(base: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the base weights, tied ones once."""
+def weights_hash(base: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the base weights, tied ones once; `base` may be the weights."""
     digest = hashlib.sha256()
-    for name, p in base.named_parameters():
+    for name, p in base.named_parameters() if isinstance(base, nn.Module) else base:
         digest.update(f"{name} {p.dtype} {tuple(p.shape)}\n".encode())
         digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
