@@ -37,7 +37,7 @@ BACKENDS = tuple(backend.module for backend in dispatch.BACKENDS.values())
 LIBRARIES = {
     "mezo_kernels": {"torch", "triton", "numba", "llvmlite", "numpy"},
     "transformers": ("mezo.models", "mezo.runtimes", "mezo.data", "mezo.tasks", "mezo.trainer"),
-    "peft": ("mezo.models",),
+    "peft": ("mezo.models", "mezo.trainer"),
     "sglang": ("mezo.runtimes.sglang",),
     "matplotlib": ("mezo.report.figures",),
     "optuna": ("mezo.studies.tune",),

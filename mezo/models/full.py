@@ -48,7 +48,8 @@ def write_parameters(theta: dict[str, torch.Tensor], model: str, dtype: str, dir
     """
     base = load_base(Checkpoint.of(model), getattr(torch, dtype))
     for name, p in base.named_parameters():
-        p.data = theta[name].to(p.dtype)
+        if name in theta:  # all of them, but where a trainer left some as they were
+            p.data = theta[name].to(p.dtype)
     save_model(base, model, directory)
 
 

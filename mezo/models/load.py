@@ -1,7 +1,7 @@
 """Base models and tokenizers from transformers."""
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,21 +191,17 @@ def base_hash(base: nn.Module, new: Collection[str], head: str) -> str:
     """
     if head == "linear":
         base.pooler = None  # not read, and drawn anew at each load where the checkpoint has none
-    return weights_hash(base, trained_whole(base, new) if head == "classification" else ())
+    whole = trained_whole(base, new) if head == "classification" else ()
+    left_out = {id(p) for name in whole for p in module_named(base, name).parameters()}
+    return weights_hash((name, p) for name, p in base.named_parameters() if id(p) not in left_out)
 
 
-def weights_hash(base: nn.Module, without: Sequence[str] = ()) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the base weights, tied ones once.
-
-    Args:
-        base: the model.
-        without: names of modules whose parameters are left out.
-    """
-    digest, left_out = hashlib.sha256(), {id(p) for name in without for p in module_named(base, name).parameters()}
-    for name, p in base.named_parameters():
-        if id(p) not in left_out:
-            digest.update(f"{name} {p.dtype} {tuple(p.shape)}\n".encode())
-            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+def weights_hash(base: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the base weights, tied ones once; `base` may be the weights."""
+    digest = hashlib.sha256()
+    for name, p in base.named_parameters() if isinstance(base, nn.Module) else base:
+        digest.update(f"{name} {p.dtype} {tuple(p.shape)}\n".encode())
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -198,10 +198,12 @@ class MeZO(torch.optim.Optimizer):
             self.projected_grads = list(losses.projected_grads(rule.half_distance(eps)))
             updates = [self._plan(group, step, losses, norms) for group in self._groups]
             skipped = any(update.skipped for update in updates)
+            tried: Sequence[float] = ()
             if skipped:
                 self.skipped_steps += 1
             else:
-                for group, update in zip(self._groups, self._chosen(closure, rule, updates, buffers), strict=True):
+                updates, tried = self._chosen(closure, rule, updates, buffers)
+                for group, update in zip(self._groups, updates, strict=True):
                     self._apply(group, update)
                 kept = buffers.after
             self.steps += 1
@@ -210,8 +212,12 @@ class MeZO(torch.optim.Optimizer):
                 group.write(group.theta)
             buffers.set(kept)
             self._seen = self._storage()
+        self._made(losses, updates, tried)
         self._watch.see(losses.plus + losses.minus, skipped, [name for _, name, _ in self._trainable()])
         return torch.tensor(losses.plus + losses.minus, dtype=torch.float64).mean()
+
+    def _made(self, losses: Losses, updates: Sequence[Update], tried: Sequence[float]) -> None:
+        """Nothing: where a subclass keeps a log. Losses of a step, what it did to each group, and what it tried."""
 
     def _losses(self, closure: Callable, step: Step, rule: Rule, buffers: Buffers) -> Losses:
         """Losses of a step, all from the same generator states and buffers."""
@@ -255,11 +261,13 @@ class MeZO(torch.optim.Optimizer):
         lr, decay = float(group.options["lr"]), group.options["weight_decay"]
         return rule_of(group.options).plan(step.seeds, self.projected_grads, losses, lr, decay, norms=norms)
 
-    def _chosen(self, closure: Callable, rule: Rule, updates: Sequence[Update], buffers: Buffers) -> Sequence[Update]:
-        """The updates to make: as planned, or of a rule that compares thetas what the losses at these say."""
+    def _chosen(
+        self, closure: Callable, rule: Rule, updates: Sequence[Update], buffers: Buffers
+    ) -> tuple[Sequence[Update], Sequence[float]]:
+        """The updates to make, as planned; of a rule that compares thetas what the losses at these say, and those."""
+        tried: list[float] = []
         if not rule.compares:
-            return updates
-        tried = []
+            return updates, tried
         for sign in (0.0, -1.0, 1.0):  # theta, theta - c z, theta + c z
             for group, update in zip(self._groups, updates, strict=True):
                 (seed,), (c,) = update.seeds, update.coefficients
@@ -269,7 +277,7 @@ class MeZO(torch.optim.Optimizer):
                     group.write(group.theta)
             tried.append(self._call(closure, buffers, advance=len(tried) == 2, at_theta=not tried))
         tried = self._averaged(tried)
-        return [rule.choose(update, tried) for update in updates]
+        return [rule.choose(update, tried) for update in updates], tried
 
     def _copies(self, step: Step, one_sided: bool) -> Iterator[None]:
         """Set the parameters to both signs of each perturbation in turn, or to theta and to each theta + eps z."""

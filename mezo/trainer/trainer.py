@@ -1,24 +1,17 @@
 """A Trainer whose training step is two forward passes: losses are measured, no gradient is computed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 from mezo.errors import UserError
-from mezo.optim import MeZO
-
-
-class Stepped(MeZO):
-    """`MeZO` in a loop that calls `step()` after the loss: the step was made where the loss was measured."""
-
-    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
-        """A step of `MeZO`; nothing without a closure."""
-        return None if closure is None else super().step(closure)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing: there are no gradients."""
+from mezo.optim.state import MOMENTS
+from mezo.progress import say
+from mezo.trainer import log as seeds
+from mezo.trainer.log import Logged
 
 
 class MeZOMixin:
@@ -32,8 +25,11 @@ class MeZOMixin:
     - Gradient accumulation measures all micro-batches of a step along the same z. The step is made at the last of them,
       before `on_pre_optimizer_step`.
     - `max_grad_norm` clips nothing; logs have `projected_grad` in place of `grad_norm`.
-    - A checkpoint's optimizer.pt holds the float32 master of what is trained and the number of steps, from which z
-      follows: a resumed run goes on to the same bits.
+    - `mezo-log/` in the output directory is the log of seeds and scalars, as `mezo train` writes it: `mezo replay`
+      rebuilds an adapter from it, bit for bit. A checkpoint holds the log so far, and its optimizer.pt no tensors. A
+      resumed run goes on to the same bits. Where weights are float32 and the rule has no moments, the checkpoint's
+      weights are theta; else the log is applied again to what the run began with: the adapter in the checkpoint, or the
+      model that the trainer is given or that the log names.
     - Several processes exchange losses alone.
 
     Args:
@@ -50,6 +46,7 @@ class MeZOMixin:
                 _check(value)
         super().__init__(*args, **kwargs)
         self._parts: list[tuple[dict, Any]] = []
+        self._before: dict[str, torch.Tensor] = {}
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The fused optimizer on all parameters that require a gradient; what the Trainer does not decay is spared."""
@@ -62,13 +59,27 @@ class MeZOMixin:
                 {"params": [pair for pair in trained if pair[0] not in decayed], "weight_decay": 0.0},
             ]
             options = {"seed": self.args.seed, **self.mezo_options}
-            self.optimizer = Stepped([g for g in groups if g["params"]], lr=self.args.learning_rate, **options)
-        if not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), Stepped):
+            self.optimizer = Logged([g for g in groups if g["params"]], lr=self.args.learning_rate, **options)
+        if not isinstance(self._mezo, Logged):
             raise UserError(
                 f"a MeZO trainer makes its optimizer itself, got {type(self.optimizer).__name__}: leave optimizers out,"
                 " and give lr in the arguments and eps in mezo_options"
             )
         return self.optimizer
+
+    @property
+    def _mezo(self) -> Logged:
+        """The optimizer without accelerate's wrapper, which returns no loss."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, with a log of seeds."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._before = {}
+            if isinstance(self._mezo, Logged):
+                self._mezo.close_log()
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -87,7 +98,9 @@ class MeZOMixin:
             return torch.zeros((), device=self.args.device)
         parts, self._parts = self._parts, []
         model.eval()
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper returns no loss
+        optimizer = self._mezo
+        if not optimizer.steps:
+            self._begin_log(optimizer)
         loss = optimizer.step(lambda: sum(self._loss(model, *part, len(parts)) for part in parts))
         return loss.to(self.args.device, torch.float32)
 
@@ -102,11 +115,44 @@ class MeZOMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the last step's projected_grad beside its loss."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if "loss" in logs and isinstance(optimizer, Stepped) and optimizer.projected_grads:
+        optimizer = self._mezo
+        if "loss" in logs and isinstance(optimizer, Logged) and optimizer.projected_grads:
             grads = optimizer.projected_grads
             logs = {**logs, "projected_grad": sum(map(abs, grads)) / len(grads)}
         super().log(logs, *args, **kwargs)
+
+    def _begin_log(self, optimizer: Logged) -> None:
+        """Begin the log of seeds, where what is trained has a place in it."""
+        model = self.accelerator.unwrap_model(self.model)
+        try:
+            first = seeds.first_line(model, optimizer, self.train_dataset)
+        except ValueError as error:
+            say(f"no log of seeds is kept: {error}; checkpoints hold the optimizer's tensors")
+            return
+        seeds.begin(self.args.output_dir, optimizer, first, self.is_world_process_zero())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Options and counts, the scheduler, and the log of seeds in place of tensors."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        seeds.keep(output_dir, self.args.output_dir, self._mezo)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """The weights of a checkpoint; what they were before is kept until its log has been applied."""
+        logged = (Path(resume_from_checkpoint) / seeds.FOLDER).is_dir()
+        halves = any(p.requires_grad and p.dtype != torch.float32 for p in self.model.parameters())
+        replayed = logged and (halves or self.mezo_options.get("rule") in MOMENTS)
+        if replayed and not hasattr(self.model, "peft_config"):
+            self._before = {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Options and counts of a checkpoint; then master and moments, by its log."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not (Path(checkpoint) / seeds.FOLDER).is_dir():
+            return
+        place = (checkpoint, self.args.output_dir, self.accelerator.unwrap_model(self.model))
+        seeds.go_on(*place, self._mezo, self._before, self.is_world_process_zero())
+        self._before = {}
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> None:
         """Nothing: there are no gradients."""

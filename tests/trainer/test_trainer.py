@@ -137,17 +137,6 @@ def test_best_model_early_stopping_schedulers_and_tensorboard(tmp_path):
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
 
-@pytest.mark.parametrize("rule", ["sgd", "adam"])
-def test_resume_is_exact(tmp_path, rule):
-    options = {"mezo_options": {"rule": rule}, "max_steps": 6}
-    whole = make(tmp_path / "whole", **options)
-    whole.train()
-    make(tmp_path / "part", **options, save_steps=2).train()
-    again = make(tmp_path / "part", model=build("llama", initializer_range=0.1), **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-4"))
-    assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(whole).items())
-
-
 KILLED = """
 import os, signal, sys
 from transformers import TrainerCallback
@@ -162,17 +151,21 @@ make(sys.argv[1], callbacks=[Kill()], save_steps=2).train()
 """
 
 
-@pytest.mark.slow  # quick sibling: test_resume_is_exact
+@pytest.mark.slow  # quick sibling: test_log.py, test_resume_is_exact
 def test_resume_after_a_kill_equals_an_uninterrupted_run(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run")], env=environment, cwd=ROOT)
     assert run.returncode == -signal.SIGKILL
     again, whole = make(tmp_path / "run", save_steps=2), make(tmp_path / "whole")
+    lines = (tmp_path / "run" / "mezo-log" / "trajectory.jsonl").read_text().count("\n")
+    assert lines == 6, "the step after the checkpoint was logged"
     again.train(resume_from_checkpoint=True)
     whole.train()
     assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(whole).items())
     history = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
     assert history["global_step"] == 6
+    logs = [(tmp_path / run / "mezo-log" / "trajectory.jsonl").read_bytes() for run in ("run", "whole")]
+    assert logs[0] == logs[1]
 
 
 def test_an_adapter_is_trained_alone(tmp_path):
