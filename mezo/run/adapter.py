@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -23,7 +24,10 @@ THETA = "mezo_theta.safetensors"
 """What was trained, beside an adapter that it does not show in (--tuning lora-xs)."""
 BASE = "mezo_base.json"
 """What base an adapter was trained on: `model_hash` and `dtype`, as in the header of its log; and `weights`, the
-SHA-256 of its own weights, two of them where a process died between writing these files."""
+SHA-256 of its own weights, and `theta`, of what was trained where that is a file of its own; two of each where a
+process died between writing these files."""
+HASHED = {WEIGHTS: "weights", THETA: "theta"}
+"""By file, the field of mezo_base.json that says what it held."""
 
 CLASSIFIER = "SEQ_CLS"
 """PEFT's name for a model with a head for classes, which is saved beside the adapter."""
@@ -59,20 +63,23 @@ def save_adapter(
         frozen: see `as_lora`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    weights = directory / WEIGHTS
-    before = [_sha256(weights)] if base and weights.exists() else []
-    replace_file(directory / PEFT_CONFIG, json.dumps(peft, indent=2).encode())
-    with replacing(weights) as part:
-        tensors = as_lora(theta, frozen or {})
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={"format": "pt"})
-        if base:
-            said = {key: base[key] for key in ("model_hash", "dtype")} | {"weights": [_sha256(part)]}
-            replace_file(directory / BASE, json.dumps({**said, "weights": said["weights"] + before}).encode())
-    if before:
-        replace_file(directory / BASE, json.dumps(said).encode())
+    files = {WEIGHTS: as_lora(theta, frozen or {})}
     if any(name.endswith(CORE) for name in theta):
-        with replacing(directory / THETA) as part:
-            save_file({name: tensor.contiguous() for name, tensor in theta.items()}, part)
+        files[THETA] = theta
+    before = {HASHED[name]: [_sha256(directory / name)] for name in files if base and (directory / name).exists()}
+    replace_file(directory / PEFT_CONFIG, json.dumps(peft, indent=2).encode())
+    with ExitStack() as stack:
+        hashes = {}
+        for name, tensors in files.items():
+            part = stack.enter_context(replacing(directory / name))
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part, metadata={"format": "pt"})
+            hashes[HASHED[name]] = [_sha256(part)]
+        if base:
+            said = {key: base[key] for key in ("model_hash", "dtype")}
+            both = {field: [*now, *before.get(field, [])] for field, now in hashes.items()}
+            replace_file(directory / BASE, json.dumps(said | both).encode())
+    if before:
+        replace_file(directory / BASE, json.dumps(said | hashes).encode())
 
 
 def as_lora(theta: dict[str, torch.Tensor], frozen: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -104,8 +111,7 @@ def as_lora(theta: dict[str, torch.Tensor], frozen: dict[str, torch.Tensor]) -> 
 def read_adapter(directory: Path, file: str = WEIGHTS) -> dict[str, torch.Tensor]:
     """Tensors of an adapter directory or file as float32, by canonical name."""
     path = directory / file if directory.is_dir() else directory
-    if path.name == WEIGHTS:
-        check_weights(path)
+    check_weights(path)
     try:
         return {canonical_name(name): tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
@@ -126,9 +132,9 @@ def read_theta(directory: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str,
 
 def check_weights(path: Path) -> None:
     """Raise UserError if weights are not those that were written, where the file beside them says which."""
-    if not (path.parent / BASE).exists() or not path.is_file():
+    if path.name not in HASHED or not (path.parent / BASE).exists() or not path.is_file():
         return
-    known = validated(BaseHash, read_object(path.parent / BASE), str(path.parent / BASE)).get("weights")
+    known = validated(BaseHash, read_object(path.parent / BASE), str(path.parent / BASE)).get(HASHED[path.name])
     if known and _sha256(path) not in known:
         raise UserError(
             f"{path} is not what was written (SHA-256): {RESTORE}, or rebuild it from its run's log by mezo replay"
