@@ -29,6 +29,8 @@ process died between writing these files."""
 HASHED = {WEIGHTS: "weights", THETA: "theta"}
 """By file, the field of mezo_base.json that says what it held."""
 
+CLASSIFIER = "SEQ_CLS"
+"""PEFT's name for a model with a head for classes, which is saved beside the adapter."""
 HARMLESS = (
     "peft_type",
     "task_type",
@@ -168,20 +170,20 @@ def base_of(adapter: Path) -> dict | None:
     return {key: read_header(log)[key] for key in ("model_hash", "dtype")}
 
 
-def check_base(adapter: Path, model: str, bare: bool = False, loaded: dict | None = None) -> None:
+def check_base(adapter: Path, model: str, head: str = "model", loaded: dict | None = None) -> None:
     """Raise UserError if an adapter was trained on other weights than those of a model; one made elsewhere passes.
 
     Args:
         adapter: its directory.
         model: path or hub id of the base at hand.
-        bare: it is used without its head.
+        head: which it has, as `--head` names it.
         loaded: `model_hash` and `dtype` of the model as it is loaded, if it is.
     """
     known = base_of(adapter)
     if known is None:
         return
     if loaded is None or loaded["dtype"] != known["dtype"]:
-        sha256 = checkpoint_hash(model, known["dtype"], bare)
+        sha256 = checkpoint_hash(model, known["dtype"], head)
     else:
         sha256 = loaded["model_hash"]
     if sha256 != known["model_hash"]:
@@ -207,7 +209,7 @@ def check_trainable(peft: dict, directory: str) -> None:
                 f"adapter {directory}: {key} is {value!r:.60}, only plain LoRA or a prefix can be used here"
             )
     saved = peft.get("modules_to_save") or []
-    if saved not in ([], [LINEAR_HEAD]):
+    if saved not in ([], [LINEAR_HEAD]) and peft.get("task_type") != CLASSIFIER:
         raise UserError(f"adapter {directory}: modules_to_save is {saved}, only plain LoRA can be trained on")
     if not float(peft.get("lora_alpha") or 1).is_integer():
         raise UserError(f"adapter {directory}: lora_alpha must be a whole number, got {peft['lora_alpha']}")
@@ -273,8 +275,15 @@ def adapter_options(directory: str | Path) -> dict:
         "use_rslora": bool(peft.get("use_rslora")),
         "target_modules": _targets(peft, Path(directory)),
         "layers_to_transform": tuple([layers] if isinstance(layers, int) else layers or ()),
-        "head": "linear" if peft.get("modules_to_save") else "model",
+        "head": head_of(peft),
     }
+
+
+def head_of(peft: dict) -> str:
+    """What scores the options of an adapter, as `--head` names it."""
+    if peft.get("task_type") == CLASSIFIER:
+        return "classification"
+    return "linear" if peft.get("modules_to_save") else "model"
 
 
 def with_base(values: dict) -> dict:
