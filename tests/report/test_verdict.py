@@ -43,7 +43,9 @@ def test_a_signal_below_the_noise_asks_for_more_of_it():
     ]
     strong = verdicts(result(projected_grad_rms=5.0, projected_grad_batch_error=3.0))
     assert strong == ["the signal is 1.3 times the noise that the batch puts on projected_grad"]
-    assert verdicts(result(projected_grad_rms=1.0, projected_grad_batch_error=1e200))[0].startswith("signal below noise")
+    assert verdicts(result(projected_grad_rms=1.0, projected_grad_batch_error=1e200))[0].startswith(
+        "signal below noise"
+    )
 
 
 def test_a_gain_within_chance_names_the_size_of_dev():
