@@ -46,6 +46,13 @@ def _check_method(method: Method) -> None:
     why = "compares several thetas on the same examples; use another rule"
     shared = directions == 1 or not (method.rule.one_sided or method.rule.compares)
     require(shared, f"--directions must be 1, got {directions}: --update-rule {name} {why}")
+    follows = method.follow_coherence
+    require(not follows or directions > 1, "--follow-coherence chooses among up to --directions: give it, 2 or more")
+    require(not follows or method.noise, "--follow-coherence needs --noise, which measures the coherence: leave it on")
+    require(
+        not follows or not set(method.objectives) & set(GENERATED),
+        f"--follow-coherence: --objective {method.objective} reads no scores",
+    )
     require(bool(decay) or not method.no_decay, "--no-decay needs --weight-decay: give it, or leave both")
     require(ratio == 0 or ratio > 1, f"--max-loss-ratio must be 0 or a finite number > 1, got {ratio}")
     longest = method.max_step_ratio
