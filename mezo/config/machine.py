@@ -42,6 +42,8 @@ class SGLang:
     """auto: reuse keys and values of text seen before wherever that is exact; off: never."""
     deterministic: Annotated[bool, RESUMABLE] = False
     """The engine's deterministic mode, where its attention backend has one."""
+    engine_graphs: Annotated[Literal["off", "decode", "prefill", "all"], RESUMABLE] = "off"
+    """Forward passes that a GPU replays from CUDA graphs: of generated text (decode), of what is scored (prefill)."""
     engine_arg: Annotated[tuple[str, ...], RESUMABLE] = ()
     """Further arguments of the engine, key=value each: attention_backend=triton mem_fraction_static=0.8."""
 

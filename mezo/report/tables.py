@@ -233,6 +233,7 @@ def _instruments(result: dict) -> list[tuple[str, str]]:
         ),
         "projected_grad_batch_error": ("its standard error over the batch", number),
         "projected_grad_spread": ("its spread over perturbations", number),
+        "batch_noise": ("log-probabilities of adapters in one batch off each alone by", lambda n: f"{result[n]:.2g}"),
         "perturbation_error": (
             "rounding of a perturbation",
             lambda n: f"{100 * result[n]:.2g} % (cosine {result['perturbation_cosine']:.5f})",

@@ -78,6 +78,7 @@ def result(
         "eval_tokens_computed": round(eval_tokens.computed),
         "eval_tokens_reused": round(eval_tokens.reused),
         "tokens_cache_filled": clock.filled,
+        **({} if (noise := getattr(clock.runtime, "batch_noise", None)) is None else {"batch_noise": noise}),
         **_instruments(metrics),
         "zero_gradient_share": sum(g == 0 for g in grads) / max(len(grads), 1),
         "clipped_share": sum(abs(g) > method.clip for g in grads) / max(len(grads), 1) if method.clip else 0.0,

@@ -18,7 +18,7 @@ from mezo.errors import UserError
 from mezo.models.families import complete_fields, complete_stacks
 from mezo.models.load import Checkpoint
 from mezo.models.spec import TrainedSpec
-from mezo.runtimes.sglang.engine import PATIENCE, accelerated
+from mezo.runtimes.sglang.engine import PATIENCE, accelerated, blackwell
 from mezo.runtimes.sglang.scratch import Scratch
 from mezo.runtimes.sglang.support import field_types, value_of
 from mezo_kernels import available_backends
@@ -31,7 +31,13 @@ OWN = {  # arguments that an option of ours decides
     "disable_radix_cache": "--radix off", "enable_deterministic_inference": "--deterministic",
     "lora_paths": "--r, --target-modules", "max_lora_rank": "--r", "lora_target_modules": "--target-modules",
     "enable_lora": "--r", "device": "the machine", "random_seed": "--seed",
+    "disable_cuda_graph": "--engine-graphs", "disable_decode_cuda_graph": "--engine-graphs",
+    "disable_prefill_cuda_graph": "--engine-graphs",
 }  # fmt: skip
+FIXED = {  # arguments with one value under which what is written to adapter slots is what a forward pass reads
+    "disable_overlap_schedule": (True, "slots are written between forward passes, and with overlap two are under way"),
+    "enable_tf32_matmul": (False, "it rounds float32 products to 10 bits, which the difference of two losses shows"),
+}
 ONE = {  # what is proven: one replica, whose ranks hold all layers
     "dp_size": "every replica of the model would have to be updated",
     "attn_dp_size": "every replica of the model would have to be updated",
@@ -50,8 +56,11 @@ def engine_options(runtime: SGLang) -> dict:
     """--engine-arg key=value ..., parsed and checked.
 
     Raises:
-        UserError: no such argument, one that belongs to an option of ours, or more than one replica.
+        UserError: no such argument, one that belongs to an option of ours, one under which slots cannot be written,
+            or more than one replica.
     """
+    if runtime.engine_graphs != "off" and not accelerated():
+        raise UserError(f"--engine-graphs {runtime.engine_graphs}: a CPU has no CUDA graphs: leave it out")
     options = {}
     for text in runtime.engine_arg:
         key, value = engine_argument(text)
@@ -64,6 +73,8 @@ def engine_options(runtime: SGLang) -> dict:
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise UserError(f"--engine-arg {key}: SGLang's engine has no such argument{hint}")
         options[key] = value_of(key, value)
+        if key in FIXED and options[key] != FIXED[key][0]:
+            raise UserError(f"--engine-arg {key}={value}: {FIXED[key][1]}: leave it out")
         if key in ONE and options[key] != 1:
             raise UserError(f"--engine-arg {key}={value}: {ONE[key]}; use --tp, or torchrun with an engine a process")
     _check_nodes(runtime.tp, options)
@@ -198,15 +209,22 @@ def engine_arguments(
         "schedule_policy": "fcfs",
         "disable_radix_cache": runtime.radix == "off",
         "disable_overlap_schedule": True,  # nothing is decoded, and slots change between forward passes
-        "disable_cuda_graph": True,  # of decoding
+        "max_running_requests": max(64, requests),  # a call is one forward pass
         "skip_server_warmup": True,
         "watchdog_timeout": PATIENCE,  # a call is one forward pass, which on a CPU may take minutes
         "log_level": "error",
     }
     if dtype != "float32":
         arguments["enable_fp32_lm_head"] = True  # 16-bit logits near 20 come in steps of an eighth
+    if runtime.engine_graphs == "off":
+        arguments["disable_cuda_graph"] = True
+    elif runtime.engine_graphs != "all":
+        other = {"decode": "prefill", "prefill": "decode"}[runtime.engine_graphs]
+        arguments[f"disable_{other}_cuda_graph"] = True
     if runtime.deterministic:
         arguments["enable_deterministic_inference"] = True
+        if runtime.radix == "auto" and blackwell():  # the engine's own choice there turns its radix cache off
+            arguments["attention_backend"] = "triton"
     if accelerated():
         # under torchrun every rank drives an engine of its own; a call is one forward pass, both signs of it alike
         arguments |= {
@@ -226,7 +244,6 @@ def engine_arguments(
             "chunked_prefill_size": -1,
             "max_prefill_tokens": tokens,
             "max_total_tokens": tokens + resident,
-            "max_running_requests": max(64, requests),
         }
     return arguments | options
 

@@ -223,6 +223,11 @@ def accelerated() -> bool:
     return torch.accelerator.is_available()
 
 
+def blackwell() -> bool:
+    """Whether SGLang runs on a GPU of NVIDIA's Blackwell generation (sm_100, sm_120)."""
+    return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability()[0] >= 10
+
+
 def _environment(arguments: dict) -> dict[str, str | None]:
     """What SGLang's processes need in their environment, None for what they must not see; a user's own settings win."""
     # torchrun's addresses belong to the trainers: an engine's ranks meet elsewhere
@@ -230,7 +235,9 @@ def _environment(arguments: dict) -> dict[str, str | None]:
     # on the second and later machines `Engine` would not return otherwise
     hidden["SGLANG_BLOCK_NONZERO_RANK_CHILDREN"] = "0"
     if accelerated():
-        return hidden
+        # else Triton's products of float32, in adapters and attention, are rounded to TF32, by about 1e-3
+        exact = {"TRITON_F32_DEFAULT": os.environ.get("TRITON_F32_DEFAULT", "ieee")}
+        return hidden | exact if arguments.get("dtype") == "float32" else hidden
     tp, cores = arguments.get("tp_size", 1), sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // tp)
     threads = min(share, int(os.environ.get("OMP_NUM_THREADS") or share))

@@ -68,6 +68,17 @@ class StartProof:
             why = f"log-probabilities differ by {worst:.2g} (allowed {self.allowed:.2g})"
             raise another_function(self.directory, why)
 
+    @staticmethod
+    def between(one: Sequence[list[dict[int, float]]], other: Sequence[list[dict[int, float]]]) -> float:
+        """Largest difference between log-probabilities of equal requests: NaN where one of them is no number.
+
+        >>> StartProof.between([[{5: -1.0}, {7: -2.0}]], [[{5: -1.5}, {7: -2.0}]])
+        0.5
+        """
+        tables = [[p for row in tables for p in row] for tables in (one, other)]
+        pairs = [(a[t], b[t]) for a, b in zip(*tables, strict=True) for t in a]
+        return float((torch.tensor([a for a, _ in pairs]) - torch.tensor([b for _, b in pairs])).abs().max())
+
     @property
     def spread(self) -> float:
         """What another adapter changes."""

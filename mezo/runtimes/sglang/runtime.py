@@ -54,6 +54,7 @@ from mezo.runtimes.sglang.support import (
 from mezo.runtimes.sides import Sides
 
 FLUSH_SECONDS = 10.0
+TOGETHER = 0.1  # eps at which adapters that share a batch are compared with each alone
 Asked = list[tuple[tuple[str, ...], int]]
 """Numbers of examples, each with the slots that are asked about it."""
 
@@ -111,6 +112,7 @@ class SGLangRuntime:
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
         self.seconds = dict.fromkeys(("kernels", "rpc", "engine"), 0.0)
         self.seconds_filling, self.tokens_filled, self.seconds_proving = 0.0, 0, 0.0
+        self.batch_noise = 0.0
         self.engine: EngineHandle | None = None
         self._scratch: Scratch | None = None
         self._sent, self._showing = Counter(), "perturbed"
@@ -143,6 +145,7 @@ class SGLangRuntime:
         for seed in StartProof.SEEDS:
             self.load(frozen | self.proof.adapter(seed))
             self.proof.check(seed, self._tables_of_proof())
+        self.batch_noise = self._prove_together()
         self.seconds_proving += time.perf_counter() - began
         self._flush()  # a prompt's first visit is the run's own, and is counted
         self.load(frozen | {name: torch.zeros(shape) for name, shape in self.spec.shapes.items()})
@@ -160,6 +163,27 @@ class SGLangRuntime:
         self._show("theta")
         self._warm({("plus0",): [[row] for row in self.proof.rows]}, TokenCount())
         return self._read([("plus0", row) for row in self.proof.rows], TokenCount())
+
+    def _prove_together(self) -> float:
+        """By how much log-probabilities of adapters of other effects in one batch differ from those of each alone.
+
+        Raises:
+            UserError: by more than the engine's may differ from the model's.
+        """
+        self.perturb(Step(range(self.pairs), TOGETHER))
+        slots = [f"{sign}{k}" for k in sorted({0, self.pairs - 1}) for sign in ("plus", "minus")]
+        together = self._read([(slot, row) for slot in slots for row in self.proof.rows], TokenCount())
+        alone = []
+        for slot in slots:
+            self._flush()
+            alone += self._read([(slot, row) for row in self.proof.rows], TokenCount())
+        noise = self.proof.between(together, alone)
+        if not noise <= self.proof.allowed:
+            raise UserError(
+                f"--runtime sglang: adapters in one batch change each other's log-probabilities by {noise:.2g} (allowed"
+                f" {self.proof.allowed:.2g}); try --engine-graphs off, --engine-arg lora_backend=..., or --runtime hf"
+            )
+        return noise
 
     def _check_lengths(self) -> None:
         limit = self._parts.position_limit

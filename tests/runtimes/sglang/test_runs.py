@@ -117,6 +117,7 @@ def test_time_and_noise_are_reported(runs):
     assert set(parts) == {"kernels", "rpc", "engine", "bookkeeping"}
     assert all(seconds > 0 for seconds in parts.values())
     assert sum(parts.values()) == pytest.approx(result["seconds_training"])
+    assert 0 <= result["batch_noise"] < NOISE
     assert 0 <= result["projected_grad_noise"] < 1e-3 * result["projected_grad_rms"]
     found = tables.tables(str(path))
     assert [row[0] for row in found["seconds of training"]] == list(parts)

@@ -5,6 +5,7 @@ import pytest
 from mezo.errors import RunError, UserError
 from mezo.method.step import Step, Update
 from mezo.runtimes.base import TokenCount
+from mezo.runtimes.sglang.engine import EngineHandle
 from tests.runtimes.sglang.conftest import LAST, engine, examples, noisy, reference, worst
 
 ROUNDING = 5e-5
@@ -116,6 +117,20 @@ def trusting(monkeypatch):
 
 
 @keys
+@last
+def test_adapters_that_a_batch_mixes_up_are_found_at_the_start(llama, monkeypatch):
+    """Requests of several adapters reach the engine with these in another order, as a batch that mixes them would."""
+    generate = EngineHandle.generate
+
+    def mixed(handle, *, lora_path, **request):
+        return generate(handle, lora_path=lora_path[::-1], **request)
+
+    monkeypatch.setattr(EngineHandle, "generate", mixed)
+    mixes = pytest.raises(UserError, match=r"adapters in one batch change each other's log-probabilities by .*allowed")
+    with mixes, engine(llama, examples(8), target_modules=LAST, layers_to_transform=(2,)):
+        pass
+
+
 def test_sharing_with_key_adapters_is_refused_by_the_workers(llama, data, trusting):
     """They look at what is trained themselves."""
     with (
@@ -138,6 +153,7 @@ def test_sharing_with_key_adapters_is_wrong(llama, data, trusting, unguarded):
 @keys
 def test_forced_sharing_gives_wrong_losses(llama, data, trusting, unguarded, monkeypatch):
     monkeypatch.setattr("mezo.runtimes.sglang.proof.StartProof.check", lambda *arguments: None)
+    monkeypatch.setattr("mezo.runtimes.sglang.proof.StartProof.between", lambda *arguments: 0.0)
     with engine(llama, data, **WITH_KEYS) as runtime:
         plain = reference(llama, data, **WITH_KEYS)
         for one in (runtime, plain):

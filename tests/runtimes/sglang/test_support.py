@@ -1,13 +1,18 @@
 """What SGLang cannot do is said before an engine starts, by its own classes."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from transformers import AutoConfig
 
+from mezo.config import SGLang
 from mezo.errors import UserError
 from mezo.models.load import Checkpoint
-from mezo.runtimes.sglang.arguments import check_heads, refuse_small_limits
-from mezo.runtimes.sglang.engine import accelerated
+from mezo.runtimes.sglang.arguments import check_heads, engine_arguments, engine_options, refuse_small_limits
+from mezo.runtimes.sglang.engine import _environment, accelerated
 from mezo.runtimes.sglang.support import (
+    field_types,
     model_class,
     refuse_inexact,
     refuse_small_shared_memory,
@@ -125,6 +130,79 @@ def test_limits_below_what_a_step_needs_are_refused(key):
     refuse_small_limits({key: 90}, 90, 90)
     with pytest.raises(UserError, match=f"--engine-arg {key}=89: this run needs 90: raise it, leave it out, or lower"):
         refuse_small_limits({key: 89}, 90, 90)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("disable_overlap_schedule=false", "with overlap two are under way: leave it out"),
+     ("enable_tf32_matmul=true", "rounds float32 products to 10 bits"),
+     ("disable_cuda_graph=false", "is decided by --engine-graphs")],
+)  # fmt: skip
+def test_what_would_let_a_pass_read_other_slots_is_refused_by_name(given, message):
+    with pytest.raises(UserError, match=f"--engine-arg {given.split('=')[0]}.*{message}"):
+        engine_options(SGLang(engine_arg=(given,)))
+    engine_options(SGLang(engine_arg=("disable_overlap_schedule=true",)))
+
+
+@pytest.mark.skipif(accelerated(), reason="a GPU has graphs")
+def test_graphs_are_refused_where_there_are_none():
+    with pytest.raises(UserError, match="--engine-graphs decode: a CPU has no CUDA graphs"):
+        engine_options(SGLang(engine_graphs="decode"))
+
+
+def on_gpu(monkeypatch, capability, dtype="bfloat16", **options):
+    """Arguments and environment of an engine as they would be on a GPU of a capability."""
+    for module in ("engine", "arguments"):
+        monkeypatch.setattr(f"mezo.runtimes.sglang.{module}.accelerated", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    spec = SimpleNamespace(model="some/model", peft={"r": 8})
+    arguments = engine_arguments(SGLang(**options), 0, {}, dtype, spec, [{}] * 4, 8192, 0, requests=640)
+    return arguments, _environment(arguments)
+
+
+def test_both_signs_of_a_step_are_one_forward_pass_of_a_gpu(monkeypatch):
+    assert on_gpu(monkeypatch, 9)[0]["max_running_requests"] == 640
+
+
+@pytest.mark.parametrize("capability", [9, 10, 12])
+@pytest.mark.parametrize("radix", ["auto", "off"])
+def test_a_deterministic_engine_keeps_its_radix_cache_on_blackwell(monkeypatch, capability, radix):
+    """SGLang takes flashinfer there, with which its deterministic mode turns the radix cache off in silence."""
+    arguments, _ = on_gpu(monkeypatch, capability, deterministic=True, radix=radix)
+    assert arguments.get("attention_backend") == ("triton" if capability >= 10 and radix == "auto" else None)
+    assert "attention_backend" not in on_gpu(monkeypatch, capability, radix=radix)[0]
+
+
+def test_float32_is_float32_in_tritons_products_too(monkeypatch):
+    monkeypatch.delenv("TRITON_F32_DEFAULT", raising=False)
+    assert on_gpu(monkeypatch, 9, "float32")[1]["TRITON_F32_DEFAULT"] == "ieee"
+    assert "TRITON_F32_DEFAULT" not in on_gpu(monkeypatch, 9)[1]
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "tf32")
+    assert on_gpu(monkeypatch, 9, "float32")[1]["TRITON_F32_DEFAULT"] == "tf32", "a user's own setting wins"
+
+
+@pytest.mark.parametrize(
+    ("graphs", "off"),
+    [("off", {"disable_cuda_graph"}), ("decode", {"disable_prefill_cuda_graph"}),
+     ("prefill", {"disable_decode_cuda_graph"}), ("all", set())],
+)  # fmt: skip
+def test_graphs_of_each_phase_are_asked_for_by_name(monkeypatch, graphs, off):
+    arguments, _ = on_gpu(monkeypatch, 9, engine_graphs=graphs)
+    assert {name for name in arguments if "graph" in name and arguments[name]} == off
+    assert off <= set(field_types())
+
+
+def test_modules_with_weights_derived_from_adapters_are_refused():
+    from mezo.runtimes.sglang.inside.worker import refuse_derived
+
+    class Derived(torch.nn.Module):
+        def on_lora_slots_updated(self, slot_ids):
+            pass
+
+    refuse_derived([{"q": torch.nn.Linear(1, 1)}])
+    with pytest.raises(ValueError, match=r"Derived derives weights from an adapter .* use --runtime hf"):
+        refuse_derived([{"q": torch.nn.Linear(1, 1)}, {"q": Derived()}])
 
 
 def test_a_run_asks_before_it_starts_an_engine(model, unstartable):

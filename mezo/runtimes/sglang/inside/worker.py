@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
+DERIVES = "on_lora_slots_updated"  # method of such a module (0.5.23: Inkling's)
 
 
 @dataclass
@@ -123,6 +124,7 @@ class Worker:
         known = {ref.lora_name: lora_id for lora_id, ref in self.manager.lora_refs.items()}
         self.ids = {f"{sign}{k}": known[f"{sign}{k}"] for k in range(pairs) for sign in ("plus", "minus")}
         self.manager.fetch_new_loras(set(self.ids.values()))
+        refuse_derived(self.manager.lora_modules)
         pool = self.manager.memory_pool
         self.slots = {name: pool.uid_to_buffer_id[lora_id] for name, lora_id in self.ids.items()}
         seen.shared = set(self.ids.values()) if share else set()
@@ -278,6 +280,20 @@ class Worker:
         for name, lora_id in self.ids.items():
             if seen.loads[lora_id] or pool.uid_to_buffer_id.get(lora_id) != self.slots[name]:
                 raise RuntimeError(f"adapter slot {name} was evicted by the engine: what was trained in it is gone")
+
+
+def refuse_derived(layers: Iterable[Mapping[str, torch.nn.Module]]) -> None:
+    """Raise ValueError if a module keeps weights that it derives from adapter slots when the engine loads these.
+
+    Args:
+        layers: of the engine's LoRA manager, its modules by name, a layer each.
+    """
+    derived = {type(m).__name__ for modules in layers for m in modules.values() if hasattr(m, DERIVES)}
+    if derived:
+        raise ValueError(
+            f"{', '.join(sorted(derived))} derives weights from an adapter when it is loaded, and would not see what is"
+            " written to it later: use --runtime hf"
+        )
 
 
 def _read(path: str) -> dict[str, torch.Tensor] | str:
