@@ -62,8 +62,8 @@ def refuse_inexact(checkpoint: Checkpoint, served: type) -> None:
         )
     if not accelerated() and getattr(checkpoint.config, "attn_logit_softcapping", None) is not None:
         raise UserError(
-            f"--model {checkpoint.name}: SGLang's attention on a CPU leaves out the soft-capping of {served.__name__}: use"
-            " --runtime hf"
+            f"--model {checkpoint.name}: SGLang's attention on a CPU leaves out the soft-capping of"
+            f" {served.__name__}: use --runtime hf"
         )
 
 

@@ -19,8 +19,9 @@ from tests.runtimes.sglang.conftest import engine, examples
 
 ARCHITECTURES = {"opt": "OPTForCausalLM", "gpt2": "GPT2LMHeadModel", "phi": "PhiForCausalLM",
                  "phi3": "Phi3ForCausalLM", "starcoder2": "Starcoder2ForCausalLM", "llama": "LlamaForCausalLM",
-                 "mistral": "MistralForCausalLM", "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gpt_neox": "GPTNeoXForCausalLM",
-                 "smollm3": "SmolLM3ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}  # fmt: skip
+                 "mistral": "MistralForCausalLM", "gemma": "GemmaForCausalLM", "gpt_neox": "GPTNeoXForCausalLM",
+                 "gemma2": "Gemma2ForCausalLM", "smollm3": "SmolLM3ForCausalLM",
+                 "qwen2_moe": "Qwen2MoeForCausalLM"}  # fmt: skip
 
 
 def checkpoint(kind, **others):
