@@ -24,7 +24,7 @@ from mezo.run.header import INITIAL, initial_theta, make_header, starting_file
 from mezo.run.replay import rebuild, replay_records
 from mezo.run.stopping import stalled
 from mezo.run.trajectory import read_header, read_trajectory
-from mezo.runtimes.base import Follower, ReadsAdapters, Runtime, require
+from mezo.runtimes.base import Follower, Runtime, require
 from mezo.tasks import load_splits, with_objective
 from mezo.training.details import figures_of
 from mezo.training.evaluation import evaluate_split, evaluation_interval
@@ -54,7 +54,8 @@ def train(config: Config, until: int | None = None) -> dict | None:
         refuse_existing(config.machine.output_dir)
         dashboards.check(config.machine.report_to)
     _check_ranks(config, ranks)
-    with loaded(_with_one_product(config, ranks), need="train") as (runtime, splits, seconds):
+    adapter = config.model.tuning.adapter
+    with loaded(_with_one_product(config, ranks), need="train", adapter=adapter) as (runtime, splits, seconds):
         return start(config, runtime, splits, seconds, ranks, until)
 
 
@@ -65,7 +66,7 @@ def _with_one_product(config: Config, ranks: Ranks) -> Config:
     from mezo.models.linear import SMALLEST, width_of
     from mezo.runtimes.hf.runtime import product_of
 
-    checkpoint = Checkpoint.of(config.model.base)
+    checkpoint = Checkpoint.of(config.model.base, config.model.tuning.head)
     packed = width_of(checkpoint.config) >= SMALLEST
     if packed:
         mine = product_of(config.model, config.machine, checkpoint).name == "packed"
@@ -113,7 +114,7 @@ def start(
     runtime.load(theta)
     if initial is not None and ranks.size > 1:
         ranks.check_equal(theta, 0, "make the adapter on one machine and start from it: --adapter")
-    _prove_adapter(runtime, config.model.tuning.adapter)
+    runtime.prove_adapter()
     if ranks.leads:
         outcome.prove(runtime, header, initial, config.machine.output_dir)
         run = RunDirectory.create(config.machine.output_dir, config, header, initial)
@@ -121,15 +122,6 @@ def start(
         run = RunDirectory(Path(config.machine.output_dir))
     trainer = Trainer(config.method, config.machine, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
     return _carry_through(trainer, ranks, until)
-
-
-def _prove_adapter(runtime: Runtime, directory: str) -> None:
-    """Raise UserError if an adapter is another function here than where PEFT loads it itself.
-
-    The engine is compared with transformers at its start; an adapter is read the same way in both runtimes.
-    """
-    if directory and isinstance(runtime, ReadsAdapters):
-        runtime.prove_adapter(directory)
 
 
 def follow(config: Config) -> dict:
@@ -303,16 +295,19 @@ def evaluate(config: Config, adapter: Path | None, examples: bool = False) -> di
     config = with_objective(config).replace(**whole, eval_test=True, eval_train=True)
     if adapter is None and config.model.tuning.name == "prefix":
         raise UserError("--tuning prefix: without a run or an adapter there is no prefix to score; leave it out")
-    if adapter is None and config.model.tuning.head == "linear":
+    head = config.model.tuning.head
+    if adapter is None and head == "linear":
         raise UserError("--head linear: without a run or an adapter the head is zero; leave it out, or give one")
     if config.machine.follows:
         raise UserError("--engine-arg node_rank: only mezo train runs on several machines; use one, or --runtime hf")
-    with loaded(config) as (runtime, splits, _):
+    with loaded(config, adapter=str(adapter or "")) as (runtime, splits, _):
         if adapter is not None:
-            spec, linear = runtime.spec, config.model.tuning.head == "linear"
-            check_base(adapter, config.model.base, linear, {"model_hash": spec.model_hash, "dtype": spec.dtype})
+            loaded_base = {"model_hash": runtime.spec.model_hash, "dtype": runtime.spec.dtype}
+            check_base(adapter, config.model.base, head, loaded_base)
             runtime.load(load_adapter(adapter, runtime.spec.shapes))
-            _prove_adapter(runtime, str(adapter))
+            runtime.prove_adapter()
+        elif head == "classification":  # the checkpoint's own
+            runtime.load(runtime.initial_theta(config.method.seed))
         judged = judges(config.method)
         groups = config.method, config.machine
         scored = {
@@ -392,21 +387,26 @@ def replay(run: str, output_dir: str, until: str = "best", backend: str | None =
 
 
 @contextmanager
-def loaded(config: Config, need: str | None = None, done: int = 0) -> Iterator[tuple[Runtime, dict, float]]:
+def loaded(
+    config: Config, need: str | None = None, done: int = 0, adapter: str = ""
+) -> Iterator[tuple[Runtime, dict, float]]:
     """Runtime, examples and the seconds it took. Data first: it is quick to load, and most mistakes are there.
 
     Args:
         config: the run's.
         need: a split that must be there.
         done: steps of the run that are in its log.
+        adapter: see `Runtime.prepare`.
     """
     started = time.perf_counter()
     say(f"loading the data and {config.model.base}")
     config.data.refuse_missing_files()
     tokenizer = load_tokenizer(config.model.base)
-    checkpoint = Checkpoint.of(config.model.base)
+    checkpoint = Checkpoint.of(config.model.base, config.model.tuning.head)
     splits = load_splits(config, tokenizer, masked=checkpoint.masked)
-    refuse_unknown_ids(splits, checkpoint.config.get_text_config().vocab_size, tokenizer)
+    vocabulary = getattr(checkpoint.config.get_text_config(), "vocab_size", None)
+    if vocabulary is not None:  # else it is no model of text, which is said where it is loaded
+        refuse_unknown_ids(splits, vocabulary, tokenizer)
     for sentence in oddities({split: looked_at(examples) for split, examples in splits.items()}, tokenizer):
         say(sentence)
     if not config.method.eval_test:
@@ -420,18 +420,26 @@ def loaded(config: Config, need: str | None = None, done: int = 0) -> Iterator[t
     for judge in judges(config.method).values():  # a reward that takes nothing is found before the model is loaded
         judge(next(iter(splits.values()))[0], "")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    runtime = _runtime(config, pad, checkpoint, done)
+    runtime = _runtime(config, pad, checkpoint, done, len(next(iter(splits.values()))[0].options))
     try:
-        runtime.prepare(splits)
+        runtime.prepare(splits, adapter)
         yield runtime, splits, time.perf_counter() - started - runtime.seconds_filling - runtime.seconds_proving
     finally:
         runtime.close()
 
 
-def _runtime(config: Config, pad: int, checkpoint: Checkpoint, done: int) -> Runtime:
-    """The runtime that --runtime names; the other one's libraries are not imported."""
+def _runtime(config: Config, pad: int, checkpoint: Checkpoint, done: int, options: int) -> Runtime:
+    """The runtime that --runtime names; the other one's libraries are not imported.
+
+    Args:
+        config: the run's.
+        pad: token id to pad with.
+        checkpoint: of the model.
+        done: steps of the run that are in its log.
+        options: of an example, which are the classes of a head that has such.
+    """
     model, machine, work = config.for_runtime
-    work = dataclasses.replace(work, done=done)
+    work = dataclasses.replace(work, done=done, classes=options)
     if config.machine.runtime.name == "sglang":
         try:
             from mezo.runtimes.sglang.runtime import SGLangRuntime

@@ -22,8 +22,8 @@ def check(config) -> None:
     _check_method(config.method)
     size, micro = config.method.batch_size, config.machine.micro_batch_size
     require(micro <= size, f"--micro-batch-size must be at most --batch-size, {size}; got {micro}")
-    if config.model.tuning.head == "linear":
-        _check_linear_head(config)
+    if config.model.tuning.head != "model":
+        _check_head(config)
     to, known = config.machine.report_to, ", ".join(DASHBOARDS)
     wrong = f"--report-to must be some of {known} with commas between, or none; got {to}"
     require(set(dashboards_of(to)) <= set(DASHBOARDS), wrong)
@@ -49,6 +49,13 @@ def _check_method(method: Method) -> None:
     why = "compares several thetas on the same examples; use another rule"
     shared = directions == 1 or not (method.rule.one_sided or method.rule.compares)
     require(shared, f"--directions must be 1, got {directions}: --update-rule {name} {why}")
+    follows = method.follow_coherence
+    require(not follows or directions > 1, "--follow-coherence chooses among up to --directions: give it, 2 or more")
+    require(not follows or method.noise, "--follow-coherence needs --noise, which measures the coherence: leave it on")
+    require(
+        not follows or not set(method.objectives) & set(GENERATED),
+        f"--follow-coherence: --objective {method.objective} reads no scores",
+    )
     require(bool(decay) or not method.no_decay, "--no-decay needs --weight-decay: give it, or leave both")
     require(ratio == 0 or ratio > 1, f"--max-loss-ratio must be 0 or a finite number > 1, got {ratio}")
     longest = method.max_step_ratio
@@ -80,20 +87,18 @@ def _check_objective(method: Method) -> None:
     require(all(method.stop), "--stop must not be empty text: leave it out")
 
 
-def _check_linear_head(config) -> None:
-    data, method = config.data, config.method
-    words = "--head linear needs --label-words, one name a class: ' negative' ' positive'"
-    require(bool(data.label_words), words)
-    require(method.generate != "on", "--head linear writes no text: leave --generate out")
-    require(not data.num_demonstrations, "--head linear reads no demonstrations: leave --num-demonstrations out")
+def _check_head(config) -> None:
+    data, method, head = config.data, config.method, f"--head {config.model.tuning.head}"
+    require(method.generate != "on", f"{head} writes no text: leave --generate out")
+    require(not data.num_demonstrations, f"{head} reads no demonstrations: leave --num-demonstrations out")
     allowed = ("auto", "cross_entropy", "accuracy")
     require(
         set(method.objectives) <= set(allowed),
-        f"--head linear has classes, not words: --objective must be {', '.join(allowed)}; got {method.objective}",
+        f"{head} has classes, not words: --objective must be {', '.join(allowed)}; got {method.objective}",
     )
     require(
         bool(data.prompt or not data.task),
-        f"--head linear: the prompt of task {data.task} asks for words; give --prompt, such as '{{text}}'",
+        f"{head}: the prompt of task {data.task} asks for words; give --prompt, such as '{{text}}'",
     )
 
 
@@ -108,6 +113,6 @@ def _check_runtime(config) -> None:
             not (flat and method.true_gradient), f"--true-gradient: {shown(tuple(flat))} has no gradient; leave it out"
         )
         return
-    require(tuning.head == "model", "--head linear: the engine has no such head; use --runtime hf")
+    require(tuning.head == "model", f"--head {tuning.head}: the engine has no such head; use --runtime hf")
     require(tuning.is_lora, f"--tuning {tuning.name}: the engine's slots hold LoRA adapters; use --runtime hf")
     require(not method.true_gradient, "--true-gradient needs autograd in this process: use it with --runtime hf")

@@ -1,5 +1,6 @@
 """A model to hand on: an adapter merged into its base model, or a trained model in another dtype."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +13,14 @@ from mezo.models.full import save_model
 from mezo.models.load import Checkpoint, load_base
 
 
-def merge(model: str, adapter: Path, output_dir: Path, dtype: str = "auto") -> None:
+def merge(
+    model: str,
+    adapter: Path,
+    output_dir: Path,
+    dtype: str = "auto",
+    head: str = "model",
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
     """Write base + (lora_alpha / r) B A as a transformers model: added in float32 and cast once.
 
     Args:
@@ -20,10 +28,16 @@ def merge(model: str, adapter: Path, output_dir: Path, dtype: str = "auto") -> N
         adapter: PEFT adapter directory.
         output_dir: directory to create.
         dtype: of the result; auto is that of the base checkpoint.
+        head: of the model, "model" or "classification".
+        shapes: of the adapter's tensors by canonical name, which say how many classes there are.
     """
-    checkpoint = Checkpoint.of(model)
+    checkpoint = Checkpoint.of(model, head)
     base = load_base(checkpoint, torch.float32)
     wanted = load_base(checkpoint, "auto").dtype if dtype == "auto" else getattr(torch, dtype)
+    own = {f"base_model.model.{name}": tuple(p.shape) for name, p in base.named_parameters()}
+    others = {shape[0] for name, shape in (shapes or {}).items() if name in own and own[name] != shape}
+    if others:  # the head of the base has other classes
+        base = load_base(checkpoint, torch.float32, min(others))
     merged = _untied(PeftModel.from_pretrained(base, str(adapter))).merge_and_unload()
     save_model(merged.to(wanted), model, output_dir)
 

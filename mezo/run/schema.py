@@ -72,6 +72,7 @@ class BaseHash(_Fields):
     model_hash: Text
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")]
     weights: Annotated[list[Text], MaxLen(2)] = []
+    theta: Annotated[list[Text], MaxLen(2)] = []
 
 
 class Stream(_Fields):

@@ -54,8 +54,22 @@ class Runtime(Protocol):
     pairs: int
     device: torch.device
 
-    def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
-        """Register every example that will be scored, named by split and index from then on, and fill caches."""
+    def prepare(self, splits: dict[str, Sequence[Example]], adapter: str = "") -> None:
+        """Register every example that will be scored, named by split and index from then on, and fill caches.
+
+        Args:
+            splits: examples by split.
+            adapter: directory of the adapter that theta will be, which `prove_adapter` compares with.
+        """
+
+    def prove_adapter(self) -> None:
+        """Compare scores at theta with PEFT's under the adapter that `prepare` was given, on a few examples, once.
+
+        Nothing is compared where none was given.
+
+        Raises:
+            UserError: they differ, or PEFT cannot load it.
+        """
 
     def load(self, theta: dict[str, torch.Tensor]) -> None:
         """Set theta from tensors by canonical name, float32 or of the base's dtype; and what is frozen, if it is there.
@@ -159,18 +173,6 @@ class Savable(Protocol):
 
     def save_model(self, directory: Path) -> None:
         """Write theta as `score` reads it, as a transformers model with its tokenizer; one that is there gives way."""
-
-
-@runtime_checkable
-class ReadsAdapters(Protocol):
-    """A runtime that has a model of PEFT's at hand: hf."""
-
-    def prove_adapter(self, directory: str) -> None:
-        """Compare scores at theta with those of PEFT with the adapter of a directory, on a few examples, once.
-
-        Raises:
-            UserError: they differ, or PEFT cannot load it.
-        """
 
 
 @runtime_checkable

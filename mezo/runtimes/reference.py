@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from mezo.errors import UserError
 from mezo.models.linear import as_loaded
 from mezo.models.spec import LINEAR_HEAD
 from mezo.runtimes.rows import RowBatch, scored
@@ -27,12 +28,22 @@ def reference_log_probs(model: nn.Module, batch: RowBatch) -> torch.Tensor:
         more = {"decoder_input_ids": decoder[0]} if decoder else {}
         with as_loaded():
             out = model(input_ids=ids, attention_mask=mask, **more)
-        if hasattr(out, "logits"):
-            logits = scored(out.logits, positions)
+        if hasattr(out, "logits"):  # those of classes are one vector a row
+            logits = scored(out.logits, positions) if out.logits.dim() == 3 else out.logits[:, None]
         else:
             logits = getattr(model.get_base_model(), LINEAR_HEAD)(scored(out.last_hidden_state, positions))
         log_probs.append(logits.double().log_softmax(-1).gather(-1, targets).cpu())
     return torch.cat(log_probs)
+
+
+def another_function(adapter: str, why: str) -> UserError:
+    """The error for an adapter whose scores here are not those that it has where PEFT reads it by itself.
+
+    Args:
+        adapter: its directory.
+        why: what was compared.
+    """
+    return UserError(f"adapter {adapter}: it is another function where PEFT loads it: {why}")
 
 
 @contextlib.contextmanager

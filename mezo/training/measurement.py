@@ -95,8 +95,8 @@ class Measurement:
         self.examples, self.ranks = examples, ranks
         self.rule, self.half_distance = method.rule, method.half_distance
         self.labels = torch.as_tensor(labels_of(examples), dtype=torch.int64)
-        self.group_size, per_group = method.group_size, method.num_perturbations
-        self.group = lambda k: k // per_group  # of the batch, that perturbation k measures
+        self.directions = method.directions  # of the next step; --follow-coherence changes it
+        self.group = lambda k: k // method.num_perturbations  # of the batch, that perturbation k measures
         self.mine = self._mine(method.batch_size)
         self.batches = Batches(len(examples), method.batch_size, method.seed)
         self.objective = mixture(method.objectives)
@@ -110,7 +110,12 @@ class Measurement:
     def step(self, number: int) -> Step:
         """The perturbations of a step."""
         method = self.method
-        return Step.of_run(method.seed, number, method.perturbations, method.eps, self.norm)
+        return Step.of_run(method.seed, number, self.directions * method.num_perturbations, method.eps, self.norm)
+
+    @property
+    def group_size(self) -> int:
+        """Examples that a perturbation of the next step is measured on."""
+        return self.method.batch_size // self.directions
 
     def norms(self, seeds: Sequence[int]) -> tuple[float, ...]:
         """Root mean square of each z where --normalise-z divides by it; else ()."""

@@ -22,7 +22,7 @@ from mezo.runtimes.generation import Writing, decoder_of, greedy, greedy_by_deco
 from mezo.runtimes.hf.proof import StartProof
 from mezo.runtimes.hf.rowwise import RowWise, why_not
 from mezo.runtimes.hf.scorer import Scorer
-from mezo.runtimes.reference import reference_log_probs
+from mezo.runtimes.reference import another_function, reference_log_probs
 from mezo.runtimes.sides import Sides
 from mezo.runtimes.theta import PerturbedTheta
 from mezo_kernels import ParamLayout, available_backends
@@ -58,10 +58,10 @@ class HFRuntime:
         self.dtype = _dtype(model.dtype, self.device)
         self.backend = None if machine.backend == "auto" else machine.backend
         _check_backend(self.backend, self.device)
-        checkpoint = checkpoint or Checkpoint.of(model.base)
+        checkpoint = checkpoint or Checkpoint.of(model.base, model.tuning.head)
         self.parts, self.spec = load_parts(model, self.device, self.dtype, work.classes, checkpoint)
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
-        self.pad, self.work, self.source = pad, work, model.base
+        self.pad, self.work, self.source = self._padding(pad), work, model.base
         self.options: HF = machine.runtime
         self.params = list(self.parts.params.values())
         self.linear = self._with_product(product_of(model, machine, checkpoint))
@@ -84,6 +84,15 @@ class HFRuntime:
         if self.writing and not (self.parts.causal or self.decoder):
             raise UserError(f"--model {model.base} fills masks and generates no text: use another model")
         self.scorer = Scorer(self.parts, self.options, work, pad, self.dtype, self.decoder, rowwise)
+
+    def _padding(self, pad: int) -> int:
+        """Token id to pad with: a classifier that reads the last token of a row tells it from padding by its number."""
+        config = self.parts.base.config.get_text_config()
+        if self.parts.scored_by != "classification":
+            return pad
+        if config.pad_token_id is None:
+            config.pad_token_id = pad
+        return config.pad_token_id
 
     def _with_product(self, product: Product) -> str:
         """Have the frozen weights, if there are any, multiplied so; return "torch" or "packed"."""
@@ -117,8 +126,9 @@ class HFRuntime:
         fit = self.options.copies_bytes // (2 * self.dtype.itemsize * self.master.n_elements)
         return max(1, min(fit, self.work.perturbations))
 
-    def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
+    def prepare(self, splits: dict[str, Sequence[Example]], adapter: str = "") -> None:
         """See `Runtime.prepare`. Raises UserError if a trunk cache that was asked for is not exact on this model."""
+        self.adapter = adapter
         self.scorer.prepare(splits, self._use_copy)
         for split, work in self.scorer.fill().items():
             (self.tokens if split == "train" else self.eval_tokens).computed += work
@@ -344,15 +354,17 @@ class HFRuntime:
             p.data = tensor
 
     @torch.no_grad()
-    def prove_adapter(self, directory: str) -> None:
-        """See `ReadsAdapters.prove_adapter`."""
+    def prove_adapter(self) -> None:
+        """See `Runtime.prove_adapter`."""
+        if not self.adapter:
+            return
         self._point([t.to(self.dtype) for t in self.master.tensors])
         proof = StartProof(self.scorer.rows, self.pad, self.device, self.dtype)
         log_probs = reference_log_probs(self.parts.model, proof.batch)
-        with as_peft_loads(self.parts.model, directory):
+        with as_peft_loads(self.parts.model, self.adapter):
             why = proof.why_wrong(self.parts.model, log_probs)
         if why:
-            raise UserError(f"adapter {directory}: it is another function where PEFT loads it: {why}")
+            raise another_function(self.adapter, why)
 
     def _use_copy(self, copy: int, seed: int | None = None) -> None:
         """See `scorer.Use`; what is written to has not been written to by a step yet."""

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from mezo.errors import UserError
+from mezo.models.lora import as_peft_loads
 from mezo.models.parts import ModelParts
-from mezo.runtimes.reference import EXAMPLES, TOLERANCE, largest_difference, reference_log_probs
+from mezo.runtimes.reference import EXAMPLES, TOLERANCE, another_function, largest_difference, reference_log_probs
 from mezo.runtimes.rows import Row, RowBatch
 
 SHARE = 0.2  # in 16 bits or quantised: of what the adapters of the proof change
@@ -23,17 +24,21 @@ class StartProof:
         exact: the engine's base is in float32 and not quantised.
         rows: all rows of the run; the longest is among those that are compared.
         pad: token id for padding.
+        adapter: directory of an adapter, whose log-probabilities are found by PEFT's own reading of it; "" is none.
     """
 
     SEEDS = (0, 1)
 
-    def __init__(self, parts: ModelParts, exact: bool, rows: Sequence[Row], pad: int):
-        self.exact = exact
+    def __init__(self, parts: ModelParts, exact: bool, rows: Sequence[Row], pad: int, adapter: str = ""):
+        self.exact, self.directory = exact, adapter
         self.rows = list(dict.fromkeys([max(rows, key=lambda row: len(row.ids)), *rows[:EXAMPLES]]))
         batch, noise = RowBatch.of(self.rows, pad, "cpu"), parts.attached.noise
         self._valid = batch.valid
         self._adapters = [dict(zip(parts.params, noise(parts.params, seed), strict=True)) for seed in self.SEEDS]
-        self._expected = [_by_model(parts, batch, adapter) for adapter in self._adapters]
+        self._expected = [_by_model(parts, batch, tensors) for tensors in self._adapters]
+        if adapter:
+            with torch.no_grad(), as_peft_loads(parts.model, adapter):
+                self._by_peft = reference_log_probs(parts.model, batch)
 
     def adapter(self, seed: int) -> dict[str, torch.Tensor]:
         """The noisy adapter of one of SEEDS, by canonical name."""
@@ -48,19 +53,37 @@ class StartProof:
         Raises:
             UserError: they are not the model's.
         """
-        spread = largest_difference(*self._expected, self._valid)
-        allowed = TOLERANCE if self.exact else max(TOLERANCE, SHARE * spread)
-        got = self._expected[seed].clone()  # a row without a candidate or position agrees there
+        worst = self._difference(self._expected[seed], tables)
+        if not worst <= self.allowed:
+            raise UserError(
+                f"--runtime sglang: log-probabilities differ by {worst:.2g} from transformers with PEFT (allowed"
+                f" {self.allowed:.2g}, the adapters themselves change {self.spread:.2g}); try --radix off, --engine-arg"
+                " attention_backend=..., or --runtime hf"
+            )
+
+    def check_adapter(self, tables: Sequence[list[dict[int, float]]]) -> None:
+        """Compare the engine's log-probabilities under the adapter of the directory; see `check`."""
+        worst = self._difference(self._by_peft, tables)
+        if not worst <= self.allowed:
+            why = f"log-probabilities differ by {worst:.2g} (allowed {self.allowed:.2g})"
+            raise another_function(self.directory, why)
+
+    @property
+    def spread(self) -> float:
+        """What another adapter changes."""
+        return largest_difference(*self._expected, self._valid)
+
+    @property
+    def allowed(self) -> float:
+        """By how much log-probabilities may differ."""
+        return TOLERANCE if self.exact else max(TOLERANCE, SHARE * self.spread)
+
+    def _difference(self, expected: torch.Tensor, tables: Sequence[list[dict[int, float]]]) -> float:
+        got = expected.clone()  # a row without a candidate or position agrees there
         for i, (row, table) in enumerate(zip(self.rows, tables, strict=True)):
             for p, target in enumerate(row.targets):
                 got[i, p, : len(target)] = torch.tensor([table[p][t] for t in target])
-        worst = float((got - self._expected[seed]).abs().max())
-        if not worst <= allowed:
-            raise UserError(
-                f"--runtime sglang: log-probabilities differ by {worst:.2g} from transformers with PEFT (allowed"
-                f" {allowed:.2g}, the adapters themselves change {spread:.2g}); try --radix off, --engine-arg"
-                " attention_backend=..., or --runtime hf"
-            )
+        return float((got - expected).abs().max())
 
 
 @torch.no_grad()

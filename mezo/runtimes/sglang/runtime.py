@@ -117,7 +117,7 @@ class SGLangRuntime:
         self._held = 1
         self.writing = Writing.of(self.checkpoint) if work.max_new_tokens else None
 
-    def prepare(self, splits: dict[str, Sequence[Example]]) -> None:
+    def prepare(self, splits: dict[str, Sequence[Example]], adapter: str = "") -> None:
         """See `Runtime.prepare`. Starts the engine and proves that it scores as the model itself does."""
         for split, examples in splits.items():
             if isinstance(examples, LargeExamples):
@@ -125,7 +125,7 @@ class SGLangRuntime:
                     f"--runtime sglang tokenises all of {split} ahead, and it has {len(examples):,} examples: give"
                     f" --num-train, at most {LARGE}, or use --runtime hf"
                 )
-        self.examples = splits
+        self.examples, self.adapter = splits, adapter
         self.rows = {split: [rows_of(example) for example in examples] for split, examples in splits.items()}
         self._check_lengths()
         if self.runtime.follows:  # the first machine proves and scores
@@ -134,21 +134,32 @@ class SGLangRuntime:
         say("computing what the engine must find, on a few examples")
         began = time.perf_counter()
         frozen = {name: p.detach().float() for name, p in self._parts.attached.frozen.items()}
-        proof = StartProof(self._parts, self.spec.dtype == "float32", self._all_rows(), self.pad)
+        self.proof = StartProof(self._parts, self.spec.dtype == "float32", self._all_rows(), self.pad, adapter)
         self._parts = None
         self.seconds_proving = time.perf_counter() - began
         self._launch()
         say("proving that the engine scores as transformers and PEFT do")
         began = time.perf_counter()
         for seed in StartProof.SEEDS:
-            self.load(frozen | proof.adapter(seed))
-            self._show("theta")
-            self._warm({("plus0",): [[row] for row in proof.rows]}, TokenCount())
-            proof.check(seed, self._read([("plus0", row) for row in proof.rows], TokenCount()))
+            self.load(frozen | self.proof.adapter(seed))
+            self.proof.check(seed, self._tables_of_proof())
         self.seconds_proving += time.perf_counter() - began
         self._flush()  # a prompt's first visit is the run's own, and is counted
         self.load(frozen | {name: torch.zeros(shape) for name, shape in self.spec.shapes.items()})
         self.engine.training = True
+
+    def prove_adapter(self) -> None:
+        """See `Runtime.prove_adapter`."""
+        if not self.adapter:
+            return
+        self.proof.check_adapter(self._tables_of_proof())
+        self._flush()
+
+    def _tables_of_proof(self) -> list[list[dict[int, float]]]:
+        """Log-probabilities of the proof's rows by the engine, under theta."""
+        self._show("theta")
+        self._warm({("plus0",): [[row] for row in self.proof.rows]}, TokenCount())
+        return self._read([("plus0", row) for row in self.proof.rows], TokenCount())
 
     def _check_lengths(self) -> None:
         limit = self._parts.position_limit

@@ -11,19 +11,22 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from peft import LoraConfig, PeftModel
 
-from mezo.api import evaluate, resume, train
+from mezo.api import evaluate, evaluate_target, resume, train
 from mezo.cli.main import main
 from mezo.config import Config
+from mezo.errors import UserError
 from mezo.report import tables
 from mezo.run import logbook
-from mezo.run.adapter import read_adapter, same_bits
+from mezo.run.adapter import adapter_options, read_adapter, same_bits
 from mezo.run.replay import rebuild
 from mezo.run.trajectory import read_trajectory
 from mezo.studies import tune
 from tests.log_by_formula import follows
 from tests.runtimes.sglang.conftest import LAST
 from tests.tiny_data import flags_of, write_jsonl
+from tests.tiny_models import build
 
 last = pytest.mark.engine("last")  # layer alone
 SHAPE = {"target_modules": LAST, "layers_to_transform": (2,)}
@@ -65,6 +68,36 @@ def test_a_run_is_the_hf_runtimes(runs):
     assert result["best_step"] == hf_result["best_step"]
     assert result["test"]["after"] == pytest.approx(hf_result["test"]["after"], abs=NOISE)
     assert follows(ours) == STEPS
+
+
+def read_as_plain(directory, monkeypatch):
+    """An adapter of rsLoRA that is taken for one of plain LoRA, as a field that nobody knows of would be."""
+    shape = {"target_modules": list(LAST), "layers_to_transform": [2], "init_lora_weights": False}
+    PeftModel(build("llama"), LoraConfig(r=8, lora_alpha=16, use_rslora=True, **shape)).save_pretrained(directory)
+    as_plain = {**adapter_options(directory), "use_rslora": False}
+    monkeypatch.setattr("mezo.api.adapter_options", lambda path: as_plain)
+
+
+@last
+def test_an_adapter_that_peft_reads_otherwise_is_refused(runs, common, tmp_path, monkeypatch):
+    """Scores of what a run starts from are compared with PEFT's own reading of it, once."""
+    options = {name: value for name, value in common.items() if name not in SHAPE} | {"runtime": "sglang", "steps": 2}
+    own = Config.of(**options, adapter=str(runs["hf"][0] / "adapter"), output_dir=str(tmp_path / "own"))
+    assert train(own)["steps"] == 2
+    read_as_plain(tmp_path / "foreign", monkeypatch)
+    foreign = Config.of(**options, adapter=str(tmp_path / "foreign"), output_dir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"it is another function where PEFT loads it: .* differ by"):
+        train(foreign)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow  # above: an engine for one direction
+@last
+def test_so_is_one_that_is_evaluated(common, tmp_path, monkeypatch):
+    read_as_plain(tmp_path / "foreign", monkeypatch)
+    given = {name: common[name] for name in ("dev_file", "prompt", "label_words", "model")} | {"runtime": "sglang"}
+    with pytest.raises(UserError, match=r"it is another function where PEFT loads it: .* differ by"):
+        evaluate_target(given, tmp_path / "foreign")
 
 
 @last
