@@ -1,6 +1,7 @@
 """What each command does, as functions that scripts may call; `mezo/cli/` parses arguments and prints errors."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,6 +109,7 @@ def start(
         As `train`.
     """
     ranks = ranks or Ranks()
+    _refuse_more_directions_than_parameters(config, runtime)
     initial = starting_file(config, runtime)
     header = make_header(config, runtime.spec, splits, initial, getattr(runtime, "linear", "torch"))
     theta = initial_theta(header, initial)
@@ -122,6 +124,17 @@ def start(
         run = RunDirectory(Path(config.machine.output_dir))
     trainer = Trainer(config.method, config.machine, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
     return _carry_through(trainer, ranks, until)
+
+
+def _refuse_more_directions_than_parameters(config: Config, runtime: Runtime) -> None:
+    """Raise UserError where a rule that projects has more directions than there are parameters."""
+    directions, rule = config.method.perturbations, config.method.rule
+    parameters = sum(map(math.prod, runtime.spec.shapes.values()))
+    if rule.projects and directions > parameters:
+        raise UserError(
+            f"--update-rule {rule.name}: {directions} directions a step, but {parameters} parameters are trained: lower"
+            " --directions or --num-perturbations"
+        )
 
 
 def follow(config: Config) -> dict:

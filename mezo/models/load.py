@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -67,12 +69,19 @@ class Checkpoint:
         return bool(self.config.is_encoder_decoder) and not self.masked
 
     @property
+    def reads_images(self) -> bool:
+        """True if it is a model of images and text, which text alone is given here."""
+        return type(self.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    @property
     def auto(self) -> type:
         """Class of transformers that loads it with its head."""
         if self.head != "model":
             return AutoModelForSequenceClassification if self.head == "classification" else AutoModel
         if self.encoder_decoder:
             return AutoModelForSeq2SeqLM
+        if self.reads_images:
+            return AutoModelForImageTextToText
         return AutoModelForMaskedLM if self.masked else AutoModelForCausalLM
 
     def one_token(self, device: torch.device) -> dict[str, torch.Tensor]:

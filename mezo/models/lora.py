@@ -165,18 +165,32 @@ def _targets(tuning: Adapted, base: Base, adaptable_head: bool) -> tuple[list[st
             raise UserError(f"--layers-to-transform: layer {number} does not exist; the model has {there}")
     modules = _linear_modules(base, layers, adaptable_head)
     if tuning.target_modules in ((), (ALL_LINEAR,)):
-        usual = base.checkpoint.family.targets or DEFAULT_TARGETS.get(base.model.config.model_type, ())
+        usual = base.checkpoint.family.targets or DEFAULT_TARGETS.get(base.body.config.model_type, ())
         known = not isinstance(usual, str) and any(_matches(name, target) for name in modules for target in usual)
-        return (list(usual), layers) if known and not tuning.target_modules else _all_linear(base, layers)
+        if not known or tuning.target_modules:
+            return _all_linear(base, layers)
+        return _within(base, modules, list(usual), layers)
     targets, head = list(tuning.target_modules), _head_name(base)
     for target in targets:
         if not any(_matches(name, target) for name in modules):
             known = sorted(set(map(_leaf, modules)))
             raise UserError(f"--target-modules: no linear layer named {target}; the model has {', '.join(known)}")
     if not layers or head not in modules or not any(_matches(head, target) for target in targets):
-        return targets, layers
+        return _within(base, modules, targets, layers)
     # PEFT takes no module outside the layers once layers are chosen: name each module instead
-    return [name for name in modules if any(_matches(name, target) for target in targets)], []
+    return _each(modules, targets), []
+
+
+def _within(base: Base, modules: list[str], targets: list[str], layers: list[int]) -> tuple[list[str], list[int]]:
+    """Targets and layers as they are, or each module by its name where PEFT would take some for images too."""
+    if base.checkpoint.reads_images:
+        return _each(modules, targets), []
+    return targets, layers
+
+
+def _each(modules: list[str], targets: list[str]) -> list[str]:
+    """The modules that some targets name."""
+    return [name for name in modules if any(_matches(name, target) for target in targets)]
 
 
 def _matches(name: str, target: str) -> bool:

@@ -34,7 +34,7 @@ class ModelParts:
         attached: the model with what is trained of it, in eval mode, no parameter requiring grad.
         family: of the model.
         base: the model of transformers within: its forward pass is what is right.
-        body: the transformer without its head.
+        body: the transformer without its head; of a model that reads images too, its part for text.
         layers: its layers; empty where it has no list of them, one module a layer.
         head: hidden states -> logits; it may be adapted as well. None where it is no single module.
         causal: True for a decoder, False for an encoder or both of them.
@@ -156,7 +156,8 @@ def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, clas
     model, new = load_with_new(checkpoint, dtype, classes)
     if checkpoint.head == "linear":
         check_encoder(model, checkpoint.name)
-    sha256, body = base_hash(model.to(device), new, checkpoint.head), model.base_model
+    sha256 = base_hash(model.to(device), new, checkpoint.head)
+    body = model.get_decoder() if checkpoint.reads_images else model.base_model
     whole = trained_whole(model, new) if checkpoint.head == "classification" else ()
     if checkpoint.head == "linear":
         whole = (add_linear_head(model, classes),)
@@ -164,7 +165,7 @@ def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, clas
         say(f"a new head of {classes} classes ({', '.join(whole)}), which the checkpoint lacks")
     layers = None  # of an encoder and a decoder there are two lists
     if not checkpoint.encoder_decoder:
-        layers = checkpoint.family.layers_of(body, model.config.num_hidden_layers)
+        layers = checkpoint.family.layers_of(body, body.config.num_hidden_layers)
     return Base(checkpoint, model, body, layers or (), _head_of(checkpoint, model, body), whole, new), sha256
 
 
@@ -173,6 +174,8 @@ def _head_of(checkpoint: Checkpoint, model: nn.Module, body: nn.Module) -> nn.Mo
     if checkpoint.head != "model":
         head = getattr(model, LINEAR_HEAD, None)  # a decoder's has that name too; an encoder's reads a whole text
         return head if checkpoint.head == "linear" or isinstance(head, nn.Linear) else None
+    if checkpoint.reads_images:
+        return model.get_output_embeddings()
     others = [child for child in model.children() if child is not body]
     return others[0] if len(others) == 1 and body is not model else None
 

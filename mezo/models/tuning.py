@@ -20,7 +20,7 @@ class Base:
     Args:
         checkpoint: where it comes from.
         model: with its head.
-        body: the transformer without its head.
+        body: the transformer without its head; of a model that reads images too, its part for text.
         layers: of the body, in order; empty where it has no list of them, one module a layer.
         head: hidden states -> logits; None where that is no single module.
         whole: names of modules that are trained whole beside an adapter: those of a head for classes.
