@@ -3,7 +3,7 @@
 import math
 
 from mezo.config.data import Data
-from mezo.config.machine import HF
+from mezo.config.machine import DASHBOARDS, HF, dashboards_of
 from mezo.config.method import GENERATED, SCORED, Method
 from mezo.config.model import pattern_of
 from mezo.config.options import flag_of, shown
@@ -27,6 +27,9 @@ def check(config) -> None:
     require(micro <= size, f"--micro-batch-size must be at most --batch-size, {size}; got {micro}")
     if config.model.tuning.head != "model":
         _check_head(config)
+    to, known = config.machine.report_to, ", ".join(DASHBOARDS)
+    wrong = f"--report-to must be some of {known} with commas between, or none; got {to}"
+    require(set(dashboards_of(to)) <= set(DASHBOARDS), wrong)
     _check_runtime(config)
 
 
