@@ -1,6 +1,7 @@
 """What each command does, as functions that scripts may call; `mezo/cli/` parses arguments and prints errors."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from mezo.data.tokenization import oddities, refuse_unknown_ids
 from mezo.errors import UserError
 from mezo.models.load import Checkpoint, load_tokenizer
 from mezo.progress import say
+from mezo.report import dashboards
 from mezo.run import outcome
 from mezo.run.adapter import adapter_options, check_base, load_adapter
 from mezo.run.agreement import check_lines
@@ -51,6 +53,7 @@ def train(config: Config, until: int | None = None) -> dict | None:
         return resume(config.machine.output_dir, ranks, until=until, reward=config.method.reward)
     if ranks.leads:
         refuse_existing(config.machine.output_dir)
+        dashboards.check(config.machine.report_to)
     _check_ranks(config, ranks)
     adapter = config.model.tuning.adapter
     with loaded(_with_one_product(config, ranks), need="train", adapter=adapter) as (runtime, splits, seconds):
@@ -106,6 +109,7 @@ def start(
         As `train`.
     """
     ranks = ranks or Ranks()
+    _refuse_more_directions_than_parameters(config, runtime)
     initial = starting_file(config, runtime)
     header = make_header(config, runtime.spec, splits, initial, getattr(runtime, "linear", "torch"))
     theta = initial_theta(header, initial)
@@ -120,6 +124,17 @@ def start(
         run = RunDirectory(Path(config.machine.output_dir))
     trainer = Trainer(config.method, config.machine, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
     return _carry_through(trainer, ranks, until)
+
+
+def _refuse_more_directions_than_parameters(config: Config, runtime: Runtime) -> None:
+    """Raise UserError where a rule that projects has more directions than there are parameters."""
+    directions, rule = config.method.perturbations, config.method.rule
+    parameters = sum(map(math.prod, runtime.spec.shapes.values()))
+    if rule.projects and directions > parameters:
+        raise UserError(
+            f"--update-rule {rule.name}: {directions} directions a step, but {parameters} parameters are trained: lower"
+            " --directions or --num-perturbations"
+        )
 
 
 def follow(config: Config) -> dict:
@@ -193,6 +208,8 @@ def resume(
     # the patience that ended a run may have been given when it was resumed; without an option nobody asks it to go on
     if run.result.is_file() and (ended or (not machine and run.read_result().get("stopped_early"))):
         return _check_finished(run)
+    if ranks.leads:
+        dashboards.check(config.machine.report_to)
     _check_ranks(config, ranks)
     trusted = trusted_reward(config.method.reward, first_line.get("reward_hash"), reward, trust_reward, path)
     config = _with_product_of(config.replace(reward=trusted), first_line)

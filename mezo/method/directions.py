@@ -16,7 +16,7 @@ def fewest(rho: float | None, batch_size: int, most: int) -> int:
         most: directions that a step may have.
 
     >>> [fewest(rho, 32, 32) for rho in (None, 1.0, 0.02, 0.0, -0.1)]
-    [32, 32, 4, 1, 1]
+    [32, 32, 8, 1, 1]
     """
     if rho is None:
         return most

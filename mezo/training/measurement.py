@@ -20,7 +20,7 @@ from mezo.method.step import Step, Update
 from mezo.run.trajectory import StepRecord
 from mezo.runtimes.base import Runtime
 from mezo.training.ranks import Ranks
-from mezo_kernels import root_mean_square
+from mezo_kernels import inner_products, root_mean_square
 
 RECENT = 16  # calls of the runtime whose scores are kept for the spread over a batch
 SMALLEST = 2.0**-126  # normal float32
@@ -106,6 +106,7 @@ class Measurement:
         backend = None if machine.backend == "auto" else machine.backend
         length = lambda seed: root_mean_square(runtime.spec.shapes, seed, device=runtime.device, backend=backend)  # noqa: E731
         self.norm = functools.lru_cache(256)(length) if method.normalise_z else None
+        self.drawing = {"device": runtime.device, "backend": backend}
 
     def step(self, number: int) -> Step:
         """The perturbations of a step."""
@@ -120,6 +121,12 @@ class Measurement:
     def norms(self, seeds: Sequence[int]) -> tuple[float, ...]:
         """Root mean square of each z where --normalise-z divides by it; else ()."""
         return tuple(map(self.norm, seeds)) if self.norm else ()
+
+    def products(self, seeds: Sequence[int]) -> list[list[float]]:
+        """Inner products of the z, for a rule that needs them; else []."""
+        if not self.rule.projects:
+            return []
+        return inner_products(self.runtime.spec.shapes, seeds, **self.drawing).tolist()
 
     def first(self, step: Step) -> Step:
         """What of a step the runtime holds when it begins: this rank's first perturbations."""
@@ -153,7 +160,8 @@ class Measurement:
         grads = losses.projected_grads(self.half_distance)
         lr = learning_rate(step.number, method.steps, method.lr, method.lr_schedule, method.warmup_steps)
         norms = self.norms(step.seeds)
-        update = self.rule.plan(step.seeds, grads, losses, lr, method.weight_decay, method.clip, norms)
+        products = self.products(step.seeds)
+        update = self.rule.plan(step.seeds, grads, losses, lr, method.weight_decay, method.clip, norms, products)
         update, factor = self.guard.shorten(update)
         tried = ()
         if self.rule.compares and not update.skipped:
