@@ -14,7 +14,7 @@ from mezo.data.rewards import judges, trusted_reward
 from mezo.data.tokenization import oddities, refuse_unknown_ids
 from mezo.errors import UserError
 from mezo.models.load import Checkpoint, load_tokenizer
-from mezo.progress import say
+from mezo.progress import say, waiting
 from mezo.report import dashboards
 from mezo.run import outcome
 from mezo.run.adapter import adapter_options, check_base, load_adapter
@@ -412,28 +412,28 @@ def loaded(
         adapter: see `Runtime.prepare`.
     """
     started = time.perf_counter()
-    say(f"loading the data and {config.model.base}")
-    config.data.refuse_missing_files()
-    tokenizer = load_tokenizer(config.model.base)
-    checkpoint = Checkpoint.of(config.model.base, config.model.tuning.head)
-    splits = load_splits(config, tokenizer, masked=checkpoint.masked)
-    vocabulary = getattr(checkpoint.config.get_text_config(), "vocab_size", None)
-    if vocabulary is not None:  # else it is no model of text, which is said where it is loaded
-        refuse_unknown_ids(splits, vocabulary, tokenizer)
-    for sentence in oddities({split: looked_at(examples) for split, examples in splits.items()}, tokenizer):
-        say(sentence)
-    if not config.method.eval_test:
-        splits.pop("test", None)
-    if need is not None and need not in splits:
-        raise UserError("--train-file is missing: give one, or a --task")
-    if need is not None and config.method.early_stopping and "dev" not in splits:
-        raise UserError(
-            f"--early-stopping {config.method.early_stopping} needs a dev set: give --dev-file, or leave it out"
-        )
-    for judge in judges(config.method).values():  # a reward that takes nothing is found before the model is loaded
-        judge(next(iter(splits.values()))[0], "")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    runtime = _runtime(config, pad, checkpoint, done, len(next(iter(splits.values()))[0].options))
+    with waiting(f"loading the data and {config.model.base}"):
+        config.data.refuse_missing_files()
+        tokenizer = load_tokenizer(config.model.base)
+        checkpoint = Checkpoint.of(config.model.base, config.model.tuning.head)
+        splits = load_splits(config, tokenizer, masked=checkpoint.masked)
+        vocabulary = getattr(checkpoint.config.get_text_config(), "vocab_size", None)
+        if vocabulary is not None:  # else it is no model of text, which is said where it is loaded
+            refuse_unknown_ids(splits, vocabulary, tokenizer)
+        for sentence in oddities({split: looked_at(examples) for split, examples in splits.items()}, tokenizer):
+            say(sentence)
+        if not config.method.eval_test:
+            splits.pop("test", None)
+        if need is not None and need not in splits:
+            raise UserError("--train-file is missing: give one, or a --task")
+        if need is not None and config.method.early_stopping and "dev" not in splits:
+            raise UserError(
+                f"--early-stopping {config.method.early_stopping} needs a dev set: give --dev-file, or leave it out"
+            )
+        for judge in judges(config.method).values():  # a reward that takes nothing is found before the model is loaded
+            judge(next(iter(splits.values()))[0], "")
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        runtime = _runtime(config, pad, checkpoint, done, len(next(iter(splits.values()))[0].options))
     try:
         runtime.prepare(splits, adapter)
         yield runtime, splits, time.perf_counter() - started - runtime.seconds_filling - runtime.seconds_proving

@@ -5,13 +5,17 @@ Lines go to the logger "mezo". The command line shows them on standard error; a 
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
+from rich.console import Console
 from rich.progress import track
 
 FIRST, EVERY = 5.0, 60.0  # seconds until the first estimate, and from one line to the next
+WIDE = 1000  # columns of what is no terminal
 log = logging.getLogger("mezo")
 Item = TypeVar("Item")
 
@@ -19,6 +23,39 @@ Item = TypeVar("Item")
 def say(text: str) -> None:
     """Say what begins."""
     log.info(text)
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Say what begins, and while it lasts, where there is no terminal, that it does: a line a minute.
+
+    Args:
+        text: what it is.
+    """
+    say(text)
+    ended, began = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not ended.wait(EVERY):
+            log.info("%s: still, after %s", text, lasting(time.monotonic() - began))
+
+    if not sys.stderr.isatty():
+        threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def console(stderr: bool = False, **options) -> Console:
+    """rich's console; where there is no terminal its lines are as long as they are, and no table is cut.
+
+    Args:
+        stderr: write to standard error.
+        options: others of rich's `Console`.
+    """
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, width=None if terminal else WIDE, **options)
 
 
 def told(items: Sequence[Item], what: str, first: float = FIRST) -> Iterator[Item]:

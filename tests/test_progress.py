@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from mezo import progress
 from mezo.cli.main import main
@@ -19,6 +20,24 @@ def test_a_long_loop_says_how_far_it_is(caplog, monkeypatch):
             time.sleep(0.02)
     assert 2 <= len(caplog.messages) <= 5
     assert all(re.fullmatch(r"filling: \d+ of 20, about 1 s left", text) for text in caplog.messages)
+
+
+def test_what_takes_long_by_itself_says_that_it_lasts(caplog, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.05)
+    with caplog.at_level("INFO", "mezo"), progress.waiting("starting the engine"):
+        time.sleep(0.18)
+    first, *rest = caplog.messages
+    assert first == "starting the engine"
+    assert 1 <= len(rest) <= 3
+    assert set(rest) == {"starting the engine: still, after 1 s"}
+    time.sleep(0.12)
+    assert len(caplog.messages) == 1 + len(rest), "it is silent once it has ended"
+
+
+def test_what_is_no_terminal_cuts_no_table(capsys):
+    words = "a sentence of more than eighty columns, which a terminal would break and a file should hold as it is " * 2
+    progress.console().print(Table(words))
+    assert words.strip() in capsys.readouterr().out
 
 
 def test_what_begins_is_said_before_it_is_done_and_no_line_is_wrapped(tiny_options, as_flags, capfd):

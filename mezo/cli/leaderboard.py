@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from rich.console import Console
 from rich.table import Table
 
 from mezo.cli.parsing import POSITIONAL, parse
 from mezo.errors import UserError
+from mezo.progress import console as new_console
 
 
 @dataclass(frozen=True)
@@ -29,5 +29,5 @@ def main(argv: list[str]) -> int:
     table = Table(*leaderboard.HEAD, show_header=True)
     for row in leaderboard.cells(leaderboard.leaderboard(options.runs)):
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    new_console(highlight=False).print(table)
     return 0

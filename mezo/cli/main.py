@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from types import FrameType
 
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore", module="torchvision")  # SGLang brings it; nothing here looks at pictures
     try:
-        with _ending_on_signals(), _saying_what_begins():
+        with _ending_on_signals(), _saying_what_begins(), _leaving_no_cache():
             return importlib.import_module(f"mezo.cli.{argv[0]}").main(argv[1:])
     except UserError as error:
         return _fail(str(error), 2)
@@ -135,6 +135,18 @@ def _saying_what_begins() -> Iterator[None]:
     finally:
         log.removeHandler(handler), log.setLevel(before)
         log.propagate = True
+
+
+@contextmanager
+def _leaving_no_cache() -> Iterator[None]:
+    """Remove the folder for compiled code that importing torch makes in TMPDIR, where nothing came to lie in it."""
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    try:
+        yield
+    finally:
+        if before is None and (made := os.environ.get("TORCHINDUCTOR_CACHE_DIR")):
+            with suppress(OSError):
+                os.rmdir(made)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

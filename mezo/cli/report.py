@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mezo.cli.parsing import POSITIONAL, parse
 from mezo.errors import UserError
+from mezo.progress import console as new_console
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ def main(argv: list[str]) -> int:
         raise UserError("mezo report: give at least one run directory")
     from mezo.report import page, tables
 
-    console = Console(highlight=False)
+    console = new_console(highlight=False)
     if len(options.runs) > 1:
         names = page.names_of(options.runs)
         for title, (head, *rows) in page.beside(options.runs, names).items():
             _print(console, title, rows, head)
     for run in options.runs:
         if len(options.runs) > 1:
-            console.rule(run)
+            console.print(f"\n{run}", style="bold", markup=False)
         for title, rows in tables.tables(run).items():
             head, rest = tables.headed(title, rows)
             _print(console, title, rest, head)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mezo.cli.parsing import POSITIONAL, parse
 from mezo.errors import UserError
+from mezo.progress import console as new_console
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
     options = parse(argv, "mezo reproduce", Options)
     from mezo.studies import protocols, reproduce
 
-    console = Console(highlight=False)
+    console = new_console(highlight=False)
     if not options.name:
         for protocol in protocols.PROTOCOLS.values():
             console.print(f"{protocol.name:<25} {_interval(protocol.mean, protocol.std):<12} {protocol.table}")

@@ -1,7 +1,8 @@
 """Results as tables in a terminal."""
 
-from rich.console import Console
 from rich.table import Table
+
+from mezo.progress import console as new_console
 
 
 def show_result(result: dict, run: str = "RUN") -> None:
@@ -17,7 +18,7 @@ def show_result(result: dict, run: str = "RUN") -> None:
     for split in ("train", "test"):
         if split in result:
             show_splits({f"{split} before": result[split]["before"], f"{split} after": result[split]["after"]})
-    console = Console()
+    console = new_console()
     best, steps, seconds = result["best_step"], result["steps"], result["seconds_training"]
     console.print(f"best step {best} of {steps}; {seconds:.1f} s of steps, {result['steps_per_second']:.1f} steps/s")
     scored, reused = result["tokens_scored"], result["tokens_reused"]
@@ -42,14 +43,14 @@ def show_splits(splits: dict[str, dict]) -> None:
     for split, row in splits.items():
         cells = ("-" if row.get(key) is None else f"{row[key]:.4f}" for key in keys)
         table.add_row(split, *cells)
-    Console().print(table)
+    new_console().print(table)
 
 
 def show_examples(splits: dict[str, dict]) -> None:
     """Print what evaluations show of single examples: texts, answers by class, the surest mistakes."""
     from mezo.report import samples  # brings torch
 
-    console = Console(highlight=False)
+    console = new_console(highlight=False)
     for split, row in splits.items():
         names = samples.class_names(row)
         found = {

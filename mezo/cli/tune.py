@@ -4,13 +4,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-from rich.console import Console
 from rich.table import Table
 
 from mezo.cli.parsing import given
 from mezo.config import Config
 from mezo.config.options import flag_of
 from mezo.errors import UserError
+from mezo.progress import console as new_console
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
 
 
 def _show(result: dict, edges: Callable[[dict, list[dict]], list[str]]) -> None:
-    console, estimate = Console(highlight=False), result["estimate"]
+    console, estimate = new_console(highlight=False), result["estimate"]
     if estimate:
         lr = "none, the loss curves down" if estimate["lr"] is None else f"{estimate['lr']:g}"
         console.print(

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from mezo.cli.parsing import parse
 from mezo.errors import UserError
+from mezo.progress import console as new_console
 
 
 @dataclass(frozen=True)
@@ -32,5 +32,5 @@ def main(argv: list[str]) -> int:
     table = Table("backend", "check", "result", "detail", title="against the reference and the frozen vectors")
     for row in rows:
         table.add_row(row.backend, row.check, "ok" if row.ok else "MISMATCH", row.detail)
-    Console().print(table)
+    new_console().print(table)
     return 0 if all(row.ok for row in rows) else 1

@@ -3,10 +3,10 @@
 import time
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mezo.progress import EVERY, lasting
+from mezo.progress import console as new_console
 from mezo.report.dashboards import Dashboard
 from mezo.run.trajectory import StepRecord
 
@@ -38,7 +38,7 @@ class Monitor:
 
     def __init__(self, dashboards: Sequence[Dashboard], steps: int, start: int, quiet: bool = False):
         self.dashboards = dashboards
-        self.console = Console(stderr=True, quiet=quiet)
+        self.console = new_console(stderr=True, quiet=quiet)
         self.steps, self.start, self.began = steps, start, time.monotonic()
         self.due = EVERY
         self.progress = Progress(

@@ -45,7 +45,8 @@ def _learning(result: Mapping[str, Any], run: str) -> str:
         longer = f"mezo train --resume {run} --steps {2 * result['steps']}"
         still = f"learning: the dev {what} was still {better} at the end, {shown(first)} to {shown(last)}"
         return f"{still}; go on with {longer}"
-    return f"learned: the dev {what} went from {shown(first)} to {shown(lowest)} at step {at}, and is at rest"
+    end = "little is gained any more" if last == lowest else "and is at rest"
+    return f"learned: the dev {what} went from {shown(first)} to {shown(lowest)} at step {at}, {end}"
 
 
 def _signal(result: Mapping[str, Any]) -> str:
@@ -56,8 +57,8 @@ def _signal(result: Mapping[str, Any]) -> str:
     signal = math.sqrt(max(0.0, (size - noise) * (size + noise)))
     if signal < MUCH_NOISE * noise:
         return (
-            f"signal below noise: of projected_grad, {size:.3g}, {noise:.3g} is chance of the batch; use a larger"
-            " --batch-size or more --num-perturbations"
+            f"signal below noise: projected_grad is {size:.3g} in size, and another batch alone changes it by"
+            f" {noise:.3g}: a larger --batch-size or more --num-perturbations would make steps steadier"
         )
     return f"the signal is {signal / noise:.1f} times the noise that the batch puts on projected_grad"
 

@@ -3,11 +3,11 @@
 import itertools
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from mezo.api import resume, train
 from mezo.config import Config
+from mezo.progress import console as new_console
 from mezo.run import outcome
 from mezo.run.directory import RunDirectory
 from mezo.run.replay import rebuild
@@ -93,7 +93,7 @@ def _show(result: dict, run: Path, replayed: str) -> None:
     table = Table("test set", "accuracy", "AUC", "loss", title="MeZO, forward passes only")
     for name in ("before", "after"):
         table.add_row(name, *(f"{test[name][key]:.3f}" for key in ("accuracy", "auc", "loss")))
-    console = Console(highlight=False)
+    console = new_console(highlight=False)
     console.print(table)
     console.print(
         f"{result['steps']} steps in {result['seconds_training']:.1f} s ({result['steps_per_second']:.1f} steps/s); "

@@ -17,7 +17,6 @@ from pathlib import Path
 import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
-from rich.console import Console
 
 from mezo.api import carry_on, loaded, start, with_adapter_options
 from mezo.config import Config
@@ -25,6 +24,7 @@ from mezo.config.options import flag_of
 from mezo.data.example import Example
 from mezo.data.rewards import judges, reward_hash, trusted_reward
 from mezo.errors import Diverged, RunError, UserError
+from mezo.progress import console as new_console
 from mezo.run.directory import RunDirectory, refuse_existing
 from mezo.run.files import drop_torn_line, replace_file
 from mezo.run.header import initial_theta, make_header, starting_file
@@ -248,7 +248,7 @@ def _journal(directory: Path) -> optuna.storages.JournalStorage:
 
 def _sweep(directory: Path, study: optuna.Study, runtime: Runtime, splits: dict, reward: str) -> dict | None:
     """Make what is left of a sweep's trials, and its result; None after Ctrl-C."""
-    plan, say = study.user_attrs["plan"], Console(stderr=True, highlight=False)
+    plan, say = study.user_attrs["plan"], new_console(stderr=True, highlight=False)
     config = Config.of_run(plan["config"]).replace(output_dir=str(directory), reward=reward)
     study.pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=plan["rungs"][0], reduction_factor=2)
     while (trial := _next_trial(study, plan["trials"])) is not None:

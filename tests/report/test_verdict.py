@@ -18,10 +18,11 @@ def result(losses=(), accuracies=(), n=None, **others):
     [
         ((1.0, 0.9, 0.8, 0.7, 0.6), "learning: .* still falling .* mezo train --resume runs/x --steps 80"),
         ((1.0, 0.6, 0.51, 0.50, 0.50), "learned: .* 1.0000 to 0.5000 at step 30, and is at rest"),
+        ((1.0, 0.6, 0.51, 0.50, 0.499), "learned: .* 1.0000 to 0.4990 at step 40, little is gained any more"),
         ((1.0, 0.6, 0.5, 0.7, 0.9), "best at step 20, 0.5000, and rose to 0.9000: lower --lr"),
         ((1.0, 1.1, 1.2, 1.3), "not learning: .* mezo tune"),
     ],
-    ids=["falling", "at_rest", "risen", "never"],
+    ids=["falling", "at_rest", "slow", "risen", "never"],
 )
 def test_the_dev_loss_says_what_to_do_next(losses, text):
     (found,) = verdicts(result(losses), "runs/x")
@@ -38,8 +39,8 @@ def test_a_reward_that_is_trained_is_what_is_judged():
 def test_a_signal_below_the_noise_asks_for_more_of_it():
     weak = verdicts(result(projected_grad_rms=1.2, projected_grad_batch_error=1.0))
     assert weak == [
-        "signal below noise: of projected_grad, 1.2, 1 is chance of the batch; use a larger --batch-size or more"
-        " --num-perturbations"
+        "signal below noise: projected_grad is 1.2 in size, and another batch alone changes it by 1: a larger"
+        " --batch-size or more --num-perturbations would make steps steadier"
     ]
     strong = verdicts(result(projected_grad_rms=5.0, projected_grad_batch_error=3.0))
     assert strong == ["the signal is 1.3 times the noise that the batch puts on projected_grad"]

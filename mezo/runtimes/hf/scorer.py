@@ -17,7 +17,7 @@ from mezo.data.example import Example
 from mezo.data.large import LargeExamples, looked_at
 from mezo.errors import UserError
 from mezo.models.parts import ModelParts
-from mezo.progress import say
+from mezo.progress import say, waiting
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Decoder, refuse_too_long
 from mezo.runtimes.hf.proof import StartProof
@@ -105,7 +105,8 @@ class Scorer:
                 names = ", ".join(self.work.objectives)
                 why = f"--objective {names} generates text, which takes nothing from it; use auto"
             raise UserError(f"--trunk-cache: {why}")
-        self._prove(asked != "off" and not needless, use)
+        with waiting("proving that the model is scored as it scores itself, on a few examples"):
+            self._prove(asked != "off" and not needless, use)
 
     def _check_lengths(self) -> None:
         limit, prefix = self.parts.position_limit, self.parts.prefix_tokens
@@ -299,7 +300,6 @@ class Scorer:
         Raises:
             UserError: there is none.
         """
-        say("proving that the model is scored as it scores itself, on a few examples")
         began, ways = time.perf_counter(), self._ways(with_trunk)
         proof, refusals = StartProof(self.rows, self.pad, self.device, self.dtype), []
         for self.trunk, self.reading in ways:

@@ -19,7 +19,7 @@ from mezo.errors import RunError, UserError
 from mezo.method.step import Step, Update
 from mezo.models.load import Checkpoint
 from mezo.models.parts import load_parts
-from mezo.progress import say
+from mezo.progress import waiting
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Writing, refuse_too_long
 from mezo.runtimes.rows import Row, measured, padded, rows_by_example, scores_of
@@ -126,19 +126,19 @@ class SGLangRuntime:
         if self.runtime.follows:  # the first machine proves and scores
             self._launch()
             return
-        say("computing what the engine must find, on a few examples")
         began = time.perf_counter()
         frozen = {name: p.detach().float() for name, p in self._parts.attached.frozen.items()}
-        self.proof = StartProof(self._parts, self.spec.dtype == "float32", self._all_rows(), self.pad, adapter)
+        with waiting("computing what the engine must find, on a few examples"):
+            self.proof = StartProof(self._parts, self.spec.dtype == "float32", self._all_rows(), self.pad, adapter)
         self._parts = None
         self.seconds_proving = time.perf_counter() - began
         self._launch()
-        say("proving that the engine scores as transformers and PEFT do")
         began = time.perf_counter()
-        for seed in StartProof.SEEDS:
-            self.load(frozen | self.proof.adapter(seed))
-            self.proof.check(seed, self._tables_of_proof())
-        self.batch_noise = self._prove_together()
+        with waiting("proving that the engine scores as transformers and PEFT do"):
+            for seed in StartProof.SEEDS:
+                self.load(frozen | self.proof.adapter(seed))
+                self.proof.check(seed, self._tables_of_proof())
+            self.batch_noise = self._prove_together()
         self.seconds_proving += time.perf_counter() - began
         self._flush()  # a prompt's first visit is the run's own, and is counted
         self.load(frozen | {name: torch.zeros(shape) for name, shape in self.spec.shapes.items()})
@@ -222,8 +222,8 @@ class SGLangRuntime:
             resident,
             self._requests,
         )
-        say(f"starting the SGLang engine on {'GPU' if accelerated() else 'CPU'}, which takes a minute or so")
-        self.engine = EngineHandle(arguments, self._scratch)
+        with waiting(f"starting the SGLang engine on {'GPU' if accelerated() else 'CPU'}, which takes a minute or so"):
+            self.engine = EngineHandle(arguments, self._scratch)
         if self.runtime.follows:
             return
         shapes, frozen = map(json.dumps, (self.spec.shapes, self.spec.frozen))

@@ -81,9 +81,10 @@ def refuse_without_lora(checkpoint: Checkpoint, served: type, names: Iterable[st
     has_sizes = hasattr(served, "get_hidden_dim")
     without = [leaf for leaf in leaves if not has_sizes and not _has_sizes(family.stack_of(leaf)[0], checkpoint.config)]
     if fused or without:
+        others = "" if without == leaves else ", or other --target-modules"
         raise UserError(
             f"--model {checkpoint.name}: SGLang has no LoRA on {', '.join(fused or without)} for {served.__name__}:"
-            " use --runtime hf, or other --target-modules"
+            f" use --runtime hf{others}"
         )
 
 
