@@ -15,7 +15,7 @@ from mezo.errors import UserError
 from mezo.models.load import Checkpoint, load_tokenizer
 from mezo.progress import say
 from mezo.run import outcome
-from mezo.run.adapter import adapter_options, check_base, load_adapter
+from mezo.run.adapter import adapter_options, base_of, check_base, load_adapter, quantised_here
 from mezo.run.agreement import check_lines
 from mezo.run.directory import RunDirectory, launch_id, refuse_existing
 from mezo.run.export import refuse_output
@@ -298,7 +298,7 @@ def evaluate(config: Config, adapter: Path | None, examples: bool = False) -> di
     with loaded(config, adapter=str(adapter or "")) as (runtime, splits, _):
         if adapter is not None:
             spec, linear = runtime.spec, config.model.tuning.head == "linear"
-            check_base(adapter, config.model.base, linear, {"model_hash": spec.model_hash, "dtype": spec.dtype})
+            check_base(adapter, config.model.base, linear, spec.base)
             runtime.load(load_adapter(adapter, runtime.spec.shapes))
             runtime.prove_adapter()
         judged = judges(config.method)
@@ -335,7 +335,8 @@ def evaluate_target(
     elif (target / "config.json").is_file():
         raise UserError(f"mezo eval {target}: that is a model: use mezo eval --model {target}")
     else:
-        base |= (found := adapter_options(target))
+        known = base_of(target)
+        base |= (found := adapter_options(target)) | ({"quantization": quantised_here(known)} if known else {})
         fixed = {name: value for name, value in found.items() if name != "model"}
     path = given.get("adapter", "")
     if path and path != base.get("adapter", ""):
@@ -436,7 +437,8 @@ def _runtime(config: Config, pad: int, checkpoint: Checkpoint, done: int) -> Run
 
 
 def _same_run(logged: dict, now: dict, path: str) -> None:
-    for key in ("run_seed", "data_hash", "reward_hash", "rule", "dtype", "peft", "shapes", "frozen", "model_hash"):
+    same = ("run_seed", "data_hash", "reward_hash", "rule", "dtype", "quantization", "peft", "shapes", "frozen")
+    for key in (*same, "model_hash"):
         a, b = logged.get(key), now.get(key)
         if key in ("shapes", "frozen"):
             a, b = ({name: tuple(shape) for name, shape in shapes.items()} for shapes in (a or {}, b or {}))

@@ -96,6 +96,9 @@ def _check_linear_head(config) -> None:
 
 def _check_runtime(config) -> None:
     tuning, runtime, method = config.model.tuning, config.machine.runtime, config.method
+    packed = config.model.quantization
+    floats = f"--quantization {packed}: --tuning full trains the weights themselves, by less than they are rounded to"
+    require(packed == "none" or tuning.name != "full", f"{floats}; use --tuning lora")
     if isinstance(runtime, HF):
         cache = runtime.trunk_cache
         fits = tuning.is_lora or cache in ("auto", "off")
@@ -105,6 +108,8 @@ def _check_runtime(config) -> None:
             not (flat and method.true_gradient), f"--true-gradient: {shown(tuple(flat))} has no gradient; leave it out"
         )
         return
+    engines = "the engine quantises by itself: use --engine-arg quantization=..., or --runtime hf"
+    require(packed == "none", f"--quantization {packed}: {engines}")
     require(tuning.head == "model", "--head linear: the engine has no such head; use --runtime hf")
     require(tuning.is_lora, f"--tuning {tuning.name}: the engine's slots hold LoRA adapters; use --runtime hf")
     require(not method.true_gradient, "--true-gradient needs autograd in this process: use it with --runtime hf")

@@ -107,6 +107,11 @@ def attach(tuning: Full, base: Base) -> Attached:
     Raises:
         UserError: the parameters are not of one dtype.
     """
+    if base.checkpoint.quantised:
+        raise UserError(
+            f"--tuning full: {base.checkpoint.name} is quantised ({base.checkpoint.quantised}), and a step changes"
+            " weights by less than they are rounded to; use --tuning lora"
+        )
     params, dtype = dict(base.model.named_parameters()), base.model.dtype
     for name, p in params.items():
         if p.dtype != dtype or not p.is_floating_point():

@@ -21,8 +21,11 @@ from transformers import (
 from mezo.errors import UserError
 from mezo.models.attention import ATTENTION
 from mezo.models.families import Family, family_of
+from mezo.models.quantization import config_of, is_quantised, quantised_by, settle, tensors_of
+from mezo.models.spec import NONE
 
 ADAPTER = "adapter_config.json"
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,11 @@ class Checkpoint:
         return bool(self.config.is_encoder_decoder) and not self.masked
 
     @property
+    def quantised(self) -> str | None:
+        """How its weights are quantised, such as "awq"; None if they are not."""
+        return quantised_by(self.config)
+
+    @property
     def auto(self) -> type:
         """Class of transformers that loads it with its head."""
         if self.encoder_decoder:
@@ -87,16 +95,25 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         raise UserError(f"--model {model}: {why}; give a directory with a model in it, or a hub id") from error
 
 
-def load_base(checkpoint: Checkpoint, dtype: torch.dtype | str, bare: bool = False) -> nn.Module:
-    """A model with its head, on the CPU in eval mode.
+def load_base(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | str,
+    bare: bool = False,
+    quantization: str = NONE,
+    device: torch.device = CPU,
+) -> nn.Module:
+    """A model with its head, in eval mode.
 
     Args:
         checkpoint: which.
         dtype: of its parameters; "auto" is that of the checkpoint.
         bare: leave the head out.
+        quantization: what its linear layers are quantised to as they are loaded, as --quantization names it.
+        device: where it is put.
     Raises:
         UserError: it cannot be loaded.
     """
+    packing = config_of(quantization, dtype, device, checkpoint.config)
     auto = AutoModel if bare else checkpoint.auto
     try:
         attention = _attention(auto._model_mapping[type(checkpoint.config)], checkpoint.config)
@@ -107,11 +124,16 @@ def load_base(checkpoint: Checkpoint, dtype: torch.dtype | str, bare: bool = Fal
         ) from error
     try:
         options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+        if packing or checkpoint.quantised:  # packed weights are not moved afterwards
+            options |= {"device_map": {"": device}} | ({"quantization_config": packing} if packing else {})
         base = auto.from_pretrained(checkpoint.name, **options).eval()
     except (OSError, ValueError, ImportError) as error:  # ImportError: a quantised checkpoint without its library
         raise _unloadable(checkpoint.name, error) from error
     if base._hf_peft_config_loaded:  # of a hub id, whose files are not looked at before
         raise _two_in_one(checkpoint.name)
+    if not is_quantised(base):
+        return base.to(device)
+    settle(base, quantization, dtype)
     return base
 
 
@@ -125,20 +147,30 @@ def _attention(model: type, config: PretrainedConfig) -> str | None:
     return ATTENTION if model._supports_attention_backend and model._supports_sdpa else None
 
 
-def checkpoint_hash(model: str, dtype: str, bare: bool = False) -> str:
-    """`weights_hash` of a path or hub id loaded in a dtype; `bare`: without its head."""
-    base = load_base(Checkpoint.of(model), getattr(torch, dtype), bare)
+def checkpoint_hash(model: str, dtype: str, bare: bool = False, quantization: str = NONE) -> str:
+    """`weights_hash` of a path or hub id loaded in a dtype; `bare`: without its head; see `load_base`."""
+    base = load_base(Checkpoint.of(model), getattr(torch, dtype), bare, quantization, quantising_device(quantization))
     if bare:
         base.pooler = None  # as a run with a linear head has it
     return weights_hash(base)
 
 
+def quantising_device(quantization: str) -> torch.device:
+    """Where a model is quantised that no run has put anywhere: a GPU, where there is one, as a run would."""
+    return torch.device("cuda") if quantization != NONE and torch.cuda.is_available() else CPU
+
+
 def weights_hash(base: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the base weights, tied ones once; `base` may be the weights."""
+    """SHA-256 over names, dtypes, shapes and bytes of the base weights, tied ones once; `base` may be the weights.
+
+    Packed weights count as they are held. A forward pass may lay them out anew: ask before.
+    """
     digest = hashlib.sha256()
-    for name, p in base.named_parameters() if isinstance(base, nn.Module) else base:
+    if isinstance(base, nn.Module):
+        base = tensors_of(base) if is_quantised(base) else base.named_parameters()
+    for name, p in base:
         digest.update(f"{name} {p.dtype} {tuple(p.shape)}\n".encode())
-        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -9,10 +9,19 @@ from torch import nn
 
 from mezo.errors import UserError
 from mezo.models.full import save_model
-from mezo.models.load import Checkpoint, load_base
+from mezo.models.load import Checkpoint, load_base, quantising_device
+from mezo.models.quantization import dequantise, is_quantised
+from mezo.models.spec import NONE
 
 
-def merge(model: str, adapter: Path, output_dir: Path, dtype: str = "auto") -> None:
+def merge(
+    model: str,
+    adapter: Path,
+    output_dir: Path,
+    dtype: str = "auto",
+    quantization: str = NONE,
+    quantised_in: str = "float32",
+) -> None:
     """Write base + (lora_alpha / r) B A as a transformers model: added in float32 and cast once.
 
     Args:
@@ -20,9 +29,14 @@ def merge(model: str, adapter: Path, output_dir: Path, dtype: str = "auto") -> N
         adapter: PEFT adapter directory.
         output_dir: directory to create.
         dtype: of the result; auto is that of the base checkpoint.
+        quantization: what the adapter's base was quantised to: the result has what these weights mean, as floats.
+        quantised_in: dtype of all else of that base, which scales are rounded to.
     """
     checkpoint = Checkpoint.of(model)
-    base = load_base(checkpoint, torch.float32)
+    loaded = torch.float32 if quantization == NONE else getattr(torch, quantised_in)
+    base = load_base(checkpoint, loaded, quantization=quantization, device=quantising_device(quantization))
+    if is_quantised(base):
+        base = dequantise(base).cpu()
     wanted = load_base(checkpoint, "auto").dtype if dtype == "auto" else getattr(torch, dtype)
     merged = _untied(PeftModel.from_pretrained(base, str(adapter))).merge_and_unload()
     save_model(merged.to(wanted), model, output_dir)

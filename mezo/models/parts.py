@@ -115,7 +115,9 @@ def load_parts(
         UserError: the model cannot be loaded, or has no such layers or modules, or cannot be trained so.
     """
     linear = model.tuning.head == "linear"
-    base, sha256 = _load(checkpoint or Checkpoint.of(model.base), device, dtype, classes if linear else None)
+    base, sha256 = _load(
+        checkpoint or Checkpoint.of(model.base), device, dtype, classes if linear else None, model.quantization
+    )
     attached = TUNINGS[model.tuning.name](model.tuning, base)
     attached.model.requires_grad_(False)
     params, family, n_layers = attached.params, base.checkpoint.family, len(base.layers)
@@ -133,7 +135,9 @@ def load_parts(
         linear_head=linear,
     )
     shapes, frozen = ({name: tuple(p.shape) for name, p in part.items()} for part in (params, attached.frozen))
-    return parts, TrainedSpec(attached.peft, shapes, base.checkpoint.name, sha256, str(dtype).split(".")[1], frozen)
+    dtype_name = str(dtype).split(".")[1]
+    name, quantization = base.checkpoint.name, model.quantization
+    return parts, TrainedSpec(attached.peft, shapes, name, sha256, dtype_name, frozen, quantization)
 
 
 def _lowest_trained(base: Base, params: Mapping[str, nn.Parameter], linear: bool) -> int:
@@ -153,9 +157,11 @@ def _lowest_trained(base: Base, params: Mapping[str, nn.Parameter], linear: bool
     return next((i for i, layer in enumerate(in_layers) if layer & trained), len(in_layers) - 1)
 
 
-def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, classes: int | None) -> tuple[Base, str]:
+def _load(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, classes: int | None, quantization: str
+) -> tuple[Base, str]:
     """A base model and the hash of its weights; with a linear head of so many classes, if not None, for its own."""
-    model = load_base(checkpoint, dtype, bare=classes is not None).to(device)
+    model = load_base(checkpoint, dtype, classes is not None, quantization, device)
     if classes is not None:
         check_encoder(model, checkpoint.name)
         model.pooler = None  # not read, and drawn anew at each load where the checkpoint has none

@@ -12,6 +12,7 @@ from mezo.run.adapter import (
     check_base,
     check_weights,
     is_prefix,
+    quantised_here,
     read_adapter,
     read_peft_config,
     save_adapter,
@@ -45,7 +46,8 @@ def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -
     if form == "merged":
         check_base(adapter, peft["base_model_name_or_path"])
         check_weights(adapter / WEIGHTS)
-        merge(peft["base_model_name_or_path"], adapter, Path(output_dir), dtype)
+        base = base_of(adapter) or {"dtype": "float32"}
+        merge(peft["base_model_name_or_path"], adapter, Path(output_dir), dtype, quantised_here(base), base["dtype"])
         return
     tensors = read_adapter(adapter)
     if form == "sglang":

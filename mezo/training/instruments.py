@@ -80,7 +80,7 @@ class Instruments:
     def _spread(self, step: int, records: Sequence[StepRecord]) -> dict:
         measurement, method = self.measurement, self.method
         first, rule = measurement.first(measurement.step(step)), method.rule
-        theta, dtype = self.runtime.theta(), getattr(torch, self.runtime.spec.dtype.split(",")[0])
+        theta, dtype = self.runtime.theta(), getattr(torch, self.runtime.spec.dtype)
         if measurement.group_size == 1 and measurement.recent:  # no two examples have had one z
             measurement.recent.extend(self._under_one_z(step))
         grads = list(measurement.example_grads())

@@ -20,6 +20,7 @@ from mezo.errors import RunError, UserError
 from mezo.method.step import Step, Update
 from mezo.models.load import Checkpoint
 from mezo.models.parts import load_parts
+from mezo.models.spec import ENGINE, NONE
 from mezo.progress import say
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Writing, refuse_too_long
@@ -99,7 +100,7 @@ class SGLangRuntime:
         self._parts, self.spec = load_parts(model, torch.device("cpu"), dtype, checkpoint=self.checkpoint)
         self.dtype = self.spec.dtype
         if self.options.get("quantization"):  # another base: a run is not resumed without it
-            self.spec = dataclasses.replace(self.spec, dtype=f"{self.dtype}, quantised {self.options['quantization']}")
+            self.spec = dataclasses.replace(self.spec, quantization=f"{ENGINE}{self.options['quantization']}")
         refuse_without_lora(self.checkpoint, self._served, self.spec.adapter)
         self.kv_depends, self._initial = self._parts.kv_depends, self._parts.attached.initial
         rule = work.rule
@@ -134,7 +135,8 @@ class SGLangRuntime:
         say("computing what the engine must find, on a few examples")
         began = time.perf_counter()
         frozen = {name: p.detach().float() for name, p in self._parts.attached.frozen.items()}
-        self.proof = StartProof(self._parts, self.spec.dtype == "float32", self._all_rows(), self.pad, adapter)
+        exact = self.dtype == "float32" and self.spec.quantization == NONE and not self.checkpoint.quantised
+        self.proof = StartProof(self._parts, exact, self._all_rows(), self.pad, adapter)
         self._parts = None
         self.seconds_proving = time.perf_counter() - began
         self._launch()
@@ -329,7 +331,8 @@ class SGLangRuntime:
         else:
             cache = f"a radix namespace for each version of theta ({self.kv_depends})"
         ranks = f"tensor parallel {self.runtime.tp}" if self.runtime.tp > 1 else "one rank"
-        return f"{n:,} LoRA parameters, {self.spec.dtype} base in SGLang, {ranks}, {cache}"
+        packed = "" if self.spec.quantization == NONE else f" {self.spec.quantization.removeprefix(ENGINE)}"
+        return f"{n:,} LoRA parameters, {self.spec.dtype}{packed} base in SGLang, {ranks}, {cache}"
 
     def close(self) -> None:
         """See `Runtime.close`."""
