@@ -120,6 +120,22 @@ def draw_accuracy_objective(study: dict, path: Path) -> None:
     save(figure, path)
 
 
+def draw_leaderboard(cells: dict, machine: dict, path: Path) -> None:
+    """Test AUC over scored rows, a line for each row of the table with its deviation over seeds; AdamW dashed."""
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for own in filter(None, cells.values()):
+        budgets = sorted(own, key=int)
+        rows = [own[budget] for budget in budgets]
+        style = {"linestyle": "--", "color": "gray"} if rows[0]["gradients"] else {"marker": "o", "capsize": 3}
+        mean, std = ([row["auc"][name] or 0.0 for row in rows] for name in ("mean", "std"))
+        axes.errorbar([row["rows"] for row in rows], mean, std, label=rows[0]["title"], **style)
+    axes.set(xlabel="rows scored", ylabel="AUC on test", title="what forward passes buy, by row of the leaderboard")
+    axes.set_xscale("log")
+    grid(axes, machine)
+    axes.legend(fontsize=6, loc="lower right")
+    save(figure, path)
+
+
 def save(figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
@@ -149,6 +165,11 @@ def main() -> int:
     if (folder / "alternatives.json").is_file():
         methods = read(folder / "alternatives.json", "make bench-alternatives")
         draw_alternatives(methods["rows"], methods["machine"], folder / "alternatives.svg")
+    if (folder / "leaderboard.json").is_file():
+        board = read(folder / "leaderboard.json", "make leaderboard")
+        draw_leaderboard(
+            {n: own for n, own in board["cells"].items() if own}, board["machine"], folder / "leaderboard.svg"
+        )
     if (folder / "reproduce_small.json").is_file():
         parts = read(folder / "reproduce_small.json", "make reproduce-small")
         if "accuracy objective" in parts:

@@ -1,6 +1,7 @@
 """What each command does, as functions that scripts may call; `mezo/cli/` parses arguments and prints errors."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ def _with_one_product(config: Config, ranks: Ranks) -> Config:
     from mezo.models.linear import SMALLEST, width_of
     from mezo.runtimes.hf.runtime import product_of
 
-    checkpoint = Checkpoint.of(config.model.base)
+    checkpoint = Checkpoint.of(config.model.base, config.model.tuning.head, config.model.quantization)
     packed = width_of(checkpoint.config) >= SMALLEST
     if packed:
         mine = product_of(config.model, config.machine, checkpoint).name == "packed"
@@ -106,6 +107,7 @@ def start(
         As `train`.
     """
     ranks = ranks or Ranks()
+    _refuse_more_directions_than_parameters(config, runtime)
     initial = starting_file(config, runtime)
     header = make_header(config, runtime.spec, splits, initial, getattr(runtime, "linear", "torch"))
     theta = initial_theta(header, initial)
@@ -120,6 +122,17 @@ def start(
         run = RunDirectory(Path(config.machine.output_dir))
     trainer = Trainer(config.method, config.machine, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
     return _carry_through(trainer, ranks, until)
+
+
+def _refuse_more_directions_than_parameters(config: Config, runtime: Runtime) -> None:
+    """Raise UserError where a rule that projects has more directions than there are parameters."""
+    directions, rule = config.method.perturbations, config.method.rule
+    parameters = sum(map(math.prod, runtime.spec.shapes.values()))
+    if rule.projects and directions > parameters:
+        raise UserError(
+            f"--update-rule {rule.name}: {directions} directions a step, but {parameters} parameters are trained: lower"
+            " --directions or --num-perturbations"
+        )
 
 
 def follow(config: Config) -> dict:
@@ -291,16 +304,18 @@ def evaluate(config: Config, adapter: Path | None, examples: bool = False) -> di
     config = with_objective(config).replace(**whole, eval_test=True, eval_train=True)
     if adapter is None and config.model.tuning.name == "prefix":
         raise UserError("--tuning prefix: without a run or an adapter there is no prefix to score; leave it out")
-    if adapter is None and config.model.tuning.head == "linear":
+    head = config.model.tuning.head
+    if adapter is None and head == "linear":
         raise UserError("--head linear: without a run or an adapter the head is zero; leave it out, or give one")
     if config.machine.follows:
         raise UserError("--engine-arg node_rank: only mezo train runs on several machines; use one, or --runtime hf")
     with loaded(config, adapter=str(adapter or "")) as (runtime, splits, _):
         if adapter is not None:
-            spec, linear = runtime.spec, config.model.tuning.head == "linear"
-            check_base(adapter, config.model.base, linear, spec.base)
+            check_base(adapter, config.model.base, head, runtime.spec.base)
             runtime.load(load_adapter(adapter, runtime.spec.shapes))
             runtime.prove_adapter()
+        elif head == "classification":  # the checkpoint's own
+            runtime.load(runtime.initial_theta(config.method.seed))
         judged = judges(config.method)
         groups = config.method, config.machine
         scored = {
@@ -396,9 +411,11 @@ def loaded(
     say(f"loading the data and {config.model.base}")
     config.data.refuse_missing_files()
     tokenizer = load_tokenizer(config.model.base)
-    checkpoint = Checkpoint.of(config.model.base)
+    checkpoint = Checkpoint.of(config.model.base, config.model.tuning.head, config.model.quantization)
     splits = load_splits(config, tokenizer, masked=checkpoint.masked)
-    refuse_unknown_ids(splits, checkpoint.config.get_text_config().vocab_size, tokenizer)
+    vocabulary = getattr(checkpoint.config.get_text_config(), "vocab_size", None)
+    if vocabulary is not None:  # else it is no model of text, which is said where it is loaded
+        refuse_unknown_ids(splits, vocabulary, tokenizer)
     for sentence in oddities({split: looked_at(examples) for split, examples in splits.items()}, tokenizer):
         say(sentence)
     if not config.method.eval_test:
@@ -412,7 +429,7 @@ def loaded(
     for judge in judges(config.method).values():  # a reward that takes nothing is found before the model is loaded
         judge(next(iter(splits.values()))[0], "")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    runtime = _runtime(config, pad, checkpoint, done)
+    runtime = _runtime(config, pad, checkpoint, done, len(next(iter(splits.values()))[0].options))
     try:
         runtime.prepare(splits, adapter)
         yield runtime, splits, time.perf_counter() - started - runtime.seconds_filling - runtime.seconds_proving
@@ -420,10 +437,18 @@ def loaded(
         runtime.close()
 
 
-def _runtime(config: Config, pad: int, checkpoint: Checkpoint, done: int) -> Runtime:
-    """The runtime that --runtime names; the other one's libraries are not imported."""
+def _runtime(config: Config, pad: int, checkpoint: Checkpoint, done: int, options: int) -> Runtime:
+    """The runtime that --runtime names; the other one's libraries are not imported.
+
+    Args:
+        config: the run's.
+        pad: token id to pad with.
+        checkpoint: of the model.
+        done: steps of the run that are in its log.
+        options: of an example, which are the classes of a head that has such.
+    """
     model, machine, work = config.for_runtime
-    work = dataclasses.replace(work, done=done)
+    work = dataclasses.replace(work, done=done, classes=options)
     if config.machine.runtime.name == "sglang":
         try:
             from mezo.runtimes.sglang.runtime import SGLangRuntime

@@ -5,6 +5,7 @@ from mezo_kernels.layout import ParamLayout, ParamSlot, canonical_name
 from mezo_kernels.ops import perturb_, rademacher, rule_step_, standard_normal, step_
 from mezo_kernels.philox import Z_STREAM_VERSION, lora_init, perturbation_seed, tensor_id
 from mezo_kernels.plan import Plan
+from mezo_kernels.products import inner_products
 from mezo_kernels.rms import root_mean_square
 from mezo_kernels.rules import Rule, RuleUpdate
 from mezo_kernels.verify import VerifyRow, verify
@@ -19,6 +20,7 @@ __all__ = [
     "VerifyRow",
     "available_backends",
     "canonical_name",
+    "inner_products",
     "lora_init",
     "perturb_",
     "perturbation_seed",

@@ -50,6 +50,9 @@ def _expected(config: dict, header: dict, line: dict) -> tuple[list[float], floa
         grads = np.clip(grads, -config["clip"], config["clip"])
     if config["normalise_z"]:
         grads = grads / [_length(header["shapes"], seed) for seed in line["seeds"]]
+    if rule == "aligned":
+        z = np.round(np.stack([_direction(header["shapes"], seed) for seed in line["seeds"]]) * 2**17) / 2**17
+        grads = np.linalg.solve(z @ z.T, grads) * np.mean(np.square(z).sum(1))
     if rule in ("momentum", "adam", "adamw", "sign"):
         return list(grads / n), 1.0 if rule == "adam" else decay
     if rule == "fzoo":
@@ -76,5 +79,10 @@ def _rate(config: dict, step: int) -> float:
 
 def _length(shapes: dict[str, list[int]], seed: int) -> float:
     """Root mean square of a z over all parameters."""
+    return float(np.sqrt(np.mean(_direction(shapes, seed) ** 2)))
+
+
+def _direction(shapes: dict[str, list[int]], seed: int) -> np.ndarray:
+    """z over all parameters."""
     z = np.concatenate([standard_normal(seed, name, 0, math.prod(shape)).numpy() for name, shape in shapes.items()])
-    return float(np.sqrt(np.mean(z.astype(np.float64) ** 2)))
+    return z.astype(np.float64)

@@ -4,7 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 
 from tests.tiny_models import tokenizer
 
@@ -20,6 +27,20 @@ GROUPED = SIZES | {"num_key_value_heads": 2}
 HEADS = GROUPED | {"head_dim": 8}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1}
 CAUSAL, MASKED, READER = AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+SEER = AutoModelForImageTextToText
+CLIP = {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, "projection_dim": 32}
+LLAVA = {
+    "text_config": {"model_type": "llama"} | GROUPED,
+    "vision_config": CLIP
+    | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "image_token_index": 63,
+}
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+QWEN2_VL = {
+    "text_config": GROUPED | {"rope_parameters": ROPE},
+    "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4},
+    **{f"{name}_token_id": 60 + i for i, name in enumerate(("image", "video", "vision_start", "vision_end"))},
+}
 T5_SIZES = {"num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 48}
 BART_SIZES = {
     f"{part}_{name}": size
@@ -61,6 +82,7 @@ FAMILIES = {
     "gpt_oss": Tiny(CAUSAL, HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),
     "granite": Tiny(CAUSAL, GROUPED | {"logits_scaling": 8.0}),
     "lfm2": Tiny(CAUSAL, GROUPED | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "llava": Tiny(SEER, LLAVA),
     "mamba": Tiny(CAUSAL, {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, scale=3),
     "mistral": Tiny(CAUSAL, GROUPED | {"sliding_window": 4}),
     "mixtral": Tiny(CAUSAL, GROUPED | {"num_local_experts": 4}),
@@ -68,6 +90,7 @@ FAMILIES = {
     "olmo2": Tiny(CAUSAL, GROUPED),
     "phi": Tiny(CAUSAL, GROUPED),
     "phi3": Tiny(CAUSAL, GROUPED),
+    "qwen2_vl": Tiny(SEER, QWEN2_VL),
     "qwen3": Tiny(CAUSAL, HEADS),
     "qwen3_moe": Tiny(CAUSAL, HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
     "t5": Tiny(READER, {"vocab_size": 64, "d_model": 32, "decoder_start_token_id": 0} | T5_SIZES, scale=2),

@@ -5,6 +5,7 @@ import math
 from mezo.config.data import Data
 from mezo.config.machine import HF
 from mezo.config.method import GENERATED, SCORED, Method
+from mezo.config.model import Model
 from mezo.config.options import flag_of, shown
 from mezo.errors import UserError, require
 
@@ -22,8 +23,8 @@ def check(config) -> None:
     _check_method(config.method)
     size, micro = config.method.batch_size, config.machine.micro_batch_size
     require(micro <= size, f"--micro-batch-size must be at most --batch-size, {size}; got {micro}")
-    if config.model.tuning.head == "linear":
-        _check_linear_head(config)
+    if config.model.tuning.head != "model":
+        _check_head(config)
     _check_runtime(config)
 
 
@@ -46,6 +47,13 @@ def _check_method(method: Method) -> None:
     why = "compares several thetas on the same examples; use another rule"
     shared = directions == 1 or not (method.rule.one_sided or method.rule.compares)
     require(shared, f"--directions must be 1, got {directions}: --update-rule {name} {why}")
+    follows = method.follow_coherence
+    require(not follows or directions > 1, "--follow-coherence chooses among up to --directions: give it, 2 or more")
+    require(not follows or method.noise, "--follow-coherence needs --noise, which measures the coherence: leave it on")
+    require(
+        not follows or not set(method.objectives) & set(GENERATED),
+        f"--follow-coherence: --objective {method.objective} reads no scores",
+    )
     require(bool(decay) or not method.no_decay, "--no-decay needs --weight-decay: give it, or leave both")
     require(ratio == 0 or ratio > 1, f"--max-loss-ratio must be 0 or a finite number > 1, got {ratio}")
     longest = method.max_step_ratio
@@ -77,28 +85,24 @@ def _check_objective(method: Method) -> None:
     require(all(method.stop), "--stop must not be empty text: leave it out")
 
 
-def _check_linear_head(config) -> None:
-    data, method = config.data, config.method
-    words = "--head linear needs --label-words, one name a class: ' negative' ' positive'"
-    require(bool(data.label_words), words)
-    require(method.generate != "on", "--head linear writes no text: leave --generate out")
-    require(not data.num_demonstrations, "--head linear reads no demonstrations: leave --num-demonstrations out")
+def _check_head(config) -> None:
+    data, method, head = config.data, config.method, f"--head {config.model.tuning.head}"
+    require(method.generate != "on", f"{head} writes no text: leave --generate out")
+    require(not data.num_demonstrations, f"{head} reads no demonstrations: leave --num-demonstrations out")
     allowed = ("auto", "cross_entropy", "accuracy")
     require(
         set(method.objectives) <= set(allowed),
-        f"--head linear has classes, not words: --objective must be {', '.join(allowed)}; got {method.objective}",
+        f"{head} has classes, not words: --objective must be {', '.join(allowed)}; got {method.objective}",
     )
     require(
         bool(data.prompt or not data.task),
-        f"--head linear: the prompt of task {data.task} asks for words; give --prompt, such as '{{text}}'",
+        f"{head}: the prompt of task {data.task} asks for words; give --prompt, such as '{{text}}'",
     )
 
 
 def _check_runtime(config) -> None:
     tuning, runtime, method = config.model.tuning, config.machine.runtime, config.method
-    packed = config.model.quantization
-    floats = f"--quantization {packed}: --tuning full trains the weights themselves, by less than they are rounded to"
-    require(packed == "none" or tuning.name != "full", f"{floats}; use --tuning lora")
+    _check_quantization(config.model, engine=not isinstance(runtime, HF))
     if isinstance(runtime, HF):
         cache = runtime.trunk_cache
         fits = tuning.is_lora or cache in ("auto", "off")
@@ -108,8 +112,17 @@ def _check_runtime(config) -> None:
             not (flat and method.true_gradient), f"--true-gradient: {shown(tuple(flat))} has no gradient; leave it out"
         )
         return
-    engines = "the engine quantises by itself: use --engine-arg quantization=..., or --runtime hf"
-    require(packed == "none", f"--quantization {packed}: {engines}")
-    require(tuning.head == "model", "--head linear: the engine has no such head; use --runtime hf")
+    require(tuning.head == "model", f"--head {tuning.head}: the engine has no such head; use --runtime hf")
     require(tuning.is_lora, f"--tuning {tuning.name}: the engine's slots hold LoRA adapters; use --runtime hf")
     require(not method.true_gradient, "--true-gradient needs autograd in this process: use it with --runtime hf")
+
+
+def _check_quantization(model: Model, engine: bool) -> None:
+    name, tuning = model.quantization, model.tuning
+    if name == "none":
+        return
+    require(not engine, f"--quantization {name}: the engine quantises by itself: use --engine-arg quantization=...")
+    floats = "--tuning full trains the weights themselves, by less than they are rounded to; use --tuning lora"
+    require(tuning.name != "full", f"--quantization {name}: {floats}")
+    tried = f"--head {tuning.head} has not been tried so; use --head model"
+    require(tuning.head == "model", f"--quantization {name}: {tried}")

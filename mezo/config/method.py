@@ -34,6 +34,10 @@ class Step:
     directions: AtLeastOne = 1
     """Groups that a batch is divided into, each measured along directions z of its own: more directions for the same
     forward passes. --directions equal to --batch-size gives each example its own."""
+    follow_coherence: bool = False
+    """From each evaluation on take the fewest directions, a divisor of --directions, whose estimates have at most a
+    tenth more variance than those of --directions would, by how far the gradients of examples agree. Fewer are cheaper.
+    """
     normalise_z: bool = False
     """Divide each z by its root mean square over all trained parameters, so that all directions have one length."""
     clip: NotBelowZero = 0.0
@@ -54,11 +58,6 @@ class Step:
     def perturbations(self) -> int:
         """Perturbations of a step: --num-perturbations of each group of the batch."""
         return self.directions * self.num_perturbations
-
-    @property
-    def group_size(self) -> int:
-        """Examples of a group."""
-        return self.batch_size // self.directions
 
     @property
     def half_distance(self) -> float:

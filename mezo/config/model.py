@@ -53,9 +53,11 @@ class Lora(Adapted):
     name: ClassVar[str] = "lora"
     summary: ClassVar[str] = "a LoRA adapter: small matrices beside some of the weights"
 
-    head: Literal["model", "linear"] = "model"
-    """What scores the options. model: the model's own head, as words. linear: a linear layer over the mean of an
-    encoder's last hidden states, one output a class, trained from zero together with the adapter."""
+    head: Literal["model", "linear", "classification"] = "model"
+    """What scores the options. model: the model's own head, as words. classification: the head for classes that
+    transformers gives the model (AutoModelForSequenceClassification), the checkpoint's own or a new one, trained
+    together with the adapter. linear: a linear layer over the mean of an encoder's last hidden states, one output a
+    class, trained from zero together with the adapter."""
     adapter: Annotated[str, PATH] = ""
     """Directory of a PEFT adapter to start from, made here or elsewhere, instead of a fresh one; what kind it is, rank,
     scale, modules and layers are then the adapter's own."""

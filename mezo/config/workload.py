@@ -20,7 +20,7 @@ class Workload:
         objectives: names of what is minimised.
         scores: a step needs option scores.
         max_new_tokens: most tokens of a generated text; 0 where no text is.
-        classes: outputs of a linear head; read where there is one.
+        classes: outputs of a head for classes; read where there is one.
     """
 
     rule: LoggedRule = field(default_factory=LoggedRule)

@@ -25,6 +25,8 @@ PAIRS = (
     ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text1", "text2"),
     ("sentence_A", "sentence_B"), ("question", "passage"), ("question", "sentence"), ("query", "passage"),
 )  # fmt: skip
+MOST_CLASSES = 1000
+"""Labels above are no numbers of classes."""
 TURNS = ("messages", "conversations")
 KINDS = {
     "options": "prompts with options and answers",
@@ -141,13 +143,14 @@ class Reading:
         return ", ".join([KINDS[self.kind], *parts])
 
 
-def reading_of(data: Data, stored: Mapping[str, Stored], answers: bool) -> Reading:
+def reading_of(data: Data, stored: Mapping[str, Stored], answers: bool, by_number: bool = False) -> Reading:
     """How to read a run's files: by the options that were given, else by the usual names.
 
     Args:
         data: prompt, label words, --text-column and --label-column.
         stored: rows by split; the first split decides, the training data where there is any.
         answers: each row needs a right answer; where a reward alone is trained, it does not.
+        by_number: labels that are numbers need no words: a head for classes scores them.
     Raises:
         UserError: a column that is not there, or labels that do not go with the label words.
     """
@@ -163,7 +166,7 @@ def reading_of(data: Data, stored: Mapping[str, Stored], answers: bool) -> Readi
         return Reading("options")
     kind = _kind(data, columns, answers)
     if kind == "labelled":
-        return _labelled(data, stored, columns)
+        return _labelled(data, stored, columns, by_number)
     if kind == "text":
         return Reading(kind, data.text_column[:1] or _text(data, columns, ""))
     turns = next((name for name in TURNS if name in columns), "") if kind == "messages" else ""
@@ -191,7 +194,7 @@ def _kind(data: Data, columns: Sequence[str], answers: bool) -> str:
     return "text" if "text" in columns or data.text_column else "options"
 
 
-def _labelled(data: Data, stored: Mapping[str, Stored], columns: Sequence[str]) -> Reading:
+def _labelled(data: Data, stored: Mapping[str, Stored], columns: Sequence[str], by_number: bool) -> Reading:
     first = next(iter(stored.values()))
     label = data.label_column or next((name for name in LABELS if name in columns), "")
     if not label:
@@ -200,7 +203,7 @@ def _labelled(data: Data, stored: Mapping[str, Stored], columns: Sequence[str]) 
             " or leave --label-words out"
         )
     text = data.text_column or _text(data, columns, label)
-    return Reading("labelled", tuple(text), label, _labels(data, label, stored))
+    return Reading("labelled", tuple(text), label, _labels(data, label, stored, by_number))
 
 
 def _text(data: Data, columns: Sequence[str], label: str) -> tuple[str, ...]:
@@ -221,7 +224,7 @@ def _text(data: Data, columns: Sequence[str], label: str) -> tuple[str, ...]:
     return (one,) if one else ()
 
 
-def _labels(data: Data, column: str, stored: Mapping[str, Stored]) -> Labels:
+def _labels(data: Data, column: str, stored: Mapping[str, Stored], by_number: bool) -> Labels:
     """What the labels of a column stand for, from the training data, else from all there is."""
     first = next(iter(stored.values()))
     classes = first.classes.get(column)
@@ -229,7 +232,7 @@ def _labels(data: Data, column: str, stored: Mapping[str, Stored]) -> Labels:
     kind = int if classes else _type_of(values)
     if kind is str and first.untyped and all(is_number(value) for value in values):
         # CSV has no numbers: those of the labels are written as text
-        return Labels((), int, _words(data, first, column), written=True)
+        return Labels((), int, _words(data, first, column, values if by_number else ()), written=True)
     if kind not in (int, str, bool):
         what = f"{kind.__name__} ({values[0]!r:.60})" if kind else "no value"
         raise UserError(f"{first.source}: the column {column!r} must hold labels, a number or a name a row, got {what}")
@@ -240,7 +243,7 @@ def _labels(data: Data, column: str, stored: Mapping[str, Stored]) -> Labels:
         names = tuple(sorted({value for value in values if isinstance(value, str)}))
     if not data.label_words and names:
         return Labels(names, kind, tuple(f" {name}" for name in names))
-    words = _words(data, first, column)
+    words = _words(data, first, column, values if by_number and kind is int else ())
     if not names:
         return Labels((), kind, words)
     spelt = {_plain(word) for word in words}, {_plain(name) for name in names}
@@ -257,7 +260,10 @@ def _labels(data: Data, column: str, stored: Mapping[str, Stored]) -> Labels:
     return Labels(names, kind, words, matched)
 
 
-def _words(data: Data, stored: Stored, column: str) -> tuple[str, ...]:
+def _words(data: Data, stored: Stored, column: str, numbers: Sequence = ()) -> tuple[str, ...]:
+    """The label words; where none are given and labels are such numbers, 0 to the largest of them."""
+    if not data.label_words and numbers:
+        return tuple(f" {i}" for i in range(max(2, *(1 + int(n) for n in numbers if _is_whole(n)))))
     if not data.label_words:
         raise UserError(
             f"{stored.source}: the labels in the column {column!r} are numbers: give --label-words, the word of each in"
@@ -284,6 +290,12 @@ def _type_of(values: Sequence) -> type | None:
     """The type that labels have; a number that is written with a point, such as 1.0, is a whole one."""
     kinds = [int if isinstance(value, float) and value.is_integer() else type(value) for value in values]
     return max(dict.fromkeys(kinds), key=kinds.count, default=None)
+
+
+def _is_whole(value: object) -> bool:
+    """Whether a label is a whole number, written as text or not, of a class there may be."""
+    whole = is_number(value) if isinstance(value, str) else isinstance(value, int) or float(value).is_integer()
+    return whole and int(value) < MOST_CLASSES
 
 
 def is_number(text: str) -> bool:

@@ -13,7 +13,7 @@ class Example:
         options: token ids of each answer option; the answer follows the prompt, or fills its mask.
         label: index of the right option.
         mask: position of the mask token in `prompt` (masked language models; one-token options only), else None.
-        pooled: options are outputs of a linear head, ((0,), (1,), ...), over the mean of all positions of `prompt`.
+        pooled: options are outputs of a head for classes, ((0,), (1,), ...), that reads the whole `prompt`.
         references: every right answer as text, where text is judged.
         names: what each option says as an answer, where it is judged as text; else ().
         fields: the task's own, where a reward reads them.

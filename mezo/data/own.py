@@ -26,19 +26,20 @@ class OwnData(Task):
     stored: Mapping[str, Stored] = field(default_factory=dict)
 
 
-def own_task(data: Data, method: Method | None = None) -> OwnData:
+def own_task(data: Data, method: Method | None = None, by_number: bool = False) -> OwnData:
     """The task behind the files that the configuration names.
 
     Args:
         data: names the files.
         method: its objectives; where they ask for no right answer, rows need none.
+        by_number: labels that are numbers need no words.
     Raises:
         UserError: a file cannot be read, or its columns do not go with the options.
     """
     stored = _stored(data)
     objectives = method.objectives if method else {}
     answers = method is None or method.scores or "f1" in objectives or method.generate == "on"
-    reading = reading_of(data, stored, answers)
+    reading = reading_of(data, stored, answers, by_number)
     words = data.label_words or (reading.labels.words if reading.labels else ())
     prompt = _prompt(data, reading, words)
     return OwnData(

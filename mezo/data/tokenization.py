@@ -32,7 +32,7 @@ def encode(
         tokenizer: adds its special tokens; those it would append after the prompt are left out before an option.
         max_length: most tokens of a prompt with its longest option; an end of the field `template.cut` gives way.
         masked: the model fills a mask: options are single tokens in its place.
-        pooled: a linear head reads the whole text: options are numbers of its outputs.
+        pooled: a head for classes reads the whole text: options are numbers of its outputs.
         form: "options"; "completion", options that begin wherever their tokens differ from the prompt's and end with
             the end-of-text token; "chat", the same of a text that a chat template wrote with its special tokens;
             "text", the prompt itself is what is scored, from its second token on.
@@ -262,11 +262,11 @@ class _MaskedSplitter:
 
 
 class _PooledSplitter:
-    """Text as an encoder sees it, with its special tokens; the options are the numbers of a linear head's outputs."""
+    """Text as an encoder sees it, with its special tokens; the options are the numbers of a head's outputs."""
 
     def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase):
         if template.has_mask:
-            raise UserError(f"--prompt {template.text!r} has {MASK}, but a linear head reads no mask: drop it")
+            raise UserError(f"--prompt {template.text!r} has {MASK}, but a head for classes reads no mask: drop it")
         self.template, self.tokenizer = template, tokenizer
 
     def __call__(self, items: Sequence[Item]) -> list[Example]:

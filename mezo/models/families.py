@@ -148,8 +148,9 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The family of a model by its configuration."""
-    return FAMILIES.get(config.model_type, GENERIC)
+    """The family of a model by its configuration, or by that of its text where it reads images too."""
+    kinds = (config.model_type, config.get_text_config().model_type)
+    return next((FAMILIES[kind] for kind in kinds if kind in FAMILIES), GENERIC)
 
 
 def why_kv_depends(names: Iterable[str], n_layers: int, family: Family = GENERIC) -> str | None:

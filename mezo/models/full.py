@@ -105,13 +105,15 @@ def attach(tuning: Full, base: Base) -> Attached:
     """The base itself: every parameter under its own name; a tied one is one parameter, under the first of its names.
 
     Raises:
-        UserError: the parameters are not of one dtype.
+        UserError: the parameters are not of one dtype, or some are for images, which no text reaches.
     """
     if base.checkpoint.quantised:
-        raise UserError(
-            f"--tuning full: {base.checkpoint.name} is quantised ({base.checkpoint.quantised}), and a step changes"
-            " weights by less than they are rounded to; use --tuning lora"
-        )
+        how = base.checkpoint.quantised
+        why = f"it is quantised ({how}), and a step changes weights by less than they are rounded to"
+        raise UserError(f"--tuning full: {base.checkpoint.name}: {why}; use --tuning lora")
+    if base.checkpoint.reads_images:
+        why = "it has layers for images, which text would move at random"
+        raise UserError(f"--tuning full: {base.checkpoint.name}: {why}; use --tuning lora")
     params, dtype = dict(base.model.named_parameters()), base.model.dtype
     for name, p in params.items():
         if p.dtype != dtype or not p.is_floating_point():

@@ -1,24 +1,50 @@
-"""A linear head beside an encoder, and logits of some tokens alone."""
+"""Heads for classes: a linear one beside an encoder, and that of transformers; and logits of some tokens alone."""
+
+from collections.abc import Collection
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import MODEL_FOR_MASKED_LM_MAPPING
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig
 
 from mezo.errors import UserError
 from mezo.models.spec import LINEAR_HEAD
 
 
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether a model of this configuration sees what comes after a token too."""
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+
+
 def check_encoder(base: nn.Module, model: str) -> None:
     """Raise UserError unless a loaded model, of this path or hub id, is an encoder that a linear head can read."""
-    if type(base.config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(base.config, "is_decoder", False):
+    if not is_encoder(base.config):
         raise UserError(f"--head linear: {model} is a {type(base).__name__}, not an encoder; use one, or --head model")
 
 
-def add_linear_head(base: nn.Module, classes: int) -> None:
-    """A linear layer without bias, for the mean of an encoder's last hidden states."""
+def add_linear_head(base: nn.Module, classes: int) -> str:
+    """A linear layer without bias, for the mean of an encoder's last hidden states; returns its name."""
     head = nn.Linear(base.config.hidden_size, classes, bias=False, dtype=base.dtype)
     setattr(base, LINEAR_HEAD, head.to(base.device))
+    return LINEAR_HEAD
+
+
+def trained_whole(base: nn.Module, new: Collection[str]) -> tuple[str, ...]:
+    """Names of the modules of a classifier that are trained whole, as PEFT's `modules_to_save` has them.
+
+    They are all beside the transformer, as in PEFT, and a pooler that the checkpoint lacks.
+
+    Args:
+        base: a model with a classification head.
+        new: names of its parameters that the checkpoint lacks.
+    """
+    beside = [n for n, part in base.named_children() if part is not base.base_model and [*part.parameters()]]
+    return (*beside, *(["pooler"] if any("pooler" in name.split(".") for name in new) else []))
+
+
+def module_named(model: nn.Module, name: str) -> nn.Module:
+    """The module whose path ends with a name."""
+    return next(module for path, module in model.named_modules() if path.split(".")[-1] == name)
 
 
 def some_logits(head: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:

@@ -1,18 +1,21 @@
 """Base models and tokenizers from transformers."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
@@ -21,6 +24,7 @@ from transformers import (
 from mezo.errors import UserError
 from mezo.models.attention import ATTENTION
 from mezo.models.families import Family, family_of
+from mezo.models.head import module_named, trained_whole
 from mezo.models.quantization import config_of, is_quantised, quantised_by, settle, tensors_of
 from mezo.models.spec import NONE
 
@@ -35,18 +39,22 @@ class Checkpoint:
     Args:
         name: path or hub id.
         config: its config.json.
+        head: with which it is loaded, as `--head` says.
+        quantization: what its linear layers are quantised to as it is loaded, as `--quantization` says.
     """
 
     name: str
     config: PretrainedConfig
+    head: str = "model"
+    quantization: str = NONE
 
     @classmethod
-    def of(cls, model: str) -> "Checkpoint":
+    def of(cls, model: str, head: str = "model", quantization: str = NONE) -> "Checkpoint":
         """Read the configuration of a model directory or hub id. Raises UserError if it cannot be read."""
         if Path(model, ADAPTER).is_file():
             raise _two_in_one(model)
         try:
-            return cls(model, AutoConfig.from_pretrained(model, trust_remote_code=False))
+            return cls(model, AutoConfig.from_pretrained(model, trust_remote_code=False), head, quantization)
         except (OSError, ValueError) as error:
             raise _unloadable(model, error) from error
 
@@ -58,7 +66,7 @@ class Checkpoint:
     @property
     def masked(self) -> bool:
         """True if it fills masks, False if it continues text."""
-        return (self.config.architectures or [""])[0].endswith("ForMaskedLM")
+        return self.head == "model" and (self.config.architectures or [""])[0].endswith("ForMaskedLM")
 
     @property
     def encoder_decoder(self) -> bool:
@@ -67,14 +75,23 @@ class Checkpoint:
 
     @property
     def quantised(self) -> str | None:
-        """How its weights are quantised, such as "awq"; None if they are not."""
+        """How its weights are quantised already, such as "awq"; None if they are not."""
         return quantised_by(self.config)
+
+    @property
+    def reads_images(self) -> bool:
+        """True if it is a model of images and text, which text alone is given here."""
+        return type(self.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     @property
     def auto(self) -> type:
         """Class of transformers that loads it with its head."""
+        if self.head != "model":
+            return AutoModelForSequenceClassification if self.head == "classification" else AutoModel
         if self.encoder_decoder:
             return AutoModelForSeq2SeqLM
+        if self.reads_images:
+            return AutoModelForImageTextToText
         return AutoModelForMaskedLM if self.masked else AutoModelForCausalLM
 
     def one_token(self, device: torch.device) -> dict[str, torch.Tensor]:
@@ -96,45 +113,86 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    checkpoint: Checkpoint,
-    dtype: torch.dtype | str,
-    bare: bool = False,
-    quantization: str = NONE,
-    device: torch.device = CPU,
+    checkpoint: Checkpoint, dtype: torch.dtype | str, classes: int = 0, device: torch.device = CPU
 ) -> nn.Module:
     """A model with its head, in eval mode.
 
     Args:
         checkpoint: which.
         dtype: of its parameters; "auto" is that of the checkpoint.
-        bare: leave the head out.
-        quantization: what its linear layers are quantised to as they are loaded, as --quantization names it.
+        classes: outputs of its classification head, if that is what it has; 0 are those of the checkpoint.
         device: where it is put.
     Raises:
-        UserError: it cannot be loaded.
+        UserError: it cannot be loaded, or lacks weights.
     """
-    packing = config_of(quantization, dtype, device, checkpoint.config)
-    auto = AutoModel if bare else checkpoint.auto
+    return load_with_new(checkpoint, dtype, classes, device)[0]
+
+
+def load_with_new(
+    checkpoint: Checkpoint, dtype: torch.dtype | str, classes: int = 0, device: torch.device = CPU
+) -> tuple[nn.Module, frozenset[str]]:
+    """`load_base`, and the names of the parameters that a new classification head has where the checkpoint has none."""
+    _refuse_another_head(checkpoint)
+    packing = config_of(checkpoint.quantization, dtype, device, checkpoint.config)
+    auto = checkpoint.auto
     try:
         attention = _attention(auto._model_mapping[type(checkpoint.config)], checkpoint.config)
     except KeyError as error:
+        kind = checkpoint.config.model_type
+        if checkpoint.head == "classification":
+            why = f"--head classification: transformers has no such head for {kind} ({checkpoint.name})"
+            raise UserError(f"{why}: use --head model, or another model") from error
         raise UserError(
-            f"--model {checkpoint.name}: transformers has no head for text of {checkpoint.config.model_type}"
-            f" ({auto.__name__}): use a model that continues text, fills masks or answers by a decoder"
+            f"--model {checkpoint.name}: transformers has no head for text of {kind} ({auto.__name__}): use a model"
+            " that continues text, fills masks or answers by a decoder"
         ) from error
+    options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+    if checkpoint.head == "classification":  # a head of other classes is made anew
+        options |= {"num_labels": classes or checkpoint.config.num_labels, "ignore_mismatched_sizes": True}
+    if packing or checkpoint.quantised:  # packed weights are not moved afterwards
+        options |= {"device_map": {"": device}} | ({"quantization_config": packing} if packing else {})
     try:
-        options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
-        if packing or checkpoint.quantised:  # packed weights are not moved afterwards
-            options |= {"device_map": {"": device}} | ({"quantization_config": packing} if packing else {})
-        base = auto.from_pretrained(checkpoint.name, **options).eval()
+        base, seen = auto.from_pretrained(checkpoint.name, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError) as error:  # ImportError: a quantised checkpoint without its library
         raise _unloadable(checkpoint.name, error) from error
     if base._hf_peft_config_loaded:  # of a hub id, whose files are not looked at before
         raise _two_in_one(checkpoint.name)
+    lacking = {*seen["missing_keys"], *(name for name, *_ in seen["mismatched_keys"])}
+    new = _new_parameters(checkpoint, base, lacking)
     if not is_quantised(base):
-        return base.to(device)
-    settle(base, quantization, dtype)
-    return base
+        return base.eval().to(device), new
+    settle(base, checkpoint.quantization, dtype)
+    return base.eval(), new
+
+
+def _refuse_another_head(checkpoint: Checkpoint) -> None:
+    """A classifier that is loaded as something else would be given a head of random numbers."""
+    architecture = (checkpoint.config.architectures or [""])[0]
+    if checkpoint.head == "classification" and checkpoint.config.is_encoder_decoder:
+        why = "is an encoder with a decoder, which reads each text twice for such a head"
+        raise UserError(f"--head classification: {checkpoint.name} {why}: use --head model, or another model")
+    if checkpoint.head == "model" and architecture.endswith("ForSequenceClassification"):
+        raise UserError(f"--model {checkpoint.name} is a {architecture}: give --head classification")
+
+
+def _new_parameters(checkpoint: Checkpoint, base: nn.Module, lacking: set[str]) -> frozenset[str]:
+    """Names of the parameters that a checkpoint lacks, which are trained or not read.
+
+    Raises:
+        UserError: it lacks others: transformers draws them at random, others at each load.
+    """
+    in_pooler = lambda name: "pooler" in name.split(".")  # noqa: E731
+    in_head = lambda name: not name.startswith(f"{base.base_model_prefix}.")  # noqa: E731
+    made_anew = {"model": (), "linear": (in_pooler,), "classification": (in_pooler, in_head)}[checkpoint.head]
+    new = lacking & dict(base.named_parameters()).keys()
+    odd = sorted(name for name in new if not any(fits(name) for fits in made_anew))
+    if odd:
+        remedy = "" if checkpoint.head != "model" else ", or --head classification or linear, which train one"
+        raise UserError(
+            f"--model {checkpoint.name}: its checkpoint lacks {len(odd)} weights of {type(base).__name__}, such as"
+            f" {odd[0]}, which would be random numbers: use a model that has them{remedy}"
+        )
+    return frozenset(new)
 
 
 def _attention(model: type, config: PretrainedConfig) -> str | None:
@@ -147,17 +205,33 @@ def _attention(model: type, config: PretrainedConfig) -> str | None:
     return ATTENTION if model._supports_attention_backend and model._supports_sdpa else None
 
 
-def checkpoint_hash(model: str, dtype: str, bare: bool = False, quantization: str = NONE) -> str:
-    """`weights_hash` of a path or hub id loaded in a dtype; `bare`: without its head; see `load_base`."""
-    base = load_base(Checkpoint.of(model), getattr(torch, dtype), bare, quantization, quantising_device(quantization))
-    if bare:
-        base.pooler = None  # as a run with a linear head has it
-    return weights_hash(base)
+def checkpoint_hash(model: str, dtype: str, head: str = "model", quantization: str = NONE) -> str:
+    """`base_hash` of a path or hub id loaded in a dtype with a head and in a format that options name."""
+    checkpoint, device = Checkpoint.of(model, head, quantization), quantising_device(quantization)
+    return base_hash(*load_with_new(checkpoint, getattr(torch, dtype), device=device), head)
 
 
 def quantising_device(quantization: str) -> torch.device:
     """Where a model is quantised that no run has put anywhere: a GPU, where there is one, as a run would."""
     return torch.device("cuda") if quantization != NONE and torch.cuda.is_available() else CPU
+
+
+def base_hash(base: nn.Module, new: Collection[str], head: str) -> str:
+    """`weights_hash` of what stays as it is of a loaded model: without a head for classes, which is trained.
+
+    Args:
+        base: the model.
+        new: names of its parameters that the checkpoint lacks.
+        head: which it has, as `--head` names it.
+    """
+    if head == "linear":
+        base.pooler = None  # not read, and drawn anew at each load where the checkpoint has none
+    whole = trained_whole(base, new) if head == "classification" else ()
+    if is_quantised(base):
+        trained = tuple(f"{name}." for name in whole)
+        return weights_hash((name, tensor) for name, tensor in tensors_of(base) if not name.startswith(trained))
+    left_out = {id(p) for name in whole for p in module_named(base, name).parameters()}
+    return weights_hash((name, p) for name, p in base.named_parameters() if id(p) not in left_out)
 
 
 def weights_hash(base: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> str:

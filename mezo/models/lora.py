@@ -1,7 +1,8 @@
 """LoRA: which linear layers are adapted, and the adapter as PEFT describes it."""
 
+import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,11 +13,13 @@ from transformers.pytorch_utils import Conv1D
 
 from mezo.config.model import Adapted
 from mezo.errors import UserError
-from mezo.models.spec import LINEAR_HEAD
+from mezo.models.head import module_named
 from mezo.models.tuning import Attached, Base
 from mezo.progress import say
 from mezo_kernels import canonical_name, lora_init
 
+PREFIX, SAVED = "base_model.model.", ".modules_to_save.default."
+"""Begins a canonical name; and stands in that of a parameter of PEFT's copy of a module that is trained whole."""
 READ = "read"
 """Name under which an adapter is loaded beside the one that is trained."""
 ALL_LINEAR = "all-linear"
@@ -24,13 +27,12 @@ ALL_LINEAR = "all-linear"
 
 
 def attach(tuning: Adapted, base: Base) -> Attached:
-    """The base with a fresh LoRA adapter of PEFT's, and the linear head trained beside it, if there is one.
+    """The base with a fresh LoRA adapter of PEFT's, and the head for classes trained beside it, if there is one.
 
     Raises:
         UserError: there are no such layers or linear modules.
     """
-    linear_head = tuning.head == "linear"
-    targets, layers = _targets(tuning, base, adaptable_head=not linear_head)
+    targets, layers = _targets(tuning, base, adaptable_head=not base.whole)
     lora = LoraConfig(
         r=tuning.r,
         lora_alpha=tuning.lora_alpha,
@@ -39,9 +41,9 @@ def attach(tuning: Adapted, base: Base) -> Attached:
         layers_to_transform=layers or None,
         lora_dropout=0.0,
         bias="none",
-        modules_to_save=[LINEAR_HEAD] if linear_head else None,
+        modules_to_save=list(base.whole) or None,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.model.modules()),
-        task_type=_task_type(base, linear_head),
+        task_type=_task_type(base),
         base_model_name_or_path=base.checkpoint.name,
     )
     try:
@@ -52,19 +54,54 @@ def attach(tuning: Adapted, base: Base) -> Attached:
         why = " ".join(str(error).split())
         raise UserError(f"--target-modules: {why} Leave it out, or use {ALL_LINEAR}") from error
     params = {canonical_name(name): p for name, p in model.named_parameters() if ".lora_" in name}
+    whole = {n.replace(SAVED, "."): p for n, p in model.named_parameters() if SAVED in n}  # as PEFT's state dict has it
     _say_experts(base)
     bad = [name for name in params if not name.endswith(("lora_A.weight", "lora_B.weight"))]
     if bad:
         raise UserError(f"--target-modules: only linear layers can be adapted, got {bad[0]}")
-    if linear_head:
-        head = getattr(base.model, LINEAR_HEAD).modules_to_save["default"]
-        params[f"base_model.model.{LINEAR_HEAD}.weight"] = head.weight  # as PEFT's state dict calls it
-    return Attached(model, params, _peft_fields(lora, base.checkpoint.name), "LoRA parameters", _noise)
+    return Attached(
+        model,
+        params | whole,
+        _peft_fields(lora, base),
+        "LoRA parameters",
+        _noise,
+        _beginning(params, whole, base) if base.checkpoint.head == "classification" else None,
+        above=frozenset(whole),
+    )
 
 
-def _task_type(base: Base, linear_head: bool) -> str | None:
+def _beginning(
+    params: Mapping[str, nn.Parameter], whole: Mapping[str, nn.Parameter], base: Base
+) -> Callable[[int], dict[str, torch.Tensor]]:
+    """theta_0 of an adapter and a classification head, from the seed of a run.
+
+    The head is the checkpoint's. Of a new one the matrix of the outputs is zero, so that no class is preferred; others
+    are drawn.
+
+    Args:
+        params: of the adapter.
+        whole: of the head.
+        base: the model.
+    """
+    new = {f"{PREFIX}{name}" for name in base.new}
+    start = {n: p.detach().float().cpu() for n, p in whole.items() if n not in new or p.dim() < 2}
+    shapes = {name: tuple(p.shape) for name, p in (params | whole).items()}
+    zero = {n for n, p in whole.items() if len(p) == base.model.config.num_labels} | {
+        name for name in params if not name.endswith("lora_A.weight")
+    }
+
+    def initial(seed: int) -> dict[str, torch.Tensor]:
+        begins = lambda name, shape: torch.zeros(shape) if name in zero else drawn(seed, name, shape)  # noqa: E731
+        return {name: start[name] if name in start else begins(name, shape) for name, shape in shapes.items()}
+
+    return initial
+
+
+def _task_type(base: Base) -> str | None:
     """What PEFT calls the kind of a model; it has no name for one that fills masks."""
-    if linear_head or base.checkpoint.masked:
+    if base.checkpoint.head == "classification":
+        return "SEQ_CLS"
+    if base.checkpoint.head == "linear" or base.checkpoint.masked:
         return None
     return "SEQ_2_SEQ_LM" if base.checkpoint.encoder_decoder else "CAUSAL_LM"
 
@@ -105,7 +142,12 @@ def peft_defaults(kind: str) -> dict[str, object]:
 
 
 def _noise(theta: Mapping[str, torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
-    return (lora_init(seed, name, tuple(tensor.shape)) for name, tensor in theta.items())
+    return (drawn(seed, name, tuple(tensor.shape)) for name, tensor in theta.items())
+
+
+def drawn(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """`lora_init` of any shape; the last dimension counts as the inputs."""
+    return lora_init(seed, name, (math.prod(shape[:-1]), shape[-1])).view(shape)
 
 
 def _targets(tuning: Adapted, base: Base, adaptable_head: bool) -> tuple[list[str], list[int]]:
@@ -123,18 +165,32 @@ def _targets(tuning: Adapted, base: Base, adaptable_head: bool) -> tuple[list[st
             raise UserError(f"--layers-to-transform: layer {number} does not exist; the model has {there}")
     modules = _linear_modules(base, layers, adaptable_head)
     if tuning.target_modules in ((), (ALL_LINEAR,)):
-        usual = base.checkpoint.family.targets or DEFAULT_TARGETS.get(base.model.config.model_type, ())
+        usual = base.checkpoint.family.targets or DEFAULT_TARGETS.get(base.body.config.model_type, ())
         known = not isinstance(usual, str) and any(_matches(name, target) for name in modules for target in usual)
-        return (list(usual), layers) if known and not tuning.target_modules else _all_linear(base, layers)
+        if not known or tuning.target_modules:
+            return _all_linear(base, layers)
+        return _within(base, modules, list(usual), layers)
     targets, head = list(tuning.target_modules), _head_name(base)
     for target in targets:
         if not any(_matches(name, target) for name in modules):
             known = sorted(set(map(_leaf, modules)))
             raise UserError(f"--target-modules: no linear layer named {target}; the model has {', '.join(known)}")
     if not layers or head not in modules or not any(_matches(head, target) for target in targets):
-        return targets, layers
+        return _within(base, modules, targets, layers)
     # PEFT takes no module outside the layers once layers are chosen: name each module instead
-    return [name for name in modules if any(_matches(name, target) for target in targets)], []
+    return _each(modules, targets), []
+
+
+def _within(base: Base, modules: list[str], targets: list[str], layers: list[int]) -> tuple[list[str], list[int]]:
+    """Targets and layers as they are, or each module by its name where PEFT would take some for images too."""
+    if base.checkpoint.reads_images:
+        return _each(modules, targets), []
+    return targets, layers
+
+
+def _each(modules: list[str], targets: list[str]) -> list[str]:
+    """The modules that some targets name."""
+    return [name for name in modules if any(_matches(name, target) for target in targets)]
 
 
 def _matches(name: str, target: str) -> bool:
@@ -157,6 +213,7 @@ def _linear_modules(base: Base, layers: list[int], adaptable_head: bool) -> list
     """
     within = [base.layers[number] for number in layers] or [base.body]
     inside = {id(module) for part in within for module in part.modules()}
+    inside -= {id(module) for name in base.whole for module in module_named(base.model, name).modules()}
     head = _head_name(base)
     adaptable = lambda name, module: (  # noqa: E731
         isinstance(module, (nn.Linear, Conv1D)) and id(module) in inside and name != head
@@ -198,14 +255,14 @@ def _uncalled(base: Base) -> set[str]:
     return base.checkpoint.family.uncalled | set(map(_leaf, names)) - called
 
 
-def _peft_fields(lora: LoraConfig, model: str) -> dict:
-    saved = {"modules_to_save": list(lora.modules_to_save)} if lora.modules_to_save else {}
+def _peft_fields(lora: LoraConfig, base: Base) -> dict:
+    saved = {"modules_to_save": list(base.whole)} if base.whole else {}
     saved |= {"use_rslora": True} if lora.use_rslora else {}
     saved |= {"fan_in_fan_out": True} if lora.fan_in_fan_out else {}
     return saved | {
         "peft_type": "LORA",
         "task_type": lora.task_type,
-        "base_model_name_or_path": model,
+        "base_model_name_or_path": base.checkpoint.name,
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "target_modules": sorted(lora.target_modules),

@@ -1,5 +1,6 @@
 """A model to hand on: an adapter merged into its base model, or a trained model in another dtype."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ def merge(
     adapter: Path,
     output_dir: Path,
     dtype: str = "auto",
+    head: str = "model",
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
     quantization: str = NONE,
     quantised_in: str = "float32",
 ) -> None:
@@ -29,15 +32,21 @@ def merge(
         adapter: PEFT adapter directory.
         output_dir: directory to create.
         dtype: of the result; auto is that of the base checkpoint.
+        head: of the model, "model" or "classification".
+        shapes: of the adapter's tensors by canonical name, which say how many classes there are.
         quantization: what the adapter's base was quantised to: the result has what these weights mean, as floats.
         quantised_in: dtype of all else of that base, which scales are rounded to.
     """
-    checkpoint = Checkpoint.of(model)
+    checkpoint = Checkpoint.of(model, head, quantization)
     loaded = torch.float32 if quantization == NONE else getattr(torch, quantised_in)
-    base = load_base(checkpoint, loaded, quantization=quantization, device=quantising_device(quantization))
+    base = load_base(checkpoint, loaded, device=quantising_device(quantization))
     if is_quantised(base):
         base = dequantise(base).cpu()
-    wanted = load_base(checkpoint, "auto").dtype if dtype == "auto" else getattr(torch, dtype)
+    wanted = load_base(Checkpoint.of(model, head), "auto").dtype if dtype == "auto" else getattr(torch, dtype)
+    own = {f"base_model.model.{name}": tuple(p.shape) for name, p in base.named_parameters()}
+    others = {shape[0] for name, shape in (shapes or {}).items() if name in own and own[name] != shape}
+    if others:  # the head of the base has other classes
+        base = load_base(checkpoint, torch.float32, min(others))
     merged = _untied(PeftModel.from_pretrained(base, str(adapter))).merge_and_unload()
     save_model(merged.to(wanted), model, output_dir)
 

@@ -1,6 +1,6 @@
 """A model ready to be scored: the base taken apart, with what is trained of it attached."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,11 @@ from mezo.config import Model
 from mezo.models import full, lora, lora_b, lora_xs, prefix
 from mezo.models.attention import Prefix
 from mezo.models.families import Family, why_kv_depends
-from mezo.models.head import add_linear_head, check_encoder, some_logits
-from mezo.models.load import Checkpoint, load_base, weights_hash
+from mezo.models.head import add_linear_head, check_encoder, is_encoder, some_logits, trained_whole
+from mezo.models.load import Checkpoint, base_hash, load_with_new
 from mezo.models.spec import LINEAR_HEAD, TrainedSpec
 from mezo.models.tuning import Attached, Base
+from mezo.progress import say
 
 TUNINGS = {
     "lora": lora.attach,
@@ -33,14 +34,14 @@ class ModelParts:
         attached: the model with what is trained of it, in eval mode, no parameter requiring grad.
         family: of the model.
         base: the model of transformers within: its forward pass is what is right.
-        body: the transformer without its head.
+        body: the transformer without its head; of a model that reads images too, its part for text.
         layers: its layers; empty where it has no list of them, one module a layer.
         head: hidden states -> logits; it may be adapted as well. None where it is no single module.
         causal: True for a decoder, False for an encoder or both of them.
         encoder_decoder: one transformer reads the prompt, another writes the answer.
         first: number of the lowest layer that must be run: the lowest trained one, or the last.
         kv_depends: why keys and values depend on what is trained, None if none does.
-        linear_head: the head is a linear one of ours, and the base has none.
+        scored_by: the head, as `--head` names it; under "linear" the base has none of its own.
     """
 
     attached: Attached
@@ -53,7 +54,7 @@ class ModelParts:
     encoder_decoder: bool
     first: int
     kv_depends: str | None
-    linear_head: bool
+    scored_by: str
 
     @property
     def model(self) -> nn.Module:
@@ -90,12 +91,16 @@ class ModelParts:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 logits of every token, (..., vocabulary), at hidden states (..., hidden_size)."""
-        return self.family.logits(self.head(hidden).float(), self.body.config)
+        return self._scaled(self.head(hidden).float())
 
     def some_logits(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
         """`logits` of some tokens alone, ids (tokens,); None where the head is no linear layer."""
         logits = some_logits(self.head, hidden, tokens)
-        return None if logits is None else self.family.logits(logits, self.body.config)
+        return None if logits is None else self._scaled(logits)
+
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the model makes of the logits of its own head; those of classes stay as they are."""
+        return self.family.logits(logits, self.body.config) if self.scored_by == "model" else logits
 
 
 def load_parts(
@@ -103,87 +108,82 @@ def load_parts(
 ) -> tuple[ModelParts, TrainedSpec]:
     """Load the base model, attach what is trained of it, fresh, and describe that.
 
-    Under `head` "linear" the base is the bare encoder with a linear layer of that name beside its layers.
+    Under `head` "linear" the base is the bare encoder with a linear layer of its own beside its layers.
 
     Args:
         model: the base, and what is trained of it.
         device: where it is put.
         dtype: of the base.
-        classes: outputs of a linear head.
+        classes: outputs of a head for classes.
         checkpoint: of the model, if its configuration has been read.
     Raises:
         UserError: the model cannot be loaded, or has no such layers or modules, or cannot be trained so.
     """
-    linear = model.tuning.head == "linear"
-    base, sha256 = _load(
-        checkpoint or Checkpoint.of(model.base), device, dtype, classes if linear else None, model.quantization
-    )
+    checkpoint = checkpoint or Checkpoint.of(model.base, model.tuning.head, model.quantization)
+    base, sha256 = _load(checkpoint, device, dtype, classes)
     attached = TUNINGS[model.tuning.name](model.tuning, base)
     attached.model.requires_grad_(False)
-    params, family, n_layers = attached.params, base.checkpoint.family, len(base.layers)
+    params, family, n_layers, config = attached.params, base.checkpoint.family, len(base.layers), base.body.config
+    below = [name for name in params if name not in attached.above]
     parts = ModelParts(
         attached,
         family,
         base.model,
         base.body,
         base.layers,
-        _head_in_use(base, linear),
-        causal=not linear and not base.checkpoint.masked and not base.checkpoint.encoder_decoder,
+        _head_in_use(base),
+        causal=not (base.checkpoint.masked or base.checkpoint.encoder_decoder or (base.whole and is_encoder(config))),
         encoder_decoder=base.checkpoint.encoder_decoder,
-        first=0 if attached.prefix else _lowest_trained(base, params, linear),
-        kv_depends=why_kv_depends(params, n_layers, family) if n_layers else "the model has no list of its layers",
-        linear_head=linear,
+        first=0 if attached.prefix else _lowest_trained(base, attached),
+        kv_depends=why_kv_depends(below, n_layers, family) if n_layers else "the model has no list of its layers",
+        scored_by=base.checkpoint.head,
     )
     shapes, frozen = ({name: tuple(p.shape) for name, p in part.items()} for part in (params, attached.frozen))
-    dtype_name = str(dtype).split(".")[1]
-    name, quantization = base.checkpoint.name, model.quantization
+    name, quantization, dtype_name = checkpoint.name, checkpoint.quantization, str(dtype).split(".")[1]
     return parts, TrainedSpec(attached.peft, shapes, name, sha256, dtype_name, frozen, quantization)
 
 
-def _lowest_trained(base: Base, params: Mapping[str, nn.Parameter], linear: bool) -> int:
-    """Number of the lowest layer that depends on what is trained; the last one where that is the head alone.
-
-    Args:
-        base: the model.
-        params: what is trained.
-        linear: a linear head lies in the body, beside the layers.
-    """
+def _lowest_trained(base: Base, attached: Attached) -> int:
+    """Number of the lowest layer that depends on what is trained; the last one where that is the head alone."""
     in_layers = [set(map(id, layer.parameters())) for layer in base.layers]
-    above = set(map(id, _head_in_use(base, linear).parameters())) if linear else set()
-    trained = set(map(id, params.values()))
-    below = trained.intersection(map(id, base.body.parameters())).difference(above, *in_layers)  # embeddings, say
+    trained = {id(p) for name, p in attached.params.items() if name not in attached.above}
+    below = trained.intersection(map(id, base.body.parameters())).difference(*in_layers)  # embeddings, say
     if below or not in_layers:
         return 0
     return next((i for i, layer in enumerate(in_layers) if layer & trained), len(in_layers) - 1)
 
 
-def _load(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, classes: int | None, quantization: str
-) -> tuple[Base, str]:
-    """A base model and the hash of its weights; with a linear head of so many classes, if not None, for its own."""
-    model = load_base(checkpoint, dtype, classes is not None, quantization, device)
-    if classes is not None:
+def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, classes: int) -> tuple[Base, str]:
+    """A base model and the hash of its weights; with a head of so many classes, where it has one."""
+    model, new = load_with_new(checkpoint, dtype, classes, device)
+    if checkpoint.head == "linear":
         check_encoder(model, checkpoint.name)
-        model.pooler = None  # not read, and drawn anew at each load where the checkpoint has none
-    sha256, body = weights_hash(model), model.base_model
-    if classes is not None:
-        add_linear_head(model, classes)
+    sha256 = base_hash(model, new, checkpoint.head)
+    body = model.get_decoder() if checkpoint.reads_images else model.base_model
+    whole = trained_whole(model, new) if checkpoint.head == "classification" else ()
+    if checkpoint.head == "linear":
+        whole = (add_linear_head(model, classes),)
+    elif new:
+        say(f"a new head of {classes} classes ({', '.join(whole)}), which the checkpoint lacks")
     layers = None  # of an encoder and a decoder there are two lists
     if not checkpoint.encoder_decoder:
-        layers = checkpoint.family.layers_of(body, model.config.num_hidden_layers)
-    return Base(checkpoint, model, body, layers or (), _head_of(model, body, classes is not None)), sha256
+        layers = checkpoint.family.layers_of(body, body.config.num_hidden_layers)
+    return Base(checkpoint, model, body, layers or (), _head_of(checkpoint, model, body), whole, new), sha256
 
 
-def _head_of(model: nn.Module, body: nn.Module, linear: bool) -> nn.Module | None:
+def _head_of(checkpoint: Checkpoint, model: nn.Module, body: nn.Module) -> nn.Module | None:
     """What is called with the body's hidden states, and gives logits; None if that is no single module."""
-    if linear:
-        return getattr(model, LINEAR_HEAD)
+    if checkpoint.head != "model":
+        head = getattr(model, LINEAR_HEAD, None)  # a decoder's has that name too; an encoder's reads a whole text
+        return head if checkpoint.head == "linear" or isinstance(head, nn.Linear) else None
+    if checkpoint.reads_images:
+        return model.get_output_embeddings()
     others = [child for child in model.children() if child is not body]
     return others[0] if len(others) == 1 and body is not model else None
 
 
-def _head_in_use(base: Base, linear: bool) -> nn.Module | None:
+def _head_in_use(base: Base) -> nn.Module | None:
     """The head after something was attached: an adapted one is another module."""
-    if linear:
-        return getattr(base.model, LINEAR_HEAD).modules_to_save["default"]
-    return _head_of(base.model, base.body, linear)
+    if base.whole:
+        return base.head and getattr(base.model, LINEAR_HEAD).modules_to_save["default"]
+    return _head_of(base.checkpoint, base.model, base.body)

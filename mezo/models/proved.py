@@ -6,8 +6,15 @@ from pathlib import Path
 TABLE = Path(__file__).with_name("proved.json")
 """By `model_type`: what `tests/models/test_every_family.py` and `tests/runtimes/sglang/test_every_family.py` saw."""
 
-HEAD = ("family", "trained by default", "logits by", "trunk cache keeps", "`--runtime sglang`, on a CPU")
-FIELDS = ("trained", "logits", "trunk", "sglang")
+HEAD = (
+    "family",
+    "trained by default",
+    "logits by",
+    "trunk cache keeps",
+    "whole under `--head classification`",
+    "`--runtime sglang`, on a CPU",
+)
+FIELDS = ("trained", "logits", "trunk", "classes", "sglang")
 UNKNOWN = "not run"
 
 

@@ -20,9 +20,11 @@ class Base:
     Args:
         checkpoint: where it comes from.
         model: with its head.
-        body: the transformer without its head.
+        body: the transformer without its head; of a model that reads images too, its part for text.
         layers: of the body, in order; empty where it has no list of them, one module a layer.
         head: hidden states -> logits; None where that is no single module.
+        whole: names of modules that are trained whole beside an adapter: those of a head for classes.
+        new: names of the parameters in them that the checkpoint lacks.
     """
 
     checkpoint: Checkpoint
@@ -30,6 +32,8 @@ class Base:
     body: nn.Module
     layers: Sequence[nn.Module]
     head: nn.Module | None
+    whole: tuple[str, ...] = ()
+    new: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Attached:
             log's header says it.
         prefix: keys and values in front of every layer's own, if that is what is trained.
         frozen: parameters that belong to the adapter and are not trained, by canonical name.
+        above: names of trained parameters that come after every layer: those of a head for classes.
     """
 
     model: nn.Module
@@ -57,3 +62,4 @@ class Attached:
     initial: Callable[[int], dict[str, torch.Tensor]] | None = None
     prefix: Prefix | None = None
     frozen: dict[str, nn.Parameter] = field(default_factory=dict)
+    above: frozenset[str] = frozenset()

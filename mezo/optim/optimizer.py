@@ -19,6 +19,7 @@ from mezo_kernels import (
     ParamSlot,
     RuleUpdate,
     canonical_name,
+    inner_products,
     perturb_,
     root_mean_square,
     rule_step_,
@@ -196,7 +197,8 @@ class MeZO(torch.optim.Optimizer):
         try:
             losses = self._losses(closure, step, rule, buffers)
             self.projected_grads = list(losses.projected_grads(rule.half_distance(eps)))
-            updates = [self._plan(group, step, losses, norms) for group in self._groups]
+            products = self._inner_products(step.seeds) if rule.projects else []
+            updates = [self._plan(group, step, losses, norms, products) for group in self._groups]
             skipped = any(update.skipped for update in updates)
             tried: Sequence[float] = ()
             if skipped:
@@ -256,10 +258,11 @@ class MeZO(torch.optim.Optimizer):
     def _masters(self) -> list[torch.Tensor]:
         return [theta for group in self._groups for theta in group.theta.tensors]
 
-    def _plan(self, group: "_Group", step: Step, losses: Losses, norms: Sequence[float]) -> Update:
+    def _plan(self, group: "_Group", step: Step, losses: Losses, norms: Sequence, products: Sequence) -> Update:
         """The update of one param group."""
         lr, decay = float(group.options["lr"]), group.options["weight_decay"]
-        return rule_of(group.options).plan(step.seeds, self.projected_grads, losses, lr, decay, norms=norms)
+        given = {"norms": norms, "products": products}
+        return rule_of(group.options).plan(step.seeds, self.projected_grads, losses, lr, decay, **given)
 
     def _chosen(
         self, closure: Callable, rule: Rule, updates: Sequence[Update], buffers: Buffers
@@ -320,9 +323,16 @@ class MeZO(torch.optim.Optimizer):
         rule_step_(group.theta, kernel, group.moments(self.state, kernel), [step], **options)
 
     def _root_mean_square(self, seed: int) -> float:
+        return root_mean_square(seed=seed, **self._drawing())
+
+    def _inner_products(self, seeds: Sequence[int]) -> list[list[float]]:
+        return inner_products(seeds=seeds, **self._drawing()).tolist()
+
+    def _drawing(self) -> dict:
+        """How z of all parameters is drawn."""
         shapes = {name: tuple(p.shape) for _, name, p in self._trainable()}
         device = next(p.device for _, _, p in self._trainable())
-        return root_mean_square(shapes, seed, device=device, backend=self.backend)
+        return {"shapes": shapes, "device": device, "backend": self.backend}
 
     def _rule(self) -> Rule:
         """The rule that says what a step measures."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -23,8 +24,13 @@ THETA = "mezo_theta.safetensors"
 """What was trained, beside an adapter that it does not show in (--tuning lora-xs)."""
 BASE = "mezo_base.json"
 """What base an adapter was trained on: `TrainedSpec.base`, as in the header of its log; and `weights`, the
-SHA-256 of its own weights, two of them where a process died between writing these files."""
+SHA-256 of its own weights, and `theta`, of what was trained where that is a file of its own; two of each where a
+process died between writing these files."""
+HASHED = {WEIGHTS: "weights", THETA: "theta"}
+"""By file, the field of mezo_base.json that says what it held."""
 
+CLASSIFIER = "SEQ_CLS"
+"""PEFT's name for a model with a head for classes, which is saved beside the adapter."""
 HARMLESS = (
     "peft_type",
     "task_type",
@@ -57,20 +63,23 @@ def save_adapter(
         frozen: see `as_lora`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    weights = directory / WEIGHTS
-    before = [_sha256(weights)] if base and weights.exists() else []
-    replace_file(directory / PEFT_CONFIG, json.dumps(peft, indent=2).encode())
-    with replacing(weights) as part:
-        tensors = as_lora(theta, frozen or {})
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={"format": "pt"})
-        if base:
-            said = base_in(base) | {"weights": [_sha256(part)]}
-            replace_file(directory / BASE, json.dumps({**said, "weights": said["weights"] + before}).encode())
-    if before:
-        replace_file(directory / BASE, json.dumps(said).encode())
+    files = {WEIGHTS: as_lora(theta, frozen or {})}
     if any(name.endswith(CORE) for name in theta):
-        with replacing(directory / THETA) as part:
-            save_file({name: tensor.contiguous() for name, tensor in theta.items()}, part)
+        files[THETA] = theta
+    before = {HASHED[name]: [_sha256(directory / name)] for name in files if base and (directory / name).exists()}
+    replace_file(directory / PEFT_CONFIG, json.dumps(peft, indent=2).encode())
+    with ExitStack() as stack:
+        hashes = {}
+        for name, tensors in files.items():
+            part = stack.enter_context(replacing(directory / name))
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part, metadata={"format": "pt"})
+            hashes[HASHED[name]] = [_sha256(part)]
+        if base:
+            said = base_in(base)
+            both = {field: [*now, *before.get(field, [])] for field, now in hashes.items()}
+            replace_file(directory / BASE, json.dumps(said | both).encode())
+    if before:
+        replace_file(directory / BASE, json.dumps(said | hashes).encode())
 
 
 def as_lora(theta: dict[str, torch.Tensor], frozen: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -102,8 +111,7 @@ def as_lora(theta: dict[str, torch.Tensor], frozen: dict[str, torch.Tensor]) -> 
 def read_adapter(directory: Path, file: str = WEIGHTS) -> dict[str, torch.Tensor]:
     """Tensors of an adapter directory or file as float32, by canonical name."""
     path = directory / file if directory.is_dir() else directory
-    if path.name == WEIGHTS:
-        check_weights(path)
+    check_weights(path)
     try:
         return {canonical_name(name): tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
@@ -124,9 +132,9 @@ def read_theta(directory: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str,
 
 def check_weights(path: Path) -> None:
     """Raise UserError if weights are not those that were written, where the file beside them says which."""
-    if not (path.parent / BASE).exists() or not path.is_file():
+    if path.name not in HASHED or not (path.parent / BASE).exists() or not path.is_file():
         return
-    known = validated(BaseHash, read_object(path.parent / BASE), str(path.parent / BASE)).get("weights")
+    known = validated(BaseHash, read_object(path.parent / BASE), str(path.parent / BASE)).get(HASHED[path.name])
     if known and _sha256(path) not in known:
         raise UserError(
             f"{path} is not what was written (SHA-256): {RESTORE}, or rebuild it from its run's log by mezo replay"
@@ -173,27 +181,26 @@ def base_in(first_line: dict) -> dict:
     return {key: first_line[key] for key in ("model_hash", "dtype", "quantization") if key in first_line}
 
 
-def check_base(adapter: Path, model: str, bare: bool = False, loaded: dict | None = None) -> None:
+def check_base(adapter: Path, model: str, head: str = "model", loaded: dict | None = None) -> None:
     """Raise UserError if an adapter was trained on other weights than those of a model; one made elsewhere passes.
 
     Args:
         adapter: its directory.
         model: path or hub id of the base at hand.
-        bare: it is used without its head.
+        head: which it has, as `--head` names it.
         loaded: `TrainedSpec.base` of the model as it is loaded, if it is.
     """
     known = base_of(adapter)
     if known is None:
         return
-    form, packed = known["dtype"], quantised_here(known)
-    if loaded is None or (loaded["dtype"], quantised_here(loaded)) != (form, packed):
-        sha256 = checkpoint_hash(model, form, bare, packed)
+    packed = quantised_here(known)
+    if loaded is None or (loaded["dtype"], quantised_here(loaded)) != (known["dtype"], packed):
+        sha256 = checkpoint_hash(model, known["dtype"], head, packed)
     else:
         sha256 = loaded["model_hash"]
     if sha256 != known["model_hash"]:
-        form += f", {packed}" if packed != NONE else ""
         raise UserError(
-            f"--model {model}: other weights than {adapter} was trained on (SHA-256 in {form}): give those;"
+            f"--model {model}: other weights than {adapter} was trained on (SHA-256 in {known['dtype']}): give those;"
             f" to use the adapter here all the same, copy its {WEIGHTS} and {PEFT_CONFIG} alone to a directory"
         )
 
@@ -214,7 +221,7 @@ def check_trainable(peft: dict, directory: str) -> None:
                 f"adapter {directory}: {key} is {value!r:.60}, only plain LoRA or a prefix can be used here"
             )
     saved = peft.get("modules_to_save") or []
-    if saved not in ([], [LINEAR_HEAD]):
+    if saved not in ([], [LINEAR_HEAD]) and peft.get("task_type") != CLASSIFIER:
         raise UserError(f"adapter {directory}: modules_to_save is {saved}, only plain LoRA can be trained on")
     if not float(peft.get("lora_alpha") or 1).is_integer():
         raise UserError(f"adapter {directory}: lora_alpha must be a whole number, got {peft['lora_alpha']}")
@@ -280,8 +287,15 @@ def adapter_options(directory: str | Path) -> dict:
         "use_rslora": bool(peft.get("use_rslora")),
         "target_modules": _targets(peft, Path(directory)),
         "layers_to_transform": tuple([layers] if isinstance(layers, int) else layers or ()),
-        "head": "linear" if peft.get("modules_to_save") else "model",
+        "head": head_of(peft),
     }
+
+
+def head_of(peft: dict) -> str:
+    """What scores the options of an adapter, as `--head` names it."""
+    if peft.get("task_type") == CLASSIFIER:
+        return "classification"
+    return "linear" if peft.get("modules_to_save") else "model"
 
 
 def with_base(values: dict) -> dict:

@@ -17,7 +17,7 @@ from mezo.run.directory import RunDirectory, best_step
 from mezo.run.files import RESTORE
 from mezo.run.header import planned_steps, shapes_of
 from mezo.run.trajectory import StepRecord
-from mezo_kernels import root_mean_square
+from mezo_kernels import inner_products, root_mean_square
 
 
 def check_run(run: RunDirectory, first: dict, records: Sequence[StepRecord], lengths: bool = False) -> None:
@@ -28,7 +28,7 @@ def check_run(run: RunDirectory, first: dict, records: Sequence[StepRecord], len
     Args:
         run: its directory.
         first, records: of its log.
-        lengths: under --normalise-z draw every z again for its length, so that the coefficients can be checked.
+        lengths: under --normalise-z and the rule aligned draw every z again, so that the coefficients can be checked.
     """
     check_steps(run, len(records))
     if run.adapter.is_dir() and first["peft"] is not None:
@@ -111,12 +111,14 @@ def _check_line(line: str, record: StepRecord, config: Config, first: dict, leng
     grads = record.losses.projected_grads(method.half_distance)
     if record.projected_grads != grads:
         raise fault
-    if method.normalise_z and not lengths:
+    if (method.normalise_z or method.rule.projects) and not lengths:
         return
     norms = [root_mean_square(first["shapes"], seed) for seed in update.seeds] if method.normalise_z else []
+    products = inner_products(first["shapes"], update.seeds).tolist() if method.rule.projects else []
     planned = planned_steps(first, record.step, method.steps)
     lr = learning_rate(record.step, planned, method.lr, method.lr_schedule, method.warmup_steps)
-    expected = method.rule.plan(update.seeds, grads, record.losses, lr, method.weight_decay, method.clip, norms)
+    given = update.seeds, grads, record.losses, lr, method.weight_decay, method.clip, norms, products
+    expected = method.rule.plan(*given)
     slack = 1e-15 * method.lr / lr if lr else 0.0
     expected, factor = guard.shorten(expected)
     expected = method.rule.choose(expected, record.tried) if method.rule.compares else expected

@@ -11,11 +11,13 @@ from mezo.run.adapter import (
     base_of,
     check_base,
     check_weights,
+    head_of,
     is_prefix,
     quantised_here,
     read_adapter,
     read_peft_config,
     save_adapter,
+    shapes_in,
 )
 from mezo.run.directory import RunDirectory
 
@@ -41,17 +43,19 @@ def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -
     peft = read_peft_config(adapter)
     if is_prefix(peft) and form != "peft":
         raise UserError(f"--format {form}: the adapter is a prefix, which is no change of weights; use peft")
-    if peft.get("modules_to_save") and form != "peft":
-        raise UserError(f"--format {form}: the adapter has a linear head, which this form cannot hold; use peft")
+    head, model = head_of(peft), peft["base_model_name_or_path"]
+    if (head == "linear" and form != "peft") or (head != "model" and form == "sglang"):
+        raise UserError(f"--format {form}: the adapter has a {head} head, which this form cannot hold; use peft")
     if form == "merged":
-        check_base(adapter, peft["base_model_name_or_path"])
+        check_base(adapter, model, head)
         check_weights(adapter / WEIGHTS)
         base = base_of(adapter) or {"dtype": "float32"}
-        merge(peft["base_model_name_or_path"], adapter, Path(output_dir), dtype, quantised_here(base), base["dtype"])
+        packed = quantised_here(base), base["dtype"]
+        merge(model, adapter, Path(output_dir), dtype, head, shapes_in(adapter / WEIGHTS), *packed)
         return
     tensors = read_adapter(adapter)
     if form == "sglang":
-        tensors = complete_stacks(Checkpoint.of(peft["base_model_name_or_path"]).config, tensors)
+        tensors = complete_stacks(Checkpoint.of(model).config, tensors)
         peft = complete_fields(peft, tensors)
     save_adapter(Path(output_dir), peft, tensors, base_of(adapter))
 

@@ -54,13 +54,14 @@ def data_hash(splits: dict[str, Sequence[Example]], whole: bool = False) -> str:
 def starting_file(config: Config, runtime: Runtime) -> Path | bytes | None:
     """The file of the adapter that a new run starts from, or what is to be in it; None if there is none.
 
-    It is that of --adapter, or holds what the model at hand decides: a prefix of real tokens, factors that stay.
+    It is that of --adapter, or holds what the model at hand decides: a prefix of real tokens, factors that stay, a
+    classification head.
     """
     tuning = config.model.tuning
     if tuning.adapter:
-        check_base(Path(tuning.adapter), config.model.base, tuning.head == "linear", runtime.spec.base)
+        check_base(Path(tuning.adapter), config.model.base, tuning.head, runtime.spec.base)
         return Path(tuning.adapter) / WEIGHTS
-    if not tuning.from_model:
+    if not tuning.from_model and tuning.head != "classification":
         return None
     return save(require(runtime, InitialTheta, f"--tuning {tuning.name}").initial_theta(config.method.seed))
 

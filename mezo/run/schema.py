@@ -73,6 +73,7 @@ class BaseHash(_Fields):
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")]
     quantization: Text = NONE
     weights: Annotated[list[Text], MaxLen(2)] = []
+    theta: Annotated[list[Text], MaxLen(2)] = []
 
 
 class Stream(_Fields):

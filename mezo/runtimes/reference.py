@@ -28,8 +28,8 @@ def reference_log_probs(model: nn.Module, batch: RowBatch) -> torch.Tensor:
         more = {"decoder_input_ids": decoder[0]} if decoder else {}
         with as_loaded():
             out = model(input_ids=ids, attention_mask=mask, **more)
-        if hasattr(out, "logits"):
-            logits = scored(out.logits, positions)
+        if hasattr(out, "logits"):  # those of classes are one vector a row
+            logits = scored(out.logits, positions) if out.logits.dim() == 3 else out.logits[:, None]
         else:
             logits = getattr(model.get_base_model(), LINEAR_HEAD)(scored(out.last_hidden_state, positions))
         log_probs.append(logits.double().log_softmax(-1).gather(-1, targets).cpu())

@@ -92,6 +92,22 @@ def rows_of(example: Example) -> list[Row]:
     ]
 
 
+def row_of_class(example: Example, last: bool, pad: int) -> list[Row]:
+    """The one row of an example that a classification head reads: at its first token, or its last that is no padding.
+
+    Args:
+        example: pooled.
+        last: as decoders do; encoders read the first.
+        pad: token id of padding.
+
+    >>> row_of_class(Example((3, 4, 0), ((0,), (1,)), label=0, pooled=True), last=True, pad=0)
+    [Row(ids=(3, 4, 0), positions=(1,), targets=((0, 1),), decoder=())]
+    """
+    ids = example.prompt
+    at = max((i for i, token in enumerate(ids) if token != pad), default=0) if last else 0
+    return [Row(ids, (at,), (tuple(output for (output,) in example.options),))]
+
+
 class LargeRows(Sequence[list[Row]]):
     """Rows of each example of a large split, made when they are asked for.
 

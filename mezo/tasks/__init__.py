@@ -49,17 +49,18 @@ def register(task: Task) -> Task:
     return task
 
 
-def find_task(data: Data, method: Method | None = None) -> Task:
+def find_task(data: Data, method: Method | None = None, by_number: bool = False) -> Task:
     """The task that is named, or the one behind the files; with both, the task on the files' rows.
 
     Args:
         data: names the task or the files.
         method: of the run; files may lack right answers where it needs none.
+        by_number: labels of files that are numbers need no words: a head for classes scores them.
     Raises:
         UserError: no task has that name.
     """
     if not data.task:
-        return own_task(data, method)
+        return own_task(data, method, by_number)
     if data.task not in TASKS:
         raise UserError(f"--task {data.task!r} is unknown: choose from {', '.join(TASKS)} or give --train-file")
     return with_files(TASKS[data.task], data)
@@ -69,7 +70,7 @@ def with_objective(config: Config) -> Config:
     """The configuration with what is trained and how it is judged settled: "auto" is the task's own."""
     if "auto" not in (config.method.objective, config.method.generate):
         return config
-    task = find_task(config.data, config.method)
+    task = find_task(config.data, config.method, config.model.tuning.head != "model")
     objective = task.objective if config.method.objective == "auto" else config.method.objective
     generate = config.method.generate if config.method.generate != "auto" else "on" if task.generate else "off"
     return config.replace(objective=objective, generate=generate)
@@ -88,8 +89,8 @@ def load_splits(
     Raises:
         UserError: bad data or a configuration that does not fit it; nothing has been written.
     """
-    method, pooled = with_objective(config).method, config.model.tuning.head == "linear"
+    method, pooled = with_objective(config).method, config.model.tuning.head != "model"
     try:
-        return examples_of(find_task(config.data, method), config.data, method, tokenizer, masked, pooled)
+        return examples_of(find_task(config.data, method, pooled), config.data, method, tokenizer, masked, pooled)
     finally:
         forget()

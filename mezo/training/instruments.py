@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from mezo.config import Method
+from mezo.method.directions import fewest
+from mezo.method.step import Step
 from mezo.run.trajectory import StepRecord
 from mezo.runtimes.base import Differentiable, Runtime, require
 from mezo.training.clock import Clock
@@ -17,6 +19,7 @@ from mezo_kernels import ParamLayout, rademacher, standard_normal, step_
 
 DRAW = {"normal": standard_normal, "rademacher": rademacher}
 
+COMPARED = 8  # directions along which --follow-coherence measures the coherence
 LOOKED_AT = 1 << 16  # elements of a parameter that its rounding is judged by
 
 
@@ -39,7 +42,8 @@ class Instruments:
         `noise`: of projected_grad, from scoring the same theta again, beside its root mean square since the last one.
         `spread`: standard deviation over a step's perturbations and standard error of the mean over its examples, of
         projected_grad; how much the examples' gradients agree (`coherence`), and by how much a direction for each
-        example divides the variance of the estimate against one for all (`directions_gain`); what the base's dtype
+        example divides the variance of the estimate against one for all (`directions_gain`); under --follow-coherence
+        how many directions the steps from the next one on have (`directions`); what the base's dtype
         leaves of a perturbation (`realised_perturbation`).
         `gradient`: `against_gradient`, where --true-gradient asks for it.
         """
@@ -78,11 +82,13 @@ class Instruments:
         }
 
     def _spread(self, step: int, records: Sequence[StepRecord]) -> dict:
-        measurement, method = self.measurement, self.method
+        measurement, method, follows = self.measurement, self.method, self.method.follow_coherence
         first, rule = measurement.first(measurement.step(step)), method.rule
         theta, dtype = self.runtime.theta(), getattr(torch, self.runtime.spec.dtype)
-        if measurement.group_size == 1 and measurement.recent:  # no two examples have had one z
-            measurement.recent.extend(self._under_one_z(step))
+        if follows:  # whatever this process did before: a run that was resumed must choose as one that was not
+            measurement.recent.clear()
+        if follows or (measurement.group_size == 1 and measurement.recent):  # no two examples have had one z
+            measurement.recent.extend(self._under_one_z(step, COMPARED if follows else 1))
         grads = list(measurement.example_grads())
         rho, size = coherence(grads), method.batch_size
         return {
@@ -90,16 +96,22 @@ class Instruments:
             "over_batch": spread_over_batch(grads, measurement.group_size),
             "coherence": rho,
             "directions_gain": None if rho is None else max(1.0, 1 + (size - 1) * rho),
+            "directions": fewest(rho, size, method.directions) if follows else None,
             **realised_perturbation(theta, dtype, first.seeds[0], first.eps[0], rule.distribution, rule.one_sided),
         }
 
-    def _under_one_z(self, step: int) -> Iterator[Scores]:
-        """Scores of the next step's batch by micro-batches, all under the first of the step's perturbations."""
-        batch = self.measurement.batches(step)
-        size = self.measurement.machine.micro_batch_size or len(batch)
-        for part in (batch[i : i + size] for i in range(0, len(batch), size)):
-            (pair,) = self.runtime.score_pairs("train", part, [range(len(part))])
-            yield [(part, pair)]
+    def _under_one_z(self, step: int, directions: int) -> Iterator[Scores]:
+        """Scores of the next step's batch by micro-batches, all of it along each of the step's first directions."""
+        measurement, method = self.measurement, self.method
+        batch = measurement.batches(step)
+        size = measurement.machine.micro_batch_size or len(batch)
+        compared = Step.of_run(method.seed, step, directions, method.eps, measurement.norm)
+        for k in range(directions):
+            self.runtime.perturb(compared.part([k]))
+            for part in (batch[i : i + size] for i in range(0, len(batch), size)):
+                (pair,) = self.runtime.score_pairs("train", part, [range(len(part))])
+                yield [(part, pair)]
+        self._restore(step)
 
     def _gradient(self, step: int, records: Sequence[StepRecord]) -> dict:
         """The next step's estimate beside autograd's gradient of its batch at the same theta."""

@@ -20,7 +20,7 @@ from mezo.method.step import Step, Update
 from mezo.run.trajectory import StepRecord
 from mezo.runtimes.base import Runtime
 from mezo.training.ranks import Ranks
-from mezo_kernels import root_mean_square
+from mezo_kernels import inner_products, root_mean_square
 
 RECENT = 16  # calls of the runtime whose scores are kept for the spread over a batch
 SMALLEST = 2.0**-126  # normal float32
@@ -95,8 +95,8 @@ class Measurement:
         self.examples, self.ranks = examples, ranks
         self.rule, self.half_distance = method.rule, method.half_distance
         self.labels = torch.as_tensor(labels_of(examples), dtype=torch.int64)
-        self.group_size, per_group = method.group_size, method.num_perturbations
-        self.group = lambda k: k // per_group  # of the batch, that perturbation k measures
+        self.directions = method.directions  # of the next step; --follow-coherence changes it
+        self.group = lambda k: k // method.num_perturbations  # of the batch, that perturbation k measures
         self.mine = self._mine(method.batch_size)
         self.batches = Batches(len(examples), method.batch_size, method.seed)
         self.objective = mixture(method.objectives)
@@ -106,15 +106,27 @@ class Measurement:
         backend = None if machine.backend == "auto" else machine.backend
         length = lambda seed: root_mean_square(runtime.spec.shapes, seed, device=runtime.device, backend=backend)  # noqa: E731
         self.norm = functools.lru_cache(256)(length) if method.normalise_z else None
+        self.drawing = {"device": runtime.device, "backend": backend}
 
     def step(self, number: int) -> Step:
         """The perturbations of a step."""
         method = self.method
-        return Step.of_run(method.seed, number, method.perturbations, method.eps, self.norm)
+        return Step.of_run(method.seed, number, self.directions * method.num_perturbations, method.eps, self.norm)
+
+    @property
+    def group_size(self) -> int:
+        """Examples that a perturbation of the next step is measured on."""
+        return self.method.batch_size // self.directions
 
     def norms(self, seeds: Sequence[int]) -> tuple[float, ...]:
         """Root mean square of each z where --normalise-z divides by it; else ()."""
         return tuple(map(self.norm, seeds)) if self.norm else ()
+
+    def products(self, seeds: Sequence[int]) -> list[list[float]]:
+        """Inner products of the z, for a rule that needs them; else []."""
+        if not self.rule.projects:
+            return []
+        return inner_products(self.runtime.spec.shapes, seeds, **self.drawing).tolist()
 
     def first(self, step: Step) -> Step:
         """What of a step the runtime holds when it begins: this rank's first perturbations."""
@@ -148,7 +160,8 @@ class Measurement:
         grads = losses.projected_grads(self.half_distance)
         lr = learning_rate(step.number, method.steps, method.lr, method.lr_schedule, method.warmup_steps)
         norms = self.norms(step.seeds)
-        update = self.rule.plan(step.seeds, grads, losses, lr, method.weight_decay, method.clip, norms)
+        products = self.products(step.seeds)
+        update = self.rule.plan(step.seeds, grads, losses, lr, method.weight_decay, method.clip, norms, products)
         update, factor = self.guard.shorten(update)
         tried = ()
         if self.rule.compares and not update.skipped:

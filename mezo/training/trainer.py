@@ -103,6 +103,7 @@ class Trainer:
         """Write the first step's perturbations; the first call of a fused op is compiled or read from a cache."""
         with self.clock.measuring("compilation"):
             self.due = self.verify_every > 0
+            self._follow_coherence(start)
             self._write_next(start)
 
     def _step(self) -> None:
@@ -132,11 +133,21 @@ class Trainer:
         """Update theta and write both signs of the next step, in one pass."""
         self.records.append(record)
         self.due = self.verify_every > 0 and len(self.records) % self.verify_every == 0
+        if self.evaluations.due(record.step):
+            self._follow_coherence(record.step + 1)
         self._write_next(record.step + 1, record.update)
         if self.due and len(self.records) == self.method.steps:
             check_kernels(self.runtime, len(self.records))
         if self.due and self.ranks.size > 1:
             self.ranks.check_equal(self.runtime.theta(), len(self.records))
+
+    def _follow_coherence(self, number: int) -> None:
+        """Let a step have as many directions as the last evaluation before it found to be enough: rank 0 knows."""
+        if not self.method.follow_coherence:
+            return
+        found = [row["directions"] for row in self.evaluations.metrics if "directions" in row and row["step"] < number]
+        told = self.ranks.gather([float(found[-1] if found else self.method.directions)])
+        self.measurement.directions = int(told[0][0])
 
     def _write_next(self, number: int, *updates: Update) -> None:
         self.next = self.measurement.step(number)

@@ -7,7 +7,7 @@ from mezo.method.estimator import Losses
 from mezo.method.schedule import learning_rate
 from mezo.method.step import Step
 from mezo.runtimes.theta import PerturbedTheta
-from mezo_kernels import ParamLayout, root_mean_square
+from mezo_kernels import ParamLayout, inner_products, root_mean_square
 from tests.training.test_update_rules import OPTIONS, each_rule
 
 D, STEPS = 20, 300
@@ -53,7 +53,9 @@ def descend(rule, steps=STEPS, factor=1.0, start=3.0, **changes):
         )
         norms = [norm(seed) for seed in step.seeds] if norm else []
         grads = losses.projected_grads(config.method.half_distance)
-        update = rule.plan(step.seeds, grads, losses, lr, config.method.weight_decay, config.method.clip, norms)
+        products = inner_products({"w": (D,)}, step.seeds).tolist() if rule.projects else []
+        given = lr, config.method.weight_decay, config.method.clip, norms, products
+        update = rule.plan(step.seeds, grads, losses, *given)
         if rule.compares:
             (c,) = update.coefficients
             theta.perturb(Step(step.seeds, abs(c)))

@@ -15,12 +15,14 @@ from mezo.method.step import Step, Update
 from mezo.run import logbook
 from mezo.run.replay import rebuild
 from mezo_kernels import Rule as Kernel
+from mezo_kernels import standard_normal
+from tests.method.test_theory import assert_mean
 
 
 def test_every_kernel_rule_has_its_rule():
     kernels = {rule().kernel().kind for rule in RULES.values() if rule().kernel()}
     assert kernels == {"momentum", "adam", "adamw", "sign"}
-    assert set(RULES) == kernels | {"sgd", "fzoo", "conservative", "one-sided", "z-score", "ranks"}
+    assert set(RULES) == kernels | {"sgd", "fzoo", "conservative", "one-sided", "z-score", "ranks", "aligned"}
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
@@ -59,6 +61,53 @@ def test_z_scores_are_the_same_under_a_scale_and_an_offset():
 
     assert plan(16.0, -8.0) == pytest.approx(plan(1.0, 0.0), rel=1e-12)
     assert plan(1.0, 0.0) == pytest.approx([-1.0 / 2 / 1.1086778, 2.5 / 2 / 1.1086778], rel=1e-6)
+
+
+def directions(n, d, start=0):
+    return torch.stack([standard_normal(seed, "theta", 0, d).double() for seed in range(start, start + n)])
+
+
+def along(z, grads, rule="aligned", **options):
+    """sum_k coefficients_k z_k of a step with these slopes, lr 1."""
+    n = len(z)
+    losses, products = Losses((1.0,) * n, (0.0,) * n), (z @ z.mT).tolist()
+    update = RULES[rule]().plan(tuple(range(n)), grads, losses, lr=1.0, products=products, **options)
+    return torch.tensor(update.coefficients, dtype=torch.float64) @ z
+
+
+def test_aligned_has_the_slopes_that_were_measured():
+    """Along every z, over the one scale that makes it the plain average of orthogonal z."""
+    z, grads = directions(12, 30), torch.linspace(-2, 3, 12, dtype=torch.float64)
+    step = along(z, grads.tolist())
+    torch.testing.assert_close(12 / z.square().sum(1).mean() * z @ step, grads)
+    clipped = along(z, grads.tolist(), clip=0.5)
+    torch.testing.assert_close(12 / z.square().sum(1).mean() * z @ clipped, grads.clamp(-0.5, 0.5))
+
+
+def test_aligned_is_plain_descent_along_orthogonal_directions():
+    z, grads = 3.0 * torch.eye(5, dtype=torch.float64), [1.0, -2.0, 0.5, 4.0, 0.0]
+    torch.testing.assert_close(along(z, grads), along(z, grads, "sgd"))
+
+
+@pytest.mark.parametrize("n", [8, 16, 24])
+def test_aligned_points_along_the_gradient_as_theory_says(n):
+    """Mean square cosine n / d, against about n / (n + d + 1) of the average."""
+    d, found = 32, {"aligned": [], "sgd": []}
+    grad = torch.linspace(-1, 2, d, dtype=torch.float64)
+    for start in range(0, 400 * n, n):
+        z = directions(n, d, start)
+        for rule, squares in found.items():
+            step = along(z, (z @ grad).tolist(), rule)
+            squares.append((step @ grad) ** 2 / (step @ step) / (grad @ grad))
+    aligned, plain = (torch.stack(found[rule]) for rule in ("aligned", "sgd"))
+    assert_mean(aligned, n / d)
+    assert aligned.mean() > plain.mean() + 4 * plain.std() / 20
+    assert plain.mean().item() == pytest.approx(n / (n + d + 1), rel=0.1)
+
+
+def test_more_directions_than_parameters_decide_nothing():
+    z = directions(6, 5)
+    assert not along(z, [1.0] * 6).any()
 
 
 def test_a_toy_rule_is_one_class(tiny_config):

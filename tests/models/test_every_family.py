@@ -7,18 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from mezo.api import loaded, replay, start
 from mezo.config import Config
+from mezo.data.example import Example
 from mezo.method.step import Step
 from mezo.models.families import leaf_of
+from mezo.models.lora import drawn
 from mezo.models.proved import markdown, proved, record
-from mezo.run.adapter import read_adapter, same_bits
+from mezo.run.adapter import read_adapter, same_bits, save_adapter
 from mezo.runtimes.hf.reading import ByParts
 from mezo.runtimes.hf.runtime import HFRuntime
 from mezo.tasks import with_objective
-from mezo_kernels import lora_init
 from tests import tiny_families
 from tests.tiny_families import FAMILIES
 
@@ -80,7 +82,7 @@ def trained(request, tmp_path_factory, tiny_data):
         yield request.param, runtime, splits["train"], directory
 
 
-def with_last_layer(path, data, base):
+def with_last_layer(path, data, base, **others):
     """A runtime that adapts the last layer, and there what leaves keys and values alone, as far as there is such."""
     if not base.layers:
         return None
@@ -89,11 +91,22 @@ def with_last_layer(path, data, base):
     free = (linear & base.family.kv_free) - base.family.uncalled
     targets = tuple(sorted(free)) or ("all-linear",)
     layers = {"layers_to_transform": (len(base.layers) - 1,), "target_modules": targets}
-    config = Config.of(model=path, output_dir="unused", task="sst2", **layers)
+    return prepared(path, data, **layers, **others)
+
+
+def prepared(path, data, **others):
+    """A runtime at a theta that changes scores."""
+    config = Config.of(
+        model=path, output_dir="unused", task="sst2", prompt="{text}", label_words=(" a", " b"), **others
+    )
     runtime = HFRuntime(*config.for_runtime)
     runtime.prepare({"train": data})
-    runtime.load({key: lora_init(3, key, shape) for key, shape in runtime.spec.shapes.items()})
+    runtime.load(noisy(runtime))
     return runtime
+
+
+def noisy(runtime):
+    return {key: drawn(3, key, shape) for key, shape in runtime.spec.shapes.items()}
 
 
 def kept(runtime):
@@ -109,7 +122,7 @@ def test_family(trained):
     replay(str(directory / "run"), str(directory / "again"))
     assert same_bits(read_adapter(adapter), read_adapter(directory / "again")) is None
     assert_equal_scores(runtime.score("train", everything), of_peft(name, adapter), data)
-    runtime.load({key: lora_init(3, key, shape) for key, shape in runtime.spec.shapes.items()})
+    runtime.load(noisy(runtime))
     runtime.perturb(Step([7], 1e-2))
     pair = runtime.score_pairs("train", everything)[0]
     for scores, copy in zip(pair, (runtime.plus, runtime.minus), strict=True):
@@ -128,6 +141,38 @@ def test_family(trained):
     if RECORD:
         record(name, **seen)
     assert proved()[name].items() >= seen.items()
+
+
+def classified(path, adapter):
+    """The same for a model with a head for classes."""
+    base = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
+    if base._can_set_attn_implementation():
+        base.set_attn_implementation("eager")
+    return PeftModel.from_pretrained(base, str(adapter)).eval()
+
+
+def test_head_for_classes(trained, tmp_path):
+    name, runtime, data, _ = trained
+    data = [Example(e.prompt, ((0,), (1,)), e.label, pooled=True) for e in data]
+    runtimes, seen = [], "-"
+    if type(runtime.parts.base.config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not runtime.decoder:
+        runtimes.append(prepared(runtime.source, data, head="classification"))
+        runtimes.append(with_last_layer(runtime.source, data, runtimes[0].parts, head="classification"))
+        seen = ", ".join(runtimes[0].spec.peft["modules_to_save"])
+    for n, each in enumerate(filter(None, runtimes)):
+        each.perturb(Step([7], 1e-2))
+        pair = each.score_pairs("train", range(len(data)))[0]
+        for m, (scores, copy) in enumerate(zip(pair, (each.plus, each.minus), strict=True)):
+            adapter = tmp_path / f"{n}{m}"
+            save_adapter(adapter, each.spec.peft, dict(zip(copy.names, copy.tensors, strict=True)))
+            with torch.no_grad():
+                own = classified(runtime.source, adapter)
+                right = torch.stack([own(torch.tensor([e.prompt])).logits[0].double().log_softmax(-1) for e in data])
+            assert (scores.log_softmax(-1) - right).abs().max() < EXACT
+        assert (pair[0] - pair[1]).abs().max() > 10 * EXACT
+    if RECORD:
+        record(name, classes=seen)
+    assert proved()[name]["classes"] == seen
 
 
 def test_the_table_is_whole_and_readme_has_it():

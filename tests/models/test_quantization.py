@@ -84,7 +84,7 @@ def test_scores_are_the_models_own(name, layers, tmp_path):
 def test_the_hash_covers_what_is_packed(name, tmp_path):
     """Every tensor of a packed weight: bytes, scales, and what a library keeps beside them."""
     path = save("llama", tmp_path)
-    base = load_base(Checkpoint.of(path), torch.float32, quantization=name, device=device_of(name))
+    base = load_base(Checkpoint.of(path, quantization=name), torch.float32, device=device_of(name))
     whole = weights_hash(base)
     assert whole == checkpoint_hash(path, "float32", quantization=name)
     assert whole != checkpoint_hash(path, "float32")
@@ -103,7 +103,7 @@ def test_the_hash_covers_what_is_packed(name, tmp_path):
 @pytest.mark.parametrize("name", EVERY)
 def test_dequantised_it_computes_the_same(name, family, tmp_path):
     """What is merged is what was trained beside. `opt` has biases."""
-    base = load_base(Checkpoint.of(save(family, tmp_path)), torch.float32, quantization=name, device=device_of(name))
+    base = load_base(Checkpoint.of(save(family, tmp_path), quantization=name), torch.float32, device=device_of(name))
     ids = torch.arange(3, 20, device=base.device)[None]
     before = base(ids).logits
     plain = dequantise(base)
@@ -151,7 +151,7 @@ def test_a_run_leaves_an_adapter_resumes_and_replays_to_the_bit(finished, tmp_pa
     export(str(run), str(tmp_path / "merged"), "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not is_quantised(merged)
-    base = load_base(Checkpoint.of(config.model.base), torch.float32, quantization=name, device=device_of(name))
+    base = load_base(Checkpoint.of(config.model.base, quantization=name), torch.float32, device=device_of(name))
     adapted = PeftModel.from_pretrained(base, str(run / "adapter"))
     ids = torch.arange(3, 20)[None]
     want = adapted(ids.to(base.device)).logits.cpu()
@@ -185,7 +185,7 @@ def test_a_checkpoint_that_is_quantised_is_taken_as_it_is(tmp_path):
     base = load_base(checkpoint, torch.float32)
     assert weights_hash(base) == checkpoint_hash(plain, "float32", quantization="int8")
     with pytest.raises(UserError, match=r"--quantization int8: the model is quantised already \(torchao\): leave it"):
-        load_base(checkpoint, torch.float32, quantization="int8")
+        load_base(Checkpoint.of(str(packed), quantization="int8"), torch.float32)
     data = examples(4)
     built = runtime(str(packed), "none", data)
     got = difference(built.score("train", range(4)))
@@ -206,13 +206,13 @@ def test_sixteen_bits_beside_eight(tmp_path):
 def test_a_model_that_the_library_leaves_alone_is_refused(tmp_path):
     """gpt2 has no linear layers of torch's."""
     with pytest.raises(UserError, match="--quantization int8: torchao quantises linear layers, and this model"):
-        load_base(Checkpoint.of(tiny_families.save("gpt2", tmp_path)), torch.float32, quantization="int8")
+        load_base(Checkpoint.of(tiny_families.save("gpt2", tmp_path), quantization="int8"), torch.float32)
 
 
 @pytest.mark.parametrize("name", [needs("nf4"), needs("llm-int8")])
 def test_layers_that_keep_their_weights_transposed_are_merged_so(name, tmp_path):
     """gpt2's: what is written is a gpt2 again."""
-    base = load_base(Checkpoint.of(tiny_families.save("gpt2", tmp_path)), torch.float32, quantization=name)
+    base = load_base(Checkpoint.of(tiny_families.save("gpt2", tmp_path), quantization=name), torch.float32)
     ids = torch.arange(3, 20)[None]
     before = base(ids).logits
     dequantise(base).save_pretrained(tmp_path / "plain")
@@ -224,7 +224,7 @@ def test_without_the_library_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
     wanted = "--quantization nf4 needs bitsandbytes, which is not installed: pip install 'mezo-kernels[quantization]'"
     with pytest.raises(UserError, match=re.escape(wanted)):
-        load_base(Checkpoint.of(save("llama", tmp_path)), torch.float32, quantization="nf4")
+        load_base(Checkpoint.of(save("llama", tmp_path), quantization="nf4"), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_four_bits_of_torchao_are_for_a_gpu(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(UserError, match="--quantization int4: torchao has no kernel for a CPU; use int8 or nf4 or fp4"):
-        load_base(Checkpoint.of(save("llama", tmp_path)), torch.float32, quantization="int4")
+        load_base(Checkpoint.of(save("llama", tmp_path), quantization="int4"), torch.float32)
 
 
 @torchao

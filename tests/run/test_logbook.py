@@ -17,7 +17,7 @@ from mezo.errors import UserError
 from mezo.models import full
 from mezo.models.load import Checkpoint, load_base
 from mezo.run import adapter, logbook
-from mezo.run.adapter import BASE, PEFT_CONFIG, WEIGHTS, adapter_options
+from mezo.run.adapter import BASE, PEFT_CONFIG, THETA, WEIGHTS, adapter_options
 from mezo.run.directory import RunDirectory
 from mezo.run.export import export
 from mezo.run.replay import rebuild
@@ -204,6 +204,22 @@ def test_weights_of_an_adapter_that_changed_are_refused(finished, tmp_path, caps
         assert main(["export", str(adapter), "--output-dir", str(out), "--format", form]) == 2
         assert "is not what was written (SHA-256)" in capsys.readouterr().err
         assert not out.exists()
+
+
+def test_what_was_trained_beside_an_adapter_is_hashed_too(tiny_options, capsys):
+    """--tuning lora-xs: the adapter is B R, and R is a file of its own, which a resumed run and replay compare with."""
+    train(Config.of(**{**tiny_options, "tuning": "lora-xs", "r": 4, "steps": 2, "eval_every": 2}))
+    adapter = Path(tiny_options["output_dir"], "adapter")
+    said = json.loads((adapter / BASE).read_text())
+    assert len(said["theta"]) == len(said["weights"]) == 1
+    data = bytearray((adapter / THETA).read_bytes())
+    data[-5] ^= 1
+    (adapter / THETA).write_bytes(data)
+    assert main(["train", "--resume", tiny_options["output_dir"]]) == 2
+    assert f"{THETA} is not what was written (SHA-256)" in capsys.readouterr().err
+    (adapter / BASE).write_text(json.dumps({name: value for name, value in said.items() if name != "theta"}))
+    assert main(["train", "--resume", tiny_options["output_dir"]]) == 2, "as of an older program: by replay"
+    assert "is not what the log gives" in capsys.readouterr().err
 
 
 def test_a_model_directory_with_an_adapter_in_it_is_refused(finished, tmp_path, tiny_options, capsys):

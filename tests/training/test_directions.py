@@ -11,6 +11,7 @@ from mezo.api import replay, resume, train
 from mezo.config import Config
 from mezo.data.example import Example
 from mezo.errors import UserError
+from mezo.method.directions import fewest
 from mezo.method.objectives import lm_cross_entropy
 from mezo.run.adapter import read_adapter, same_bits
 from mezo.run.trajectory import read_trajectory
@@ -54,9 +55,8 @@ class Quadratics:
 
 
 def config(**options):
-    return Config.of(
-        model="m", output_dir="o", task="sst2", objective="lm_cross_entropy", batch_size=BATCH, eps=EPS, **options
-    )
+    chosen = {"objective": "lm_cross_entropy", "batch_size": BATCH, "eps": EPS, **options}
+    return Config.of(model="m", output_dir="o", task="sst2", **chosen)
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +167,48 @@ def test_a_run_stopped_and_resumed_ends_the_same(directed, tmp_path):
     assert logs[0] == logs[1]
 
 
+@pytest.fixture
+def following(directed):
+    """A run that chooses among 1, 2, 4 and 8 directions after every third step."""
+    return directed.replace(directions=8, follow_coherence=True, eval_every=3, lr=0.05)
+
+
+def test_a_run_that_follows_the_coherence_says_how_and_replays(following):
+    train(following)
+    directory = Path(following.machine.output_dir)
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    spread = {row["step"]: row for row in rows if row["split"] == "spread"}
+    assert list(spread) == [3, 6, 9, 12]
+    lengths = [len(record.update.seeds) for record in log(following)]
+    told = [spread[step]["directions"] for step in (3, 6, 9)]
+    assert lengths == [8] * 4 + [told[0]] * 3 + [told[1]] * 3 + [told[2]] * 2
+    assert len(set(lengths)) > 1
+    for row in spread.values():
+        assert row["directions"] == fewest(row["coherence"], 8, 8)
+    assert follows(directory) == 12
+    replay(str(directory), str(directory / "best"))
+    assert same_bits(read_adapter(directory / "best"), read_adapter(directory / "adapter")) is None
+
+
+@pytest.mark.parametrize("until", [3, 5, 6])
+def test_a_run_that_follows_the_coherence_goes_on_as_one_that_was_not_stopped(following, tmp_path, until):
+    train(following)
+    parted = following.replace(output_dir=str(tmp_path / "parted"))
+    assert train(parted, until=until) is None
+    resume(parted.machine.output_dir)
+    logs = [Path(c.machine.output_dir, "trajectory.jsonl").read_bytes() for c in (following, parted)]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.01, 0.1, 0.5, 1.0])
+def test_the_fewest_directions_have_at_most_a_tenth_more_variance(rho):
+    """Of gradients g_i = shared + own: a group's mean has the mean square rho + (1 - rho) m / B, over m directions."""
+    variance = {m: (rho + (1 - rho) * m / BATCH) / m for m in (1, 2, 4, 8)}
+    chosen = fewest(rho, BATCH, 8)
+    assert variance[chosen] <= 1.1 * variance[8]
+    assert all(variance[m] > 1.1 * variance[8] for m in variance if m < chosen)
+
+
 @pytest.mark.parametrize("options", [{"copies_bytes": 1}, {"micro_batch_size": 3}, {"micro_batch_size": 1}], ids=str)
 def test_waves_and_micro_batches_change_no_loss(directed, tmp_path, options):
     parts = directed.replace(**options, output_dir=str(tmp_path / "parts"), steps=3, eval_every=3)
@@ -207,6 +249,12 @@ def test_instruments_see_groups(directed):
         (
             {"directions": 2, "update_rule": "conservative"},
             "--directions must be 1, got 2: --update-rule conservative compares several thetas on the same examples",
+        ),
+        ({"follow_coherence": True}, "--follow-coherence chooses among up to --directions: give it, 2 or more"),
+        ({"directions": 2, "follow_coherence": True, "noise": False}, "--follow-coherence needs --noise"),
+        (
+            {"directions": 2, "follow_coherence": True, "objective": "f1"},
+            "--follow-coherence: --objective f1 reads no scores",
         ),
     ],
 )

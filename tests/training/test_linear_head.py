@@ -102,7 +102,6 @@ def test_a_run_goes_on_from_its_adapter_and_is_scored_alone(config, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label_words": ()}, "needs --label-words"),
         ({"runtime": "sglang"}, "use --runtime hf"),
         ({"objective": "lm_cross_entropy"}, "--objective must be"),
         ({"task": "sst2"}, "give --prompt"),

@@ -34,6 +34,7 @@ OPTIONS = {
     "one-sided": {"num_perturbations": 3, "weight_decay": 0.5},
     "z-score": {"lr": 1e-4, "num_perturbations": 2, "directions": 2},
     "ranks": {"lr": 5e-2, "num_perturbations": 3},
+    "aligned": {"num_perturbations": 3, "weight_decay": 0.5},
     "normalised": {"update_rule": "sgd", "normalise_z": True, "num_perturbations": 2},
 }
 each_rule = pytest.mark.parametrize("rule", OPTIONS)

@@ -29,6 +29,7 @@ class Rule:
         distribution: of z, "normal" or "rademacher".
         one_sided: an estimate compares theta + eps z with theta itself, so n of them cost n + 1 forward passes.
         compares: a step also scores theta and theta a step to either side, and `choose` keeps the best of the three.
+        projects: `plan` needs the inner products of the z.
         logged_as: option -> key of the log's header, for options that a replay needs.
     """
 
@@ -37,6 +38,7 @@ class Rule:
     distribution: ClassVar[str] = "normal"
     one_sided: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    projects: ClassVar[bool] = False
     logged_as: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls):
@@ -100,6 +102,7 @@ class Rule:
         weight_decay: float = 0.0,
         clip: float = 0.0,
         norms: Sequence[float] = (),
+        products: Sequence[Sequence[float]] = (),
     ) -> Update:
         """The update of a step: coefficients[k] = scale * projected_grad_k / n, over the norm of z_k if there are any.
 
@@ -113,6 +116,7 @@ class Rule:
             weight_decay: of the run.
             clip: each projected_grad is first brought into [-clip, clip]; 0 leaves it as it is.
             norms: root mean square of each z, which perturbations were divided by; () leaves z as it is.
+            products: z_k . z_l of a rule that `projects`; else ().
         """
         scale, n = self.scale(lr, losses), len(seeds)
         clipped = [max(-clip, min(clip, g)) for g in projected_grads] if clip else projected_grads

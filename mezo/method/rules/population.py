@@ -62,6 +62,7 @@ class Ranks(Rule):
         weight_decay: float = 0.0,
         clip: float = 0.0,
         norms: Sequence[float] = (),
+        products: Sequence[Sequence[float]] = (),
     ) -> Update:
         """See `Rule.plan`; `weights` stand for projected_grads."""
         return super().plan(seeds, weights(losses), losses, lr, weight_decay, clip, norms)

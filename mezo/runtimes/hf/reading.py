@@ -90,6 +90,14 @@ class ByModel:
         return outputs
 
 
+class ByClassifier(ByModel):
+    """The model's own forward pass where it gives one number a class for each row, which counts as one position."""
+
+    def outputs(self, ids: torch.Tensor, positions: torch.Tensor | None, **inputs) -> torch.Tensor:
+        """See `Reading.outputs`: logits of the classes; `positions` are the model's own business."""
+        return self.model(input_ids=ids, **inputs).logits.float()[:, None]
+
+
 @contextmanager
 def _read_at(model: nn.Module, positions: torch.Tensor, shape: torch.Size) -> Iterator[list]:
     """Meanwhile the layer that a model says gives its logits sees some positions alone.

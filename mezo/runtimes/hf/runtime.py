@@ -59,10 +59,10 @@ class HFRuntime:
         self.dtype = _dtype(model.dtype, self.device)
         self.backend = None if machine.backend == "auto" else machine.backend
         _check_backend(self.backend, self.device)
-        checkpoint = checkpoint or Checkpoint.of(model.base)
+        checkpoint = checkpoint or Checkpoint.of(model.base, model.tuning.head, model.quantization)
         self.parts, self.spec = load_parts(model, self.device, self.dtype, work.classes, checkpoint)
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
-        self.pad, self.work, self.source = pad, work, model.base
+        self.pad, self.work, self.source = self._padding(pad), work, model.base
         self.options: HF = machine.runtime
         self.params = list(self.parts.params.values())
         self.linear = self._with_product(product_of(model, machine, checkpoint))
@@ -85,6 +85,15 @@ class HFRuntime:
         if self.writing and not (self.parts.causal or self.decoder):
             raise UserError(f"--model {model.base} fills masks and generates no text: use another model")
         self.scorer = Scorer(self.parts, self.options, work, pad, self.dtype, self.decoder, rowwise)
+
+    def _padding(self, pad: int) -> int:
+        """Token id to pad with: a classifier that reads the last token of a row tells it from padding by its number."""
+        config = self.parts.base.config.get_text_config()
+        if self.parts.scored_by != "classification":
+            return pad
+        if config.pad_token_id is None:
+            config.pad_token_id = pad
+        return config.pad_token_id
 
     def _with_product(self, product: Product) -> str:
         """Have the frozen weights, if there are any, multiplied so; return "torch" or "packed"."""

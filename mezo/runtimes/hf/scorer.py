@@ -22,7 +22,7 @@ from mezo.progress import say
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Decoder, refuse_too_long
 from mezo.runtimes.hf.proof import StartProof
-from mezo.runtimes.hf.reading import ByModel, ByParts, Reading
+from mezo.runtimes.hf.reading import ByClassifier, ByModel, ByParts, Reading
 from mezo.runtimes.hf.rowwise import RowsLost, RowWise, why_not
 from mezo.runtimes.hf.trunk import CALL, Trunk, attention_of, no_cache
 from mezo.runtimes.rows import (
@@ -32,6 +32,7 @@ from mezo.runtimes.rows import (
     first_rows,
     measured,
     option_scores,
+    row_of_class,
     rows_by_example,
     rows_of,
 )
@@ -87,6 +88,8 @@ class Scorer:
         """
         self.examples = splits
         make = self.decoder.rows_of if self.decoder else rows_of
+        if self.parts.scored_by == "classification":
+            make = functools.partial(row_of_class, last=self.parts.causal, pad=self.pad)
         self.rows = {split: rows_by_example(examples, make) for split, examples in splits.items()}
         self.first_row = {split: first_rows(rows) for split, rows in self.rows.items()}
         self._check_lengths()
@@ -279,8 +282,8 @@ class Scorer:
         """Ways to scores, from the one that computes least to the model's own forward pass."""
         parts, asked = self.parts, self.options.trunk_cache
         readings = [ByParts(parts)] if parts.head else []
-        if not parts.linear_head:
-            readings.append(ByModel(parts))
+        if parts.scored_by != "linear":
+            readings.append(ByClassifier(parts) if parts.scored_by == "classification" else ByModel(parts))
         trunks = []
         if with_trunk:
             in_window = not (parts.window and parts.window < self._longest())

@@ -34,6 +34,10 @@ def model_class(checkpoint: Checkpoint) -> type:
             that does not run on this machine.
     """
     name = (checkpoint.config.architectures or ["no architecture"])[0]
+    if checkpoint.reads_images:
+        raise UserError(
+            f"--model {checkpoint.name}: it reads images too, which SGLang serves otherwise: use --runtime hf"
+        )
     served = _registered().get(name)
     if served is None:
         raise UserError(f"--model {checkpoint.name}: SGLang has no {name} of its own: use --runtime hf")

@@ -9,11 +9,11 @@ from mezo.method.step import Step, Update
 from mezo.models.proved import proved, record
 from tests import tiny_families
 from tests.runtimes.sglang.conftest import engine, examples, noisy, reference, worst
-from tests.tiny_families import CAUSAL, FAMILIES
+from tests.tiny_families import CAUSAL, FAMILIES, SEER
 
 RECORD = os.environ.get("MEZO_RECORD_FAMILIES")  # make families
 RECORDED = {name for name, fields in proved().items() if "sglang" in fields}
-DECODERS = [name for name, tiny in FAMILIES.items() if tiny.auto is CAUSAL and (RECORD or name in RECORDED)]
+DECODERS = [name for name, tiny in FAMILIES.items() if tiny.auto in (CAUSAL, SEER) and (RECORD or name in RECORDED)]
 CLOSE = 5e-5  # of log-odds in float32, two implementations
 SIZES = {
     "mistral": {"sliding_window": None},  # SGLang's class has none
