@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     if path := values.pop("resume", ""):
         trust, reward = values.pop("trust_reward", False), values.pop("reward", "")
         output = path
-        machine = _resumable(path, values)
+        machine = resumable(path, values)
         from mezo.api import resume
 
         result = resume(path, machine=machine, reward=reward, trust_reward=trust)
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _resumable(path: str, values: dict[str, Any]) -> dict[str, Any]:
+def resumable(path: str, values: dict[str, Any]) -> dict[str, Any]:
     """Of the options given with --resume those that say where, how or how far; all others are the run's own."""
     if not values:
         return {}
