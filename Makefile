@@ -7,7 +7,7 @@ RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-directions bench-serve leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day clean
+.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-directions bench-serve leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day clean
 
 demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
@@ -49,6 +49,9 @@ bench-forward: $(READY)  ## forward passes of a step in CPU seconds of one threa
 
 bench-alternatives: $(READY_SGLANG)  ## memory and seconds of a step: inference, MeZO, AdamW; JSON under bench/results/
 	$(VENV)/bin/python bench/alternatives.py --output $(RESULTS)/alternatives.json
+
+bench-trainer: $(READY)  ## memory of a step in transformers' Trainer, MeZO beside AdamW, and bytes exchanged; JSON under bench/results/
+	$(VENV)/bin/python bench/trainer.py --output $(RESULTS)/trainer.json
 
 bench-directions: $(READY)  ## cost and gain of a direction for each group of a batch; JSON under bench/results/
 	$(VENV)/bin/python bench/directions.py --output $(RESULTS)/directions.json

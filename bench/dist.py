@@ -3,7 +3,8 @@
 python bench/dist.py [--output dist] [--whole]
 
 The environment is new and holds the wheel alone; libraries are those of the Python that runs this, since they are
-gigabytes. With --whole pip installs them from the index instead, as a user's would.
+gigabytes. With --whole pip installs them from the index instead, as a user's would, with the extras trainer and dev;
+torch alone is of the version that `make` pins, so that a machine without a GPU gets the build that it has.
 """
 
 import argparse
@@ -45,9 +46,14 @@ def install(wheel: Path, place: Path, whole: bool) -> Path:
     """A new environment with the wheel; its Python."""
     venv.create(place, with_pip=True)
     python = place / "bin" / "python"
-    dependencies = [] if whole else ["--no-deps"]
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *dependencies, str(wheel)], check=True)
-    if not whole:
+    pip = [python, "-m", "pip", "install", "--quiet"]
+    if whole:
+        pinned = next(line for line in (ROOT / "requirements.txt").read_text().split() if line.startswith("torch=="))
+        subprocess.run([*pip, pinned, f"{wheel}[trainer,dev]"], check=True)
+        subprocess.run([python, "-c", "import trl, pytest, hypothesis"], check=True, capture_output=True)
+        subprocess.run([python, "-m", "pip", "check"], check=True)
+    else:
+        subprocess.run([*pip, "--no-deps", str(wheel)], check=True)
         libraries = subprocess.run(
             [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True, capture_output=True,
             text=True,

@@ -15,6 +15,7 @@ from mezo.data.tokenization import oddities, refuse_unknown_ids
 from mezo.errors import UserError
 from mezo.models.load import Checkpoint, load_tokenizer
 from mezo.progress import say
+from mezo.report import dashboards
 from mezo.run import outcome
 from mezo.run.adapter import adapter_options, check_base, load_adapter
 from mezo.run.agreement import check_lines
@@ -52,6 +53,7 @@ def train(config: Config, until: int | None = None) -> dict | None:
         return resume(config.machine.output_dir, ranks, until=until, reward=config.method.reward)
     if ranks.leads:
         refuse_existing(config.machine.output_dir)
+        dashboards.check(config.machine.report_to)
     _check_ranks(config, ranks)
     adapter = config.model.tuning.adapter
     with loaded(_with_one_product(config, ranks), need="train", adapter=adapter) as (runtime, splits, seconds):
@@ -211,6 +213,8 @@ def resume(
     # the patience that ended a run may have been given when it was resumed; without an option nobody asks it to go on
     if run.result.is_file() and (ended or (not machine and run.read_result().get("stopped_early"))):
         return _check_finished(run)
+    if ranks.leads:
+        dashboards.check(config.machine.report_to)
     _check_ranks(config, ranks)
     trusted = trusted_reward(config.method.reward, first_line.get("reward_hash"), reward, trust_reward, path)
     config = _with_product_of(config.replace(reward=trusted), first_line)

@@ -62,6 +62,16 @@ def test_main_prints_both(dropin, capsys):
     assert lines[1].endswith("torch.float32 0.0e+00, torch.bfloat16 0.0e+00")
 
 
+def test_a_plain_loop_learns():
+    assert load("plain_loop").main() > 0.9
+
+
+def test_lightning_learns(tmp_path):
+    """Where Lightning is installed."""
+    pytest.importorskip("lightning")
+    assert load("lightning_module").main(output_dir=str(tmp_path)) > 0.9
+
+
 def test_a_reward_of_your_own(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
     example = load("reward")

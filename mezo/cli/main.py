@@ -46,6 +46,7 @@ COMMANDS = {
         "replay": "rebuild a run's adapter or model from its log",
     },
     "Check": {
+        "env": "versions, devices and backends of this machine, and what is missing: for bug reports",
         "verify": "compare every backend with the reference on this machine, bit for bit",
         "reproduce": "run a published experiment and print its figure beside ours",
     },

@@ -3,8 +3,9 @@
 import math
 
 from mezo.config.data import Data
-from mezo.config.machine import HF
+from mezo.config.machine import DASHBOARDS, HF, dashboards_of
 from mezo.config.method import GENERATED, SCORED, Method
+from mezo.config.model import pattern_of
 from mezo.config.options import flag_of, shown
 from mezo.errors import UserError, require
 
@@ -18,12 +19,17 @@ def check(config) -> None:
     _check_objective(config.method)
     require(bool(config.model.base), "--model is missing: give a path or a hub id")
     require(bool(config.machine.output_dir), "--output-dir is missing: give the run directory to create")
+    for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+        pattern_of(getattr(config.model.tuning, name), flag_of(name), kind)
     _check_data(config.data)
     _check_method(config.method)
     size, micro = config.method.batch_size, config.machine.micro_batch_size
     require(micro <= size, f"--micro-batch-size must be at most --batch-size, {size}; got {micro}")
     if config.model.tuning.head != "model":
         _check_head(config)
+    to, known = config.machine.report_to, ", ".join(DASHBOARDS)
+    wrong = f"--report-to must be some of {known} with commas between, or none; got {to}"
+    require(set(dashboards_of(to)) <= set(DASHBOARDS), wrong)
     _check_runtime(config)
 
 
@@ -112,4 +118,6 @@ def _check_runtime(config) -> None:
         return
     require(tuning.head == "model", f"--head {tuning.head}: the engine has no such head; use --runtime hf")
     require(tuning.is_lora, f"--tuning {tuning.name}: the engine's slots hold LoRA adapters; use --runtime hf")
+    patterns = tuning.rank_pattern or tuning.alpha_pattern
+    require(not patterns, "--rank-pattern, --alpha-pattern: the engine's slots have one rank; use --runtime hf")
     require(not method.true_gradient, "--true-gradient needs autograd in this process: use it with --runtime hf")

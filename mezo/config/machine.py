@@ -55,6 +55,10 @@ RUNTIMES: dict[str, type] = {kind.name: kind for kind in (HF, SGLang)}
 """By the name that `--runtime` takes."""
 
 
+DASHBOARDS = ("tensorboard", "wandb", "trackio")
+"""What `--report-to` takes; they are called as their packages are."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """Machine: where and how the run is computed, and where it is written."""
@@ -74,6 +78,9 @@ class Machine:
     verify_every: Annotated[int, Ge(-1), RESUMABLE] = 0
     """Steps between checks of the fast kernels against the reference, bit for bit; 0 is a tenth of the run, -1
     never."""
+    report_to: Annotated[str, RESUMABLE] = "tensorboard"
+    """Where curves go: tensorboard, wandb, trackio, several with commas between, or none. The run's files and its page
+    hold them in any case."""
     runtime: Annotated[HF | SGLang, Choice("runtime", RUNTIMES), RESUMABLE] = HF()
     """What computes the losses."""
 
@@ -81,6 +88,16 @@ class Machine:
     def follows(self) -> bool:
         """See `SGLang.follows`."""
         return isinstance(self.runtime, SGLang) and self.runtime.follows
+
+
+def dashboards_of(report_to: str) -> list[str]:
+    """The dashboards that `--report-to` names.
+
+    >>> dashboards_of("tensorboard, wandb"), dashboards_of("none")
+    (['tensorboard', 'wandb'], [])
+    """
+    names = [name.strip() for name in report_to.split(",")]
+    return [] if names == ["none"] else list(dict.fromkeys(names))
 
 
 def engine_argument(text: str) -> tuple[str, str]:

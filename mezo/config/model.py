@@ -1,9 +1,12 @@
 """The model of a run, and what is trained of it."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from mezo.config.options import PATH, REQUIRED, Choice, Named
+from mezo.errors import require
 from mezo.ranges import AtLeastOne
 
 
@@ -17,6 +20,7 @@ class Tuning:
         from_model: theta_0, or what stays as it is beside theta, is made of the model; a run keeps it as a file.
         adapter: where the adapter lies that a run starts from, "" for a fresh one; an option of those that have one.
         head: what scores the options; an option of those that can have another than the model's own.
+        rank_pattern, alpha_pattern: ranks and scales of single modules, options of those that can have such.
     """
 
     name: ClassVar[str]
@@ -25,6 +29,8 @@ class Tuning:
     from_model: ClassVar[bool] = False
     adapter: ClassVar[str] = ""
     head: ClassVar[str] = "model"
+    rank_pattern: ClassVar[tuple[str, ...]] = ()
+    alpha_pattern: ClassVar[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,39 @@ class Lora(Adapted):
     transformers gives the model (AutoModelForSequenceClassification), the checkpoint's own or a new one, trained
     together with the adapter. linear: a linear layer over the mean of an encoder's last hidden states, one output a
     class, trained from zero together with the adapter."""
+    rank_pattern: tuple[str, ...] = ()
+    """Modules of another rank than --r, each as NAME=R, such as k_proj=4 v_proj=16; PEFT's rank_pattern."""
+    alpha_pattern: tuple[str, ...] = ()
+    """Modules of another scale than --lora-alpha, each as NAME=ALPHA; PEFT's alpha_pattern."""
     adapter: Annotated[str, PATH] = ""
     """Directory of a PEFT adapter to start from, made here or elsewhere, instead of a fresh one; what kind it is, rank,
     scale, modules and layers are then the adapter's own."""
+
+
+def pattern_of(texts: Sequence[str], flag: str, kind: type = float) -> dict[str, float]:
+    """Numbers by the name of a module, as PEFT's patterns have them.
+
+    Args:
+        texts: each NAME=NUMBER; a name may be a pattern of PEFT's.
+        flag: of the option.
+        kind: of the numbers: int for ranks.
+    Raises:
+        UserError: no name, or no number above 0.
+
+    >>> pattern_of(("k_proj=4", "v_proj=16"), "--rank-pattern", int)
+    {'k_proj': 4, 'v_proj': 16}
+    """
+    pattern = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            value = kind(number)
+        except ValueError:
+            value = 0
+        wanted = "a whole number" if kind is int else "a number"
+        require(bool(name) and 0 < value < math.inf, f"{flag} takes NAME=NUMBER, {wanted} above 0; got {text!r}")
+        pattern[name] = int(value) if value == int(value) else value
+    return pattern
 
 
 @dataclass(frozen=True)

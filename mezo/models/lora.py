@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mezo.config.model import Adapted
+from mezo.config.model import Adapted, pattern_of
 from mezo.errors import UserError
 from mezo.models.head import module_named
 from mezo.models.tuning import Attached, Base
@@ -37,6 +37,8 @@ def attach(tuning: Adapted, base: Base) -> Attached:
         r=tuning.r,
         lora_alpha=tuning.lora_alpha,
         use_rslora=tuning.use_rslora,
+        rank_pattern=pattern_of(tuning.rank_pattern, "--rank-pattern", int),
+        alpha_pattern=pattern_of(tuning.alpha_pattern, "--alpha-pattern"),
         target_modules=sorted(targets),
         layers_to_transform=layers or None,
         lora_dropout=0.0,
@@ -55,7 +57,7 @@ def attach(tuning: Adapted, base: Base) -> Attached:
         raise UserError(f"--target-modules: {why} Leave it out, or use {ALL_LINEAR}") from error
     params = {canonical_name(name): p for name, p in model.named_parameters() if ".lora_" in name}
     whole = {n.replace(SAVED, "."): p for n, p in model.named_parameters() if SAVED in n}  # as PEFT's state dict has it
-    _say_experts(base)
+    _say_experts(base, params)
     bad = [name for name in params if not name.endswith(("lora_A.weight", "lora_B.weight"))]
     if bad:
         raise UserError(f"--target-modules: only linear layers can be adapted, got {bad[0]}")
@@ -129,11 +131,14 @@ def as_peft_loads(model: PeftModel, directory: str) -> Iterator[None]:
         model.requires_grad_(False).eval()
 
 
-def _say_experts(base: Base) -> None:
-    """Say that the experts of a mixture stay as they are: transformers keeps them as no linear layers."""
-    experts = sorted({_leaf(name) for name, p in base.model.named_parameters() if p.dim() == 3 and "experts" in name})
-    if experts:
-        say(f"the experts ({', '.join(experts)}) stay as they are: LoRA is beside linear layers, and they are none")
+def _say_experts(base: Base, params: Iterable[str]) -> None:
+    """Say what of the experts of a mixture stays as it is: transformers keeps most as no linear layers."""
+    named = lambda names: ", ".join(sorted({_leaf(name) for name in names if "expert" in name}))  # noqa: E731
+    fused = named(name for name, p in base.model.named_parameters() if p.dim() == 3)
+    adapted = named(name.split(".lora_")[0] for name in params)
+    if fused or adapted:
+        parts = [f"{fused} stay as they are, which are no linear layers"] if fused else []
+        say("experts: " + "; ".join([*parts, *([f"LoRA is beside {adapted} of the others"] if adapted else [])]))
 
 
 def peft_defaults(kind: str) -> dict[str, object]:
@@ -259,6 +264,7 @@ def _peft_fields(lora: LoraConfig, base: Base) -> dict:
     saved = {"modules_to_save": list(base.whole)} if base.whole else {}
     saved |= {"use_rslora": True} if lora.use_rslora else {}
     saved |= {"fan_in_fan_out": True} if lora.fan_in_fan_out else {}
+    saved |= {name: found for name in ("rank_pattern", "alpha_pattern") if (found := getattr(lora, name))}
     return saved | {
         "peft_type": "LORA",
         "task_type": lora.task_type,

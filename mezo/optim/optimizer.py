@@ -417,6 +417,11 @@ class MeZO(torch.optim.Optimizer):
         self.param_groups = with_z_names(of_today(group, self.defaults, counts) for group in self.param_groups)
         self._start_anew()
 
+    def state_dict(self) -> dict:
+        """As of any optimizer. Parameters changed since the last step, as by a broadcast, are read first."""
+        self._follow()
+        return super().state_dict()
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:

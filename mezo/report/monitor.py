@@ -1,13 +1,13 @@
-"""What a person watches while a run goes on: a progress bar and TensorBoard curves."""
+"""What a person watches while a run goes on: a progress bar, lines, and curves on dashboards."""
 
-import logging
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mezo.progress import EVERY, lasting
+from mezo.report.dashboards import Dashboard
 from mezo.run.trajectory import StepRecord
 
 NOISY = 0.1  # of projected_grad, from where its noise is warned of
@@ -22,25 +22,22 @@ CURVES = {
     "gradient_norm": "gradient_norm",
     "projected_grad_error": "projected_grad_error",
 }
-"""TensorBoard's name of a number of the instruments."""
-LOG_EVERY = 10  # steps between TensorBoard points; one costs about a tenth of a millisecond
+"""Name of the curve of a number of the instruments."""
+LOG_EVERY = 10  # steps between points of a curve; one costs about a tenth of a millisecond
 
 
 class Monitor:
     """Shows steps and evaluations. Use as a context manager.
 
     Args:
-        directory: TensorBoard event files go there.
+        dashboards: where curves go; see `mezo.report.dashboards.opened`.
         steps: length of the run.
         start: step the run (re)starts at.
         quiet: show and write nothing.
     """
 
-    def __init__(self, directory: Path, steps: int, start: int, quiet: bool = False):
-        logging.getLogger("tensorboard").setLevel(logging.ERROR)
-        from torch.utils.tensorboard import SummaryWriter  # slow to import; not needed by eval and replay
-
-        self.writer = None if quiet else SummaryWriter(str(directory), purge_step=start)
+    def __init__(self, dashboards: Sequence[Dashboard], steps: int, start: int, quiet: bool = False):
+        self.dashboards = dashboards
         self.console = Console(stderr=True, quiet=quiet)
         self.steps, self.start, self.began = steps, start, time.monotonic()
         self.due = EVERY
@@ -62,8 +59,8 @@ class Monitor:
 
     def __exit__(self, *exc):
         self.progress.stop()
-        if self.writer:
-            self.writer.close()
+        for dashboard in self.dashboards:
+            dashboard.close()
 
     def step(self, record: StepRecord, rate: float) -> None:
         """Show one step; `rate` in steps a second."""
@@ -72,10 +69,14 @@ class Monitor:
         grad = sum(map(abs, record.projected_grads)) / n
         self.progress.update(self.task, completed=record.step + 1, loss=loss, grad=grad, rate=rate)
         self._tell(record.step + 1, loss, grad, rate)
-        if self.writer and record.step % LOG_EVERY == 0:
+        if record.step % LOG_EVERY == 0:
             points = {"train/loss": loss, "train/abs_projected_grad": grad, "train/steps_per_second": rate}
-            for name, value in points.items():
-                self.writer.add_scalar(name, value, record.step)
+            self._draw(points, record.step)
+
+    def _draw(self, points: dict[str, float], step: int) -> None:
+        """Add a point to some curves."""
+        for dashboard in self.dashboards if points else ():
+            dashboard.scalars(points, step)
 
     def _tell(self, done: int, loss: float, grad: float, rate: float) -> None:
         """A line a minute where there is no terminal to show a bar in."""
@@ -92,21 +93,19 @@ class Monitor:
         metrics = {
             k: row[k] for k in ("accuracy", "loss", "f1", "exact_match", "reward", "auc") if row.get(k) is not None
         }
-        for name, value in metrics.items():
-            self.writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
+        self._draw({f"{row['split']}/{name}": value for name, value in metrics.items()}, row["step"])
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.say(f"step {row['step']:>6}  {row['split']:<5} {shown}{'  *' if row.get('is_best') else ''}")
         for sample in row.get("samples", [])[:1]:
             right = f" (right: {sample['references'][0]!r:.60})" if sample["references"] else ""
             self.say(f"             for example {sample['text']!r:.80}{right}")
         if markdown := as_markdown(row):
-            self.writer.add_text(f"{row['split']}/examples", markdown, row["step"])
+            for dashboard in self.dashboards:
+                dashboard.text(f"{row['split']}/examples", markdown, row["step"])
 
     def instrument(self, row: dict) -> None:
         """Show a row of the instruments; warn of noise above a tenth of projected_grad, and of lost perturbations."""
-        for name, value in row.items():
-            if name in CURVES and self.writer:
-                self.writer.add_scalar(f"train/{CURVES[name]}", value, row["step"])
+        self._draw({f"train/{CURVES[name]}": value for name, value in row.items() if name in CURVES}, row["step"])
         text = warning(row)
         if row["split"] == "gradient" and "cosine" in row:
             cosine, expected, norm = (row[name] for name in ("cosine", "expected_cosine", "gradient_norm"))
@@ -120,7 +119,7 @@ class Monitor:
 
 
 def as_markdown(row: dict) -> str:
-    """The single examples of an evaluation, for TensorBoard; "" where there are none.
+    """The single examples of an evaluation, for dashboards; "" where there are none.
 
     >>> as_markdown({"mistakes": [{"prompt": "Fun.", "where": "", "right": 1, "chosen": 0, "probability": 0.75}]})
     '- Fun.: class 0 with probability 0.750, right is 1'

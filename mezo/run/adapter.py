@@ -40,7 +40,10 @@ HARMLESS = (
     "peft_version",
     "modules_to_save",
 )
-LORA = "r lora_alpha target_modules layers_to_transform lora_dropout use_rslora fan_in_fan_out megatron_core".split()
+LORA = (
+    "r lora_alpha target_modules layers_to_transform lora_dropout use_rslora fan_in_fan_out megatron_core"
+    " rank_pattern alpha_pattern"
+).split()
 PREFIX = "num_virtual_tokens num_layers num_attention_heads token_dim encoder_hidden_size num_transformer_submodules"
 KNOWN = {"LORA": (*HARMLESS, *LORA), "PREFIX_TUNING": (*HARMLESS, *PREFIX.split(), "prefix_projection")}
 """Fields of adapter_config.json that are read here, or change nothing of an adapter's function."""
@@ -276,7 +279,13 @@ def adapter_options(directory: str | Path) -> dict:
         "target_modules": _targets(peft, Path(directory)),
         "layers_to_transform": tuple([layers] if isinstance(layers, int) else layers or ()),
         "head": head_of(peft),
+        **{name: _as_options(peft.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")},
     }
+
+
+def _as_options(pattern: dict[str, float]) -> tuple[str, ...]:
+    """A pattern of PEFT's as --rank-pattern and --alpha-pattern take it."""
+    return tuple(f"{name}={number}" for name, number in pattern.items())
 
 
 def head_of(peft: dict) -> str:

@@ -45,6 +45,8 @@ def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -
     head, model = head_of(peft), peft["base_model_name_or_path"]
     if (head == "linear" and form != "peft") or (head != "model" and form == "sglang"):
         raise UserError(f"--format {form}: the adapter has a {head} head, which this form cannot hold; use peft")
+    if form == "sglang" and (peft.get("rank_pattern") or peft.get("alpha_pattern")):
+        raise UserError("--format sglang: the adapter has ranks or scales of single modules; use peft or merged")
     if form == "merged":
         check_base(adapter, model, head)
         check_weights(adapter / WEIGHTS)

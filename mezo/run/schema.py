@@ -55,6 +55,8 @@ class Peft(_Fields):
     target_modules: list[Text] | Text | None = None
     layers_to_transform: list[Count] | Count | None = None
     modules_to_save: list[Text] | None = None
+    rank_pattern: dict[Text, Rank] | None = None
+    alpha_pattern: dict[Text, Annotated[FiniteFloat, Gt(0), Lt(2**31)]] | None = None
     num_virtual_tokens: Annotated[StrictInt, Ge(1), Le(2**20)] | None = None
 
     @validates(mode="after")
@@ -144,7 +146,10 @@ class Header(_Fields):
                 raise ValueError(f"{name} stands between factors that are not there")
         if self.frozen and (not rank or self.init.kind != "file" or self.shapes.keys() & self.frozen.keys()):
             raise ValueError("what is frozen is of a LoRA adapter, in the file that the run started from, not trained")
+        ranks = {rank, *((self.peft and self.peft.rank_pattern) or {}).values()}
         for name, shape in (*self.shapes.items(), *self.frozen.items()) if rank else ():
+            twin = self.shapes.get(name.replace("lora_B.weight", "lora_A.weight")) if len(ranks) > 1 else None
+            rank = twin[0] if twin and twin[0] in ranks else self.peft.r
             sizes = {"lora_A.weight": shape[:1], "lora_B.weight": shape[1:], CORE: shape[:1] and shape[1:]}
             if any(name.endswith(end) and (len(shape) != 2 or size != [rank]) for end, size in sizes.items()):
                 raise ValueError(f"{name} of shape {shape} has not the adapter's rank, {rank}")

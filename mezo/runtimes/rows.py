@@ -146,6 +146,18 @@ def measured(rows: Sequence[list[Row]]) -> Sequence[int]:
     return rows.examples.shown if isinstance(rows, LargeRows) else range(len(rows))
 
 
+def most_rows(rows: Sequence[list[Row]]) -> int:
+    """Of an example of a split."""
+    return rows.most if isinstance(rows, LargeRows) else max(map(len, rows))
+
+
+def most_tokens(rows: Sequence[list[Row]]) -> int:
+    """Of all rows of an example of a split; of a large one what --max-length allows."""
+    if isinstance(rows, LargeRows):
+        return rows.most * rows.examples.max_length
+    return max(sum(len(row.ids) for row in example) for example in rows)
+
+
 @dataclass(frozen=True)
 class RowBatch:
     """Rows as padded tensors on the model's device.

@@ -10,6 +10,7 @@ from mezo.data.example import Example
 from mezo.data.rewards import judges
 from mezo.errors import Diverged
 from mezo.method.step import Update
+from mezo.report.dashboards import Dashboard, opened
 from mezo.report.monitor import Monitor
 from mezo.run import outcome
 from mezo.run.directory import RunDirectory, best_step
@@ -74,7 +75,8 @@ class Trainer:
         handler = signal.signal(signal.SIGINT, self._interrupt) if _main_thread() else None
         self.log = TrajectoryWriter(self.run.trajectory) if self.ranks.leads else None
         try:
-            with Monitor(self.run.tensorboard, self.method.steps, start, quiet=not self.ranks.leads) as self.monitor:
+            shown = self._dashboards(start) if self.ranks.leads else []
+            with Monitor(shown, self.method.steps, start, quiet=not self.ranks.leads) as self.monitor:
                 self.monitor.say(self.runtime.describe())
                 if self.records and self.evaluations.metrics:
                     self.clock.restore(self.evaluations.metrics[-1]["clock"])
@@ -98,6 +100,10 @@ class Trainer:
                 self.log.close()
             if handler is not None:
                 signal.signal(signal.SIGINT, handler)
+
+    def _dashboards(self, start: int) -> list[Dashboard]:
+        options = self.run.read_config().to_dict() if self.run.config.is_file() else {}
+        return opened(self.machine.report_to, self.run.path, start, options)
 
     def _compile(self, start: int) -> None:
         """Write the first step's perturbations; the first call of a fused op is compiled or read from a cache."""

@@ -78,8 +78,13 @@ def test_the_hash_of_json_lines_is_what_it_ever_was(bpe, tmp_path):
 HASH = "1ebb68446ccf8659b03960e3765d3e8974b6ecea29a845893d5df706ac4933f8"
 
 
-@pytest.mark.parametrize("form", ["csv", "json", "parquet"])
-def test_each_format_trains_to_the_same_log(tiny_options, tmp_path, form):
+@pytest.fixture(scope="module")
+def log_of_lines():
+    return {}
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_each_format_trains_to_the_same_log(tiny_options, tmp_path, form, log_of_lines):
     def run(form):
         out = str(tmp_path / f"run-{form}")
         train(Config.of(**{**options, "train_file": write(tmp_path, rows, form), "output_dir": out}))
@@ -88,7 +93,9 @@ def test_each_format_trains_to_the_same_log(tiny_options, tmp_path, form):
 
     rows = [{"text": f"the film was {word}", "label": i % 2} for i, word in enumerate(("bad", "good", "poor", "fine"))]
     options = {**tiny_options, "dev_file": "", "test_file": "", "steps": 3, "batch_size": 4, "noise": False}
-    assert run(form) == run("jsonl")
+    if not log_of_lines:
+        log_of_lines["jsonl"] = run("jsonl")
+    assert run(form) == log_of_lines["jsonl"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -225,6 +232,42 @@ def test_damaged_files_are_one_line_and_nothing_is_written(tiny_options, tmp_pat
     with pytest.raises(UserError, match=message):
         load_splits(Config.of(**options), tokenizer())
     assert not Path(options["output_dir"]).exists()
+
+
+CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+CHAT += "{% if add_generation_prompt %}[assistant]{% endif %}"
+ASKED = {"messages": [{"role": "user", "content": "a film"}]}
+TALK = {"messages": [*ASKED["messages"], {"role": "assistant", "content": "great"}]}
+MIXED = [{"text": "a", "label": 0}, {"text": ["a", "b"], "label": 1}]
+REFUSED = {
+    "a column that is not there": ("csv", ROWS, {"text_column": ("txt",)}, "no such column, it has 'text', 'label'"),
+    "a label outside the mapping": ("csv", [*ROWS, {"text": "a", "label": 2}], {}, "row 13: label must be an index"),
+    "mixed types": ("jsonl", MIXED, {}, "line 2: field 'text' must be a string or a number"),
+    "no chat template": ("jsonl", [TALK] * 4, {"prompt": ""}, "has no chat template: give --chat-template FILE.jinja"),
+    "no assistant turn": (
+        "jsonl",
+        [TALK, ASKED],
+        {"prompt": "", "chat_template": CHAT},
+        "line 2 has no assistant turn",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_command_ends_with_one_line_and_code_2_and_writes_nothing(tiny_options, tmp_path, name, capfd, as_flags):
+    """A parquet that is half written is above."""
+    from mezo.cli.main import main
+
+    form, rows, fields, message = REFUSED[name]
+    options = {**tiny_options, "train_file": write(tmp_path, rows, form), **fields}
+    for unused in ("dev_file", "test_file", *(("label_words", "prompt") if "prompt" in fields else ())):
+        options.pop(unused)
+    before = set(tmp_path.iterdir())
+    assert main(["train", *as_flags(options)]) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("mezo: error: ")]
+    assert len(said) == 1
+    assert message in said[0]
+    assert {path for path in tmp_path.iterdir() if path.name != "cache"} <= before
 
 
 def test_files_beside_a_task_have_its_fields(bpe, hub, tmp_path):

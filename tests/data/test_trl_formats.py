@@ -7,10 +7,8 @@ from mezo.api import train
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.tasks import load_splits, with_objective
-from tests.data.test_formats import config_of, write
+from tests.data.test_formats import CHAT, config_of, write
 
-CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
-CHAT += "{% if add_generation_prompt %}[assistant]{% endif %}"
 HELLO = [{"role": "user", "content": "a film"}, {"role": "assistant", "content": "It was great"}]
 BOTH = [*HELLO, {"role": "user", "content": "was it"}, {"role": "assistant", "content": "dull"}]
 

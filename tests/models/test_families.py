@@ -19,10 +19,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from mezo.config import Config
 from mezo.data.example import Example
 from mezo.errors import UserError
 from mezo.method.step import Step
 from mezo.models.families import FAMILIES, GENERIC, Family
+from mezo.models.parts import load_parts
 from mezo.runtimes.hf.reading import ByModel, ByParts
 from tests.runtimes.hf.test_runtime import ROUNDING, examples, runtime
 from tests.tiny_models import SIZES
@@ -146,3 +148,24 @@ def test_layers_are_known_by_the_path_of_the_family():
     odd = dataclasses.replace(GENERIC, layers="transformer.stage")
     assert odd.layer_of("base_model.model.transformer.stage.1.mlp.fc1.lora_A.weight") == 1
     assert odd.layer_of(name) is None
+
+
+@pytest.mark.parametrize(
+    ("targets", "line"),
+    [
+        (("q_proj",), "experts: down_proj, gate_up_proj stay as they are, which are no linear layers"),
+        (
+            ("all-linear",),
+            "experts: down_proj, gate_up_proj stay as they are, which are no linear layers; LoRA is beside down_proj,"
+            " gate_proj, shared_expert_gate, up_proj of the others",
+        ),
+    ],
+)
+def test_which_experts_are_trained_is_one_line(targets, line, tmp_path, caplog):
+    sizes = GROUPED | {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    config = AutoConfig.for_model("qwen2_moe", **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with caplog.at_level("INFO", "mezo"):
+        options = Config.of(model=str(tmp_path), task="sst2", output_dir="unused", target_modules=targets)
+        load_parts(options.model, torch.device("cpu"), torch.float32)
+    assert [text for text in caplog.messages if text.startswith("experts")] == [line]

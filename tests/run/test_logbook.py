@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaForCausalLM
 
-from mezo.api import evaluate_target, resume, train
+from mezo.api import evaluate_target, replay, resume, train
 from mezo.cli.main import main
 from mezo.config import Config
 from mezo.errors import UserError
@@ -21,6 +21,7 @@ from mezo.run.adapter import BASE, PEFT_CONFIG, THETA, WEIGHTS, adapter_options
 from mezo.run.directory import RunDirectory
 from mezo.run.export import export
 from mezo.run.replay import rebuild
+from mezo.run.trajectory import read_trajectory
 from tests.log_by_formula import follows
 from tests.tiny_models import build
 
@@ -134,6 +135,50 @@ def test_an_adapter_made_elsewhere_is_a_start(finished, tmp_path, tiny_options):
     theta, _, _ = rebuild(options["output_dir"], until="0")
     assert {tensor.dtype for tensor in theta.values()} == {torch.float32}
     assert all(torch.equal(theta[name], halves[name].float()) for name in halves | theta)
+
+
+PATTERNS = {"rank_pattern": {"k_proj": 2, r"layers\.2\.self_attn\.q_proj": 6}, "alpha_pattern": {"k_proj": 1.5}}
+
+
+def test_ranks_and_scales_of_single_modules_are_a_start(tmp_path, tiny_options):
+    """PEFT's patterns: the run begins with the scores that PEFT gives, replays, and leaves them in its adapter."""
+    targets = {"target_modules": ["q_proj", "k_proj"], "r": 4, "lora_alpha": 8}
+    torch.manual_seed(0)
+    start = PeftModel(build("llama"), LoraConfig(**targets, **PATTERNS, init_lora_weights=False)).eval()
+    start.save_pretrained(tmp_path / "start")
+    options = {
+        name: tiny_options[name] for name in tiny_options if name not in ("target_modules", "layers_to_transform")
+    }
+    train(Config.of(**{**options, "adapter": str(tmp_path / "start"), "steps": 2, "lr": 1e-6}))
+    run = Path(options["output_dir"])
+    fields = json.loads((run / "adapter" / PEFT_CONFIG).read_text())
+    assert {name: fields[name] for name in PATTERNS} == PATTERNS
+    first, _ = read_trajectory(run / "trajectory.jsonl")
+    ranks = {tuple(shape)[0] for name, shape in first["shapes"].items() if name.endswith("lora_A.weight")}
+    assert ranks == {2, 4, 6}
+    replay(str(run), str(tmp_path / "again"))
+    with torch.no_grad():
+        own, again = (
+            PeftModel.from_pretrained(build("llama"), str(path)).eval()(IDS).logits
+            for path in (run / "adapter", tmp_path / "again")
+        )
+        assert torch.equal(own, again)
+        assert (own - start(IDS).logits).abs().max() < 1e-2  # two small steps away
+        assert (own - build("llama")(IDS).logits).abs().max() > 1e-2
+    resume(str(run), machine={"steps": 4})
+    with pytest.raises(UserError, match="--format sglang: the adapter has ranks or scales of single modules"):
+        export(str(run), str(tmp_path / "sglang"), "sglang")
+
+
+@pytest.mark.parametrize("text", ["k_proj", "=4", "k_proj=0", "k_proj=2.5"])
+def test_a_pattern_is_a_name_and_a_number(tiny_options, text):
+    with pytest.raises(UserError, match=f"--rank-pattern takes NAME=NUMBER, a whole number above 0; got '{text}'"):
+        Config.of(**tiny_options, rank_pattern=(text,))
+
+
+def test_the_engine_has_one_rank(tiny_options):
+    with pytest.raises(UserError, match="--rank-pattern, --alpha-pattern: the engine's slots have one rank"):
+        Config.of(**{**tiny_options, "runtime": "sglang", "alpha_pattern": ("k_proj=2",)})
 
 
 def foreign_adapter(finished, tmp_path, **change):

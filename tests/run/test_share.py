@@ -33,7 +33,11 @@ def test_a_shared_folder_rebuilds_its_adapter(run, tmp_path, capsys):
     assert header["data_hash"] in card
     assert "| test | accuracy | " in card
     assert "mezo replay run --output-dir replayed" in card
-    assert str(tmp_path) not in card
+    written = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    assert len(written) >= 6
+    assert not [path for path in written if str(tmp_path.parent) in path.read_text()], "no path of this machine"
+    config = json.loads((folder / "run" / "config.json").read_text())
+    assert (config["train_file"], config["output_dir"]) == ("train.jsonl", "run")
 
 
 def test_what_is_sent_to_the_hub(run, monkeypatch, capsys):

@@ -137,8 +137,8 @@ def test_a_run_in_bfloat16_says_what_rounding_takes(tiny_config):
     assert 0.95 < result["perturbation_cosine"] < 1
 
 
-def test_a_lost_perturbation_is_warned_of(tmp_path, capsys):
-    with Monitor(tmp_path, steps=1, start=0) as monitor:
+def test_a_lost_perturbation_is_warned_of(capsys):
+    with Monitor([], steps=1, start=0) as monitor:
         for step, error in ((7, 0.8), (8, 0.1)):
             row = {"step": step, "split": "spread", "perturbation_error": error, "perturbation_cosine": 0.6}
             monitor.instrument(row)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mezo.errors import UserError
 from mezo.models.families import complete_fields, complete_stacks
 from mezo.models.load import Checkpoint
 from mezo.models.spec import TrainedSpec
+from mezo.runtimes.rows import Row, most_rows, most_tokens
 from mezo.runtimes.sglang.engine import PATIENCE, accelerated
 from mezo.runtimes.sglang.scratch import Scratch
 from mezo.runtimes.sglang.support import field_types, value_of
@@ -125,7 +127,7 @@ def call_tokens(tokens: int) -> int:
     return min(rounded, MAX_CALL_TOKENS) if accelerated() else rounded
 
 
-def largest_call(machine: Machine, work: Workload, rows: dict[str, list[list]], pairs: int) -> tuple[int, int]:
+def largest_call(machine: Machine, work: Workload, rows: dict[str, Sequence[list[Row]]], pairs: int) -> tuple[int, int]:
     """Requests, and tokens, of the largest batch that training or evaluation may ask for.
 
     Args:
@@ -140,8 +142,8 @@ def largest_call(machine: Machine, work: Workload, rows: dict[str, list[list]], 
     requests, tokens, new = 1, 1, work.max_new_tokens
     for split, nested in rows.items():
         copies = max(sizes.get(split, 1), evaluated)
-        requests = max(requests, copies * max(map(len, nested)))
-        tokens = max(tokens, copies * (new + max(sum(len(row.ids) for row in example) for example in nested)))
+        requests = max(requests, copies * most_rows(nested))
+        tokens = max(tokens, copies * (new + most_tokens(nested)))
     return requests, tokens
 
 

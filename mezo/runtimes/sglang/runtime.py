@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 from mezo.config import Machine, Model, SGLang, Workload
 from mezo.data.example import Example
-from mezo.data.files import LARGE
-from mezo.data.large import LargeExamples
+from mezo.data.large import CACHED, LargeExamples, looked_at
 from mezo.errors import RunError, UserError
 from mezo.method.step import Step, Update
 from mezo.models.load import Checkpoint
@@ -23,7 +22,7 @@ from mezo.models.parts import load_parts
 from mezo.progress import say
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Writing, refuse_too_long
-from mezo.runtimes.rows import Row, padded, rows_of, scores_of
+from mezo.runtimes.rows import Row, measured, padded, rows_by_example, scores_of
 from mezo.runtimes.sglang.answers import SCORE_ONLY, count_tokens, greedy_sampling, start_of, table_of
 from mezo.runtimes.sglang.arguments import (
     backend_of,
@@ -119,14 +118,8 @@ class SGLangRuntime:
 
     def prepare(self, splits: dict[str, Sequence[Example]], adapter: str = "") -> None:
         """See `Runtime.prepare`. Starts the engine and proves that it scores as the model itself does."""
-        for split, examples in splits.items():
-            if isinstance(examples, LargeExamples):
-                raise UserError(
-                    f"--runtime sglang tokenises all of {split} ahead, and it has {len(examples):,} examples: give"
-                    f" --num-train, at most {LARGE}, or use --runtime hf"
-                )
         self.examples, self.adapter = splits, adapter
-        self.rows = {split: [rows_of(example) for example in examples] for split, examples in splits.items()}
+        self.rows = {split: rows_by_example(examples) for split, examples in splits.items()}
         self._check_lengths()
         if self.runtime.follows:  # the first machine proves and scores
             self._launch()
@@ -164,7 +157,8 @@ class SGLangRuntime:
     def _check_lengths(self) -> None:
         limit = self._parts.position_limit
         # the engine keeps a place for a token after the prompt
-        refuse_too_long(self.work, self.examples, self._longest(), None if limit is None else limit - 1)
+        seen = {split: looked_at(examples) for split, examples in self.examples.items()}
+        refuse_too_long(self.work, seen, self._longest(), None if limit is None else limit - 1)
         longest = self._longest() + self.work.max_new_tokens
         refuse_window(self.checkpoint, self._served, longest)
         self._requests, tokens = largest_call(self.machine, self.work, self.rows, self.pairs)
@@ -172,13 +166,23 @@ class SGLangRuntime:
         refuse_small_limits(self.options, min(tokens, self.call_tokens), longest + 1)
 
     def _all_rows(self) -> list[Row]:
-        return [row for nested in self.rows.values() for rows in nested for row in rows]
+        """The rows of all splits; of a large one those that are looked at."""
+        return [row for nested in self.rows.values() for i in measured(nested) for row in nested[i]]
 
     def _longest(self) -> int:
-        return max(len(row.ids) for row in self._all_rows())
+        large = [examples.max_length for examples in self.examples.values() if isinstance(examples, LargeExamples)]
+        return max([*(len(row.ids) for row in self._all_rows()), *large])
+
+    def _resident(self) -> int:
+        """Tokens of the rows that a run comes back to: of a large split as many as are held here."""
+        total = 0
+        for nested in self.rows.values():
+            known = [sum(len(row.ids) for row in nested[i]) for i in measured(nested)]
+            total += sum(known) * min(len(nested), max(CACHED, len(known))) // len(known)
+        return total
 
     def _launch(self) -> None:
-        resident = sum(len(row.ids) for row in self._all_rows()) if self.cache.shared else 0
+        resident = self._resident() if self.cache.shared else 0
         zeros, beside = placeholder_of(self.options, self.spec, self.checkpoint)
         needed = bytes_of(zeros) + 4 * sum(map(math.prod, self.spec.shapes.values()))
         self._scratch = Scratch(self.machine.output_dir, needed, beside)
@@ -384,9 +388,15 @@ class SGLangRuntime:
         self._call("show", what=what)
         self._changed(what)
 
+    def _rows_at(self, split: str, asked: Asked) -> dict[int, list[Row]]:
+        """The rows of the examples that are asked about; those of a large split are tokenised at once."""
+        if isinstance(self.examples[split], LargeExamples):
+            self.examples[split].fetch([i for _, i in asked])
+        return {i: self.rows[split][i] for i in dict.fromkeys(i for _, i in asked)}
+
     def _score(self, split: str, asked: Asked, count: TokenCount) -> dict[str, torch.Tensor]:
         """Option scores of the examples of each slot."""
-        rows, scores = self.rows[split], defaultdict(list)
+        rows, scores = self._rows_at(split, asked), defaultdict(list)
         for part in self._parts_of(asked, lambda i: sum(len(row.ids) for row in rows[i])):
             self._warm(_grouped(part, rows), count)
             of_slots = _by_slot(part)
@@ -403,7 +413,8 @@ class SGLangRuntime:
         self, split: str, asked: Asked, count: TokenCount, new: int, stop: Sequence[str]
     ) -> dict[str, list[str]]:
         """Texts of at most `new` tokens after the prompts of the examples of each slot."""
-        prompts, texts = [example.prompt for example in self.examples[split]], defaultdict(list)
+        self._rows_at(split, asked)
+        prompts, texts = {i: self.examples[split][i].prompt for _, i in asked}, defaultdict(list)
         rows = {i: [Row(prompts[i], (len(prompts[i]) - 1,), ())] for _, i in asked}
         for part in self._parts_of(asked, lambda i: len(prompts[i]) + new):
             self._warm(_grouped(part, rows), count)
@@ -474,9 +485,7 @@ def _by_slot(asked: Asked) -> dict[str, list[int]]:
     return dict(examples)
 
 
-def _grouped(
-    asked: Asked, rows: Sequence[list[Row]] | Mapping[int, list[Row]]
-) -> dict[tuple[str, ...], list[list[Row]]]:
+def _grouped(asked: Asked, rows: Mapping[int, list[Row]]) -> dict[tuple[str, ...], list[list[Row]]]:
     """The rows of the examples, by the slots that they are asked under."""
     groups = defaultdict(list)
     for names, i in asked:

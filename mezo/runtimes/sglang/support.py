@@ -60,6 +60,11 @@ def refuse_inexact(checkpoint: Checkpoint, served: type) -> None:
             f"--model {checkpoint.name}: SGLang's {served.__name__} {INEXACT[served.__name__]}, so that its scores are"
             " not the model's: use --runtime hf"
         )
+    if not accelerated() and getattr(checkpoint.config, "attn_logit_softcapping", None) is not None:
+        raise UserError(
+            f"--model {checkpoint.name}: SGLang's attention on a CPU leaves out the soft-capping of"
+            f" {served.__name__}: use --runtime hf"
+        )
 
 
 def refuse_without_lora(checkpoint: Checkpoint, served: type, names: Iterable[str]) -> None:

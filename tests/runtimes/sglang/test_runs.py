@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel
 from mezo.api import evaluate, evaluate_target, resume, train
 from mezo.cli.main import main
 from mezo.config import Config
+from mezo.data.files import forget
 from mezo.errors import UserError
 from mezo.report import tables
 from mezo.run import logbook
@@ -23,6 +24,7 @@ from mezo.run.adapter import adapter_options, read_adapter, same_bits
 from mezo.run.replay import rebuild
 from mezo.run.trajectory import read_trajectory
 from mezo.studies import tune
+from tests.data.test_large import set_large
 from tests.log_by_formula import follows
 from tests.runtimes.sglang.conftest import LAST
 from tests.tiny_data import flags_of, write_jsonl
@@ -68,6 +70,23 @@ def test_a_run_is_the_hf_runtimes(runs):
     assert result["best_step"] == hf_result["best_step"]
     assert result["test"]["after"] == pytest.approx(hf_result["test"]["after"], abs=NOISE)
     assert follows(ours) == STEPS
+
+
+@last
+def test_a_mapped_training_set_gives_the_losses_of_one_that_is_held(runs, common, tmp_path, monkeypatch):
+    """Above the limit rows are tokenised as they are drawn."""
+    with monkeypatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        set_large(patch, limit=40)
+        out = tmp_path / "run"
+        config = Config.of(**common, runtime="sglang", output_dir=str(out), eval_test=False, max_length=64)
+        assert train(config, until=6) is None
+    forget()
+    header, records = read_trajectory(out / "trajectory.jsonl")
+    assert header["data_hash"].startswith("rows:")
+    assert len(records) == 6
+    held = losses(runs["sglang"][0])
+    assert losses(out) == pytest.approx(held[: len(losses(out))], abs=NOISE)
 
 
 def read_as_plain(directory, monkeypatch):

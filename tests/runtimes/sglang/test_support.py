@@ -20,7 +20,8 @@ from tests.runtimes.sglang.conftest import engine, examples
 ARCHITECTURES = {"opt": "OPTForCausalLM", "gpt2": "GPT2LMHeadModel", "phi": "PhiForCausalLM",
                  "phi3": "Phi3ForCausalLM", "starcoder2": "Starcoder2ForCausalLM", "llama": "LlamaForCausalLM",
                  "mistral": "MistralForCausalLM", "gemma": "GemmaForCausalLM", "gpt_neox": "GPTNeoXForCausalLM",
-                 "smollm3": "SmolLM3ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}  # fmt: skip
+                 "gemma2": "Gemma2ForCausalLM", "smollm3": "SmolLM3ForCausalLM",
+                 "qwen2_moe": "Qwen2MoeForCausalLM"}  # fmt: skip
 
 
 def checkpoint(kind, **others):
@@ -71,6 +72,15 @@ def test_a_class_that_is_another_function_is_refused():
     with pytest.raises(UserError, match=r"GemmaForCausalLM computes the exact GELU, .* use --runtime hf"):
         refuse_inexact(gemma, model_class(gemma))
     refuse_inexact(checkpoint("llama"), model_class(checkpoint("llama")))
+
+
+@pytest.mark.skipif(accelerated(), reason="attention on a GPU caps")
+def test_attention_that_does_not_cap_is_refused():
+    gemma = checkpoint("gemma2")
+    with pytest.raises(UserError, match="a CPU leaves out the soft-capping of Gemma2ForCausalLM: use --runtime hf"):
+        refuse_inexact(gemma, model_class(gemma))
+    gemma.config.attn_logit_softcapping = None
+    refuse_inexact(gemma, model_class(gemma))
 
 
 def test_a_window_that_sglang_does_not_have_is_refused_where_a_row_is_longer():
