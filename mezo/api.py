@@ -201,7 +201,7 @@ def resume(
     ranks = ranks or Ranks()
     run = RunDirectory.open(path) if ranks.leads else RunDirectory(Path(path))
     saved = run.read_config()
-    config = _longer(saved, machine or {})
+    config = longer(saved, machine or {})
     first_line, records = read_trajectory(run.trajectory)
     stuck = stalled(run.read_metrics(), config.method.early_stopping)
     if stuck and config.method.steps > saved.method.steps:
@@ -222,7 +222,7 @@ def resume(
         return carry_on(run, config, runtime, splits, seconds, ranks, until)
 
 
-def _longer(saved: Config, machine: dict) -> Config:
+def longer(saved: Config, machine: dict) -> Config:
     """A run's configuration with what it is resumed with. If it is lengthened it is evaluated as often as before."""
     config = saved.replace(**machine)
     steps = saved.method.steps

@@ -5,7 +5,7 @@ import os
 import socket
 from dataclasses import dataclass
 
-from mezo.api import begin, loaded, reopen, with_adapter_options
+from mezo.api import begin, loaded, longer, reopen, with_adapter_options
 from mezo.config import Config
 from mezo.data.rewards import trusted_reward
 from mezo.errors import UserError, require
@@ -112,7 +112,7 @@ def serve_again(
         As `serve`.
     """
     run = RunDirectory.open(path)
-    config = run.read_config().replace(**(machine or {}))
+    config = longer(run.read_config(), machine or {})
     _refuse(config)
     first_line, records = read_trajectory(run.trajectory)
     trusted = trusted_reward(config.method.reward, first_line.get("reward_hash"), reward, trust_reward, path)
@@ -121,7 +121,7 @@ def serve_again(
         serving.bind() as bound,
         loaded(config, need="train", done=done, make=serving.runtime(bound)) as (runtime, splits, took),
     ):
-        if run.result.is_file():
+        if run.result.is_file() and done >= config.method.steps:
             return _served(Session(run, runtime, records), bound)
         trainer = reopen(run, config, runtime, splits, took)
         return _served(Session(run, runtime, trainer.records, trainer), bound)
