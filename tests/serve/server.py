@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psutil
 import torch
 
 from mezo.models.parts import load_parts
@@ -93,8 +94,6 @@ class Server:
 
     def processes(self):
         """Ids of processes that belong to it: descendants that are no zombies."""
-        import psutil
-
         return [each.pid for each in psutil.Process(self.process.pid).children(recursive=True)]
 
 
@@ -143,3 +142,11 @@ class Reference:
         if (logits.max(-1).values - own).max() > 1e-4:  # another token was likelier
             return float("inf")
         return float((own - torch.tensor(logprobs)).abs().max())
+
+
+def left_of(pids, seconds=60):
+    """Those of some processes that do not end by themselves, zombies included."""
+    deadline = time.monotonic() + seconds
+    while (left := [pid for pid in pids if psutil.pid_exists(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left

@@ -12,23 +12,13 @@ import pytest
 
 from mezo.cli.main import main
 from mezo.run.trajectory import read_trajectory
-from tests.serve.server import KEY, Reference, Server
+from tests.serve.server import KEY, Reference, Server, left_of
 from tests.tiny_data import flags_of
 
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 2e-4
 PROMPT = "the film was good It was"
-
-
-def gone(pids, seconds=90):
-    """Whether processes end without anybody's help, zombies included."""
-    deadline = time.monotonic() + seconds
-    while left := [pid for pid in pids if psutil.pid_exists(pid)]:
-        if time.monotonic() > deadline:
-            return left
-        time.sleep(0.2)
-    return []
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +39,7 @@ def interrupted(installed, options):
     below, log = server.processes(), (server.run / "trajectory.jsonl").read_bytes()
     server.process.send_signal(signal.SIGKILL)
     server.process.wait()
-    assert not gone(below)
+    assert not left_of(below)
     return server, log
 
 
@@ -135,7 +125,7 @@ def test_a_worker_that_dies_ends_the_server(again):
     os.kill(scheduler, signal.SIGKILL)
     assert again.process.wait(120) == 1, again.output
     assert "the SGLang engine died" in again.output
-    assert not gone(below)
+    assert not left_of(below)
     assert not (again.run / "serve.json").exists()
     assert read_trajectory(again.run / "trajectory.jsonl")[1]
 
