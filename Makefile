@@ -7,7 +7,7 @@ RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: docs demo test test-slow test-versions families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-directions bench-serve leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day clean
+.PHONY: docs demo test test-slow test-versions families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-directions leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day clean
 
 demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
@@ -58,9 +58,6 @@ bench-trainer: $(READY)  ## memory of a step in transformers' Trainer, MeZO besi
 
 bench-directions: $(READY)  ## cost and gain of a direction for each group of a batch; JSON under bench/results/
 	$(VENV)/bin/python bench/directions.py --output $(RESULTS)/directions.json
-
-bench-serve: $(READY_SGLANG)  ## what training costs users of a server, and what they cost training; JSON under bench/results/
-	$(VENV)/bin/python bench/serve.py --output $(RESULTS)/serve.json
 
 leaderboard: $(READY)  ## accuracy at equal forward passes, what is missing of it; RUNS=folder ARGS="--rows mezo xs-32 --budgets 5000"
 	$(VENV)/bin/python bench/leaderboard.py --runs $(or $(RUNS),runs/leaderboard) --output $(RESULTS)/leaderboard.json \
