@@ -8,7 +8,7 @@ RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-directions bench-quantization test-quantization leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day clean
+.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-directions bench-quantization test-quantization leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day test-versions clean
 
 demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
@@ -27,6 +27,9 @@ docs: $(READY) requirements-docs.txt  ## the documentation as a site in site/, w
 families: $(READY_SGLANG)  ## write what `mezo models` and README say of each model family, from runs; ten minutes
 	MEZO_RECORD_FAMILIES=1 $(VENV)/bin/python -m pytest -m "slow or not slow" tests/runtimes/sglang/test_every_family.py
 	MEZO_RECORD_FAMILIES=1 $(VENV)/bin/python -m pytest tests/models/test_every_family.py
+
+test-versions: $(READY)  ## tests by the oldest and the newest transformers and Triton; JSON under bench/results/, an hour
+	$(VENV)/bin/python bench/versions.py --output $(RESULTS)/versions.json $(ARGS)
 
 lint: $(READY)  ## style, without changing anything
 	$(VENV)/bin/ruff check .

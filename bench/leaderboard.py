@@ -312,9 +312,10 @@ def table(found: dict) -> Iterator[str]:
         " adapted, 512 examples to train on. Test accuracy and AUC as mean (standard deviation) over seeds; cosine"
         " schedule; lr by dev loss on another seed, from a grid of factors of two that grows at an end that wins. CPU:"
         f" {machine['cpu']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}; it was shared with"
-        " other work, so seconds are an upper bound. Rows that lose stay. Made by `make leaderboard`, which does what"
-        " is missing; `mezo leaderboard RUNS...` prints such a table from run directories. AdamW, by backpropagation"
-        " through the same adapter, is the line to reach: a row of it is a forward pass and a pass back."
+        " much other work, so seconds are upper bounds and their ratios mean little. Rows that lose stay."
+        " Made by `make leaderboard`, which does what is missing; `mezo leaderboard RUNS...` prints such a table from"
+        " run directories. AdamW, by backpropagation through the same adapter, is the line to reach: a row of it is a"
+        " forward pass and a pass back."
     )
     if found["cells"]:
         yield ""

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -109,6 +109,12 @@ def start(
         As `train`.
     """
     ranks = ranks or Ranks()
+    return carry_through(begin(config, runtime, splits, seconds, ranks), ranks, until)
+
+
+def begin(config: Config, runtime: Runtime, splits: dict, seconds: float = 0.0, ranks: Ranks | None = None) -> Trainer:
+    """A new run on what is loaded already, as `start` carries it through: its directory is there, no step is done."""
+    ranks = ranks or Ranks()
     _refuse_more_directions_than_parameters(config, runtime)
     initial = starting_file(config, runtime)
     header = make_header(config, runtime.spec, splits, initial, getattr(runtime, "linear", "torch"))
@@ -122,8 +128,7 @@ def start(
         run = RunDirectory.create(config.machine.output_dir, config, header, initial)
     else:
         run = RunDirectory(Path(config.machine.output_dir))
-    trainer = Trainer(config.method, config.machine, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
-    return _carry_through(trainer, ranks, until)
+    return Trainer(config.method, config.machine, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
 
 
 def _refuse_more_directions_than_parameters(config: Config, runtime: Runtime) -> None:
@@ -196,7 +201,7 @@ def resume(
     ranks = ranks or Ranks()
     run = RunDirectory.open(path) if ranks.leads else RunDirectory(Path(path))
     saved = run.read_config()
-    config = _longer(saved, machine or {})
+    config = longer(saved, machine or {})
     first_line, records = read_trajectory(run.trajectory)
     stuck = stalled(run.read_metrics(), config.method.early_stopping)
     if stuck and config.method.steps > saved.method.steps:
@@ -217,7 +222,7 @@ def resume(
         return carry_on(run, config, runtime, splits, seconds, ranks, until)
 
 
-def _longer(saved: Config, machine: dict) -> Config:
+def longer(saved: Config, machine: dict) -> Config:
     """A run's configuration with what it is resumed with. If it is lengthened it is evaluated as often as before."""
     config = saved.replace(**machine)
     steps = saved.method.steps
@@ -251,6 +256,19 @@ def carry_on(
         As `train`.
     """
     ranks = ranks or Ranks()
+    return carry_through(reopen(run, config, runtime, splits, seconds, ranks), ranks, until)
+
+
+def reopen(
+    run: RunDirectory,
+    config: Config,
+    runtime: Runtime,
+    splits: dict,
+    seconds: float = 0.0,
+    ranks: Ranks | None = None,
+) -> Trainer:
+    """An open run at the end of its log, as `carry_on` carries it through: theta is what the log gives."""
+    ranks = ranks or Ranks()
     first_line, records = read_trajectory(run.trajectory)
     # the adapter it started from has been copied into the run: its source may be gone
     started = config.replace(adapter="") if config.model.tuning.adapter else config
@@ -266,8 +284,7 @@ def carry_on(
         run.result.unlink(missing_ok=True)  # of a run that ended early and now goes on
         run.write_metrics([row for row in run.read_metrics() if row["step"] <= len(records)])
     replay_records(runtime.update, records)
-    trainer = Trainer(config.method, config.machine, runtime, splits, run, records, ranks, seconds_loading=seconds)
-    return _carry_through(trainer, ranks, until)
+    return Trainer(config.method, config.machine, runtime, splits, run, records, ranks, seconds_loading=seconds)
 
 
 def _say_schedule(config: Config, done: int, before: int) -> None:
@@ -278,7 +295,8 @@ def _say_schedule(config: Config, done: int, before: int) -> None:
         say(f"--lr-schedule {schedule}: {past}, the rest have those of one of {steps}")
 
 
-def _carry_through(trainer: Trainer, ranks: Ranks, until: int | None) -> dict | None:
+def carry_through(trainer: Trainer, ranks: Ranks, until: int | None = None) -> dict | None:
+    """Train to the last step, or to `until`, and let other processes in again."""
     try:
         result = trainer.train(until)
     finally:
@@ -401,7 +419,11 @@ def replay(run: str, output_dir: str, until: str = "best", backend: str | None =
 
 @contextmanager
 def loaded(
-    config: Config, need: str | None = None, done: int = 0, adapter: str = ""
+    config: Config,
+    need: str | None = None,
+    done: int = 0,
+    adapter: str = "",
+    make: Callable[..., Runtime] | None = None,
 ) -> Iterator[tuple[Runtime, dict, float]]:
     """Runtime, examples and the seconds it took. Data first: it is quick to load, and most mistakes are there.
 
@@ -410,6 +432,7 @@ def loaded(
         need: a split that must be there.
         done: steps of the run that are in its log.
         adapter: see `Runtime.prepare`.
+        make: another runtime than --runtime names; its arguments are those of `SGLangRuntime`.
     """
     started = time.perf_counter()
     say(f"loading the data and {config.model.base}")
@@ -433,7 +456,7 @@ def loaded(
     for judge in judges(config.method).values():  # a reward that takes nothing is found before the model is loaded
         judge(next(iter(splits.values()))[0], "")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    runtime = _runtime(config, pad, checkpoint, done, len(next(iter(splits.values()))[0].options))
+    runtime = _runtime(config, pad, checkpoint, done, len(next(iter(splits.values()))[0].options), make)
     try:
         runtime.prepare(splits, adapter)
         yield runtime, splits, time.perf_counter() - started - runtime.seconds_filling - runtime.seconds_proving
@@ -441,7 +464,14 @@ def loaded(
         runtime.close()
 
 
-def _runtime(config: Config, pad: int, checkpoint: Checkpoint, done: int, options: int) -> Runtime:
+def _runtime(
+    config: Config,
+    pad: int,
+    checkpoint: Checkpoint,
+    done: int,
+    options: int,
+    make: Callable[..., Runtime] | None,
+) -> Runtime:
     """The runtime that --runtime names; the other one's libraries are not imported.
 
     Args:
@@ -450,9 +480,12 @@ def _runtime(config: Config, pad: int, checkpoint: Checkpoint, done: int, option
         checkpoint: of the model.
         done: steps of the run that are in its log.
         options: of an example, which are the classes of a head that has such.
+        make: makes another one.
     """
     model, machine, work = config.for_runtime
     work = dataclasses.replace(work, done=done, classes=options)
+    if make is not None:
+        return make(model, machine, work, pad, checkpoint)
     if config.machine.runtime.name == "sglang":
         try:
             from mezo.runtimes.sglang.runtime import SGLangRuntime

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mezo.cli.parsing import given
 from mezo.cli.showing import show_result
 from mezo.config import Config, refuse_contradiction
 from mezo.config.options import RESUMABLE
-from mezo.errors import UserError
+from mezo.config.presets import with_preset
+from mezo.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Options:
 
     config: str = ""
     """YAML file that may give any of the options below by name, such as batch_size: 8; flags win over it."""
+    preset: Literal["none", "few-steps"] = "none"
+    """Begin with options that were measured together, which flags and --config win over. few-steps: lora-xs r 32 and a
+    direction for each example of a batch of 128, as in LEADERBOARD.md."""
     resume: str = ""
     """Directory of a run that was stopped: it goes on, to the same bits as if it had not been. Only options that say
     where, how or how far it is computed may be given beside it, and --reward; more --steps than it has lengthen a run,
@@ -31,16 +35,19 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
     values = given(argv, "mezo train", Options, Config.options())
+    preset = values.pop("preset", "none")
     if path := values.pop("resume", ""):
         trust, reward = values.pop("trust_reward", False), values.pop("reward", "")
+        require(preset == "none", f"--preset {preset} is of a new run, a resumed one has its own options: leave it out")
         output = path
-        machine = _resumable(path, values)
+        machine = resumable(path, values)
         from mezo.api import resume
 
         result = resume(path, machine=machine, reward=reward, trust_reward=trust)
     else:
         if values.pop("trust_reward", False):
             raise UserError("--trust-reward belongs to --resume, a new run has --reward: leave it out")
+        values = values if preset == "none" else with_preset(preset, values)
         if values.get("adapter"):
             from mezo.run.adapter import with_base
 
@@ -57,7 +64,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _resumable(path: str, values: dict[str, Any]) -> dict[str, Any]:
+def resumable(path: str, values: dict[str, Any]) -> dict[str, Any]:
     """Of the options given with --resume those that say where, how or how far; all others are the run's own."""
     if not values:
         return {}

@@ -66,13 +66,12 @@ class Logged(MeZO):
         """Go on without a log: from here on a saved state holds its tensors."""
         say(f"the log of seeds ends at step {self.steps}: {why}; checkpoints hold the optimizer's tensors from here on")
         self.close_log()
-        self.logs = False
 
     def close_log(self) -> None:
-        """Bring the log to the disk."""
+        """Bring the log to the disk; what comes after it is not in it."""
         if self.log:
             self.log.close()
-        self.log = None
+        self.log, self.logs = None, False
 
     def _changed_by_others(self) -> bool:
         if self._seen == self._storage():
@@ -197,11 +196,14 @@ def begin(output_dir: str, optimizer: Logged, first: dict, leads: bool) -> None:
     optimizer.log = TrajectoryWriter(folder / "trajectory.jsonl")
 
 
-def keep(checkpoint: str, output_dir: str, optimizer: Logged) -> None:
-    """Put the log as it is now into a checkpoint."""
+def keep(checkpoint: str, output_dir: str, optimizer: Logged, leads: bool) -> None:
+    """Put the log as it is now into a checkpoint, where there is one; that of an older checkpoint there gives way."""
+    target = Path(checkpoint) / FOLDER
+    if leads:
+        shutil.rmtree(target, ignore_errors=True)
     if optimizer.log:
         optimizer.log.sync()
-        shutil.copytree(Path(output_dir) / FOLDER, Path(checkpoint) / FOLDER, dirs_exist_ok=True)
+        shutil.copytree(Path(output_dir) / FOLDER, target)
 
 
 def go_on(

@@ -15,6 +15,7 @@ import yaml
 import mezo_kernels.reference
 from mezo.cli.main import COMMANDS, main
 from mezo.config import Config
+from mezo.config.presets import PRESETS
 
 
 def write(path, rows):
@@ -398,3 +399,31 @@ def test_an_ignored_sighup_stays_ignored(monkeypatch):
         assert main(["tasks"]) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_preset_is_below_what_is_given(tiny_options, as_flags, tmp_path):
+    """A run with it has its options, and those of the command line and the file over them."""
+    (tmp_path / "run.yaml").write_text("lr: 0.01\nlayers_to_transform: [2]")
+    own = {"preset": "few-steps", "config": str(tmp_path / "run.yaml"), "r": 8, "batch_size": 8, "directions": 8}
+    left_out = {*PRESETS["few-steps"], "layers_to_transform"}
+    options = {name: value for name, value in tiny_options.items() if name not in left_out}
+    assert main(["train", *as_flags({**options, **own, "steps": 2})]) == 0
+    saved = json.loads(Path(options["output_dir"], "config.json").read_text())
+    assert {name: saved[name] for name in ("lr", "r", "batch_size", "steps")} == {
+        "lr": 0.01, "r": 8, "batch_size": 8, "steps": 2
+    }  # fmt: skip
+    for name in ("tuning", "lora_alpha", "lr_schedule"):
+        assert saved[name] == PRESETS["few-steps"][name]
+
+
+def test_presets_are_runs_that_can_be_and_help_names_them(capsys):
+    for name, values in PRESETS.items():
+        assert Config.of(model="m", output_dir="o", task="sst2", **values).to_dict().items() >= values.items()
+        with pytest.raises(SystemExit):
+            main(["train", "--help"])
+        assert name in capsys.readouterr().out
+
+
+def test_a_resumed_run_has_no_preset(tmp_path, capfd):
+    assert main(["train", "--resume", str(tmp_path), "--preset", "few-steps"]) == 2
+    assert "--preset few-steps is of a new run" in capfd.readouterr().err

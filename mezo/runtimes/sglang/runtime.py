@@ -188,7 +188,7 @@ class SGLangRuntime:
         zeros, beside = placeholder_of(self.options, self.spec, self.checkpoint)
         needed = bytes_of(zeros) + 4 * sum(map(math.prod, self.spec.shapes.values()))
         self._scratch = Scratch(self.machine.output_dir, needed, beside)
-        adapters = write_placeholders(self._scratch, zeros, beside, self.spec, self.pairs)
+        adapters = write_placeholders(self._scratch, zeros, beside, self.spec, self._slots())
         arguments = engine_arguments(
             self.runtime,
             self.work.seed,
@@ -201,12 +201,19 @@ class SGLangRuntime:
             self._requests,
         )
         say(f"starting the SGLang engine on {'GPU' if accelerated() else 'CPU'}, which takes a minute or so")
-        self.engine = EngineHandle(arguments, self._scratch)
+        self.engine = self._started(arguments)
         if self.runtime.follows:
             return
         shapes, frozen = map(json.dumps, (self.spec.shapes, self.spec.frozen))
         options = {"pairs": self.pairs, "share": self.cache.shared, "backend": self.backend, "rule": self.rule}
         self.ranks = self._call("setup", shapes=shapes, frozen=frozen, **options)
+
+    def _slots(self) -> list[str]:
+        """Names of the slots that the engine has."""
+        return [f"{sign}{k}" for k in range(self.pairs) for sign in ("plus", "minus")]
+
+    def _started(self, arguments: dict) -> EngineHandle:
+        return EngineHandle(arguments, self._scratch)
 
     def follow(self) -> None:
         """See `Follower.follow`."""
