@@ -3,11 +3,12 @@ PROMPT ?= it-was
 VENV := .venv
 READY := $(VENV)/.ready
 READY_SGLANG := $(VENV)/.ready-sglang
+READY_QUANTIZATION := $(VENV)/.ready-quantization
 RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: docs demo test test-slow test-versions families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-directions leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day clean
+.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-directions bench-quantization test-quantization leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day test-versions clean
 
 demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
@@ -59,6 +60,12 @@ bench-trainer: $(READY)  ## memory of a step in transformers' Trainer, MeZO besi
 bench-directions: $(READY)  ## cost and gain of a direction for each group of a batch; JSON under bench/results/
 	$(VENV)/bin/python bench/directions.py --output $(RESULTS)/directions.json
 
+test-quantization: $(READY_QUANTIZATION)  ## the tests of quantised bases, bitsandbytes' formats included
+	$(VENV)/bin/python -m pytest -m "not gpu" tests/models/test_quantization.py
+
+bench-quantization: $(READY_QUANTIZATION)  ## memory, accuracy and CPU seconds by the base's format; JSON under bench/results/
+	$(VENV)/bin/python bench/quantization.py --output $(RESULTS)/quantization.json
+
 leaderboard: $(READY)  ## accuracy at equal forward passes, what is missing of it; RUNS=folder ARGS="--rows mezo xs-32 --budgets 5000"
 	$(VENV)/bin/python bench/leaderboard.py --runs $(or $(RUNS),runs/leaderboard) --output $(RESULTS)/leaderboard.json \
 		--markdown LEADERBOARD.md $(ARGS)
@@ -95,6 +102,10 @@ $(READY): requirements.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+$(READY_QUANTIZATION): $(READY) requirements-quantization.txt
+	$(VENV)/bin/python -m pip install --quiet --no-deps --requirement requirements-quantization.txt
 	touch $@
 
 # SGLang's own pins want CUDA packages, so it comes without its dependencies; its kernel package has no build for CPUs

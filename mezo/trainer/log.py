@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -169,11 +168,11 @@ def first_line(model: transformers.PreTrainedModel, optimizer: Logged, data: obj
         raise ValueError(f"a model in {dtype}")
     path = getattr(base, "name_or_path", "")
     path = os.path.abspath(path) if os.path.isdir(path) else path
-    spec = asdict(TrainedSpec(peft, shapes, path, weights_hash(weights), dtype))
+    spec = TrainedSpec(peft, shapes, path, weights_hash(weights), dtype)
     rules = {"rule": rule.header()} if rule.header() else {}
     init = {"kind": "base"} if peft is None else {"kind": "file", "file": INITIAL, "sha256": ""}
     fingerprint = f"fingerprint:{getattr(data, '_fingerprint', None) or 'unknown'}"
-    return header(optimizer.seed, fingerprint, init, {**rules, **{k: v for k, v in spec.items() if k != "frozen"}})
+    return header(optimizer.seed, fingerprint, init, {**rules, **spec.logged()})
 
 
 def begin(output_dir: str, optimizer: Logged, first: dict, leads: bool) -> None:
