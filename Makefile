@@ -3,11 +3,12 @@ PROMPT ?= it-was
 VENV := .venv
 READY := $(VENV)/.ready
 READY_SGLANG := $(VENV)/.ready-sglang
+READY_QUANTIZATION := $(VENV)/.ready-quantization
 RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-directions bench-waiting leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day clean
+.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-directions bench-waiting bench-quantization test-quantization leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day test-versions clean
 
 demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
@@ -26,6 +27,9 @@ docs: $(READY) requirements-docs.txt  ## the documentation as a site in site/, w
 families: $(READY_SGLANG)  ## write what `mezo models` and README say of each model family, from runs; ten minutes
 	MEZO_RECORD_FAMILIES=1 $(VENV)/bin/python -m pytest -m "slow or not slow" tests/runtimes/sglang/test_every_family.py
 	MEZO_RECORD_FAMILIES=1 $(VENV)/bin/python -m pytest tests/models/test_every_family.py
+
+test-versions: $(READY)  ## tests by the oldest and the newest transformers and Triton; JSON under bench/results/, an hour
+	$(VENV)/bin/python bench/versions.py --output $(RESULTS)/versions.json $(ARGS)
 
 lint: $(READY)  ## style, without changing anything
 	$(VENV)/bin/ruff check .
@@ -58,6 +62,12 @@ bench-directions: $(READY)  ## cost and gain of a direction for each group of a 
 
 bench-waiting: $(READY)  ## a step whose threads spin or sleep where they wait, beside busy processes; JSON under bench/results/
 	$(VENV)/bin/python bench/waiting.py --output $(RESULTS)/waiting.json
+
+test-quantization: $(READY_QUANTIZATION)  ## the tests of quantised bases, bitsandbytes' formats included
+	$(VENV)/bin/python -m pytest -m "not gpu" tests/models/test_quantization.py
+
+bench-quantization: $(READY_QUANTIZATION)  ## memory, accuracy and CPU seconds by the base's format; JSON under bench/results/
+	$(VENV)/bin/python bench/quantization.py --output $(RESULTS)/quantization.json
 
 leaderboard: $(READY)  ## accuracy at equal forward passes, what is missing of it; RUNS=folder ARGS="--rows mezo xs-32 --budgets 5000"
 	$(VENV)/bin/python bench/leaderboard.py --runs $(or $(RUNS),runs/leaderboard) --output $(RESULTS)/leaderboard.json \
@@ -95,6 +105,10 @@ $(READY): requirements.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+$(READY_QUANTIZATION): $(READY) requirements-quantization.txt
+	$(VENV)/bin/python -m pip install --quiet --no-deps --requirement requirements-quantization.txt
 	touch $@
 
 # SGLang's own pins want CUDA packages, so it comes without its dependencies; its kernel package has no build for CPUs

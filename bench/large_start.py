@@ -61,6 +61,7 @@ def main() -> None:
                 write(path, rows, words)
             command = [sys.executable, "-m", "mezo", "train", "--model", model, "--train-file", str(path), "--steps"]
             command += ["10", "--prompt", "{text} It was", "--label-words", " terrible", " great", "--no-report"]
+            command += ["--max-length", "64"]
             found["starts"][name] = measured([*command, "--output-dir", f"{folder}/{name}"], environment)
             found["starts"][name]["file_bytes"] = path.stat().st_size
             print(name, found["starts"][name], os.getloadavg()[0], flush=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from mezo.models.load import Checkpoint, load_tokenizer
 from mezo.progress import say, waiting
 from mezo.report import dashboards
 from mezo.run import outcome
-from mezo.run.adapter import adapter_options, check_base, load_adapter
+from mezo.run.adapter import adapter_options, base_of, check_base, load_adapter, quantised_here
 from mezo.run.agreement import check_lines
 from mezo.run.directory import RunDirectory, launch_id, refuse_existing
 from mezo.run.export import refuse_output
@@ -67,7 +67,7 @@ def _with_one_product(config: Config, ranks: Ranks) -> Config:
     from mezo.models.linear import SMALLEST, width_of
     from mezo.runtimes.hf.runtime import product_of
 
-    checkpoint = Checkpoint.of(config.model.base, config.model.tuning.head)
+    checkpoint = Checkpoint.of(config.model.base, config.model.tuning.head, config.model.quantization)
     packed = width_of(checkpoint.config) >= SMALLEST
     if packed:
         mine = product_of(config.model, config.machine, checkpoint).name == "packed"
@@ -109,6 +109,12 @@ def start(
         As `train`.
     """
     ranks = ranks or Ranks()
+    return carry_through(begin(config, runtime, splits, seconds, ranks), ranks, until)
+
+
+def begin(config: Config, runtime: Runtime, splits: dict, seconds: float = 0.0, ranks: Ranks | None = None) -> Trainer:
+    """A new run on what is loaded already, as `start` carries it through: its directory is there, no step is done."""
+    ranks = ranks or Ranks()
     _refuse_more_directions_than_parameters(config, runtime)
     initial = starting_file(config, runtime)
     header = make_header(config, runtime.spec, splits, initial, getattr(runtime, "linear", "torch"))
@@ -122,8 +128,7 @@ def start(
         run = RunDirectory.create(config.machine.output_dir, config, header, initial)
     else:
         run = RunDirectory(Path(config.machine.output_dir))
-    trainer = Trainer(config.method, config.machine, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
-    return _carry_through(trainer, ranks, until)
+    return Trainer(config.method, config.machine, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
 
 
 def _refuse_more_directions_than_parameters(config: Config, runtime: Runtime) -> None:
@@ -196,7 +201,7 @@ def resume(
     ranks = ranks or Ranks()
     run = RunDirectory.open(path) if ranks.leads else RunDirectory(Path(path))
     saved = run.read_config()
-    config = _longer(saved, machine or {})
+    config = longer(saved, machine or {})
     first_line, records = read_trajectory(run.trajectory)
     stuck = stalled(run.read_metrics(), config.method.early_stopping)
     if stuck and config.method.steps > saved.method.steps:
@@ -217,7 +222,7 @@ def resume(
         return carry_on(run, config, runtime, splits, seconds, ranks, until)
 
 
-def _longer(saved: Config, machine: dict) -> Config:
+def longer(saved: Config, machine: dict) -> Config:
     """A run's configuration with what it is resumed with. If it is lengthened it is evaluated as often as before."""
     config = saved.replace(**machine)
     steps = saved.method.steps
@@ -251,6 +256,19 @@ def carry_on(
         As `train`.
     """
     ranks = ranks or Ranks()
+    return carry_through(reopen(run, config, runtime, splits, seconds, ranks), ranks, until)
+
+
+def reopen(
+    run: RunDirectory,
+    config: Config,
+    runtime: Runtime,
+    splits: dict,
+    seconds: float = 0.0,
+    ranks: Ranks | None = None,
+) -> Trainer:
+    """An open run at the end of its log, as `carry_on` carries it through: theta is what the log gives."""
+    ranks = ranks or Ranks()
     first_line, records = read_trajectory(run.trajectory)
     # the adapter it started from has been copied into the run: its source may be gone
     started = config.replace(adapter="") if config.model.tuning.adapter else config
@@ -266,8 +284,7 @@ def carry_on(
         run.result.unlink(missing_ok=True)  # of a run that ended early and now goes on
         run.write_metrics([row for row in run.read_metrics() if row["step"] <= len(records)])
     replay_records(runtime.update, records)
-    trainer = Trainer(config.method, config.machine, runtime, splits, run, records, ranks, seconds_loading=seconds)
-    return _carry_through(trainer, ranks, until)
+    return Trainer(config.method, config.machine, runtime, splits, run, records, ranks, seconds_loading=seconds)
 
 
 def _say_schedule(config: Config, done: int, before: int) -> None:
@@ -278,7 +295,8 @@ def _say_schedule(config: Config, done: int, before: int) -> None:
         say(f"--lr-schedule {schedule}: {past}, the rest have those of one of {steps}")
 
 
-def _carry_through(trainer: Trainer, ranks: Ranks, until: int | None) -> dict | None:
+def carry_through(trainer: Trainer, ranks: Ranks, until: int | None = None) -> dict | None:
+    """Train to the last step, or to `until`, and let other processes in again."""
     try:
         result = trainer.train(until)
     finally:
@@ -315,8 +333,7 @@ def evaluate(config: Config, adapter: Path | None, examples: bool = False) -> di
         raise UserError("--engine-arg node_rank: only mezo train runs on several machines; use one, or --runtime hf")
     with loaded(config, adapter=str(adapter or "")) as (runtime, splits, _):
         if adapter is not None:
-            loaded_base = {"model_hash": runtime.spec.model_hash, "dtype": runtime.spec.dtype}
-            check_base(adapter, config.model.base, head, loaded_base)
+            check_base(adapter, config.model.base, head, runtime.spec.base)
             runtime.load(load_adapter(adapter, runtime.spec.shapes))
             runtime.prove_adapter()
         elif head == "classification":  # the checkpoint's own
@@ -355,7 +372,8 @@ def evaluate_target(
     elif (target / "config.json").is_file():
         raise UserError(f"mezo eval {target}: that is a model: use mezo eval --model {target}")
     else:
-        base |= (found := adapter_options(target))
+        known = base_of(target)
+        base |= (found := adapter_options(target)) | ({"quantization": quantised_here(known)} if known else {})
         fixed = {name: value for name, value in found.items() if name != "model"}
     path = given.get("adapter", "")
     if path and path != base.get("adapter", ""):
@@ -401,7 +419,11 @@ def replay(run: str, output_dir: str, until: str = "best", backend: str | None =
 
 @contextmanager
 def loaded(
-    config: Config, need: str | None = None, done: int = 0, adapter: str = ""
+    config: Config,
+    need: str | None = None,
+    done: int = 0,
+    adapter: str = "",
+    make: Callable[..., Runtime] | None = None,
 ) -> Iterator[tuple[Runtime, dict, float]]:
     """Runtime, examples and the seconds it took. Data first: it is quick to load, and most mistakes are there.
 
@@ -410,12 +432,13 @@ def loaded(
         need: a split that must be there.
         done: steps of the run that are in its log.
         adapter: see `Runtime.prepare`.
+        make: another runtime than --runtime names; its arguments are those of `SGLangRuntime`.
     """
     started = time.perf_counter()
     with waiting(f"loading the data and {config.model.base}"):
         config.data.refuse_missing_files()
         tokenizer = load_tokenizer(config.model.base)
-        checkpoint = Checkpoint.of(config.model.base, config.model.tuning.head)
+        checkpoint = Checkpoint.of(config.model.base, config.model.tuning.head, config.model.quantization)
         splits = load_splits(config, tokenizer, masked=checkpoint.masked)
         vocabulary = getattr(checkpoint.config.get_text_config(), "vocab_size", None)
         if vocabulary is not None:  # else it is no model of text, which is said where it is loaded
@@ -433,7 +456,7 @@ def loaded(
         for judge in judges(config.method).values():  # a reward that takes nothing is found before the model is loaded
             judge(next(iter(splits.values()))[0], "")
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        runtime = _runtime(config, pad, checkpoint, done, len(next(iter(splits.values()))[0].options))
+        runtime = _runtime(config, pad, checkpoint, done, len(next(iter(splits.values()))[0].options), make)
     try:
         runtime.prepare(splits, adapter)
         yield runtime, splits, time.perf_counter() - started - runtime.seconds_filling - runtime.seconds_proving
@@ -441,7 +464,14 @@ def loaded(
         runtime.close()
 
 
-def _runtime(config: Config, pad: int, checkpoint: Checkpoint, done: int, options: int) -> Runtime:
+def _runtime(
+    config: Config,
+    pad: int,
+    checkpoint: Checkpoint,
+    done: int,
+    options: int,
+    make: Callable[..., Runtime] | None,
+) -> Runtime:
     """The runtime that --runtime names; the other one's libraries are not imported.
 
     Args:
@@ -450,9 +480,12 @@ def _runtime(config: Config, pad: int, checkpoint: Checkpoint, done: int, option
         checkpoint: of the model.
         done: steps of the run that are in its log.
         options: of an example, which are the classes of a head that has such.
+        make: makes another one.
     """
     model, machine, work = config.for_runtime
     work = dataclasses.replace(work, done=done, classes=options)
+    if make is not None:
+        return make(model, machine, work, pad, checkpoint)
     if config.machine.runtime.name == "sglang":
         try:
             from mezo.runtimes.sglang.runtime import SGLangRuntime
@@ -466,7 +499,8 @@ def _runtime(config: Config, pad: int, checkpoint: Checkpoint, done: int, option
 
 
 def _same_run(logged: dict, now: dict, path: str) -> None:
-    for key in ("run_seed", "data_hash", "reward_hash", "rule", "dtype", "peft", "shapes", "frozen", "model_hash"):
+    same = ("run_seed", "data_hash", "reward_hash", "rule", "dtype", "quantization", "peft", "shapes", "frozen")
+    for key in (*same, "model_hash"):
         a, b = logged.get(key), now.get(key)
         if key in ("shapes", "frozen"):
             a, b = ({name: tuple(shape) for name, shape in shapes.items()} for shapes in (a or {}, b or {}))

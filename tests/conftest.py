@@ -14,7 +14,8 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
-LONG = ("runtimes/sglang", "kernels/ptx", "kernels/test_aot")
+LONG = ("runtimes/sglang", "tests/serve", "kernels/ptx", "kernels/test_aot")
+ENGINES = ("runtimes/sglang", "tests/serve/test_server")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
@@ -23,7 +24,7 @@ def pytest_collection_modifyitems(items):
     would fill the machine. What takes longest begins first, so that no process waits for it at the end."""
     for item in items:
         path = item.path.as_posix()
-        item.add_marker(pytest.mark.xdist_group("engines" if "runtimes/sglang" in path else path))
+        item.add_marker(pytest.mark.xdist_group("engines" if any(each in path for each in ENGINES) else path))
     items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if name in item.path.as_posix()), len(LONG)))
 
 

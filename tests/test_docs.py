@@ -17,8 +17,11 @@ PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 BLOCK = re.compile(r"```(\w+)([^\n]*)\n(.*?)```", re.DOTALL)
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FEWER = 25  # times fewer steps than a page says
-ELSEWHERE = {"mezo verify": "tests/kernels/test_verify.py"}
-"""Commands that take long, and the test that runs them."""
+ELSEWHERE = {
+    "mezo verify": "tests/kernels/test_verify.py",
+    "mezo promote runs/served --step 120": "tests/serve/test_server.py",
+}
+"""Commands that take long or need a server, and the test that runs them."""
 
 
 def blocks(page, kind):
@@ -75,12 +78,21 @@ def test_commands_of_a_page_run(page, prepared, tmp_path, monkeypatch):
         if title := re.search(r'title="(.*?)"', options):
             Path(title[1]).write_text(text)
     for argv in commands(page, model):
+        if "--quantization" in argv:
+            pytest.importorskip("torchao", reason="torchao is not installed")
         if "--runtime" in argv:  # what is asked for is read and checked; tests/runtimes/sglang/ starts engines
             asked = []
             for call in ("mezo.api.train", "mezo.api.resume"):
                 monkeypatch.setattr(call, lambda *given, asked=asked, **options: asked.append((given, options)))
             assert main(argv) == 130
             assert "SGLang(" in str(asked) or "'sglang'" in str(asked)
+        elif argv[0] == "serve":  # tests/serve/ starts servers
+            asked = pytest.importorskip("mezo.serve.serve") and []
+            monkeypatch.setattr("mezo.serve.http.check_libraries", lambda: None)
+            for call in ("serve", "serve_again"):
+                monkeypatch.setattr(f"mezo.serve.serve.{call}", lambda *given, asked=asked: asked.append(given) or 0)
+            assert main(argv) == 0
+            assert "Serving(" in str(asked)
         else:
             assert main(argv) == 0, argv
 

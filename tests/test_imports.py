@@ -17,7 +17,7 @@ MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 LAYERS = (
     ("mezo.__main__",),
     ("mezo.cli",),
-    ("mezo.studies",),
+    ("mezo.studies", "mezo.serve"),
     ("mezo",),
     ("mezo.api", "mezo.trainer"),
     ("mezo.training",),
@@ -38,7 +38,7 @@ LIBRARIES = {
     "mezo_kernels": {"torch", "triton", "numba", "llvmlite", "numpy"},
     "transformers": ("mezo.models", "mezo.runtimes", "mezo.data", "mezo.tasks", "mezo.trainer"),
     "peft": ("mezo.models", "mezo.trainer"),
-    "sglang": ("mezo.runtimes.sglang",),
+    "sglang": ("mezo.runtimes.sglang", "mezo.serve.http"),
     "matplotlib": ("mezo.report.figures",),
     "optuna": ("mezo.studies.tune",),
 }

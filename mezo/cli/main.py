@@ -30,6 +30,8 @@ COMMANDS = {
     },
     "Train": {
         "train": "fine-tune a model with forward passes only; --resume RUN continues a run",
+        "serve": "serve a model and fine-tune it on the same engine; --resume RUN goes on",
+        "promote": "give users of a served run another step of it",
         "tune": "choose lr and eps by short runs; --resume DIR continues a sweep",
     },
     "Look at runs": {

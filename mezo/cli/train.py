@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         trust, reward = values.pop("trust_reward", False), values.pop("reward", "")
         require(preset == "none", f"--preset {preset} is of a new run, a resumed one has its own options: leave it out")
         output = path
-        machine = _resumable(path, values)
+        machine = resumable(path, values)
         from mezo.api import resume
 
         result = resume(path, machine=machine, reward=reward, trust_reward=trust)
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _resumable(path: str, values: dict[str, Any]) -> dict[str, Any]:
+def resumable(path: str, values: dict[str, Any]) -> dict[str, Any]:
     """Of the options given with --resume those that say where, how or how far; all others are the run's own."""
     if not values:
         return {}

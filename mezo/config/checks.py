@@ -5,7 +5,7 @@ import math
 from mezo.config.data import Data
 from mezo.config.machine import DASHBOARDS, HF, dashboards_of
 from mezo.config.method import GENERATED, SCORED, Method
-from mezo.config.model import pattern_of
+from mezo.config.model import Model, pattern_of
 from mezo.config.options import flag_of, shown
 from mezo.errors import UserError, require
 
@@ -107,6 +107,7 @@ def _check_head(config) -> None:
 
 def _check_runtime(config) -> None:
     tuning, runtime, method = config.model.tuning, config.machine.runtime, config.method
+    _check_quantization(config.model, engine=not isinstance(runtime, HF))
     if isinstance(runtime, HF):
         cache = runtime.trunk_cache
         fits = tuning.is_lora or cache in ("auto", "off")
@@ -121,3 +122,14 @@ def _check_runtime(config) -> None:
     patterns = tuning.rank_pattern or tuning.alpha_pattern
     require(not patterns, "--rank-pattern, --alpha-pattern: the engine's slots have one rank; use --runtime hf")
     require(not method.true_gradient, "--true-gradient needs autograd in this process: use it with --runtime hf")
+
+
+def _check_quantization(model: Model, engine: bool) -> None:
+    name, tuning = model.quantization, model.tuning
+    if name == "none":
+        return
+    require(not engine, f"--quantization {name}: the engine quantises by itself: use --engine-arg quantization=...")
+    floats = "--tuning full trains the weights themselves, by less than they are rounded to; use --tuning lora"
+    require(tuning.name != "full", f"--quantization {name}: {floats}")
+    tried = f"--head {tuning.head} has not been tried so; use --head model"
+    require(tuning.head == "model", f"--quantization {name}: {tried}")

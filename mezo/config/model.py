@@ -164,5 +164,9 @@ class Model:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the model's numbers; auto is float32 on a CPU and bfloat16 on a GPU. What is trained is kept in float32
     always."""
+    quantization: Literal["none", "int8", "int4", "nf4", "fp4", "llm-int8"] = "none"
+    """With --runtime hf: what the weights of the frozen linear layers are quantised to as they are loaded, to save
+    memory. int8, int4: weights alone, by torchao; int4 needs a GPU. nf4, fp4, llm-int8: by bitsandbytes; llm-int8
+    rounds what they are multiplied by, too. A checkpoint that is quantised already needs no option."""
     tuning: Annotated[Lora | LoraB | LoraXS | Full | Prefix, Choice("tuning", TUNINGS)] = Lora()
     """What is trained."""

@@ -107,6 +107,10 @@ def attach(tuning: Full, base: Base) -> Attached:
     Raises:
         UserError: the parameters are not of one dtype, or some are for images, which no text reaches.
     """
+    if base.checkpoint.quantised:
+        how = base.checkpoint.quantised
+        why = f"it is quantised ({how}), and a step changes weights by less than they are rounded to"
+        raise UserError(f"--tuning full: {base.checkpoint.name}: {why}; use --tuning lora")
     if base.checkpoint.reads_images:
         why = "it has layers for images, which text would move at random"
         raise UserError(f"--tuning full: {base.checkpoint.name}: {why}; use --tuning lora")

@@ -221,7 +221,8 @@ def pack(body: nn.Module, trained: set[int]) -> int:
     chosen = {
         module: name
         for name, module in body.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and id(module.weight) not in trained and users[id(module.weight)] == 1
+        if type(module) in (nn.Linear, Conv1D) and type(module.weight.data) is torch.Tensor  # not torchao's
+        if id(module.weight) not in trained and users[id(module.weight)] == 1
         if ".lora_" not in name
     }
     nbytes = 0
@@ -268,7 +269,8 @@ def _groups(body: nn.Module, modules: list[nn.Module]) -> list[list[nn.Module]]:
 def add_adapters_in_place(model: nn.Module) -> None:
     """Have plain LoRA layers add their output to the base's in the product itself, not in two passes over it."""
     for module in model.modules():
-        if type(module) is not LoraLinear or module.lora_variant or list(module.lora_A) != ["default"]:
+        plain = isinstance(module, LoraLinear) and type(module).forward is LoraLinear.forward
+        if not plain or module.lora_variant or list(module.lora_A) != ["default"]:
             continue
         factors = [module.lora_A["default"], module.lora_B["default"]]
         if all(type(factor) is nn.Linear and factor.bias is None for factor in factors):

@@ -25,8 +25,11 @@ from mezo.errors import UserError
 from mezo.models.attention import ATTENTION
 from mezo.models.families import Family, family_of
 from mezo.models.head import module_named, trained_whole
+from mezo.models.quantization import config_of, is_quantised, quantised_by, settle, tensors_of
+from mezo.models.spec import NONE
 
 ADAPTER = "adapter_config.json"
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,21 @@ class Checkpoint:
         name: path or hub id.
         config: its config.json.
         head: with which it is loaded, as `--head` says.
+        quantization: what its linear layers are quantised to as it is loaded, as `--quantization` says.
     """
 
     name: str
     config: PretrainedConfig
     head: str = "model"
+    quantization: str = NONE
 
     @classmethod
-    def of(cls, model: str, head: str = "model") -> "Checkpoint":
+    def of(cls, model: str, head: str = "model", quantization: str = NONE) -> "Checkpoint":
         """Read the configuration of a model directory or hub id. Raises UserError if it cannot be read."""
         if Path(model, ADAPTER).is_file():
             raise _two_in_one(model)
         try:
-            return cls(model, AutoConfig.from_pretrained(model, trust_remote_code=False), head)
+            return cls(model, AutoConfig.from_pretrained(model, trust_remote_code=False), head, quantization)
         except (OSError, ValueError) as error:
             raise _unloadable(model, error) from error
 
@@ -67,6 +72,11 @@ class Checkpoint:
     def encoder_decoder(self) -> bool:
         """True if one transformer reads the prompt and another writes the answer, as in T5."""
         return bool(self.config.is_encoder_decoder) and not self.masked
+
+    @property
+    def quantised(self) -> str | None:
+        """How its weights are quantised already, such as "awq"; None if they are not."""
+        return quantised_by(self.config)
 
     @property
     def reads_images(self) -> bool:
@@ -102,24 +112,28 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         raise UserError(f"--model {model}: {why}; give a directory with a model in it, or a hub id") from error
 
 
-def load_base(checkpoint: Checkpoint, dtype: torch.dtype | str, classes: int = 0) -> nn.Module:
-    """A model with its head, on the CPU in eval mode.
+def load_base(
+    checkpoint: Checkpoint, dtype: torch.dtype | str, classes: int = 0, device: torch.device = CPU
+) -> nn.Module:
+    """A model with its head, in eval mode.
 
     Args:
         checkpoint: which.
         dtype: of its parameters; "auto" is that of the checkpoint.
         classes: outputs of its classification head, if that is what it has; 0 are those of the checkpoint.
+        device: where it is put.
     Raises:
         UserError: it cannot be loaded, or lacks weights.
     """
-    return load_with_new(checkpoint, dtype, classes)[0]
+    return load_with_new(checkpoint, dtype, classes, device)[0]
 
 
 def load_with_new(
-    checkpoint: Checkpoint, dtype: torch.dtype | str, classes: int = 0
+    checkpoint: Checkpoint, dtype: torch.dtype | str, classes: int = 0, device: torch.device = CPU
 ) -> tuple[nn.Module, frozenset[str]]:
     """`load_base`, and the names of the parameters that a new classification head has where the checkpoint has none."""
     _refuse_another_head(checkpoint)
+    packing = config_of(checkpoint.quantization, dtype, device, checkpoint.config)
     auto = checkpoint.auto
     try:
         attention = _attention(auto._model_mapping[type(checkpoint.config)], checkpoint.config)
@@ -135,6 +149,8 @@ def load_with_new(
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
     if checkpoint.head == "classification":  # a head of other classes is made anew
         options |= {"num_labels": classes or checkpoint.config.num_labels, "ignore_mismatched_sizes": True}
+    if packing or checkpoint.quantised:  # packed weights are not moved afterwards
+        options |= {"device_map": {"": device}} | ({"quantization_config": packing} if packing else {})
     try:
         base, seen = auto.from_pretrained(checkpoint.name, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError) as error:  # ImportError: a quantised checkpoint without its library
@@ -142,7 +158,11 @@ def load_with_new(
     if base._hf_peft_config_loaded:  # of a hub id, whose files are not looked at before
         raise _two_in_one(checkpoint.name)
     lacking = {*seen["missing_keys"], *(name for name, *_ in seen["mismatched_keys"])}
-    return base.eval(), _new_parameters(checkpoint, base, lacking)
+    new = _new_parameters(checkpoint, base, lacking)
+    if not is_quantised(base):
+        return base.eval().to(device), new
+    settle(base, checkpoint.quantization, dtype)
+    return base.eval(), new
 
 
 def _refuse_another_head(checkpoint: Checkpoint) -> None:
@@ -185,9 +205,15 @@ def _attention(model: type, config: PretrainedConfig) -> str | None:
     return ATTENTION if model._supports_attention_backend and model._supports_sdpa else None
 
 
-def checkpoint_hash(model: str, dtype: str, head: str = "model") -> str:
-    """`base_hash` of a path or hub id loaded in a dtype with a head that `--head` names."""
-    return base_hash(*load_with_new(Checkpoint.of(model, head), getattr(torch, dtype)), head)
+def checkpoint_hash(model: str, dtype: str, head: str = "model", quantization: str = NONE) -> str:
+    """`base_hash` of a path or hub id loaded in a dtype with a head and in a format that options name."""
+    checkpoint, device = Checkpoint.of(model, head, quantization), quantising_device(quantization)
+    return base_hash(*load_with_new(checkpoint, getattr(torch, dtype), device=device), head)
+
+
+def quantising_device(quantization: str) -> torch.device:
+    """Where a model is quantised that no run has put anywhere: a GPU, where there is one, as a run would."""
+    return torch.device("cuda") if quantization != NONE and torch.cuda.is_available() else CPU
 
 
 def base_hash(base: nn.Module, new: Collection[str], head: str) -> str:
@@ -201,16 +227,24 @@ def base_hash(base: nn.Module, new: Collection[str], head: str) -> str:
     if head == "linear":
         base.pooler = None  # not read, and drawn anew at each load where the checkpoint has none
     whole = trained_whole(base, new) if head == "classification" else ()
+    if is_quantised(base):
+        trained = tuple(f"{name}." for name in whole)
+        return weights_hash((name, tensor) for name, tensor in tensors_of(base) if not name.startswith(trained))
     left_out = {id(p) for name in whole for p in module_named(base, name).parameters()}
     return weights_hash((name, p) for name, p in base.named_parameters() if id(p) not in left_out)
 
 
 def weights_hash(base: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the base weights, tied ones once; `base` may be the weights."""
+    """SHA-256 over names, dtypes, shapes and bytes of the base weights, tied ones once; `base` may be the weights.
+
+    Packed weights count as they are held. A forward pass may lay them out anew: ask before.
+    """
     digest = hashlib.sha256()
-    for name, p in base.named_parameters() if isinstance(base, nn.Module) else base:
+    if isinstance(base, nn.Module):
+        base = tensors_of(base) if is_quantised(base) else base.named_parameters()
+    for name, p in base:
         digest.update(f"{name} {p.dtype} {tuple(p.shape)}\n".encode())
-        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

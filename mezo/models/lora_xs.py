@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from mezo.config import LoraXS
 from mezo.errors import UserError
 from mezo.models import lora
+from mezo.models.quantization import plain_weight
 from mezo.models.spec import CORE
 from mezo.models.tuning import Attached, Base
 from mezo_kernels import canonical_name, lora_init
@@ -55,7 +56,8 @@ def attach(tuning: LoraXS, base: Base) -> Attached:
             continue
         name = canonical_name(path)
         layer = module.get_base_layer()
-        a, b = _factors(layer.weight.T if isinstance(layer, Conv1D) else layer.weight, tuning.r, name)
+        weight = plain_weight(layer)
+        a, b = _factors(weight.T if isinstance(layer, Conv1D) else weight, tuning.r, name)
         module.lora_A["default"].weight.data.copy_(a)
         module.lora_B["default"] = factors = Factors(b.to(base.model.dtype).to(base.model.device))
         core, outer = factors

@@ -10,7 +10,9 @@ from torch import nn
 
 from mezo.errors import UserError
 from mezo.models.full import save_model
-from mezo.models.load import Checkpoint, load_base
+from mezo.models.load import Checkpoint, load_base, quantising_device
+from mezo.models.quantization import dequantise, is_quantised
+from mezo.models.spec import NONE
 
 
 def merge(
@@ -20,6 +22,8 @@ def merge(
     dtype: str = "auto",
     head: str = "model",
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    quantization: str = NONE,
+    quantised_in: str = "float32",
 ) -> None:
     """Write base + (lora_alpha / r) B A as a transformers model: added in float32 and cast once.
 
@@ -30,10 +34,15 @@ def merge(
         dtype: of the result; auto is that of the base checkpoint.
         head: of the model, "model" or "classification".
         shapes: of the adapter's tensors by canonical name, which say how many classes there are.
+        quantization: what the adapter's base was quantised to: the result has what these weights mean, as floats.
+        quantised_in: dtype of all else of that base, which scales are rounded to.
     """
-    checkpoint = Checkpoint.of(model, head)
-    base = load_base(checkpoint, torch.float32)
-    wanted = load_base(checkpoint, "auto").dtype if dtype == "auto" else getattr(torch, dtype)
+    checkpoint = Checkpoint.of(model, head, quantization)
+    loaded = torch.float32 if quantization == NONE else getattr(torch, quantised_in)
+    base = load_base(checkpoint, loaded, device=quantising_device(quantization))
+    if is_quantised(base):
+        base = dequantise(base).cpu()
+    wanted = load_base(Checkpoint.of(model, head), "auto").dtype if dtype == "auto" else getattr(torch, dtype)
     own = {f"base_model.model.{name}": tuple(p.shape) for name, p in base.named_parameters()}
     others = {shape[0] for name, shape in (shapes or {}).items() if name in own and own[name] != shape}
     if others:  # the head of the base has other classes

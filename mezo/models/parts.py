@@ -119,7 +119,8 @@ def load_parts(
     Raises:
         UserError: the model cannot be loaded, or has no such layers or modules, or cannot be trained so.
     """
-    base, sha256 = _load(checkpoint or Checkpoint.of(model.base, model.tuning.head), device, dtype, classes)
+    checkpoint = checkpoint or Checkpoint.of(model.base, model.tuning.head, model.quantization)
+    base, sha256 = _load(checkpoint, device, dtype, classes)
     attached = TUNINGS[model.tuning.name](model.tuning, base)
     attached.model.requires_grad_(False)
     params, family, n_layers, config = attached.params, base.checkpoint.family, len(base.layers), base.body.config
@@ -138,7 +139,8 @@ def load_parts(
         scored_by=base.checkpoint.head,
     )
     shapes, frozen = ({name: tuple(p.shape) for name, p in part.items()} for part in (params, attached.frozen))
-    return parts, TrainedSpec(attached.peft, shapes, base.checkpoint.name, sha256, str(dtype).split(".")[1], frozen)
+    name, quantization, dtype_name = checkpoint.name, checkpoint.quantization, str(dtype).split(".")[1]
+    return parts, TrainedSpec(attached.peft, shapes, name, sha256, dtype_name, frozen, quantization)
 
 
 def _lowest_trained(base: Base, attached: Attached) -> int:
@@ -153,10 +155,10 @@ def _lowest_trained(base: Base, attached: Attached) -> int:
 
 def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, classes: int) -> tuple[Base, str]:
     """A base model and the hash of its weights; with a head of so many classes, where it has one."""
-    model, new = load_with_new(checkpoint, dtype, classes)
+    model, new = load_with_new(checkpoint, dtype, classes, device)
     if checkpoint.head == "linear":
         check_encoder(model, checkpoint.name)
-    sha256 = base_hash(model.to(device), new, checkpoint.head)
+    sha256 = base_hash(model, new, checkpoint.head)
     body = model.get_decoder() if checkpoint.reads_images else model.base_model
     whole = trained_whole(model, new) if checkpoint.head == "classification" else ()
     if checkpoint.head == "linear":

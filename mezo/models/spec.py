@@ -4,6 +4,10 @@ from dataclasses import dataclass, field
 
 CORE = "lora_R.weight"
 """End of the name of a trained matrix R between two frozen factors: lora_B of the adapter is lora_B R."""
+NONE = "none"
+"""What `--quantization` is by default."""
+ENGINE = "sglang:"
+"""Begins the name of what an engine quantised a base to, whose hash is that of the weights before."""
 LINEAR_HEAD = "score"
 """Name of the linear head of --head linear, which PEFT saves whole beside the adapter (modules_to_save)."""
 
@@ -19,6 +23,8 @@ class TrainedSpec:
         model_hash: SHA-256 of the base weights in `dtype`.
         dtype: of the base model, e.g. "float32".
         frozen: full shape of each tensor that belongs to the adapter and stays as it was at the start of the run.
+        quantization: what the base's linear layers are quantised to, as --quantization names it, or `ENGINE` and what
+            the engine calls it; "none" if the weights are those of the checkpoint.
     """
 
     peft: dict | None
@@ -27,6 +33,18 @@ class TrainedSpec:
     model_hash: str
     dtype: str
     frozen: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    quantization: str = NONE
+
+    def logged(self) -> dict[str, object]:
+        """Its fields as the header of a log has them: the later ones where they say something."""
+        fields = {key: getattr(self, key) for key in ("peft", "shapes", "model", "model_hash", "dtype")}
+        return fields | ({"frozen": self.frozen} if self.frozen else {}) | self.base
+
+    @property
+    def base(self) -> dict[str, str]:
+        """What tells the base from others: its hash, dtype, and what it is quantised to, if it is."""
+        packed = {} if self.quantization == NONE else {"quantization": self.quantization}
+        return {"model_hash": self.model_hash, "dtype": self.dtype} | packed
 
     @property
     def adapter(self) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from mezo.atomic import replacing
 from mezo.errors import UserError
 from mezo.models.load import checkpoint_hash
 from mezo.models.lora import peft_defaults
-from mezo.models.spec import CORE, LINEAR_HEAD
+from mezo.models.spec import CORE, ENGINE, LINEAR_HEAD, NONE
 from mezo.run.files import RESTORE, read_object, replace_file
 from mezo.run.schema import BaseHash, Peft, validated
 from mezo.run.trajectory import read_header, read_trajectory
@@ -23,7 +23,7 @@ WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 THETA = "mezo_theta.safetensors"
 """What was trained, beside an adapter that it does not show in (--tuning lora-xs)."""
 BASE = "mezo_base.json"
-"""What base an adapter was trained on: `model_hash` and `dtype`, as in the header of its log; and `weights`, the
+"""What base an adapter was trained on: `TrainedSpec.base`, as in the header of its log; and `weights`, the
 SHA-256 of its own weights, and `theta`, of what was trained where that is a file of its own; two of each where a
 process died between writing these files."""
 HASHED = {WEIGHTS: "weights", THETA: "theta"}
@@ -62,7 +62,7 @@ def save_adapter(
         directory: created if needed; files are replaced one by one, each atomically.
         peft: fields of adapter_config.json.
         theta: float32 tensors by canonical name.
-        base: its model_hash and dtype, where they are known.
+        base: `TrainedSpec.base` of it, where that is known.
         frozen: see `as_lora`.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def save_adapter(
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part, metadata={"format": "pt"})
             hashes[HASHED[name]] = [_sha256(part)]
         if base:
-            said = {key: base[key] for key in ("model_hash", "dtype")}
+            said = base_in(base)
             both = {field: [*now, *before.get(field, [])] for field, now in hashes.items()}
             replace_file(directory / BASE, json.dumps(said | both).encode())
     if before:
@@ -164,13 +164,24 @@ def is_prefix(peft: dict) -> bool:
 
 
 def base_of(adapter: Path) -> dict | None:
-    """`model_hash` and `dtype` of the base that an adapter was trained on, by itself or by the run it lies in."""
+    """`TrainedSpec.base` of an adapter, by itself or by the run it lies in; None where nothing says it."""
     if (adapter / BASE).exists():
         return validated(BaseHash, read_object(adapter / BASE), str(adapter / BASE))
     log = adapter.absolute().parent / "trajectory.jsonl"
     if adapter.name != "adapter" or not log.is_file():
         return None
-    return {key: read_header(log)[key] for key in ("model_hash", "dtype")}
+    return base_in(read_header(log))
+
+
+def quantised_here(base: dict) -> str:
+    """What a `TrainedSpec.base` was quantised to as transformers loaded it: what an engine does is not in its hash."""
+    name = base.get("quantization", NONE)
+    return NONE if name.startswith(ENGINE) else name
+
+
+def base_in(first_line: dict) -> dict:
+    """`TrainedSpec.base` of a header, or of a file with more beside it."""
+    return {key: first_line[key] for key in ("model_hash", "dtype", "quantization") if key in first_line}
 
 
 def check_base(adapter: Path, model: str, head: str = "model", loaded: dict | None = None) -> None:
@@ -180,13 +191,14 @@ def check_base(adapter: Path, model: str, head: str = "model", loaded: dict | No
         adapter: its directory.
         model: path or hub id of the base at hand.
         head: which it has, as `--head` names it.
-        loaded: `model_hash` and `dtype` of the model as it is loaded, if it is.
+        loaded: `TrainedSpec.base` of the model as it is loaded, if it is.
     """
     known = base_of(adapter)
     if known is None:
         return
-    if loaded is None or loaded["dtype"] != known["dtype"]:
-        sha256 = checkpoint_hash(model, known["dtype"], head)
+    packed = quantised_here(known)
+    if loaded is None or (loaded["dtype"], quantised_here(loaded)) != (known["dtype"], packed):
+        sha256 = checkpoint_hash(model, known["dtype"], head, packed)
     else:
         sha256 = loaded["model_hash"]
     if sha256 != known["model_hash"]:

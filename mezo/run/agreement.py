@@ -12,7 +12,7 @@ from mezo.method.guard import StepGuard
 from mezo.method.schedule import learning_rate
 from mezo.method.step import Step, Update
 from mezo.models.spec import adapter_shapes
-from mezo.run.adapter import PEFT_CONFIG, WEIGHTS, read_peft_config, shapes_in
+from mezo.run.adapter import PEFT_CONFIG, WEIGHTS, quantised_here, read_peft_config, shapes_in
 from mezo.run.directory import RunDirectory, best_step
 from mezo.run.files import RESTORE
 from mezo.run.header import planned_steps, shapes_of
@@ -83,6 +83,7 @@ def _check_header(run: RunDirectory, first: dict, config: Config) -> None:
         "reward_hash": (bool(first.get("reward_hash")), "reward" in config.method.objectives),
         "peft": (first["peft"] is None, config.model.tuning.name == "full"),
         "dtype": (first["dtype"], first["dtype"] if config.model.dtype == "auto" else config.model.dtype),
+        "quantization": (quantised_here(first), config.model.quantization),
     }
     for name, (logged, configured) in said.items():
         if logged != configured:

@@ -13,6 +13,7 @@ from mezo.run.adapter import (
     check_weights,
     head_of,
     is_prefix,
+    quantised_here,
     read_adapter,
     read_peft_config,
     save_adapter,
@@ -50,7 +51,9 @@ def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -
     if form == "merged":
         check_base(adapter, model, head)
         check_weights(adapter / WEIGHTS)
-        merge(model, adapter, Path(output_dir), dtype, head, shapes_in(adapter / WEIGHTS))
+        base = base_of(adapter) or {"dtype": "float32"}
+        packed = quantised_here(base), base["dtype"]
+        merge(model, adapter, Path(output_dir), dtype, head, shapes_in(adapter / WEIGHTS), *packed)
         return
     tensors = read_adapter(adapter)
     if form == "sglang":

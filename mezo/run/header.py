@@ -5,7 +5,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -60,8 +59,7 @@ def starting_file(config: Config, runtime: Runtime) -> Path | bytes | None:
     """
     tuning = config.model.tuning
     if tuning.adapter:
-        loaded = {"model_hash": runtime.spec.model_hash, "dtype": runtime.spec.dtype}
-        check_base(Path(tuning.adapter), config.model.base, tuning.head, loaded)
+        check_base(Path(tuning.adapter), config.model.base, tuning.head, runtime.spec.base)
         return Path(tuning.adapter) / WEIGHTS
     if not tuning.from_model and tuning.head != "classification":
         return None
@@ -101,8 +99,7 @@ def make_header(
     rule = config.method.logged_rule.header()
     extra |= {"rule": rule} if rule else {}
     extra |= {"linear": linear} if linear != "torch" else {}
-    trained = {key: value for key, value in asdict(spec).items() if key != "frozen" or value}
-    return header(config.method.seed, data_hash(splits, whole), init, {**extra, **trained})
+    return header(config.method.seed, data_hash(splits, whole), init, {**extra, **spec.logged()})
 
 
 def initial_theta(first_line: dict, initial: Path | bytes | None = None) -> dict[str, torch.Tensor]:

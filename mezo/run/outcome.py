@@ -11,7 +11,7 @@ from mezo.atomic import SCRATCH
 from mezo.errors import UserError
 from mezo.models.load import checkpoint_hash
 from mezo.models.spec import TrainedSpec
-from mezo.run.adapter import as_lora, read_adapter, read_theta, same_bits, save_adapter
+from mezo.run.adapter import as_lora, base_in, read_adapter, read_theta, same_bits, save_adapter
 from mezo.run.directory import RunDirectory
 from mezo.run.header import INITIAL, content_of, frozen_part
 from mezo.run.trajectory import read_header
@@ -29,9 +29,8 @@ def save(run: RunDirectory, runtime: Runtime) -> None:
         require(runtime, Savable, "--tuning full").save_model(run.model)
     else:
         spec = runtime.spec
-        base = {"model_hash": spec.model_hash, "dtype": spec.dtype}
         frozen = frozen_part(read_header(run.trajectory), run.path / INITIAL) if spec.frozen else {}
-        save_adapter(run.adapter, spec.peft, runtime.theta(), base, frozen)
+        save_adapter(run.adapter, spec.peft, runtime.theta(), spec.base, frozen)
 
 
 def prove(runtime: Runtime, first_line: dict, initial: Path | bytes | None, output_dir: str) -> None:
@@ -90,8 +89,7 @@ def write(run: Path, directory: Path, first_line: dict, theta: dict[str, torch.T
 
         write_parameters(theta, first_line["model"], first_line["dtype"], directory)
     else:
-        base = {key: first_line[key] for key in ("model_hash", "dtype")}
-        save_adapter(directory, first_line["peft"], theta, base, frozen_part(first_line, run / INITIAL))
+        save_adapter(directory, first_line["peft"], theta, base_in(first_line), frozen_part(first_line, run / INITIAL))
 
 
 def difference(run: RunDirectory, first_line: dict, theta: dict[str, torch.Tensor]) -> str | None:

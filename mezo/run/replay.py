@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from rich.progress import track
 
 from mezo.errors import UserError
@@ -53,7 +54,7 @@ def rebuild(
     run = RunDirectory(directory)
     if until == "best" and not run.metrics.is_file():
         raise UserError(f"{run.metrics} is missing, which says which step was best; give --until last or a number")
-    rule = LoggedRule.of_header(first_line)
+    LoggedRule.of_header(first_line)  # a rule that is not known is said before a step that does not follow from it
     check_run(run, first_line, records)
     best = best_step(run.read_metrics()) if until == "best" else None
     if until not in ("best", "last") and not (until.isdecimal() and int(until) <= len(records)):
@@ -61,11 +62,25 @@ def rebuild(
     steps = len(records) if until == "last" else best if until == "best" else int(until)
     steps = len(records) if steps is None else steps
     _refuse_download(first_line, path, model)
+    return theta_after(first_line, directory, records[:steps], backend), first_line, steps
+
+
+def theta_after(
+    first_line: dict, directory: Path, records: Sequence[StepRecord], backend: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Theta after some steps of a run, float32 by canonical name; neither log nor steps are checked.
+
+    Args:
+        first_line: header of the log.
+        directory: of the run, for the adapter that it started from, if there was one.
+        records: of the steps, from the first on.
+        backend: of the fused ops.
+    """
     theta = {name: tensor.float() for name, tensor in initial_theta(first_line, directory / INITIAL).items()}
     theta = {name: theta[name] for name in first_line["shapes"]}
-    rebuilt = PerturbedTheta(ParamLayout(theta), [], backend, rule)
-    replay_records(rebuilt.update, records[:steps])
-    return theta, first_line, steps
+    rebuilt = PerturbedTheta(ParamLayout(theta), [], backend, LoggedRule.of_header(first_line))
+    replay_records(rebuilt.update, records)
+    return theta
 
 
 def _refuse_download(first_line: dict, path: str | Path, given: str) -> None:

@@ -11,7 +11,7 @@ from pydantic import model_validator as validates
 from typing_extensions import TypedDict
 
 from mezo.errors import UserError
-from mezo.models.spec import CORE
+from mezo.models.spec import CORE, NONE
 
 Count = Annotated[StrictInt, Ge(0), Lt(2**53)]
 """Of steps or tokens."""
@@ -73,6 +73,7 @@ class BaseHash(_Fields):
 
     model_hash: Text
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")]
+    quantization: Text = NONE
     weights: Annotated[list[Text], MaxLen(2)] = []
     theta: Annotated[list[Text], MaxLen(2)] = []
 
@@ -134,6 +135,7 @@ class Header(_Fields):
     model: Text
     model_hash: Text
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")]
+    quantization: Text = NONE
 
     @validates(mode="after")
     def _has_one_rank(self) -> "Header":

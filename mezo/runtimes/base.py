@@ -191,6 +191,18 @@ class Follower(Protocol):
         """On the second and later machines: serve until the trainer, on the first, ends it."""
 
 
+@runtime_checkable
+class Serves(Protocol):
+    """A runtime whose engine answers others too: that of mezo serve."""
+
+    def promote(self, step: int) -> None:
+        """Have others be answered by theta as it is now, from their next request on.
+
+        Args:
+            step: how many steps it has done.
+        """
+
+
 Kind = TypeVar("Kind")
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -67,13 +66,12 @@ class Logged(MeZO):
         """Go on without a log: from here on a saved state holds its tensors."""
         say(f"the log of seeds ends at step {self.steps}: {why}; checkpoints hold the optimizer's tensors from here on")
         self.close_log()
-        self.logs = False
 
     def close_log(self) -> None:
-        """Bring the log to the disk."""
+        """Bring the log to the disk; what comes after it is not in it."""
         if self.log:
             self.log.close()
-        self.log = None
+        self.log, self.logs = None, False
 
     def _changed_by_others(self) -> bool:
         if self._seen == self._storage():
@@ -170,11 +168,11 @@ def first_line(model: transformers.PreTrainedModel, optimizer: Logged, data: obj
         raise ValueError(f"a model in {dtype}")
     path = getattr(base, "name_or_path", "")
     path = os.path.abspath(path) if os.path.isdir(path) else path
-    spec = asdict(TrainedSpec(peft, shapes, path, weights_hash(weights), dtype))
+    spec = TrainedSpec(peft, shapes, path, weights_hash(weights), dtype)
     rules = {"rule": rule.header()} if rule.header() else {}
     init = {"kind": "base"} if peft is None else {"kind": "file", "file": INITIAL, "sha256": ""}
     fingerprint = f"fingerprint:{getattr(data, '_fingerprint', None) or 'unknown'}"
-    return header(optimizer.seed, fingerprint, init, {**rules, **{k: v for k, v in spec.items() if k != "frozen"}})
+    return header(optimizer.seed, fingerprint, init, {**rules, **spec.logged()})
 
 
 def begin(output_dir: str, optimizer: Logged, first: dict, leads: bool) -> None:
@@ -198,11 +196,14 @@ def begin(output_dir: str, optimizer: Logged, first: dict, leads: bool) -> None:
     optimizer.log = TrajectoryWriter(folder / "trajectory.jsonl")
 
 
-def keep(checkpoint: str, output_dir: str, optimizer: Logged) -> None:
-    """Put the log as it is now into a checkpoint."""
+def keep(checkpoint: str, output_dir: str, optimizer: Logged, leads: bool) -> None:
+    """Put the log as it is now into a checkpoint, where there is one; that of an older checkpoint there gives way."""
+    target = Path(checkpoint) / FOLDER
+    if leads:
+        shutil.rmtree(target, ignore_errors=True)
     if optimizer.log:
         optimizer.log.sync()
-        shutil.copytree(Path(output_dir) / FOLDER, Path(checkpoint) / FOLDER, dirs_exist_ok=True)
+        shutil.copytree(Path(output_dir) / FOLDER, target)
 
 
 def go_on(

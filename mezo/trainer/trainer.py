@@ -134,7 +134,7 @@ class MeZOMixin:
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Options and counts, the scheduler, and the log of seeds in place of tensors."""
         super()._save_optimizer_and_scheduler(output_dir)
-        seeds.keep(output_dir, self.args.output_dir, self._mezo)
+        seeds.keep(output_dir, self.args.output_dir, self._mezo, self.is_world_process_zero())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """The weights of a checkpoint; what they were before is kept until its log has been applied."""

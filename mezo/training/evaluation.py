@@ -18,7 +18,7 @@ from mezo.run import outcome
 from mezo.run.directory import RunDirectory
 from mezo.run.files import write_line
 from mezo.run.trajectory import StepRecord
-from mezo.runtimes.base import Runtime
+from mezo.runtimes.base import Runtime, Serves
 from mezo.training.clock import Clock
 from mezo.training.details import Decode, answers, texts
 from mezo.training.instruments import Instruments
@@ -89,6 +89,8 @@ class Evaluations:
                     outcome.save(self.run, self.runtime)
         self.log(row)
         monitor.evaluation(row)
+        if row.get("is_best") and isinstance(self.runtime, Serves):
+            self.runtime.promote(step)
         return row
 
     def _before_and_after(self) -> list[str]:

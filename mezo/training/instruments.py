@@ -84,7 +84,7 @@ class Instruments:
     def _spread(self, step: int, records: Sequence[StepRecord]) -> dict:
         measurement, method, follows = self.measurement, self.method, self.method.follow_coherence
         first, rule = measurement.first(measurement.step(step)), method.rule
-        theta, dtype = self.runtime.theta(), getattr(torch, self.runtime.spec.dtype.split(",")[0])
+        theta, dtype = self.runtime.theta(), getattr(torch, self.runtime.spec.dtype)
         if follows:  # whatever this process did before: a run that was resumed must choose as one that was not
             measurement.recent.clear()
         if follows or (measurement.group_size == 1 and measurement.recent):  # no two examples have had one z

@@ -127,6 +127,16 @@ def test_a_log_that_is_there_is_kept(tmp_path):
     assert [read_trajectory(path)[0]["run_seed"] for path in (kept, log_of(tmp_path))] == [1, 2]
 
 
+def test_training_on_in_one_process_keeps_the_tensors(tmp_path):
+    """The log ends with `train()`: what a second call does does not follow from it."""
+    trainer = make(tmp_path, max_steps=2, save_steps=2)
+    trainer.train()
+    trainer.train()
+    assert len(read_trajectory(log_of(tmp_path))[1]) == 2
+    assert not log_of(tmp_path / "checkpoint-2").exists()
+    assert torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
+
+
 class Clamp(TrainerCallback):
     """Changes weights after the second step, as a callback of a user's may."""
 

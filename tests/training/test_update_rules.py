@@ -216,3 +216,12 @@ def test_a_log_that_cannot_be_applied_is_refused(change, message, tiny_config):
     log_of(config).write_text("".join(json.dumps(values) + "\n" for values in (first, line, *rest)))
     with pytest.raises(UserError, match=message):
         rebuild(config.machine.output_dir, "last")
+
+
+def test_more_directions_than_parameters_are_refused_before_anything_is_written(tiny_config):
+    config = of(tiny_config, "aligned", num_perturbations=5000)
+    with pytest.raises(
+        UserError, match=r"--update-rule aligned: 5000 directions a step, but .* parameters are trained"
+    ):
+        train(config)
+    assert not Path(config.machine.output_dir).exists()

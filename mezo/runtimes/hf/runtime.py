@@ -17,9 +17,10 @@ from mezo.models.linear import Product, add_adapters_in_place, choose, pack, tel
 from mezo.models.load import Checkpoint
 from mezo.models.lora import as_peft_loads
 from mezo.models.parts import load_parts
+from mezo.models.quantization import library_of
+from mezo.models.spec import NONE
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Writing, decoder_of, greedy, greedy_by_decoder
-from mezo.runtimes.hf.proof import StartProof
 from mezo.runtimes.hf.rowwise import RowWise, why_not
 from mezo.runtimes.hf.scorer import Scorer
 from mezo.runtimes.reference import another_function, reference_log_probs
@@ -58,7 +59,7 @@ class HFRuntime:
         self.dtype = _dtype(model.dtype, self.device)
         self.backend = None if machine.backend == "auto" else machine.backend
         _check_backend(self.backend, self.device)
-        checkpoint = checkpoint or Checkpoint.of(model.base, model.tuning.head)
+        checkpoint = checkpoint or Checkpoint.of(model.base, model.tuning.head, model.quantization)
         self.parts, self.spec = load_parts(model, self.device, self.dtype, work.classes, checkpoint)
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
         self.pad, self.work, self.source = self._padding(pad), work, model.base
@@ -322,9 +323,9 @@ class HFRuntime:
             cache = f"trunk cache on {trunk.storage} ({trunk.nbytes / 2**20:.0f} MiB; runs {kind})"
             if trunk.full:
                 cache += "; it is full and computes rows again: raise --trunk-cache-bytes"
-        return (
-            f"{n:,} {self.parts.attached.title}, {self.dtype} base on {self.device}, {cache}{self._describe_passes()}"
-        )
+        base = str(self.dtype) if self.spec.quantization == NONE else f"{self.dtype} {self.spec.quantization}"
+        title = self.parts.attached.title
+        return f"{n:,} {title}, {base} base on {self.device}, {cache}{self._describe_passes()}"
 
     def _describe_passes(self) -> str:
         """How the perturbations of a step share forward passes, where the batch is divided among directions."""
@@ -359,7 +360,7 @@ class HFRuntime:
         if not self.adapter:
             return
         self._point([t.to(self.dtype) for t in self.master.tensors])
-        proof = StartProof(self.scorer.rows, self.pad, self.device, self.dtype)
+        proof = self.scorer.proof()
         log_probs = reference_log_probs(self.parts.model, proof.batch)
         with as_peft_loads(self.parts.model, self.adapter):
             why = proof.why_wrong(self.parts.model, log_probs)
@@ -379,13 +380,18 @@ class HFRuntime:
 def product_of(model: Model, machine: Machine, checkpoint: Checkpoint) -> Product:
     """What multiplies by the frozen weights of a model here, as --linear says or a trial decides."""
     device = _device(machine.device)
+    library = library_of(model.quantization, checkpoint.config)
+    if library:
+        if machine.runtime.linear == "packed":
+            raise UserError(f"--linear packed: the weights are quantised, {library} multiplies by them; leave it out")
+        return Product("torch", f"products of quantised weights: {library}'s")
     return choose(machine.runtime.linear, width_of(checkpoint.config), _dtype(model.dtype, device), device)
 
 
 def packs(model: Model, machine: Machine) -> bool:
     """Whether the frozen weights of a model can be packed here."""
     device = _device(machine.device)
-    return why_not_packed(_dtype(model.dtype, device), device) is None
+    return model.quantization == NONE and why_not_packed(_dtype(model.dtype, device), device) is None
 
 
 def _device(name: str) -> torch.device:

@@ -17,6 +17,7 @@ from mezo.data.example import Example
 from mezo.data.large import LargeExamples, looked_at
 from mezo.errors import UserError
 from mezo.models.parts import ModelParts
+from mezo.models.quantization import is_quantised
 from mezo.progress import say, waiting
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Decoder, refuse_too_long
@@ -301,7 +302,7 @@ class Scorer:
             UserError: there is none.
         """
         began, ways = time.perf_counter(), self._ways(with_trunk)
-        proof, refusals = StartProof(self.rows, self.pad, self.device, self.dtype), []
+        proof, refusals = self.proof(), []
         for self.trunk, self.reading in ways:
             plain = self.trunk is None and len(refusals) == len(ways) - 1
             refusal = self._why_wrong(proof, plain, use)
@@ -319,6 +320,10 @@ class Scorer:
         if self.rowwise:
             self._prove_rowwise(proof, use)
         self.seconds_proving = time.perf_counter() - began
+
+    def proof(self) -> StartProof:
+        """The rows that are compared with the model itself."""
+        return StartProof(self.rows, self.pad, self.device, self.dtype, is_quantised(self.parts.base))
 
     def _given_up(self, trunk: Trunk | None, reading: Reading) -> str:
         """What it costs to score as it is done now and not so."""

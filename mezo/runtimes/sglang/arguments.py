@@ -272,15 +272,15 @@ def placeholder_of(
 
 
 def write_placeholders(
-    scratch: Scratch, zeros: dict[str, torch.Tensor], beside: tuple[Path, ...], spec: TrainedSpec, pairs: int
+    scratch: Scratch, zeros: dict[str, torch.Tensor], beside: tuple[Path, ...], spec: TrainedSpec, slots: list[str]
 ) -> list[dict]:
-    """Adapters that reserve the slots plus0, minus0, ...; return the engine's `lora_paths`.
+    """Adapters that reserve slots; return the engine's `lora_paths`.
 
     Args:
         scratch: of the engine.
         zeros, beside: see `placeholder_of`.
         spec: what is trained.
-        pairs: perturbations held at once.
+        slots: their names.
     """
     directory = beside[0] if beside else scratch.path / "placeholder"
     directory.mkdir(exist_ok=True)
@@ -289,8 +289,7 @@ def write_placeholders(
         scratch.save(zeros, part, {"format": "pt"})
     with replacing(directory / "adapter_config.json") as part:
         part.write_text(json.dumps(complete_fields(spec.peft, zeros)))
-    names = [f"{sign}{k}" for k in range(pairs) for sign in ("plus", "minus")]
-    return [{"lora_name": name, "lora_path": str(directory), "pinned": True} for name in names]
+    return [{"lora_name": name, "lora_path": str(directory), "pinned": True} for name in slots]
 
 
 def default_dtype() -> torch.dtype:

@@ -19,6 +19,7 @@ from mezo.errors import RunError, UserError
 from mezo.method.step import Step, Update
 from mezo.models.load import Checkpoint
 from mezo.models.parts import load_parts
+from mezo.models.spec import ENGINE, NONE
 from mezo.progress import waiting
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Writing, refuse_too_long
@@ -99,7 +100,7 @@ class SGLangRuntime:
         self._parts, self.spec = load_parts(model, torch.device("cpu"), dtype, checkpoint=self.checkpoint)
         self.dtype = self.spec.dtype
         if self.options.get("quantization"):  # another base: a run is not resumed without it
-            self.spec = dataclasses.replace(self.spec, dtype=f"{self.dtype}, quantised {self.options['quantization']}")
+            self.spec = dataclasses.replace(self.spec, quantization=f"{ENGINE}{self.options['quantization']}")
         refuse_without_lora(self.checkpoint, self._served, self.spec.adapter)
         self.kv_depends, self._initial = self._parts.kv_depends, self._parts.attached.initial
         rule = work.rule
@@ -128,8 +129,9 @@ class SGLangRuntime:
             return
         began = time.perf_counter()
         frozen = {name: p.detach().float() for name, p in self._parts.attached.frozen.items()}
+        exact = self.dtype == "float32" and self.spec.quantization == NONE and not self.checkpoint.quantised
         with waiting("computing what the engine must find, on a few examples"):
-            self.proof = StartProof(self._parts, self.spec.dtype == "float32", self._all_rows(), self.pad, adapter)
+            self.proof = StartProof(self._parts, exact, self._all_rows(), self.pad, adapter)
         self._parts = None
         self.seconds_proving = time.perf_counter() - began
         self._launch()
@@ -210,7 +212,7 @@ class SGLangRuntime:
         zeros, beside = placeholder_of(self.options, self.spec, self.checkpoint)
         needed = bytes_of(zeros) + 4 * sum(map(math.prod, self.spec.shapes.values()))
         self._scratch = Scratch(self.machine.output_dir, needed, beside)
-        adapters = write_placeholders(self._scratch, zeros, beside, self.spec, self.pairs)
+        adapters = write_placeholders(self._scratch, zeros, beside, self.spec, self._slots())
         arguments = engine_arguments(
             self.runtime,
             self.work.seed,
@@ -223,12 +225,19 @@ class SGLangRuntime:
             self._requests,
         )
         with waiting(f"starting the SGLang engine on {'GPU' if accelerated() else 'CPU'}, which takes a minute or so"):
-            self.engine = EngineHandle(arguments, self._scratch)
+            self.engine = self._started(arguments)
         if self.runtime.follows:
             return
         shapes, frozen = map(json.dumps, (self.spec.shapes, self.spec.frozen))
         options = {"pairs": self.pairs, "share": self.cache.shared, "backend": self.backend, "rule": self.rule}
         self.ranks = self._call("setup", shapes=shapes, frozen=frozen, **options)
+
+    def _slots(self) -> list[str]:
+        """Names of the slots that the engine has."""
+        return [f"{sign}{k}" for k in range(self.pairs) for sign in ("plus", "minus")]
+
+    def _started(self, arguments: dict) -> EngineHandle:
+        return EngineHandle(arguments, self._scratch)
 
     def follow(self) -> None:
         """See `Follower.follow`."""
@@ -357,7 +366,8 @@ class SGLangRuntime:
         else:
             cache = f"a radix namespace for each version of theta ({self.kv_depends})"
         ranks = f"tensor parallel {self.runtime.tp}" if self.runtime.tp > 1 else "one rank"
-        return f"{n:,} LoRA parameters, {self.spec.dtype} base in SGLang, {ranks}, {cache}"
+        packed = "" if self.spec.quantization == NONE else f" {self.spec.quantization.removeprefix(ENGINE)}"
+        return f"{n:,} LoRA parameters, {self.spec.dtype}{packed} base in SGLang, {ranks}, {cache}"
 
     def close(self) -> None:
         """See `Runtime.close`."""

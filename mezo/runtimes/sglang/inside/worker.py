@@ -98,6 +98,7 @@ class Worker:
         self.rank, self.size = self.group.rank_in_group, self.group.world_size
         self.manager = scheduler.tp_worker.model_runner.lora_manager
         self.ids: dict[str, str] = {}
+        self.served: dict[str, str] = {}
 
     def gather(self, value: object) -> list:
         """The value of every rank, in order."""
@@ -121,8 +122,7 @@ class Worker:
         reason = why_kv_depends(shapes, base.num_hidden_layers, family_of(base))
         if share and reason:
             raise ValueError(f"the adapters may not share a cache: {reason}")
-        known = {ref.lora_name: lora_id for lora_id, ref in self.manager.lora_refs.items()}
-        self.ids = {f"{sign}{k}": known[f"{sign}{k}"] for k in range(pairs) for sign in ("plus", "minus")}
+        self.ids, self.served = self._ids(f"{sign}{k}" for k in range(pairs) for sign in ("plus", "minus")), {}
         self.manager.fetch_new_loras(set(self.ids.values()))
         refuse_derived(self.manager.lora_modules)
         pool = self.manager.memory_pool
@@ -135,12 +135,48 @@ class Worker:
         self.trained = {name: self.shards.get(name) or Whole(shape) for name, shape in shapes.items()}
         self.frozen = {name: torch.zeros_like(self._view(name, "plus0"), dtype=torch.float32) for name in frozen}
         self.theta = self._layouts(pairs, backend, LoggedRule.of_header({"rule": json.loads(rule)}))
-        self.copies = dict(zip(self.slots, (copy for pair in self.theta.pairs for copy in pair), strict=True))
+        self.copies = dict(zip(self.ids, (copy for pair in self.theta.pairs for copy in pair), strict=True))
         self._skip_unadapted()
         return {"elements": self.theta.master.n_elements, "dtype": str(pool.dtype), "kv_depends": reason}
 
+    def _ids(self, names: Iterable[str]) -> dict[str, str]:
+        known = {ref.lora_name: lora_id for lora_id, ref in self.manager.lora_refs.items()}
+        return {name: known[name] for name in names}
+
+    def serve(self, slots: str) -> dict:
+        """After `setup`: take further slots, for requests that are not the trainer's; so are those of the base now.
+
+        Args:
+            slots: JSON, names of the slots.
+        """
+        self.served = self._ids(json.loads(slots))
+        self.manager.fetch_new_loras({*self.ids.values(), *self.served.values()})
+        pool = self.manager.memory_pool
+        self.slots |= {name: pool.uid_to_buffer_id[lora_id] for name, lora_id in self.served.items()}
+        if seen.shared:
+            seen.shared |= set(self.served.values())
+        seen.loads.clear()
+        return {}
+
+    def place(self, slot: str, path: str) -> dict:
+        """Write an adapter to a slot of `serve`, unless a request still uses that slot.
+
+        Args:
+            slot: its name.
+            path: safetensors file of the whole adapter, float32, that rank 0 can read.
+        Returns:
+            Whether it was written.
+        """
+        self._check_slots()
+        if any(req.lora_id == self.served[slot] for req in self._in_flight()):
+            return {"placed": False}
+        full = self._broadcast(path)
+        for name, shard in self.shards.items():
+            self._view(name, slot).copy_(shard.block(full[name]))
+        return {"placed": True}
+
     def _layouts(self, pairs: int, backend: str | None, rule: LoggedRule) -> PerturbedTheta:
-        views = {slot: [self._copy(name, slot) for name in self.trained] for slot in self.slots}
+        views = {slot: [self._copy(name, slot) for name in self.trained] for slot in self.ids}
         zeros = [
             torch.zeros_like(t, dtype=torch.float32, memory_format=torch.contiguous_format) for t in views["plus0"]
         ]
@@ -165,7 +201,7 @@ class Worker:
 
     def _show_products(self, slots: Iterable[str] | None = None) -> None:
         """Write lora_B = B R of the copies of R to the slots; nothing to do where no R is trained."""
-        for slot in self.slots if slots is None else slots:
+        for slot in self.ids if slots is None else slots:
             for name, product in self._products(slot):
                 self._view(name, slot).copy_(product)
 
@@ -186,18 +222,23 @@ class Worker:
 
     def load(self, path: str) -> dict:
         """Set this rank's shard of theta from a safetensors file of full float32 tensors that rank 0 can read."""
-        full = self.group.broadcast_object(_read(path) if self.rank == 0 else None)
-        if isinstance(full, str):
-            raise ValueError(full)
+        full = self._broadcast(path)
         for name, tensor in zip(self.theta.master.names, self.theta.master.tensors, strict=True):
             tensor.copy_(self.trained[name].block(full[name]))
         for name, tensor in self.frozen.items():
             if name in full:
                 tensor.copy_(self.shards[name].block(full[name]))
-                for slot in self.slots if name.endswith("lora_A.weight") else ():
+                for slot in self.ids if name.endswith("lora_A.weight") else ():
                     self._view(name, slot).copy_(tensor)
         self.theta.forget()
         return {}
+
+    def _broadcast(self, path: str) -> dict[str, torch.Tensor]:
+        """The tensors of a file that rank 0 can read, on every rank."""
+        full = self.group.broadcast_object(_read(path) if self.rank == 0 else None)
+        if isinstance(full, str):
+            raise ValueError(full)
+        return full
 
     def save(self, path: str) -> dict:
         """Rank 0 writes theta, whole, to a safetensors file; a factor that several ranks hold must be equal on all."""
@@ -227,7 +268,7 @@ class Worker:
         then = None if values["then"] is None else Step(**values["then"])
         self.theta.update([Update(**fields) for fields in values["updates"]], then, watch=watch)
         if then is not None:
-            self._show_products(list(self.slots)[: 2 * len(then)])
+            self._show_products(list(self.ids)[: 2 * len(then)])
         _wait(device)
         return {"seconds": time.perf_counter() - began, **self.report()}
 
@@ -251,7 +292,7 @@ class Worker:
         """What the watched step wrote, compared with the reference: the first difference on this rank, or None."""
         self._check()
         differs = lambda slot: (n for n, p in self._products(slot) if not torch.equal(self._view(n, slot), p))  # noqa: E731
-        wrong = next((f"{name} of {slot} is not B R" for slot in self.slots for name in differs(slot)), None)
+        wrong = next((f"{name} of {slot} is not B R" for slot in self.ids for name in differs(slot)), None)
         return {"difference": wrong or self.theta.verify()}
 
     def end(self) -> dict:
@@ -261,23 +302,37 @@ class Worker:
 
     def report(self) -> dict:
         """Requests since the last report, by slot; those of no slot of ours are under "other"."""
-        names = {lora_id: name for name, lora_id in self.ids.items()}
+        names, users = {lora_id: name for name, lora_id in self.ids.items()}, self._users()
         counts = Counter()
         for lora_id, n in seen.requests.items():
-            counts[names.get(lora_id, "other")] += n
+            if lora_id not in users:
+                counts[names.get(lora_id, "other")] += n
         seen.requests.clear()
         self._check()
         return {"requests": counts}
 
-    def _check(self) -> None:
-        """The slots are where they were, hold what we wrote, and nothing is reading them."""
+    def _users(self) -> set[str | None]:
+        """LoRA ids of requests that are not the trainer's; None is the base."""
+        return {*self.served.values(), None} if self.served else set()
+
+    def _in_flight(self) -> "list[Req]":
+        """Requests that are not answered yet."""
         busy, last = self.scheduler, self.scheduler.last_batch
         # a batch that has just been answered is still the last one until the engine's loop comes round again
         requests = [*busy.waiting_queue, *busy.running_batch.reqs, *(last.reqs if last is not None else ())]
-        if busy.chunked_req is not None or not all(req.finished() for req in requests):
+        requests += [busy.chunked_req] if busy.chunked_req is not None else []
+        return [req for req in requests if not req.finished()]
+
+    def _check(self) -> None:
+        """The slots are where they were, hold what we wrote, and nothing of the trainer's is reading them."""
+        users = self._users()
+        if any(req.lora_id not in users for req in self._in_flight()):
             raise RuntimeError("the engine still has requests in flight")
+        self._check_slots()
+
+    def _check_slots(self) -> None:
         pool = self.manager.memory_pool
-        for name, lora_id in self.ids.items():
+        for name, lora_id in (self.ids | self.served).items():
             if seen.loads[lora_id] or pool.uid_to_buffer_id.get(lora_id) != self.slots[name]:
                 raise RuntimeError(f"adapter slot {name} was evicted by the engine: what was trained in it is gone")
 

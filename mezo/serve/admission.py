@@ -1,0 +1,229 @@
+"""When the trainer may use the engine: users first."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+LOOK = 0.5  # seconds between looks at whether the trainer was asked to stop
+PART = 0.25  # most seconds of one part of the trainer's work
+KEPT = 1000  # waits of users that are remembered of each kind
+WINDOW = 5.0  # seconds
+EVERY = 10  # of so many windows the trainer is held back in one; in every other one until there are FEW waits
+FEW = 20  # waits that the bound is first checked by
+LATEST = 200  # waits that it is checked by
+RECENT = 60.0  # seconds for which users who are gone are reckoned with
+STEPS = (0.5, 1.25)  # parts become shorter or longer by these factors where the bound is broken or held
+
+
+class Waits:
+    """How long users waited for the first thing that they got to see, in seconds.
+
+    Streams wait for their first token, other requests for their whole answer.
+
+    Args:
+        streamed: of which kind.
+    """
+
+    def __init__(self, streamed: bool):
+        self.streamed = streamed
+        self.alone: deque[float] = deque(maxlen=KEPT)  # while the trainer was held back
+        self.beside: deque[float] = deque(maxlen=KEPT)
+
+    def row(self) -> dict:
+        """What status shows."""
+        kinds = {"alone": self.alone, "beside_training": self.beside}
+        return {
+            name: {"n": len(values), **{f"p{p}": percentile(values, p / 100) for p in (50, 99) if values}}
+            for name, values in kinds.items()
+        }
+
+
+class Admission:
+    """Divides the trainer's requests into parts, and holds each back until users leave room for it.
+
+    A part that runs delays whoever comes meanwhile by what is left of it. So a part is to take at most `bound`: half of
+    `cost` times the 99th percentile of what users wait for without the trainer. Where even one request takes longer,
+    the trainer rests after it, so that only one user in a hundred finds so much of it left. No part begins while a
+    stream waits for its first token, and while users are being answered parts get half of `cost` of the time.
+
+    What users wait for without the trainer is measured: while there are users it is held back in one window of
+    `EVERY`. Where the waits in the other windows are longer than they may be all the same, `bound` is lowered.
+
+    Args:
+        cost: by how much what users wait for may grow, such as 0.1; 0: no part runs while there are users.
+        now: a clock, in seconds.
+
+    `interrupted` says whether the trainer was asked to stop: then nothing is held back any more.
+    """
+
+    def __init__(self, cost: float, now: Callable[[], float] = time.monotonic):
+        self.cost, self.now = cost, now
+        self.interrupted: Callable[[], bool] = lambda: False
+        self._changed = threading.Condition()
+        self._waiting = self._answering = 0  # streams before their first token, and all other requests of users
+        self._running, self._parts, self._size, self._scale = False, 0, 1, 1.0
+        self._credit, self._since, self._rested, self._left = 0.0, now(), 0.0, -RECENT
+        self.paused, self.requests = False, 0
+        self.seconds = dict.fromkeys(("users", "training", "held"), 0.0)
+        self.waits = {streamed: Waits(streamed) for streamed in (True, False)}
+
+    @contextmanager
+    def user(self, streamed: bool) -> Iterator["UserRequest"]:
+        """A user's request, from when it comes until it is answered."""
+        request = UserRequest(self, streamed)
+        try:
+            yield request
+            request.saw()
+        finally:
+            request.end()
+
+    def pause(self, paused: bool) -> None:
+        """Hold the trainer back until further notice, or no longer."""
+        with self._changed:
+            self.paused = paused
+            self._changed.notify_all()
+
+    @property
+    def bound(self) -> float:
+        """Seconds by which a part of the trainer's work may delay a user; no bound where no waits are known."""
+        alone = [percentile(waits.alone, 0.99) for waits in self.waits.values() if waits.alone]
+        return self._scale * self.cost / 2 * min(alone, default=float("inf"))
+
+    @property
+    def limit(self) -> float:
+        """Seconds that a part of the trainer's work may take."""
+        return min(PART, self.bound)
+
+    def parts(self, n: int) -> Iterator[slice]:
+        """Slices of `n` requests of the trainer, each when there is room; it has run when the next is asked for."""
+        start = 0
+        while start < n:
+            self._wait()
+            part = slice(start, min(n, start + self._size))
+            began = self.now()
+            try:
+                yield part
+            finally:
+                took = self._done(began)
+            sent = part.stop - part.start
+            fitting = sent * self.limit / max(took, 1e-6)  # requests that the limit would have had room for
+            if sent == 1 and self._users_about():
+                self._rested = self.now() + max(0.0, 100 * (took - self.bound) - took)
+            if fitting < sent or sent == self._size:
+                self._size = max(1, int(min(2 * self._size, fitting)))
+            start = part.stop
+
+    def row(self) -> dict:
+        """What status shows."""
+        with self._changed:
+            kinds = {"first_token": self.waits[True].row(), "whole_answer": self.waits[False].row()}
+            return {"requests": self.requests, "seconds_waited": kinds}
+
+    def _wait(self) -> None:
+        began = self.now()
+        with self._changed:
+            while not (self._room() or self.interrupted()):
+                self._changed.wait(LOOK if self._waiting or self.paused else min(LOOK, max(self.limit, 0.002)))
+                self._account()
+            self.seconds["held"] += self.now() - began
+            self._running, self._parts = True, self._parts + 1
+
+    def _done(self, began: float) -> float:
+        with self._changed:
+            self._account()
+            took = self.now() - began
+            self._running = False
+            self.seconds["training"] += took
+            if self._waiting or self._answering:
+                self._credit -= took
+        return took
+
+    def _room(self) -> bool:
+        """Whether a part may begin now."""
+        if self.paused or self._waiting or self.now() < self._rested or self._held_back():
+            return False
+        return not self._answering or self._credit > 0
+
+    def _users_about(self) -> bool:
+        return bool(self._waiting or self._answering) or self.now() - self._left < RECENT
+
+    def _held_back(self) -> bool:
+        """Whether this is a window in which it is measured what users wait for without the trainer."""
+        few = all(len(waits.alone) < FEW for waits in self.waits.values())
+        return self._users_about() and int(self.now() / WINDOW) % (2 if few else EVERY) == 0
+
+    def _account(self) -> None:
+        """The time that users were answered in gives the trainer a share of it."""
+        now = self.now()
+        if self._waiting or self._answering:
+            self.seconds["users"] += now - self._since
+            self._credit = min(self._credit + self.cost / 2 * (now - self._since), max(self.limit, 0.0))
+        self._since = now
+
+    def _check_bound(self, waits: Waits) -> None:
+        """Make parts shorter or longer after as many waits as tell whether the bound is held."""
+        if len(waits.alone) < FEW or len(waits.beside) < FEW or self.requests % FEW:
+            return
+        latest = [percentile(list(values)[-LATEST:], 0.99) for values in (waits.beside, waits.alone)]
+        self._scale = min(1.0, self._scale * STEPS[latest[0] <= (1 + self.cost) * latest[1]])
+
+
+class UserRequest:
+    """A user's request that is being answered.
+
+    Args:
+        admission: what it belongs to.
+        streamed: whether the answer is seen as it grows.
+    """
+
+    def __init__(self, admission: Admission, streamed: bool):
+        self.admission, self.streamed, self.seen = admission, streamed, False
+        with admission._changed:
+            admission._account()
+            self._count(1)
+            self.began, self.parts = admission.now(), admission._parts
+            self.alone = admission._held_back() and not admission._running
+
+    def saw(self) -> None:
+        """The user has something to see; only the first time counts."""
+        if self.seen:
+            return
+        own = self.admission
+        with own._changed:
+            own._account()
+            self._count(-1)
+            self.seen = True
+            self._count(1)
+            waits = own.waits[self.streamed]
+            alone = self.alone and self.parts == own._parts
+            (waits.alone if alone else waits.beside).append(own.now() - self.began)
+            own._check_bound(waits)
+            own._changed.notify_all()
+
+    def end(self) -> None:
+        """It is answered, or given up."""
+        own = self.admission
+        with own._changed:
+            own._account()
+            self._count(-1)
+            own.requests += 1
+            own._left = own.now()
+            own._changed.notify_all()
+
+    def _count(self, by: int) -> None:
+        if self.streamed and not self.seen:
+            self.admission._waiting += by
+        else:
+            self.admission._answering += by
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest of some values that at least a share of them does not exceed.
+
+    >>> percentile([3.0, 1.0, 2.0, 4.0], 0.5)
+    2.0
+    """
+    ordered = sorted(values)
+    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]

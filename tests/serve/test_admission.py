@@ -1,0 +1,158 @@
+"""Users first: on a clock that the test moves."""
+
+import threading
+
+import pytest
+
+from mezo.serve.admission import EVERY, FEW, PART, WINDOW, Admission, percentile
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self):
+        self.time = WINDOW  # not in a window in which training is held back
+
+    def __call__(self):
+        return self.time
+
+
+def admission(cost, alone=()):
+    clock = Clock()
+    made = Admission(cost, clock)
+    made.waits[True].alone.extend(alone)
+    return made, clock
+
+
+def sizes(made, clock, n, seconds):
+    """Lengths of the parts that n requests are divided into, each request of which takes so long."""
+    found = []
+    for part in made.parts(n):
+        found.append(part.stop - part.start)
+        clock.time += seconds * found[-1]
+    return found
+
+
+def test_parts_grow_to_the_limit_and_hold_every_request_once():
+    made, clock = admission(0.1)
+    found = sizes(made, clock, 100, PART / 10.5)
+    assert sum(found) == 100
+    assert found[:5] == [1, 2, 4, 8, 10]
+    assert max(found) == 10
+    slices = list(made.parts(7))
+    assert [i for part in slices for i in range(part.start, part.stop)] == list(range(7))
+
+
+def test_parts_become_short_where_users_wait_little():
+    made, clock = admission(0.1, alone=[0.2] * FEW)
+    assert made.limit == pytest.approx(0.1 / 2 * 0.2)
+    sizes(made, clock, 50, 0.00099)
+    assert max(sizes(made, clock, 50, 0.00099)) == 10
+
+
+def test_nothing_begins_while_a_stream_waits_for_its_first_token():
+    made, _ = admission(10.0)
+    with made.user(streamed=True) as request:
+        assert not made._room()
+        request.saw()
+        made._credit = 1.0
+        assert made._room()
+    assert made._room()
+
+
+def test_while_users_are_answered_training_gets_its_share_of_the_time():
+    made, clock = admission(0.2, alone=[100.0] * FEW)  # a limit of PART
+    clock.time = EVERY * WINDOW + WINDOW  # nor is this a window in which it is held back
+    with made.user(streamed=False):
+        assert not made._room()
+        clock.time += 1.0
+        made._account()
+        assert made._room()  # 0.1 s of credit
+        sizes(made, clock, 1, 0.25)
+        assert not made._room()
+        clock.time += 1.0
+        made._account()
+        assert not made._room()
+        clock.time += 1.0
+        made._account()
+        assert made._room()
+    assert made.seconds["users"] == pytest.approx(3.25)
+
+
+def test_without_a_cost_nothing_begins_while_anybody_is_answered():
+    made, clock = admission(0.0)
+    with made.user(streamed=False):
+        clock.time += 100.0
+        made._account()
+        assert not made._room()
+
+
+def test_training_rests_where_one_request_is_longer_than_the_bound():
+    made, clock = admission(0.1, alone=[0.2] * FEW)
+    made.waits[False].alone.extend([0.2] * FEW)
+    clock.time = 2 * EVERY * WINDOW + WINDOW
+    with made.user(streamed=True):
+        pass
+    sizes(made, clock, 1, 0.05)
+    rest = 100 * (0.05 - made.limit) - 0.05  # one user in a hundred comes while more than the limit of it is left
+    clock.time += rest - 0.01
+    assert not made._room() or made._held_back()
+    clock.time += 0.02
+    assert made._room() or made._held_back()
+
+
+def test_windows_without_training_come_while_there_are_users_alone():
+    made, clock = admission(0.1)
+    held = lambda: [made._held_back() for clock.time in [WINDOW * (i + 0.5) for i in range(2 * EVERY)]]  # noqa: E731
+    assert not any(held())
+    clock.time = 0.0
+    with made.user(streamed=True):
+        assert held() == [i % 2 == 0 for i in range(2 * EVERY)]  # few waits are known
+        made.waits[True].alone.extend([0.1] * FEW)
+        assert held() == [i % EVERY == 0 for i in range(2 * EVERY)]
+
+
+def test_a_bound_that_is_broken_makes_parts_shorter_and_longer_again():
+    made, _ = admission(0.1, alone=[0.2] * 100)
+    waits, before = made.waits[True], made.limit
+    waits.beside.extend([0.4] * 100)
+    made._check_bound(waits)
+    assert made.limit == before / 2
+    waits.beside.clear()
+    waits.beside.extend([0.2] * 100)
+    for _ in range(10):
+        made._check_bound(waits)
+    assert made.limit == before
+
+
+def test_pause_holds_and_an_interruption_lets_go():
+    made = Admission(1.0)
+    made.pause(True)
+    begun, done = threading.Event(), threading.Event()
+
+    def work():
+        for _ in made.parts(1):
+            begun.set()
+        done.set()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    assert not begun.wait(0.2)
+    made.interrupted = lambda: True
+    assert done.wait(5)
+    assert made.seconds["held"] > 0.1
+
+
+def test_a_request_that_is_given_up_is_no_longer_in_flight():
+    made, _ = admission(0.1)
+    with pytest.raises(ConnectionError), made.user(streamed=True):
+        raise ConnectionError
+    assert (made._waiting, made._answering, made.requests) == (0, 0, 1)
+    assert not made.waits[True].alone
+    assert not made.waits[True].beside
+
+
+def test_percentiles():
+    values = list(range(1, 101))
+    assert [percentile(values, share) for share in (0.01, 0.5, 0.99, 1.0)] == [1, 50, 99, 100]
+    assert percentile([5.0], 0.99) == 5.0
