@@ -1,18 +1,23 @@
 """Engines that are not ours, engines without our plugin, and what else SGLang can be asked to do."""
 
 import os
+import tempfile
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
 
+from mezo.cli.main import main
 from mezo.errors import UserError
 from mezo.run.adapter import save_adapter
 from mezo.run.export import export
 from mezo.runtimes.sglang.engine import EngineHandle, _environment, accelerated
 from mezo.runtimes.sglang.inside.handshake import ENVIRONMENT, started_by_trainer
 from mezo.runtimes.sglang.scratch import Scratch
+from tests import tiny_families
 from tests.runtimes.sglang.conftest import engine, examples, noisy, reference
+from tests.tiny_data import flags_of
 from tests.tiny_models import build
 
 CPU = {"device": "cpu", "dtype": "float32", "attention_backend": "torch_native", "sampling_backend": "pytorch",
@@ -106,6 +111,25 @@ def test_the_engines_own_reason_is_given_when_it_does_not_start(llama, own_engin
     ):
         pass
     assert "nonsense" not in capfd.readouterr().err, "the engine's output goes to its log"
+
+
+@pytest.mark.slow  # test_scratch.py: what is kept of a failed start, with processes that stand for an engine's
+def test_a_shape_that_the_engine_refuses_leaves_nothing(own_engine, tmp_path, tiny_data, capsys, monkeypatch):
+    """A width that is no multiple of 32, which SGLang pads on a CPU."""
+    model, scratch = tiny_families.save("phi3", tmp_path / "model"), tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    options = {"model": model, "train_file": tiny_data["train_file"], "prompt": "{text} It was", "runtime": "sglang"}
+    options |= {"label_words": (" terrible", " great"), "output_dir": str(tmp_path / "run"), "steps": 1}
+    options |= {"target_modules": ("o_proj", "down_proj"), "layers_to_transform": (1,)}
+    assert main(["train", *flags_of(options)]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mezo: error: ")]
+    assert len(error) == 1
+    assert "--runtime hf" in error[0] or "; see " in error[0]
+    assert not (tmp_path / "run").exists()
+    assert not [path for path in scratch.iterdir() if path.is_dir()]
+    engine_processes = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    assert not [p for p in engine_processes if str(scratch) in p.environ().get("MEZO_SGLANG", "") + str(p.cmdline())]
 
 
 def test_an_engine_sees_nothing_of_torchrun_and_its_threads_sleep_while_they_wait(monkeypatch):
