@@ -17,12 +17,13 @@ def result(losses=(), accuracies=(), n=None, **others):
     ("losses", "text"),
     [
         ((1.0, 0.9, 0.8, 0.7, 0.6), "learning: .* still falling .* mezo train --resume runs/x --steps 80"),
-        ((1.0, 0.6, 0.51, 0.50, 0.50), "learned: .* 1.0000 to 0.5000 at step 30, and is at rest"),
+        ((1.0, 0.6, 0.51, 0.50, 0.50), "learned: .* 1.0000 to 0.5000 at step 30, little is gained"),
+        ((1.0, 0.6, 0.50, 0.50, 0.505), "learned: .* 1.0000 to 0.5000 at step 20, and is at rest"),
         ((1.0, 0.6, 0.51, 0.50, 0.499), "learned: .* 1.0000 to 0.4990 at step 40, little is gained any more"),
         ((1.0, 0.6, 0.5, 0.7, 0.9), "best at step 20, 0.5000, and rose to 0.9000: lower --lr"),
         ((1.0, 1.1, 1.2, 1.3), "not learning: .* mezo tune"),
     ],
-    ids=["falling", "at_rest", "slow", "risen", "never"],
+    ids=["falling", "equal", "at_rest", "slow", "risen", "never"],
 )
 def test_the_dev_loss_says_what_to_do_next(losses, text):
     (found,) = verdicts(result(losses), "runs/x")

@@ -5,7 +5,6 @@ import pytest
 from mezo.errors import RunError, UserError
 from mezo.method.step import Step, Update
 from mezo.runtimes.base import TokenCount
-from mezo.runtimes.sglang.engine import EngineHandle
 from tests.runtimes.sglang.conftest import LAST, engine, examples, noisy, reference, worst
 
 ROUNDING = 5e-5
@@ -120,12 +119,15 @@ def trusting(monkeypatch):
 @last
 def test_adapters_that_a_batch_mixes_up_are_found_at_the_start(llama, monkeypatch):
     """Requests of several adapters reach the engine with these in another order, as a batch that mixes them would."""
-    generate = EngineHandle.generate
+    from mezo.runtimes.sglang.runtime import SGLangRuntime
 
-    def mixed(handle, *, lora_path, **request):
-        return generate(handle, lora_path=lora_path[::-1], **request)
+    generate = SGLangRuntime._generate
 
-    monkeypatch.setattr(EngineHandle, "generate", mixed)
+    def mixed(runtime, requests, *arguments, **wanted):
+        slots, ids = zip(*requests, strict=True)
+        return generate(runtime, list(zip(slots[::-1], ids, strict=True)), *arguments, **wanted)
+
+    monkeypatch.setattr(SGLangRuntime, "_generate", mixed)
     mixes = pytest.raises(UserError, match=r"adapters in one batch change each other's log-probabilities by .*allowed")
     with mixes, engine(llama, examples(8), target_modules=LAST, layers_to_transform=(2,)):
         pass
