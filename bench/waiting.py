@@ -78,14 +78,12 @@ def main() -> None:
                 for name, setting in SETTINGS.items():
                     seconds[name] += in_a_process(layers, args.steps, setting, busy)
             milliseconds = {name: 1e3 * statistics.median(each) for name, each in seconds.items()}
-            rows.append(
-                {"layers": layers, "batch": BATCH[layers], "busy_processes": busy, "milliseconds": milliseconds}
-            )
-            print(json.dumps(rows[-1]), flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(
-        json.dumps({"machine": describe(), "steps": args.rounds * args.steps, "rows": rows}, indent=1) + "\n"
-    )
+            row = {"layers": layers, "batch": BATCH[layers], "busy_processes": busy, "milliseconds": milliseconds}
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            told = {"machine": describe(), "steps": args.rounds * args.steps, "rows": rows}
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":
