@@ -25,6 +25,7 @@ from mezo.tasks import load_splits
 SETTINGS = {
     "threads that spin": {"OMP_WAIT_POLICY": "ACTIVE"},
     "the library's default": {},
+    "threads that spin shortly, then sleep": {"GOMP_SPINCOUNT": "10000"},
     "threads that sleep": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
@@ -47,7 +48,7 @@ def step_times(layers: str, steps: int) -> list[float]:
 
 def in_a_process(layers: str, steps: int, setting: dict[str, str], busy: int) -> list[float]:
     """`step_times` under a setting, beside so many processes that are always busy."""
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     environment |= {"OMP_NUM_THREADS": str(os.cpu_count()), **setting}
     others = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(busy)]
     try:

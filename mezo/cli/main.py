@@ -83,8 +83,9 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]}?" if near else ""
         return _fail(f"unknown command {argv[0]!r}: expected one of {', '.join(names)}{hint}", 2)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # before OpenMP is loaded: threads that spin where they wait take a core from whom they wait for (waiting.json)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # before OpenMP is loaded: threads that spin for long where they wait take a core from whom they wait for
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     warnings.filterwarnings("ignore", module="torchvision")  # SGLang brings it; nothing here looks at pictures
     try:
         with _ending_on_signals(), _saying_what_begins(), _leaving_no_cache():
