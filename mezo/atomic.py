@@ -27,11 +27,11 @@ def replacing(path: Path, old: bool = False) -> Iterator[Path]:
         part = Path(scratch) / "part"
         yield part
         for written in (part, *part.rglob("*")):
-            _sync(written)
+            sync(written)
         if old and path.is_dir():
             path.rename(Path(scratch) / "old")
         part.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def remove_partial(directory: Path, name: str = "") -> None:
@@ -40,7 +40,8 @@ def remove_partial(directory: Path, name: str = "") -> None:
         rmtree(left, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force what was written to a file, or the names in a directory, to the disk."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)

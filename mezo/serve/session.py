@@ -1,11 +1,10 @@
 """A run that is trained and served: its promoted version, its state, and what its end means."""
 
 import contextlib
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
+from mezo.atomic import sync
 from mezo.errors import Diverged, require
 from mezo.method.estimator import Losses
 from mezo.method.step import Update
@@ -65,7 +64,7 @@ class Session:
         """
         self._check(step)
         if self.trainer and step:  # a step that is promoted must be there after a crash too
-            _sync(self.directory.trajectory)
+            sync(self.directory.trajectory)
         self.runtime.promote_step(step, "hand")
 
     @property
@@ -111,12 +110,3 @@ class Session:
                 self.runtime.engine.check_alive()
                 time.sleep(POLL)
         return 0
-
-
-def _sync(path: Path) -> None:
-    """Force what was written to a file to the disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

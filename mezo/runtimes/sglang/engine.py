@@ -244,6 +244,7 @@ def _environment(arguments: dict) -> dict[str, str | None]:
     # a thread that waits must sleep: one that spins takes the core of the process it waits for (8.8 s for ten tiny
     # steps on two busy cores, 0.5 s asleep)
     wanted = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    hidden["GOMP_SPINCOUNT"] = None  # the command's, for its own threads, which would win over the policy
     if tp > 1:
         groups = [cores[i * share : (i + 1) * share] or cores[-1:] for i in range(tp)]
         wanted["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, group)) for group in groups)

@@ -139,7 +139,9 @@ def test_an_engine_sees_nothing_of_torchrun_and_its_threads_sleep_while_they_wai
     for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")  # as the command sets it for its own threads
     seen = _environment({"tp_size": 1})
+    assert accelerated() or seen["GOMP_SPINCOUNT"] is None
     assert {seen[name] for name in torchrun} == {None}
     assert accelerated() or seen["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
