@@ -103,6 +103,11 @@ class Checkpoint:
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory or hub id. Raises UserError if there is none."""
+    if model.endswith(".gguf") and Path(model).is_file():
+        raise UserError(
+            f"--model {model}: a GGUF file is not read as it is: have mezo.models.gguf.convert_gguf(FILE, FOLDER) write"
+            " what its weights mean as floats, and give the folder"
+        )
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():  # no hub id begins so
         raise UserError(f"--model {model}: no such directory; give one with a model in it, or a hub id like org/name")
     try:
