@@ -25,6 +25,7 @@ from mezo.errors import UserError
 from mezo.models.attention import ATTENTION
 from mezo.models.families import Family, family_of
 from mezo.models.head import module_named, trained_whole
+from mezo.models.mapped import give_back
 from mezo.models.quantization import config_of, is_quantised, quantised_by, settle, tensors_of
 from mezo.models.spec import NONE
 
@@ -103,6 +104,11 @@ class Checkpoint:
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory or hub id. Raises UserError if there is none."""
+    if model.endswith(".gguf") and Path(model).is_file():
+        raise UserError(
+            f"--model {model}: a GGUF file is not read as it is: have mezo.models.gguf.convert_gguf(FILE, FOLDER) write"
+            " what its weights mean as floats, and give the folder"
+        )
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():  # no hub id begins so
         raise UserError(f"--model {model}: no such directory; give one with a model in it, or a hub id like org/name")
     try:
@@ -162,6 +168,8 @@ def load_with_new(
     if not is_quantised(base):
         return base.eval().to(device), new
     settle(base, checkpoint.quantization, dtype)
+    if packing:  # what was quantised lies in the mapped file still
+        give_back((p for p in base.parameters() if p.device.type == "cpu" and type(p.data) is torch.Tensor), whole=True)
     return base.eval(), new
 
 
