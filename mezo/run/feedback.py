@@ -94,14 +94,18 @@ class FeedbackLog:
         """Of the lines from number `first` on, before `end`."""
         return [example for line in self._examples[first:end] for example in line]
 
-    def _write(self, line: str) -> None:
-        if self._torn:  # only who writes may
-            drop_torn_line(self.path)
-            self._torn = False
-        file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    def _write(self, lines: str) -> None:
+        """Have lines on the disk, or none of them. A machine that dies meanwhile may keep the first of several."""
+        try:
+            if self._torn:  # only who writes may
+                drop_torn_line(self.path)
+                self._torn = False
+            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written ({error.strerror})") from error
         try:
             start = os.lseek(file, 0, os.SEEK_END)
-            write_line(file, line)
+            write_line(file, lines)
             try:
                 os.fsync(file)
             except OSError as error:

@@ -184,7 +184,7 @@ class UserRequest:
             admission._account()
             self._count(1)
             self.began, self.parts = admission.now(), admission._parts
-            self.alone = admission._held_back() and not admission._running
+            self.alone = (admission.paused or admission._held_back()) and not admission._running
 
     def saw(self) -> None:
         """The user has something to see; only the first time counts."""

@@ -161,6 +161,15 @@ def test_percentiles():
     assert percentile([5.0], 0.99) == 5.0
 
 
+def test_what_is_waited_for_while_training_is_paused_is_without_training():
+    made, _ = admission(0.1)
+    for paused in (False, True):
+        made.pause(paused)
+        with made.user(streamed=True):
+            pass
+    assert [len(waits) for waits in (made.waits[True].alone, made.waits[True].beside)] == [1, 1]
+
+
 def test_signals_pause_and_resume_even_in_the_middle_of_a_change():
     made = Admission(1.0)
     before = signal.getsignal(signal.SIGUSR1)
