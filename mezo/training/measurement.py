@@ -8,7 +8,7 @@ import torch
 
 from mezo.config import Machine, Method
 from mezo.data.example import Example
-from mezo.data.large import labels_of
+from mezo.data.large import LargeExamples, labels_of
 from mezo.data.rewards import Judge
 from mezo.errors import RunError, UserError
 from mezo.method.batches import Batches
@@ -206,6 +206,8 @@ class Measurement:
         self.fed = lines
         if not further:
             return
+        if isinstance(self.examples, LargeExamples):
+            raise UserError(f"{FILE}: a training set that is read as it is drawn takes no further examples; {RESTORE}")
         require(self.runtime, Grows, "a run that was fed", other="sglang").grow("train", further)
         self.examples = [*self.examples, *further]
         self.labels = torch.as_tensor(labels_of(self.examples), dtype=torch.int64)
