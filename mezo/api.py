@@ -80,9 +80,12 @@ def _with_product_of(config: Config, first_line: dict) -> Config:
 
     Where that cannot be here, as on a GPU, torch's own product takes over.
     """
-    if config.machine.runtime.name != "hf" or config.machine.runtime.linear != "auto":
+    if config.machine.runtime.linear != "auto":
         return config
-    from mezo.runtimes.hf.runtime import has_product
+    if config.machine.runtime.name == "hf":
+        from mezo.runtimes.hf.runtime import has_product
+    else:
+        from mezo.runtimes.sglang.arguments import has_product
 
     product = first_line.get("linear", "torch")
     return config.replace(linear=product if has_product(product, config.model, config.machine) else "torch")

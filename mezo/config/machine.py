@@ -43,6 +43,8 @@ class SGLang:
     """auto: reuse keys and values of text seen before wherever that is exact; off: never."""
     deterministic: Annotated[bool, RESUMABLE] = False
     """The engine's deterministic mode, where its attention backend has one."""
+    linear: Annotated[Literal["auto", "torch", "onednn", "packed"], RESUMABLE] = "auto"
+    """See --runtime hf; here frozen weights are packed or not."""
     engine_graphs: Annotated[Literal["off", "decode", "prefill", "all"], RESUMABLE] = "off"
     """Forward passes that a GPU replays from CUDA graphs: of generated text (decode), of what is scored (prefill)."""
     engine_arg: Annotated[tuple[str, ...], RESUMABLE] = ()

@@ -54,7 +54,7 @@ class _Stack:
 
     def __init__(self, weights: list[torch.Tensor]):
         self.sizes = [len(weight) for weight in weights]
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), None)
+        self.packed = lay_out(torch.cat(weights))
         self.x: torch.Tensor | None = None
         self.version, self.outputs = -1, {}
 
@@ -65,9 +65,9 @@ class _Stack:
     def product(self, x: torch.Tensor, place: int, bias: torch.Tensor | None) -> torch.Tensor:
         """x times one of the weights; the others' outputs are kept for those that are given the same x next."""
         if len(self.sizes) == 1:
-            return _packed_product(x, self.packed, bias)
+            return packed_product(x, self.packed, bias)
         if self.x is not x or self.version != x._version or place not in self.outputs:
-            parts = _packed_product(x, self.packed, None).split(self.sizes, -1)
+            parts = packed_product(x, self.packed, None).split(self.sizes, -1)
             self.x, self.version, self.outputs = x, x._version, dict(enumerate(parts))
         out = self.outputs.pop(place)
         if not self.outputs:
@@ -207,8 +207,8 @@ def is_exact(product: str, dtype: torch.dtype) -> bool:
 def _product(name: str, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """The product by a weight, (outputs, inputs), as `Product` names it."""
     if name == "packed":
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        return lambda x: _packed_product(x, packed, None)
+        packed = lay_out(weight)
+        return lambda x: packed_product(x, packed, None)
     if name == "torch":
         return lambda x: nn.functional.linear(x, weight)
 
@@ -260,7 +260,7 @@ def onednn() -> Iterator[None]:
 
 
 def run_by_onednn(model: nn.Module) -> None:
-    """Have the linear layers of a model multiply so; those of adapters, which are too small to gain, are left alone."""
+    """Have the plain linear layers of a model multiply so; those of adapters, too small to gain, are left alone."""
     for name, module in model.named_modules():
         if type(module) in (nn.Linear, Conv1D) and ".lora_" not in name:
             module.forward = functools.partial(_by_onednn, module.forward)
@@ -366,7 +366,13 @@ def _weight_of(module: nn.Module) -> torch.Tensor:
     return weight.mT.contiguous() if isinstance(module, Conv1D) else weight
 
 
-def _packed_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def lay_out(weight: torch.Tensor) -> torch.Tensor:
+    """A weight, (outputs, inputs), in blocks as oneDNN wants them; `to_dense()` gives it back to the bit."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+
+def packed_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x, (..., inputs), times a weight of `lay_out`, plus a bias."""
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 

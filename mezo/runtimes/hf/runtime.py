@@ -100,8 +100,8 @@ class HFRuntime:
         nbytes = pack(self.parts.body, set(map(id, self.params))) if product.name == "packed" else 0
         if product.name == "packed" and not nbytes:
             product = Product("torch", "products are torch's own: this model has linear layers of its own making")
-        if product.name == "onednn":
-            run_by_onednn(self.parts.model)
+        if product.name != "torch" and why_not_by("onednn", self.dtype, self.device) is None:
+            run_by_onednn(self.parts.model)  # what is not packed: the head, or all
         if self.spec.peft is not None:
             add_adapters_in_place(self.parts.model)
         if self.device.type == "cpu":
