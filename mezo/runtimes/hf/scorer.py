@@ -22,7 +22,7 @@ from mezo.models.quantization import is_quantised
 from mezo.progress import say, waiting
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Decoder, refuse_too_long
-from mezo.runtimes.hf.passes import MOST, Layout, PaddedRows, RowsEndToEnd
+from mezo.runtimes.hf.passes import MOST, Layout, PaddedRows, Pass, RowsEndToEnd
 from mezo.runtimes.hf.proof import StartProof
 from mezo.runtimes.hf.reading import ByClassifier, ByModel, ByParts, Reading
 from mezo.runtimes.hf.rowwise import RowsLost, RowWise, why_not
@@ -212,7 +212,7 @@ class Scorer:
         numbers = [n for i in indices for n in range(starts[i], starts[i] + len(self.rows[split][i]))]
         if self.trunk and self.trunk.keep_kv:
             return self._run_of(split, numbers, batch, copies)
-        groups = self._layout(copies).groups(batch.lengths.tolist())
+        groups = self.way.layout.groups(batch.lengths.tolist())
         runs, filled = zip(
             *(
                 self._run_of(
@@ -229,16 +229,17 @@ class Scorer:
         self, split: str, numbers: Sequence[int], batch: RowBatch, copies: Sequence[int] | None
     ) -> tuple[Callable[[], torch.Tensor], int]:
         """See `_outputs`; of rows that are run together."""
+        rows = self.way.layout.of(batch)
         if self.trunk is None:
-            run, filled = functools.partial(self._full, batch, copies), 0
+            run, filled = functools.partial(self._full, batch, rows), 0
         else:
-            trunk, filled = self.trunk.hidden(split, numbers, batch, self._layout(copies).of(batch))
+            trunk, filled = self.trunk.hidden(split, numbers, batch, rows)
             run = lambda prefix=None: trunk()  # noqa: E731  a prefix has no trunk below it
         if copies is None:
             return run, filled
 
         def by_row() -> torch.Tensor:
-            with self.rowwise.using(copies) as prefix:
+            with self.rowwise.using(copies, None if self.trunk and self.trunk.keep_kv else rows) as prefix:
                 return run(prefix)
 
         return by_row, filled
@@ -247,22 +248,15 @@ class Scorer:
         """Work of filling the cache, in tokens through the whole model; keys and values count as one layer."""
         return tokens * (self.parts.first + self.trunk.keep_kv) / len(self.parts.layers)
 
-    def _full(
-        self, batch: RowBatch, copies: Sequence[int] | None, prefixes: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _full(self, batch: RowBatch, rows: Pass, prefixes: torch.Tensor | None = None) -> torch.Tensor:
         """Outputs of rows that are run through every layer."""
-        rows, prefix = self._layout(copies).of(batch), self.parts.prefix
-        inputs = rows.inputs | no_cache(self.parts.causal or self.decoder is not None)
+        prefix, inputs = self.parts.prefix, rows.inputs | no_cache(self.parts.causal or self.decoder is not None)
         if self.decoder:
             inputs["decoder_input_ids"] = batch.decoder
         if prefix:
             inputs = prefix.inputs(len(batch.ids), inputs["attention_mask"], prefixes)
         with rows.running():
             return rows.results(self.reading.outputs(rows.ids, rows.positions, **inputs))
-
-    def _layout(self, copies: Sequence[int] | None) -> Layout:
-        """How rows are run; those with copies of their own have to be told apart by every layer that is trained."""
-        return self.way.layout if copies is None else self._padded(self.way.reading)
 
     def _padded(self, reading: Reading) -> PaddedRows:
         # padding on the right is invisible to a causal layer; the model itself is told of it all the same
