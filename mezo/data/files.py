@@ -1,7 +1,9 @@
 """Rows of files in every format that `datasets` reads, of folders, of the hub, and of Python objects."""
 
 import contextlib
+import ctypes
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +19,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SMALL = 16 << 20  # bytes of JSON that are read line by line, with a message for each bad one; a larger file is mapped
+BATCH = 20_000  # rows that lie together in a table on the disk
 LARGE = 100_000  # rows of a training set, from which on it is not tokenised at the start
 FORMATS = {
     ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow",
     ".jsonl": "json", ".ndjson": "json", ".json": "json",
 }  # fmt: skip
 """By the end of a file's name."""
+MADV_DONTNEED = 4  # of Linux: pages of a file are read again where they are needed
+MAPS = "/proc/self/maps"
 MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
 """By a file's first bytes, which say more than its name."""
 SPLITS = {"train": ("train",), "dev": ("validation", "dev", "valid"), "test": ("test",)}
@@ -65,6 +70,23 @@ class Stored:
         for row in self.rows:
             yield without_empty(row)
 
+    def row(self, number: int) -> Row:
+        """One row of a table. What was mapped for it leaves memory again: with the pages around it that is a lot."""
+        row = without_empty(self.rows[number])
+        for address, length in self._mapped:
+            _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), MADV_DONTNEED)
+        return row
+
+    @functools.cached_property
+    def _mapped(self) -> list[tuple[int, int]]:
+        """(address, bytes) of what this process has mapped of the table's files; [] where the system does not say."""
+        files = {os.path.realpath(file["filename"]) for file in self.rows.cache_files}
+        if not files or not Path(MAPS).exists():
+            return []
+        lines = [line.split(maxsplit=5) for line in Path(MAPS).read_text().splitlines()]
+        ranges = [line[0].split("-") for line in lines if len(line) == 6 and line[5] in files]
+        return [(int(start, 16), int(end, 16) - int(start, 16)) for start, end in ranges]
+
     def batches(self) -> "Iterator[pyarrow.RecordBatch]":
         """A table's rows as parts of columns. Files are read and not mapped: pages that are mapped count as memory."""
         import pyarrow
@@ -76,6 +98,11 @@ class Stored:
         for file in self.rows.cache_files:
             with pyarrow.OSFile(file["filename"]) as source:
                 yield from pyarrow.ipc.open_stream(source)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def without_empty(row: Row) -> Row:
@@ -242,8 +269,20 @@ def _split_of(data: Mapping[str, "Dataset"], path: str, split: str) -> "Dataset"
 def _loaded(path: str, builder: str, **arguments: object) -> "Dataset":
     import datasets
 
-    with _as_user_error(path, {"csv": "CSV", "json": "JSON"}.get(builder, builder.capitalize())):
+    with _as_user_error(path, {"csv": "CSV", "json": "JSON"}.get(builder, builder.capitalize())), _long_batches():
         return datasets.load_dataset(builder, split="train", **arguments)
+
+
+@contextlib.contextmanager
+def _long_batches() -> Iterator[None]:
+    """Have `datasets` write batches of many rows: to open a file touches each, and what lies beside it in its pages."""
+    import datasets
+
+    before, datasets.config.DEFAULT_MAX_BATCH_SIZE = datasets.config.DEFAULT_MAX_BATCH_SIZE, BATCH
+    try:
+        yield
+    finally:
+        datasets.config.DEFAULT_MAX_BATCH_SIZE = before
 
 
 @contextlib.contextmanager
