@@ -5,12 +5,12 @@ import ctypes
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mezo.config.data import HUB, MEMORY
-from mezo.data.jsonl import parse_text, read_jsonl, refuse_binary
+from mezo.data.jsonl import parse_text, read_jsonl, refuse_binary, refuse_odd_line
 from mezo.data.task import Row
 from mezo.errors import UserError
 
@@ -174,7 +174,7 @@ def _on_disk(path: str, split: str, size: int, changed: int) -> Stored:
     if kind == "json" and size <= SMALL:
         return _of_small_json(path)
     if kind == "json":
-        return _table(path, _loaded(path, "json", data_files=path), whole=True)
+        return _table(path, _of_large_json(path), whole=True)
     if kind in ("csv", "tsv"):
         return _of_csv(path, "\t" if kind == "tsv" else ",")
     return _table(path, _loaded(path, kind, data_files=path), whole=kind == "parquet")
@@ -216,6 +216,19 @@ def _of_small_json(path: str) -> Stored:
         values = [value if isinstance(value, dict | UserError) else _no_object(path, i, value)
                   for i, value in enumerate(values)]  # fmt: skip
     return _as_table(_not_empty(Stored(path, values)))
+
+
+def _of_large_json(path: str) -> "Dataset":
+    """JSON as a table. `datasets` would make text of whatever is of another kind than in other rows: not here."""
+    from datasets.packaged_modules.json.json import JsonConfig
+
+    known = {option.name for option in fields(JsonConfig)}
+    strict = {"on_mixed_types": None} if "on_mixed_types" in known else {}  # older versions know no other way
+    try:
+        return _loaded(path, "json", data_files=path, **strict)
+    except UserError:
+        refuse_odd_line(path)
+        raise
 
 
 def _no_object(path: str, number: int, value: object) -> UserError:
@@ -299,7 +312,9 @@ def _as_user_error(path: str, kind: str) -> Iterator[None]:
         while (below := error.__cause__ or error.__context__) is not None:
             error = below
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-        remedy = "give local files" if path.startswith(HUB) else "it is damaged, half written or of mixed types: repair"
+        remedy = (
+            "give local files" if path.startswith(HUB) else "it is damaged, half written or of mixed types: repair it"
+        )
         raise UserError(f"{path} cannot be read as {kind} ({reason}): {remedy}") from None
     finally:
         datasets.logging.set_verbosity(level)

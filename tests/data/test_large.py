@@ -65,6 +65,27 @@ def test_examples_are_those_that_would_be_held(bpe, tmp_path, kind, monkeypatch)
     assert data_hash(other) != data_hash(splits)
 
 
+MIXED = {
+    "list": ({"text": ["a"], "label": 1}, "line 13: field 'text' is a list, in lines before it is text"),
+    "name": ({"text": "a", "label": "x"}, "line 13: field 'label' is text, in lines before it is a number"),
+    "truth": ({"text": "a", "label": True}, "line 13: field 'label' is true or false, in lines before it is a number"),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_types_of_a_mapped_file_are_refused_by_line(bpe, tmp_path, monkeypatch, name):
+    """`datasets` makes text of a list."""
+    set_large(monkeypatch)
+    row, message = MIXED[name]
+    with pytest.raises(UserError, match=message) as error:
+        load_splits(config_of(write(tmp_path, [*ROWS, row, *ROWS], "jsonl"), label_words=WORDS), bpe)
+    assert "\n" not in str(error.value)
+    path = tmp_path / "train.jsonl"
+    path.write_text(path.read_text()[:300])
+    with pytest.raises(UserError, match=r"line \d+ is not JSON"):
+        load_splits(config_of(str(path), label_words=WORDS), bpe)
+
+
 def mapped(data):
     """Bytes in memory of what is mapped of a table's files."""
     names = "|".join(re.escape(str(Path(file["filename"]).resolve())) for file in data.cache_files)
