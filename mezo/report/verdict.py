@@ -79,6 +79,6 @@ def _dev_size(result: Mapping[str, Any]) -> str:
     if gain <= 0:
         return f"{small}, and no step had a better one than the first: take more examples to see smaller gains"
     return (
-        f"{small}, the best is {100 * gain:.1f} above the first, which may be chance: take more examples (among steps so"
-        " near each other the loss chooses, unless --best-metric is accuracy)"
+        f"{small}, the best is {100 * gain:.1f} above the first, which may be chance: take more examples (among steps"
+        " so near each other the loss chooses, unless --best-metric is accuracy)"
     )
