@@ -65,7 +65,7 @@ def _signal(result: Mapping[str, Any]) -> str:
 
 def _dev_size(result: Mapping[str, Any]) -> str:
     """Whether the gain in dev accuracy is more than the chance of so few examples; not where texts are judged."""
-    if any(row.get(name) is not None for row in result["dev"] for name in ("reward", "f1")):
+    if any(row.get(name) is not None for row in result["dev"] for name in ("reward", "exact_match")):
         return ""  # these choose the best step, and accuracy has no part in it
     n = result.get("examples", {}).get("dev")
     accuracies = [row["accuracy"] for row in result["dev"] if row.get("accuracy") is not None]
