@@ -106,10 +106,15 @@ def install_whole(wheel: Path, place: Path, extra: str) -> tuple[Path, dict]:
 def commands_of(python: Path, folder: Path, extra: str) -> list[list[str]]:
     """What the install page says, and a run of ten steps; of an extra, what it is for."""
     sys.path.insert(0, str(ROOT))
+    from transformers import AutoTokenizer
+
     from tests.tiny_data import write_jsonl
     from tests.tiny_models import save
 
     model, data = save("llama", folder / "model"), write_jsonl(folder / "train.jsonl", 16, 0)
+    tokens = AutoTokenizer.from_pretrained(model)
+    tokens.eos_token = "<pad>"  # TRL ends texts with it
+    tokens.save_pretrained(model)
     mezo = str(python.parent / "mezo")
     words = ["--prompt", "{text} It was", "--label-words", " terrible", " great"]
     files = ["--train-file", data, "--dev-file", data, "--output-dir", str(folder / "run")]
