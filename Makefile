@@ -8,7 +8,7 @@ RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-directions bench-waiting bench-quantization test-quantization leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day test-versions clean
+.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-directions bench-waiting bench-sass bench-quantization test-quantization leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day test-versions clean
 
 demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
@@ -59,6 +59,9 @@ bench-trainer: $(READY)  ## memory of a step in transformers' Trainer, MeZO besi
 
 bench-directions: $(READY)  ## cost and gain of a direction for each group of a batch; JSON under bench/results/
 	$(VENV)/bin/python bench/directions.py --output $(RESULTS)/directions.json
+
+bench-sass: $(READY)  ## instructions, registers and limits of the kernels for an H100, counted in machine code; no GPU needed
+	$(VENV)/bin/python bench/sass.py --output bench/results/model/sass.json
 
 bench-waiting: $(READY)  ## a step whose threads spin or sleep where they wait, beside busy processes; JSON under bench/results/
 	$(VENV)/bin/python bench/waiting.py --output $(RESULTS)/waiting.json
