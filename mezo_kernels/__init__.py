@@ -4,7 +4,7 @@ from mezo_kernels.dispatch import available_backends
 from mezo_kernels.layout import ParamLayout, ParamSlot, canonical_name
 from mezo_kernels.ops import perturb_, rademacher, rule_step_, standard_normal, step_
 from mezo_kernels.philox import Z_STREAM_VERSION, lora_init, perturbation_seed, tensor_id
-from mezo_kernels.plan import Plan
+from mezo_kernels.plan import Plan, Recorded, RulePlan
 from mezo_kernels.products import inner_products
 from mezo_kernels.rms import root_mean_square
 from mezo_kernels.rules import Rule, RuleUpdate
@@ -15,7 +15,9 @@ __all__ = [
     "ParamLayout",
     "ParamSlot",
     "Plan",
+    "Recorded",
     "Rule",
+    "RulePlan",
     "RuleUpdate",
     "VerifyRow",
     "available_backends",

@@ -142,20 +142,45 @@ def _function(op: str, backend: str | None, device: torch.device) -> Callable:
     return getattr(_module(backend, device), op)
 
 
-def prepare_step(
-    backend: str | None,
-    theta: list[torch.Tensor],
-    plus: list[torch.Tensor],
-    minus: list[torch.Tensor],
-    geometry: list[torch.Tensor],
-) -> Callable[..., None]:
-    """`step_` of a backend as a function of (updates, next_seeds, eps, distribution), on tensors that stay in place.
+def prepare(op: str, backend: str | None, theta: list[torch.Tensor], *rest: Any) -> Callable[..., None]:
+    """An op of a backend as a function of what changes from step to step, on tensors that stay in place.
 
-    A backend may have a `prepare_step` of its own, of the other arguments, that looks at the tensors once.
+    A backend may have a function for it (`prepare_step` of `step_`) that looks at the tensors once.
+
+    Args:
+        op: its name.
+        backend: its name, or None to choose by device.
+        theta, rest: the backend's first arguments, all that stay.
     """
     module = _module(backend, theta[0].device)
-    prepare = getattr(module, "prepare_step", functools.partial(functools.partial, module.step_))
-    return prepare(theta, plus, minus, geometry)
+    function = functools.partial(functools.partial, getattr(module, op))
+    return getattr(module, f"prepare_{op.removesuffix('_')}", function)(theta, *rest)
+
+
+class _Kept:
+    """Numbers of a step on the host, for a backend without a buffer of them."""
+
+    def __init__(self, run: Callable, distribution: str):
+        self.run, self.distribution = run, distribution
+
+    def write(self, updates: list[tuple], next_seeds: list[int], eps: float) -> None:
+        self.numbers = updates, next_seeds, eps
+
+    def launch(self) -> None:
+        self.run(*self.numbers, self.distribution)
+
+
+def buffered(run: Callable, n_updates: int, n_pairs: int, distribution: str) -> Any:
+    """A prepared `step_` that takes its numbers from where `write` puts them, and runs at `launch`.
+
+    Args:
+        run: of `prepare`; a backend's may have a `buffered` of its own, of the other arguments.
+        n_updates, n_pairs: of every step.
+        distribution: of z.
+    """
+    if hasattr(run, "buffered"):
+        return run.buffered(n_updates, n_pairs, distribution)
+    return _Kept(run, distribution)
 
 
 def _seeds(words: Sequence[int]) -> list[int]:

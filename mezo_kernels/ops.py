@@ -148,15 +148,7 @@ def rule_step_(
     """
     _check(distribution, backend, layout.device, layout.names[0])
     _check_state(layout, rule, state)
-    numbers, all_seeds = [], []
-    for update in updates:
-        _check_update(update)
-        rate, root = rule.rate(update.lr, update.t)
-        _finite("learning rate", rate)
-        last = len(update.seeds) - 1
-        for k, (seed, weight) in enumerate(zip(update.seeds, update.weights, strict=True)):
-            all_seeds.append(check_seed(seed))
-            numbers += [float(weight), float(k == last), rate, float(update.decay), root]
+    rows = _rule_rows(rule, updates)
     seeds, plus, minus = _pairs(layout, next_seed, eps, plus, minus)
     arguments = (
         layout.tensors,
@@ -166,8 +158,8 @@ def rule_step_(
         [layout.geometry, *(one.geometry for one in (*state, *plus, *minus))],
         KINDS[rule.kind],
         rule.constants,
-        halves(all_seeds),
-        numbers,
+        halves([seed for seed, *_ in rows]),
+        [number for _, *numbers in rows for number in numbers],
         halves(seeds),
         float(eps or 0.0),
         distribution,
@@ -291,6 +283,19 @@ def _check_targets(layout: ParamLayout, targets: Sequence[ParamLayout]) -> None:
         if target.device != layout.device:
             name = layout.names[0]
             raise ValueError(f"{name}: plus and minus must be on {layout.device} like theta, got {target.device}")
+
+
+def _rule_rows(rule: Rule, updates: Sequence[RuleUpdate]) -> list[tuple[int, float, float, float, float, float]]:
+    """(seed, weight, 1 if it is the last of its update, rate, decay, root) of each z, checked."""
+    rows = []
+    for update in updates:
+        _check_update(update)
+        rate, root = rule.rate(update.lr, update.t)
+        _finite("learning rate", rate)
+        last = len(update.seeds) - 1
+        for k, (seed, weight) in enumerate(zip(update.seeds, update.weights, strict=True)):
+            rows.append((check_seed(seed), float(weight), float(k == last), rate, float(update.decay), root))
+    return rows
 
 
 def _check_update(update: RuleUpdate) -> None:

@@ -39,7 +39,8 @@ def trained_whole(base: nn.Module, new: Collection[str]) -> tuple[str, ...]:
         new: names of its parameters that the checkpoint lacks.
     """
     beside = [n for n, part in base.named_children() if part is not base.base_model and [*part.parameters()]]
-    return (*beside, *(["pooler"] if any("pooler" in name.split(".") for name in new) else []))
+    pooler = ["pooler"] if any("pooler" in name.split(".") for name in new) else []
+    return tuple(dict.fromkeys([*beside, *pooler]))  # a deberta's pooler is beside its transformer
 
 
 def module_named(model: nn.Module, name: str) -> nn.Module:

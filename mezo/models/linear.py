@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from mezo.errors import UserError
+from mezo.models.mapped import give_back
 from mezo.progress import say
 
 SMALLEST = 256  # width of a model below which calls cost more than products
@@ -299,6 +300,7 @@ def pack(body: nn.Module, trained: set[int]) -> int:
         for place, module in enumerate(group):
             parent, _, child = chosen[module].rpartition(".")
             setattr(body.get_submodule(parent), child, PackedLinear(stack, place, module))
+            give_back([module.weight])
             module.weight = None
     return nbytes
 

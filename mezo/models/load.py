@@ -1,6 +1,7 @@
 """Base models and tokenizers from transformers."""
 
 import hashlib
+import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from mezo.errors import UserError
 from mezo.models.attention import ATTENTION
 from mezo.models.families import Family, family_of
 from mezo.models.head import module_named, trained_whole
-from mezo.models.quantization import config_of, is_quantised, quantised_by, settle, tensors_of
+from mezo.models.mapped import give_back
+from mezo.models.quantization import config_of, is_quantised, quantised_by, restoring, settle, tensors_of
 from mezo.models.spec import NONE
 
 ADAPTER = "adapter_config.json"
@@ -103,6 +105,11 @@ class Checkpoint:
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory or hub id. Raises UserError if there is none."""
+    if model.endswith(".gguf") and Path(model).is_file():
+        raise UserError(
+            f"--model {model}: a GGUF file is not read as it is: have mezo.models.gguf.convert_gguf(FILE, FOLDER) write"
+            " what its weights mean as floats, and give the folder"
+        )
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():  # no hub id begins so
         raise UserError(f"--model {model}: no such directory; give one with a model in it, or a hub id like org/name")
     try:
@@ -150,9 +157,13 @@ def load_with_new(
     if checkpoint.head == "classification":  # a head of other classes is made anew
         options |= {"num_labels": classes or checkpoint.config.num_labels, "ignore_mismatched_sizes": True}
     if packing or checkpoint.quantised:  # packed weights are not moved afterwards
-        options |= {"device_map": {"": device}} | ({"quantization_config": packing} if packing else {})
+        options |= {"device_map": {"": device}}
     try:
-        base, seen = auto.from_pretrained(checkpoint.name, output_loading_info=True, **options)
+        if config := packing or restoring(checkpoint.quantised):
+            options |= {"quantization_config": config}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You passed `quantization_config`")  # of a checkpoint that has one
+            base, seen = auto.from_pretrained(checkpoint.name, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError) as error:  # ImportError: a quantised checkpoint without its library
         raise _unloadable(checkpoint.name, error) from error
     if base._hf_peft_config_loaded:  # of a hub id, whose files are not looked at before
@@ -162,6 +173,8 @@ def load_with_new(
     if not is_quantised(base):
         return base.eval().to(device), new
     settle(base, checkpoint.quantization, dtype)
+    if packing:  # what was quantised lies in the mapped file still
+        give_back((p for p in base.parameters() if p.device.type == "cpu" and type(p.data) is torch.Tensor), whole=True)
     return base.eval(), new
 
 

@@ -9,7 +9,7 @@ import torch
 
 from mezo.method.rules.logged import LoggedRule
 from mezo.method.step import Step, Update
-from mezo_kernels import ParamLayout, Plan, RuleUpdate, rule_step_
+from mezo_kernels import ParamLayout, Plan, RulePlan, RuleUpdate
 
 Pairs = list[tuple[ParamLayout, ParamLayout]]
 
@@ -44,7 +44,7 @@ class PerturbedTheta:
         self.state = [master.like([torch.zeros_like(t) for t in master.tensors]) for _ in range(moments)]
         self.count = 0  # updates applied, as Adam counts them
         self._groups = self._grouped()
-        self._plans: dict[tuple, Plan] = {}
+        self._plans: dict[tuple, Plan | RulePlan] = {}
         self.watched, self._watched, self._watches = watched, None, 0
         self._held: Step | None = None
 
@@ -106,7 +106,7 @@ class PerturbedTheta:
     def _pass(self, updates: Sequence[Update], step: Step | None = None, places: slice = slice(0)) -> None:
         """One fused pass: updates, then the pairs at `places`, whose perturbations have one eps."""
         following = (list(step.seeds), step.eps[0]) if step else ()
-        for i, (decays, master, state, pairs) in enumerate(self._groups):
+        for i, (decays, *_) in enumerate(self._groups):
             applied = updates if decays else [dataclasses.replace(update, decay=1.0) for update in updates]
             kernel = self.logged.kernel(decays)
             if kernel is None:
@@ -115,17 +115,19 @@ class PerturbedTheta:
                 continue
             numbered = enumerate(applied, self.count + 1)
             steps = [RuleUpdate(u.seeds, u.coefficients, u.lr, t, u.decay) for t, u in numbered]
-            targets = (*following, *_signs(pairs[places])) if step else ()
-            options = {"distribution": self.rule.distribution, "backend": self.backend}
-            rule_step_(master, kernel, state, steps, *targets, **options)
+            self._plan(i, places).step_(steps, *following)
 
-    def _plan(self, group: int, places: slice) -> Plan:
-        """Of the plain steps of one group, which write the pairs at `places`."""
+    def _plan(self, group: int, places: slice) -> Plan | RulePlan:
+        """Of the steps of one group, which write the pairs at `places`."""
         key = group, places.start, places.stop
         if key not in self._plans:
-            _, master, _, pairs = self._groups[group]
+            decays, master, state, pairs = self._groups[group]
+            kernel, targets = self.logged.kernel(decays), _signs(pairs[places])
             options = {"distribution": self.rule.distribution, "backend": self.backend}
-            self._plans[key] = Plan(master, *_signs(pairs[places]), **options)
+            if kernel is None:
+                self._plans[key] = Plan(master, *targets, **options)
+            else:
+                self._plans[key] = RulePlan(master, kernel, state, *targets, **options)
         return self._plans[key]
 
     def restore(self) -> None:

@@ -1,6 +1,8 @@
 """Steps by a rule with state, compiled for CPUs with numba: the loops of `step.py`, and the rule on each chunk."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -129,12 +131,29 @@ def rule_step_(
     distribution: str,
 ) -> None:
     """Apply updates by a rule, then write theta +- eps z(next_seed) for each pair; arguments as in `reference`."""
+    prepare_rule_step(theta, state, plus, minus, geometry, kind, constants)(updates, next_seeds, eps, distribution)
+
+
+def prepare_rule_step(
+    theta: list[torch.Tensor],
+    state: list[torch.Tensor],
+    plus: list[torch.Tensor],
+    minus: list[torch.Tensor],
+    geometry: list[torch.Tensor],
+    kind: int,
+    constants: list[float],
+) -> Callable:
+    """`rule_step_` of these tensors, which must stay where they are: a function of its other arguments."""
     n, states = len(theta), len(state) // len(theta)
     # a rule's states (m, v) stand before the first pair; momentum's one state stands twice
     items, n_elements = _items(theta, [*state[:n], *plus], [*state[-n:], *minus] if state else minus, geometry)
+    return functools.partial(_rule_step, items, n_elements, kind, states, np.array(constants, F))
+
+
+def _rule_step(items, n_elements, kind, states, constants, updates, next_seeds, eps, distribution) -> None:
     numbers = np.array([row[1:] for row in updates], F).reshape(-1, 5)
     passes = step._keys([row[0] for row in updates]), numbers, step._keys(next_seeds)
-    arguments = (kind, states, np.array(constants, F), *passes, F(eps), STREAMS[distribution])
+    arguments = (kind, states, constants, *passes, F(eps), STREAMS[distribution])
     threads = step._threads(items, n_elements * max(1, len(updates) + len(next_seeds)))
     if threads == 1:
         _rule_items(items, 0, len(items), np.empty(RULE_SCRATCH + 16, F), 0, *arguments)

@@ -2,7 +2,8 @@
 
 Every opcode that is run is in `OPCODES` by its full name. What is not there is refused before anything runs: operations
 on floats that are contracted (`fma.rn.f32`) or that ptxas may contract (`mul.f32`, without its own rounding), flushes
-of subnormals, approximations, instructions that nobody wrote down here.
+of subnormals, approximations, instructions that nobody wrote down here. Inline assembly may have what is in `INLINE`
+too: somebody wrote it, and showed what it gives.
 """
 
 import functools
@@ -19,6 +20,7 @@ FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
 UNSET = 0xFFC0DEADFFC0DEAD  # of a register that nobody wrote, a NaN; half of a packed one may stay so
 
 
+@functools.cache
 def dtype(kind: str) -> np.dtype:
     """numpy's of a PTX type such as "u32" or "pred"; bits without a meaning (b32) are unsigned."""
     if kind == "pred":
@@ -50,7 +52,7 @@ class Machine:
         self.registers = {"%ctaid.x": self.program_of, "%tid.x": self.thread_of}
         self.shared = Shared(grid, program.shared)
         for instruction in itertools.chain(*program.blocks):
-            if instruction.opcode not in OPCODES:
+            if instruction.opcode not in OPCODES and not (instruction.inline and instruction.opcode in INLINE):
                 raise UnknownOpcodeError(f"{instruction.line}: {_refusal(instruction.opcode)}")
 
     def run(self) -> None:
@@ -60,20 +62,24 @@ class Machine:
             while (block := int(at.min())) < len(self.program.blocks):
                 here = at == block
                 at[here] = block + 1
+                chosen = None if here.all() else here
                 for instruction in self.program.blocks[block]:
-                    mask = self._mask(instruction, here)
+                    mask = self._mask(instruction, chosen)
                     try:
-                        target = OPCODES[instruction.opcode](self, instruction, mask)
+                        run = OPCODES.get(instruction.opcode) or INLINE[instruction.opcode]
+                        target = run(self, instruction, mask)
                     except Exception as error:
                         error.add_note(f"in {instruction.opcode} of {instruction.line}")
                         raise
                     if target is not None:
-                        at[mask] = target
+                        at[slice(None) if mask is None else mask] = target
 
-    def _mask(self, instruction: Instruction, here: np.ndarray) -> np.ndarray:
+    def _mask(self, instruction: Instruction, here: np.ndarray | None) -> np.ndarray | None:
+        """The threads that an instruction is for; None is all of them."""
         if not instruction.guard:
             return here
-        return here & (self.read(instruction.guard, dtype("pred")) == instruction.wanted)
+        wanted = self.all(self.read(instruction.guard, dtype("pred")) == instruction.wanted)
+        return wanted if here is None else here & wanted
 
     def read(self, operand: str, kind: np.dtype) -> np.ndarray:
         """A register or a number as an array of one element, where all threads have the same, or of all threads."""
@@ -86,18 +92,20 @@ class Machine:
             value = value.astype(UNSIGNED[8 * kind.itemsize])
         return value.view(kind)
 
-    def write(self, register: str, value: np.ndarray, mask: np.ndarray) -> None:
+    def write(self, register: str, value: np.ndarray, mask: np.ndarray | None) -> None:
         """Set a register of the threads in `mask`; a wider one is extended by the value's sign, if it has one."""
         bits = self.program.bits[register.rstrip("0123456789")]
         if bits == 1:
             value = np.asarray(value, bool)
         else:
-            signed = np.issubdtype(value.dtype, np.signedinteger)
-            value = value if signed else value.view(UNSIGNED[8 * value.itemsize])
-            if 8 * value.itemsize > bits:
-                raise ValueError(f"{register} has {bits} bits, the value {8 * value.itemsize}")
-            value = value.astype(dtype(f"{'s' if signed else 'u'}{bits}"), copy=False).view(UNSIGNED[bits])
-        if not mask.all():
+            signed, width = value.dtype.kind == "i", 8 * value.itemsize
+            if width > bits:
+                raise ValueError(f"{register} has {bits} bits, the value {width}")
+            value = value if signed else value.view(UNSIGNED[width])
+            if width < bits:
+                value = value.astype(SIGNED[bits] if signed else UNSIGNED[bits])
+            value = value.view(UNSIGNED[bits])
+        if mask is not None:
             value = np.where(mask, value, self.registers.get(register, unset(value.dtype)))
         self.registers[register] = value
 
@@ -111,6 +119,7 @@ class Machine:
         return np.broadcast_to(value, self.n)
 
 
+@functools.cache
 def unset(kind: np.dtype) -> np.ndarray:
     """What a register holds that nobody wrote."""
     return np.array([UNSET], np.uint64).astype(kind)
@@ -137,16 +146,19 @@ def _refusal(opcode: str) -> str:
     return f"the opcode {opcode} is not known to mezo_kernels.ptx"
 
 
-OPCODES: dict[str, Callable[[Machine, Instruction, np.ndarray], int | None]] = {}
-"""Full name -> (machine, instruction, mask of the threads that it is for) -> the block that they go on with, if not the
-next one."""
+Mask = np.ndarray | None
+OPCODES: dict[str, Callable[[Machine, Instruction, Mask], int | None]] = {}
+"""Full name -> (machine, instruction, mask of the threads that it is for, None of all) -> the block that they go on
+with, if not the next one."""
+INLINE: dict[str, Callable[[Machine, Instruction, Mask], int | None]] = {}
+"""As `OPCODES`, of what inline assembly alone may have."""
 
 
 def _elementwise(function: Callable, to: str, *kinds: str) -> Callable:
     """An instruction that makes one register of others, each element by itself."""
     sources, result = [dtype(kind) for kind in kinds], dtype(to)
 
-    def run(machine: Machine, instruction: Instruction, mask: np.ndarray) -> None:
+    def run(machine: Machine, instruction: Instruction, mask: Mask) -> None:
         first, *rest = instruction.operands
         values = [machine.read(operand, kind) for operand, kind in zip(rest, sources, strict=True)]
         machine.write(first, np.asarray(function(*values)).astype(result, copy=False), mask)
@@ -209,11 +221,38 @@ def _packed(function: Callable, *pairs: np.ndarray) -> np.ndarray:
     return low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
 
 
+def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c of float32, rounded once.
+
+    The product is exact in float64. Where the sum is not, its last bit is set, so that the second rounding, to float32,
+    sees on which side of a tie it was (rounding to odd; Boldo and Melquiond 2008).
+
+    >>> one = np.float32(1)
+    >>> fused(one + 2**-23, one - 2**-23, -one) == -np.float32(2.0**-46)
+    True
+    """
+    product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
+    total = np.asarray(product + c)
+    # what the addition lost (Knuth's TwoSum)
+    part = total - product
+    lost = (product - (total - part)) + (c - part)
+    bits = total.view(np.int64)
+    towards_zero = (lost < 0) == (total > 0)
+    odd = np.where(bits & 1, bits, bits + np.where(towards_zero, -1, 1))
+    return np.where((lost != 0) & np.isfinite(total), odd, bits).view(np.float64).astype(np.float32)
+
+
+def reciprocal_root(x: np.ndarray) -> np.ndarray:
+    """1 / sqrt(x) of float32, rounded; a device's is a few units in the last place off. Subnormals count as zero."""
+    x = np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
+    return (1 / np.sqrt(x.astype(np.float64))).astype(np.float32)
+
+
 def _select(a: np.ndarray, b: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     return np.where(chosen, a, b)
 
 
-def _move(machine: Machine, instruction: Instruction, mask: np.ndarray) -> None:
+def _move(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     """A register, or one to several narrower ones, or several to a wider one, the low part first."""
     bits = int(instruction.opcode[-2:])
     to, source = instruction.operands
@@ -239,53 +278,55 @@ def _names(opcode: str, operand: str | list[str]) -> list[str]:
     return names
 
 
-def _load_parameter(machine: Machine, instruction: Instruction, mask: np.ndarray) -> None:
+def _load_parameter(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     to, (name, _) = instruction.operands
     value = machine.parameters[int(name.rpartition("_")[2])]
     machine.write(to, value.view(dtype(instruction.opcode.rpartition(".")[2])), mask)
 
 
-def _load(machine: Machine, instruction: Instruction, mask: np.ndarray) -> None:
+def _load(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     names, place = _names(instruction.opcode, instruction.operands[0]), instruction.operands[1]
     bits, shared = int(instruction.opcode[-2:]), ".shared" in instruction.opcode
-    if not mask.any():
+    if mask is not None and not mask.any():
         return
-    address = machine.address(place, "u32" if shared else "u64")[mask]
+    chosen = slice(None) if mask is None else mask
+    address = machine.address(place, "u32" if shared else "u64")[chosen]
     if shared:
-        found = machine.shared.load(machine.program_of[mask], machine.thread_of[mask], address, len(names), bits)
+        found = machine.shared.load(machine.program_of[chosen], machine.thread_of[chosen], address, len(names), bits)
     else:
         found = machine.memory.load(address, len(names), bits)
     for name, column in zip(names, found.T, strict=True):
         value = np.zeros(machine.n, found.dtype)
-        value[mask] = column
+        value[chosen] = column
         machine.write(name, value, mask)
 
 
-def _store(machine: Machine, instruction: Instruction, mask: np.ndarray) -> None:
+def _store(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     place, names = instruction.operands[0], _names(instruction.opcode, instruction.operands[1])
     kind, shared = dtype(f"b{instruction.opcode[-2:]}"), ".shared" in instruction.opcode
-    if not mask.any():
+    if mask is not None and not mask.any():
         return
-    values = np.stack([machine.all(machine.read(name, kind))[mask] for name in names], 1)
-    address = machine.address(place, "u32" if shared else "u64")[mask]
+    chosen = slice(None) if mask is None else mask
+    values = np.stack([machine.all(machine.read(name, kind))[chosen] for name in names], 1)
+    address = machine.address(place, "u32" if shared else "u64")[chosen]
     if shared:
-        machine.shared.store(machine.program_of[mask], machine.thread_of[mask], address, values)
+        machine.shared.store(machine.program_of[chosen], machine.thread_of[chosen], address, values)
     else:
         machine.memory.store(address, values)
 
 
-def _barrier(machine: Machine, instruction: Instruction, mask: np.ndarray) -> None:
-    waiting = mask.reshape(-1, machine.program.threads)
+def _barrier(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    waiting = machine.all(np.ones(1, bool) if mask is None else mask).reshape(-1, machine.program.threads)
     if (waiting.any(1) != waiting.all(1)).any():
         raise ValueError("some threads of a program wait at a barrier that others have passed by")
     machine.shared.barrier(waiting.any(1))
 
 
-def _branch(machine: Machine, instruction: Instruction, mask: np.ndarray) -> int:
+def _branch(machine: Machine, instruction: Instruction, mask: Mask) -> int:
     return machine.program.labels[instruction.operands[0]]
 
 
-def _return(machine: Machine, instruction: Instruction, mask: np.ndarray) -> int:
+def _return(machine: Machine, instruction: Instruction, mask: Mask) -> int:
     return len(machine.program.blocks)
 
 
@@ -339,6 +380,8 @@ def _fill_floats() -> None:
         OPCODES[f"{name}.rn.f32x2"] = _elementwise(functools.partial(_packed, function), "b64", "b64", "b64")
     OPCODES["div.rn.f32"] = _elementwise(np.divide, "f32", "f32", "f32")
     OPCODES["sqrt.rn.f32"] = _elementwise(np.sqrt, "f32", "f32")
+    INLINE["fma.rn.f32"] = _elementwise(fused, "f32", "f32", "f32", "f32")
+    INLINE["rsqrt.approx.ftz.f32"] = _elementwise(reciprocal_root, "f32", "f32")
     OPCODES["neg.f32"] = _elementwise(np.negative, "f32", "f32")
     for comparison, function in COMPARISONS.items():
         if comparison != "ne":  # of a NaN false, unlike numpy's

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,9 +24,28 @@ def _run(function: Callable, tensors: list[torch.Tensor] | None, *arguments: Any
     return function(*arguments)
 
 
-def prepare_step(*arguments: Any) -> Callable:
+class _Prepared:
+    """A prepared op of the backend."""
+
+    def __init__(self, function: Callable, tensors: list[torch.Tensor]):
+        self._function, self._tensors = function, tensors
+
+    def __call__(self, *arguments: Any) -> None:
+        _run(self._function, self._tensors, *arguments)
+
+    def buffered(self, *arguments: Any) -> SimpleNamespace:
+        made = self._function.buffered(*arguments)
+        return SimpleNamespace(write=made.write, launch=functools.partial(_run, made.launch, self._tensors))
+
+
+def prepare_step(*arguments: Any) -> _Prepared:
     """That of the backend."""
-    return functools.partial(_run, backend.prepare_step(*arguments), _floats(arguments))
+    return _Prepared(backend.prepare_step(*arguments), _floats(arguments))
+
+
+def prepare_rule_step(*arguments: Any) -> _Prepared:
+    """That of the backend."""
+    return _Prepared(backend.prepare_rule_step(*arguments), _floats(arguments))
 
 
 def __getattr__(op: str) -> Any:

@@ -15,6 +15,7 @@ class Instruction:
         guard: the predicate register without which a thread passes over it, or "".
         wanted: the value that the guard must have.
         line: of the source, such as "tile.py:120", or "".
+        inline: somebody wrote it, as inline assembly; the compiler did not make it.
     """
 
     opcode: str
@@ -22,6 +23,7 @@ class Instruction:
     guard: str
     wanted: bool
     line: str
+    inline: bool
 
 
 @dataclass(frozen=True)
@@ -55,36 +57,42 @@ def parse(ptx: str, shared: int) -> Program:
     if ptx.count(".entry") != 1 or not (threads := re.search(r"\.reqntid (\d+)", ptx)):
         raise ValueError("expected the PTX of one kernel, with one .entry and its .reqntid")
     body = ptx[ptx.index("{", ptx.index(".entry")) + 1 : ptx.rindex("}")]
-    declared = re.findall(r"\.reg \.(\w+)\s+(%\w+)<", body)
-    bits = {prefix: 1 if kind == "pred" else int(kind[1:]) for kind, prefix in declared}
+    declared = re.findall(r"\.reg \.(\w+)\s+([^<;]+)[<;]", body)
+    bits = {
+        name.strip().rstrip("0123456789"): 1 if kind == "pred" else int(kind[1:])
+        for kind, names in declared
+        for name in names.split(",")
+    }
     blocks, labels = [[]], {}
-    for statement, line in _statements(body):
+    for statement, line, inline in _statements(body):
         if statement.endswith(":"):
             labels[statement[:-1]] = len(blocks)
             blocks.append([])
             continue
-        blocks[-1].append(_instruction(statement, line))
+        blocks[-1].append(_instruction(statement, line, inline))
         if blocks[-1][-1].opcode.startswith(("bra", "ret")):
             blocks.append([])
     return Program(blocks, labels, bits, int(threads[1]), shared)
 
 
-def _statements(body: str) -> Iterator[tuple[str, str]]:
-    """(label or instruction, line of the source that it comes from)."""
-    line = ""
+def _statements(body: str) -> Iterator[tuple[str, str, bool]]:
+    """(label or instruction, line of the source that it comes from, whether it is inline assembly)."""
+    line, inline = "", False
     for text in body.splitlines():
         code, _, comment = text.partition("//")
-        if code.lstrip().startswith(".loc"):
+        if comment.strip() in ("begin inline asm", "end inline asm"):
+            inline = comment.strip().startswith("begin")
+        elif code.lstrip().startswith(".loc"):
             line = (re.search(r"[\w.]+:\d+", comment) or [""])[0]
         elif code.strip() not in "{}":  # the scope of inline assembly
             found = (part.strip() for part in code.split(";"))
-            yield from ((part, line) for part in found if part and not part.startswith("."))
+            yield from ((part, line, inline) for part in found if part and not part.startswith("."))
 
 
-def _instruction(statement: str, line: str) -> Instruction:
+def _instruction(statement: str, line: str, inline: bool) -> Instruction:
     negated, guard, opcode, rest = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([\w.:]+)\s*(.*)", statement).groups()
     parts = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s{}\[\]]+", rest)
-    return Instruction(opcode, tuple(map(_operand, parts)), guard or "", not negated, line)
+    return Instruction(opcode, tuple(map(_operand, parts)), guard or "", not negated, line, inline)
 
 
 def _operand(text: str):

@@ -1,5 +1,7 @@
 """Steps by a rule with state: read the master and its state once, update in registers, write all once."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -10,11 +12,12 @@ import triton.language as tl
 from mezo_kernels.layout import AddressCache
 from mezo_kernels.philox import STREAMS
 from mezo_kernels.triton import table
-from mezo_kernels.triton.step import _draw
-from mezo_kernels.triton.tile import BY_ROW, FLAT, GENERAL, load, locate, parts, store, tile_of
+from mezo_kernels.triton.step import draw_of
+from mezo_kernels.triton.tile import BY_ROW, FLAT, GENERAL, load, locate, parts, store, tensor_id, tile_of
 
 MOMENTUM, ADAM = tl.constexpr(0), tl.constexpr(1)
-COLUMNS = tl.constexpr(4)  # int64 a row: seed, (weight, last), (rate, decay), (root, -), as bits of float32
+# int64 a row: seed, (weight, last), (rate, decay), (root, -), as bits of float32; of a pair seed, (eps, -), -, -
+COLUMNS = tl.constexpr(4)
 
 
 @triton.jit
@@ -29,11 +32,12 @@ def _high(value_ptr):
 
 @triton.jit
 def _rule_tile(
-    slot_ptr, row, unit, part, values_ptr, n_rows, n_pairs, eps, beta1, rest1, beta2, rest2, adam_eps, l2,
+    slot_ptr, row, unit, part, values_ptr, n_rows, n_pairs, beta1, rest1, beta2, rest2, adam_eps, l2,
     RULE: tl.constexpr, STATES: tl.constexpr, STREAM: tl.constexpr, TARGET: tl.constexpr,
     MODE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     quad, at = locate(slot_ptr, row, unit, part, MODE, WIDTH, BLOCK_SIZE)
+    tag = tensor_id(slot_ptr)
     theta = load(slot_ptr, 0, at, 0, MODE, WIDTH)
     g = tl.zeros_like(theta)
     m, v = g, g
@@ -45,7 +49,7 @@ def _rule_tile(
     for k in range(n_rows):
         row_ptr = values_ptr + COLUMNS * k
         # g <- g + (w * z)
-        g = g + _low(row_ptr + 1) * _draw(quad, slot_ptr, row_ptr, STREAM, WIDTH)
+        g = g + _low(row_ptr + 1) * draw_of(row_ptr, quad, tag, STREAM, WIDTH)
         if _high(row_ptr + 1) != 0.0:
             rate, decay, root = _low(row_ptr + 2), _high(row_ptr + 2), _low(row_ptr + 3)
             if RULE == MOMENTUM:
@@ -73,20 +77,21 @@ def _rule_tile(
     FIRST: tl.constexpr = 3 if STATES > 0 else 1
     for k in range(n_pairs):
         # plus, minus <- theta +- (eps * z)
-        move = eps * _draw(quad, slot_ptr, values_ptr + COLUMNS * (n_rows + k), STREAM, WIDTH)
+        row_ptr = values_ptr + COLUMNS * (n_rows + k)
+        move = _low(row_ptr + 1) * draw_of(row_ptr, quad, tag, STREAM, WIDTH)
         store(slot_ptr, FIRST + 2 * k, theta + move, at, TARGET, MODE, WIDTH)
         store(slot_ptr, FIRST + 1 + 2 * k, theta - move, at, TARGET, MODE, WIDTH)
 
 
 @triton.jit(do_not_specialize=["columns", "n_rows", "n_pairs"])
 def _rule_step_kernel(
-    slots_ptr, tiles_ptr, columns, values_ptr, n_rows, n_pairs, eps, beta1, rest1, beta2, rest2, adam_eps, l2,
+    slots_ptr, tiles_ptr, columns, values_ptr, n_rows, n_pairs, beta1, rest1, beta2, rest2, adam_eps, l2,
     RULE: tl.constexpr, STATES: tl.constexpr, STREAM: tl.constexpr, TARGET: tl.constexpr,
     MODE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     slot_ptr, mode, row, unit = tile_of(slots_ptr, tiles_ptr, columns, pid)
-    work = values_ptr, n_rows, n_pairs, eps, beta1, rest1, beta2, rest2, adam_eps, l2
+    work = values_ptr, n_rows, n_pairs, beta1, rest1, beta2, rest2, adam_eps, l2
     if MODE == FLAT or mode == FLAT:
         _rule_tile(slot_ptr, row, unit, 0, *work, RULE, STATES, STREAM, TARGET, FLAT, WIDTH, BLOCK_SIZE)
     elif mode == BY_ROW:
@@ -119,17 +124,41 @@ def rule_step_(
     distribution: str,
 ) -> None:
     """Apply updates by a rule, then write theta +- eps z(next_seed) for each pair; arguments as in `reference`."""
-    n, states = len(theta), len(state) // len(theta)
+    prepare_rule_step(theta, state, plus, minus, geometry, kind, constants)(updates, next_seeds, eps, distribution)
+
+
+def prepare_rule_step(
+    theta: list[torch.Tensor],
+    state: list[torch.Tensor],
+    plus: list[torch.Tensor],
+    minus: list[torch.Tensor],
+    geometry: list[torch.Tensor],
+    kind: int,
+    constants: list[float],
+) -> Callable:
+    """`rule_step_` of these tensors, which must stay where they are: a function of its other arguments."""
+    n = len(theta)
     if state:
         made = _tables_with_state(theta, [*state[:n], *plus], [*state[-n:], *minus], geometry)
     else:
         made = _tables(theta, plus, minus, geometry)
-    values = np.zeros((max(1, len(updates) + len(next_seeds)), 4), np.uint64)
-    values[: len(updates) + len(next_seeds), 0] = [*(update[0] for update in updates), *next_seeds]
-    numbers = np.zeros((len(updates), 6), np.float32)
-    numbers[:, :5] = np.array([update[1:] for update in updates], np.float32).reshape(-1, 5)
-    values[: len(updates), 1:] = numbers.view(np.uint64)
+    return functools.partial(_rule_step, made, kind, len(state) // n, constants)
+
+
+def _rule_step(made: table.Table, kind, states, constants, updates, next_seeds, eps, distribution) -> None:
+    values = table.values_on(_values(updates, next_seeds, eps), made.slots.device)
     made.launch(
-        _rule_step_kernel, table.values_on(values, theta[0].device), len(updates), len(next_seeds), eps, *constants,
+        _rule_step_kernel, values, len(updates), len(next_seeds), *constants,
         RULE=kind, STATES=states, STREAM=STREAMS[distribution], TARGET=made.target,
     )  # fmt: skip
+
+
+def _values(updates: list[tuple], next_seeds: list[int], eps: float) -> np.ndarray:
+    """Per-step values, uint64 [updates + pairs, COLUMNS]."""
+    n, values = len(updates), np.zeros((max(1, len(updates) + len(next_seeds)), 4), np.uint64)
+    values[: n + len(next_seeds), 0] = [*(update[0] for update in updates), *next_seeds]
+    numbers = np.zeros((n, 6), np.float32)
+    numbers[:, :5] = np.array([update[1:] for update in updates], np.float32).reshape(-1, 5)
+    values[:n, 1:] = numbers.view(np.uint64)
+    values[n:, 1] = table.bits(eps, 0.0)
+    return values

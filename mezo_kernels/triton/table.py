@@ -2,8 +2,9 @@
 
 `slots`, int64, one row a parameter: its header (columns below), then (address, dtype, row stride, column stride) of
 theta and of every plus and minus. `tiles`, int64, one row a program: (4 * slot + mode, row, unit), the unit of the
-parameter it starts at. Both depend on the layout alone: they are built once and kept until an address changes. Seeds
-and coefficients travel apart (`step_values`, or kernel arguments), in types that do not depend on their values.
+parameter it starts at. A large layout that is FLAT but for a few tiles has two lists of tiles, and takes two launches.
+Tables depend on the layout alone: they are built once and kept until an address changes. Seeds and coefficients travel
+apart (`step_values`, or kernel arguments), in types that do not depend on their values.
 """
 
 import contextlib
@@ -23,6 +24,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # 16 elements a lane: enough loads in flight, few enough registers. The interpreter pays 8 ms a program instead
 BLOCK_SIZE = 8192 if INTERPRETED else 2048
 PART = BLOCK_SIZE if INTERPRETED else 512  # elements of a GENERAL tile at a time: addresses take registers too
+# FLAT tiles from which on they get a launch of their own beside others: 2 million elements, some 10 us of a GPU
+MANY = 1024
 # HIP counts the threads of a grid in 32 bits; even, so that every part of the tiles is aligned to 16 bytes
 MAX_PROGRAMS = 1 << 23
 # every float32 operation of the z stream is rounded on its own, so nothing may be contracted
@@ -46,18 +49,31 @@ MIXED = 3
 
 
 @dataclass(frozen=True)
+class Launch:
+    """Tiles that one kernel does.
+
+    Args:
+        tiles: on the device.
+        mode: FLAT, or ANY where there are others too.
+        width: elements of a unit.
+    """
+
+    tiles: torch.Tensor
+    mode: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Table:
-    """What a launch needs to know of a layout: device tables, and the constants that its kernels are compiled for.
+    """What launches need to know of a layout: device tables, and the constants that its kernels are compiled for.
 
     `compiled` holds these kernels: Triton takes 15 us to find one by its arguments.
     """
 
     slots: torch.Tensor
-    tiles: torch.Tensor
+    launches: tuple[Launch, ...]
     theta: int  # dtype code
     target: int  # dtype code of plus and minus
-    mode: int
-    width: int
     compiled: dict = field(default_factory=dict, compare=False)
 
     def launch(self, kernel: Callable, *arguments: Any, **constants: int) -> None:
@@ -66,20 +82,22 @@ class Table:
         Args:
             kernel: a `triton.jit` function.
             arguments: tensors and numbers, which may differ from step to step.
-            constants: what the kernel is compiled for, beside the mode and width of this table; in its own order.
+            constants: what the kernel is compiled for, beside the mode and width of the tiles; in its own order.
         Raises:
             ValueError: this Triton would change the bits of z on this device.
         """
-        constants |= {"MODE": self.mode, "WIDTH": self.width, "BLOCK_SIZE": BLOCK_SIZE, "PART": PART}
-        columns, key = self.slots.shape[1], (kernel, *constants.values())
+        columns = self.slots.shape[1]
         with on_device(self.slots.device):
-            for tiles in self.tiles.split(MAX_PROGRAMS) if len(self.tiles) > MAX_PROGRAMS else (self.tiles,):
-                if compiled := self.compiled.get(key):
-                    # what Triton would find again: no argument but these constants chooses another kernel
-                    compiled[(len(tiles), 1, 1)](self.slots, tiles, columns, *arguments, *constants.values())
-                else:
-                    run = kernel[(len(tiles),)]
-                    self.compiled[key] = run(self.slots, tiles, columns, *arguments, **constants, **LAUNCH)
+            for one in self.launches:
+                own = constants | {"MODE": one.mode, "WIDTH": one.width, "BLOCK_SIZE": BLOCK_SIZE, "PART": PART}
+                key = (kernel, *own.values())
+                for tiles in one.tiles.split(MAX_PROGRAMS) if len(one.tiles) > MAX_PROGRAMS else (one.tiles,):
+                    if compiled := self.compiled.get(key):
+                        # what Triton would find again: no argument but these constants chooses another kernel
+                        compiled[(len(tiles), 1, 1)](self.slots, tiles, columns, *arguments, *own.values())
+                    else:
+                        run = kernel[(len(tiles),)]
+                        self.compiled[key] = run(self.slots, tiles, columns, *arguments, **own, **LAUNCH)
 
 
 def on_device(device: torch.device):
@@ -120,17 +138,13 @@ def build(
     targets = [[t for k in range(i, len(plus), n) for t in (plus[k], minus[k])] for i in range(n)]
     rows = [row[layout.TENSOR_ID :] for row in geometry.tolist()]
     blocks = [_block(rows[i], [theta[i], *targets[i]]) for i in range(n)]
-    width = _width(blocks)
-    modes = [block.mode(width) for block in blocks]
     slots = [[*block.header, *(value for storage in block.storages for value in storage)] for block in blocks]
-    tiles = np.concatenate([_tiles(i, modes[i], blocks[i], width) for i in range(n)])
+    device = theta[0].device
     return Table(
-        slots=torch.tensor(slots, dtype=torch.int64).to(theta[0].device),
-        tiles=torch.from_numpy(tiles).to(theta[0].device),
+        slots=torch.tensor(slots, dtype=torch.int64).to(device),
+        launches=tuple(Launch(torch.from_numpy(tiles).to(device), *kind) for tiles, *kind in _launches(blocks)),
         theta=dtype(theta),
         target=dtype([*plus, *minus] or theta),
-        mode=ANY if (tiles[:, 0] & 3).any() else FLAT,
-        width=width,
     )
 
 
@@ -167,10 +181,32 @@ def _block(row: list[int], tensors: list[torch.Tensor]) -> _Block:
     return _Block((tensor_id, first_index, rows, cols, full_cols, early), storages)
 
 
+def _launches(blocks: list[_Block]) -> list[tuple[np.ndarray, int, int]]:
+    """(tiles, mode, width) of each launch.
+
+    One parameter of odd size must not cost all others their kernel, which needs fewer registers and, in 16 bits, makes
+    128-bit accesses. Below MANY tiles a second launch would cost more.
+    """
+    wide, width = 8 if _narrow(blocks) else 4, _width(blocks)
+    fast = [_tiles(i, FLAT, block, wide) for i, block in enumerate(blocks) if block.mode(wide) == FLAT]
+    flat = np.concatenate([np.zeros((0, 3), np.int64), *fast])
+    last, flat = flat[flat[:, 0] & 3 != FLAT], flat[flat[:, 0] & 3 == FLAT]
+    rest = [(i, block) for i, block in enumerate(blocks) if block.mode(wide) != FLAT]
+    if len(flat) < MANY or not (rest or len(last)):
+        tiles = np.concatenate([_tiles(i, block.mode(width), block, width) for i, block in enumerate(blocks)])
+        return [(tiles, ANY if (tiles[:, 0] & 3).any() else FLAT, width)]
+    width = _width([block for _, block in rest])
+    others = [last, *(_tiles(i, block.mode(width), block, width) for i, block in rest)]
+    return [(flat, FLAT, wide), (np.concatenate(others), ANY, width)]
+
+
+def _narrow(blocks: list[_Block]) -> bool:
+    return any(storage[DTYPE] != DTYPES[torch.float32] for block in blocks for storage in block.storages)
+
+
 def _width(blocks: list[_Block]) -> int:
     """Elements of a unit: 8 where 16-bit storage wants them for 128-bit accesses, unless it makes a block GENERAL."""
-    narrow = any(storage[DTYPE] != DTYPES[torch.float32] for block in blocks for storage in block.storages)
-    return 8 if narrow and all(block.mode(8) == block.mode(4) for block in blocks) else 4
+    return 8 if _narrow(blocks) and all(block.mode(8) == block.mode(4) for block in blocks) else 4
 
 
 def _tiles(slot: int, mode: int, block: _Block, width: int) -> np.ndarray:
@@ -203,19 +239,28 @@ def int32_halves(value: int) -> tuple[int, int]:
     return tuple(np.array([value], np.uint64).view(np.int32).tolist())
 
 
-def step_values(updates: list[tuple[int, float, float]], next_seeds: list[int], device: torch.device) -> torch.Tensor:
-    """Per-step values on the device, int64 [updates + pairs, 2]: (seed, coefficient bits | decay bits << 32).
+def bits(*numbers: float) -> np.ndarray:
+    """float32 numbers as kernels take them, two in each uint64, the first one low.
+
+    >>> [f"{both:016x}" for both in bits(1.0, -2.0).tolist()]
+    ['c00000003f800000']
+    """
+    return np.array(numbers, np.float32).view(np.uint64)
+
+
+def step_values(updates: list[tuple[int, float, float]], next_seeds: list[int], eps: float) -> np.ndarray:
+    """Per-step values, uint64 [updates + pairs, 2]: (seed, coefficient bits | decay bits << 32), then (seed, eps bits).
 
     Args:
         updates: (seed, coefficient, decay) each, float32 numbers.
-        next_seeds: seed of each pair; they stand after the updates.
-        device: where the kernel runs.
+        next_seeds: seed of each pair.
+        eps: float32.
     """
     values = np.zeros((max(1, len(updates) + len(next_seeds)), 2), np.uint64)
     values[: len(updates) + len(next_seeds), 0] = [*(seed for seed, _, _ in updates), *next_seeds]
-    numbers = np.array([update[1:] for update in updates], np.float32).reshape(-1, 2)
-    values[: len(updates), 1] = numbers.view(np.uint64)[:, 0]
-    return values_on(values, device)
+    values[: len(updates), 1] = bits(*(number for update in updates for number in update[1:]))
+    values[len(updates) :, 1] = bits(eps, 0.0)
+    return values
 
 
 def values_on(values: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -224,7 +269,8 @@ def values_on(values: np.ndarray, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return values
     if torch.cuda.is_current_stream_capturing():
-        # a captured copy would read host memory again at every replay; a captured fill carries its value
+        # a captured copy would read host memory again at every replay; a captured fill carries its value. A graph whose
+        # values change from replay to replay has them in a buffer: `Plan.recorded`
         captured = torch.empty(values.shape, dtype=torch.int64, device=device)
         for cell, value in zip(captured.view(-1).unbind(), values.view(-1).tolist(), strict=True):
             cell.fill_(value)

@@ -60,7 +60,7 @@ def locate(slot_ptr, row, unit, part, MODE: tl.constexpr, WIDTH: tl.constexpr, B
     if MODE == FLAT:
         # 32-bit offsets from one 64-bit origin
         quad = (tl.load(slot_ptr + FIRST_INDEX) >> 2) + (unit + lane) * (WIDTH // 4)
-        left = tl.minimum(units_per_row - unit, UNITS).to(tl.int32)
+        left = tl.minimum(units_per_row - unit, MAX_UNITS).to(tl.int32)
         at = unit * WIDTH, lane, lane * WIDTH, (lane < left)[:, None]
     else:
         quad, at = _locate_in_rows(slot_ptr, row, unit, lane, units_per_row, MODE, WIDTH)

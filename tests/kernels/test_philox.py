@@ -21,6 +21,8 @@ NORMALS = [
     (9223372036854775813, "w", 6, ["bf468888", "3f2508c5", "bc206dec", "bfb90498"]),
     (7, "w", 17179869187, ["3f5d4d2d", "bfac7daa", "3f694c1f", "3ceaf4d8"]),
     (0, "w", 0, ["be94eb10", "3ea2c2e5", "bf5fa60f", "3fc4f48d"]),
+    # a word that becomes u = 1 has the radius -0, not 0
+    (0, "w", 19962192, ["3fc50493", "40029c30", "80000000", "00000000"]),
 ]
 BACKENDS = available_backends("cpu")
 
@@ -42,7 +44,9 @@ def test_philox_of_tensors_is_philox_of_integers():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("seed", "name", "start", "expected"), NORMALS, ids=["q_proj", "seed>2^63", "i>2^34", "zero"])
+@pytest.mark.parametrize(
+    ("seed", "name", "start", "expected"), NORMALS, ids=["q_proj", "seed>2^63", "i>2^34", "zero", "u=1"]
+)
 def test_normal_vectors(seed, name, start, expected, backend):
     assert hexadecimal(standard_normal(seed, name, start, 4, backend=backend)) == expected
 

@@ -1,11 +1,11 @@
-"""`Plan`: the bits of `step_`, for a part of its host work."""
+"""`Plan`, `RulePlan` and `Recorded`: the bits of `step_` and `rule_step_`, for a part of their host work."""
 
 import timeit
 
 import pytest
 import torch
 
-from mezo_kernels import ParamLayout, Plan, step_
+from mezo_kernels import ParamLayout, Plan, Rule, RulePlan, RuleUpdate, rule_step_, step_
 
 numba_step = pytest.importorskip("mezo_kernels.numba.step")
 UPDATES = [(2**64 - 1, 0.02, 0.999), (5, -0.5)]
@@ -46,9 +46,48 @@ def test_one_pair_and_none():
     assert bits([theta, plus, minus]) == bits([expected, *targets[:2]])
 
 
+RULES = [Rule("momentum"), Rule("adam", 0.9, 0.99, 1e-6, l2=0.1), Rule("adamw"), Rule("sign")]
+STEPS = [RuleUpdate([2**64 - 1, 5], [0.5, -0.25], lr=0.01, t=1, decay=0.99), RuleUpdate([6], [1.0], lr=0.02, t=2)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
+@pytest.mark.parametrize("backend", ["reference", "numba", "triton"])
+def test_a_plan_of_a_rule_gives_the_bits_of_rule_step(backend, rule):
+    ours, theirs = layouts(count=2), layouts(count=2)
+    states = [[own[0].like([torch.zeros_like(t) for t in own[0].tensors]) for _ in range(rule.states)]
+              for own in (ours, theirs)]  # fmt: skip
+    plan = RulePlan(ours[0], rule, states[0], ours[1:3], ours[3:], backend=backend)
+    for updates, seeds in ((STEPS, [7, 9]), (STEPS[:1], [2**63, 1]), (STEPS, None)):
+        following = (seeds, 1e-3) if seeds else ()
+        plan.step_(updates, *following)
+        targets = (*following, theirs[1:3], theirs[3:]) if seeds else ()
+        rule_step_(theirs[0], rule, states[1], updates, *targets, backend="reference")
+        assert bits([*ours, *states[0]]) == bits([*theirs, *states[1]])
+
+
+@pytest.mark.parametrize("backend", ["reference", "numba", "triton"])
+def test_a_recorded_step_takes_the_numbers_that_were_set_last(backend):
+    ours, theirs = layouts(), layouts()
+    step = Plan(ours[0], ours[1:3], ours[3:], backend=backend).recorded(3)
+    for updates, decay, seeds, eps in (
+        (UPDATES, 0.5, [7, 9], 1e-3),
+        ([], 1.0, [2**63, 1], 1e-2),
+        ([(3, 0.1)], 1.0, [1, 2], 0.5),
+    ):
+        step.set(updates, decay, seeds, eps)
+        for _ in range(2):
+            step.launch()
+            step_(theirs[0], updates, decay, seeds, eps, theirs[1:3], theirs[3:], backend="reference")
+        assert bits(ours) == bits(theirs)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda a, b, c: Plan(a).recorded(0), "room for an update"),
+        (lambda a, b, c: Plan(a).recorded(1).set([(1, 0.1)], 0.5), "at most 1 updates.*got 2 and 0"),
+        (lambda a, b, c: Plan(a, b, c).recorded(1).set([(1, 0.1)]), "and 1 seeds, got 1 and 0"),
+        (lambda a, b, c: RulePlan(a, Rule("adam"), [], b, c), "keeps 2 layouts of state, got 0"),
         (lambda a, b, c: Plan(a, b, c).step_([], next_seed=[1, 2], eps=0.1), "1 pairs of plus and minus, got 2 seeds"),
         (lambda a, b, c: Plan(a).step_([], next_seed=1, eps=0.1), "0 pairs of plus and minus, got 1 seeds"),
         (lambda a, b, c: Plan(a, b, c).step_([], next_seed=1), "eps must be"),

@@ -322,4 +322,5 @@ def test_table_is_built_once_for_a_layout(device, monkeypatch):
 def test_fast_paths_are_taken_where_alignment_allows(slot, dtype, mode, width):
     one = layout([slot], dtype, "cpu")
     made = table.build(one.tensors, [], [], one.geometry)
-    assert ((made.tiles[:, 0] & 3).tolist(), made.width) == ([mode] * len(made.tiles), width)
+    (one,) = made.launches
+    assert ((one.tiles[:, 0] & 3).tolist(), one.width) == ([mode] * len(one.tiles), width)

@@ -59,6 +59,11 @@ def test_a_model_that_makes_no_text_is_refused(tmp_path, refused):
     assert refused(tmp_path / "model").endswith("use a model that continues text, fills masks or answers by a decoder")
 
 
+def test_a_gguf_file_is_refused_with_what_makes_a_model_of_it(tmp_path, refused):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert refused(tmp_path / "model.gguf").endswith("write what its weights mean as floats, and give the folder")
+
+
 @pytest.mark.parametrize(("family", "auto"), [("llama", AutoModel), ("bert", AutoModel)])
 def test_a_checkpoint_without_its_head_is_refused(family, auto, tmp_path, refused):
     """transformers would draw the head at random, another one at each load."""

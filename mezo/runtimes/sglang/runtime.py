@@ -49,6 +49,7 @@ from mezo.runtimes.sglang.scratch import Scratch, bytes_of
 from mezo.runtimes.sglang.support import (
     model_class,
     refuse_inexact,
+    refuse_packed,
     refuse_small_shared_memory,
     refuse_window,
     refuse_without_lora,
@@ -91,9 +92,10 @@ class SGLangRuntime:
         self.options = engine_options(self.runtime)
         self.checkpoint = checkpoint or Checkpoint.of(model.base)
         if self.checkpoint.masked:
-            raise UserError(f"--model {model.base} fills masks, which SGLang does not score: use --runtime hf")
+            raise UserError(f"--model {model.base}: it fills masks, which SGLang does not score: use --runtime hf")
         self._served = model_class(self.checkpoint)
         refuse_inexact(self.checkpoint, self._served)
+        refuse_packed(self.checkpoint, self.options)
         check_heads(self.runtime.tp, self.checkpoint)
         refuse_small_shared_memory(self.runtime.tp, shutil.disk_usage("/dev/shm").free)
         self.pairs = pairs_of(work.perturbations, self.options)

@@ -67,6 +67,28 @@ def refuse_inexact(checkpoint: Checkpoint, served: type) -> None:
         )
 
 
+def refuse_packed(checkpoint: Checkpoint, options: dict) -> None:
+    """Raise UserError if the engine would hold quantised weights that it cannot multiply by on this machine.
+
+    On a CPU its products of these are kernels for AMX in its kernel package, which has no build for CPUs.
+
+    Args:
+        checkpoint: of the model.
+        options: `engine_options`.
+    """
+    asked, held = options.get("quantization"), checkpoint.quantised
+    packed = held is not None or asked not in (None, "unquant")
+    if not packed or accelerated() or _has_amx():
+        return
+    which = f"--engine-arg quantization={asked}" if asked else f"--model {checkpoint.name}"
+    what = "" if asked else f"its weights are quantised ({held}), and "
+    remedy = "--runtime hf" if held else "--runtime hf with --quantization int8"
+    raise UserError(
+        f"{which}: {what}SGLang multiplies by quantised weights on a CPU only with AMX and its kernel package: use"
+        f" {remedy}"
+    )
+
+
 def refuse_without_lora(checkpoint: Checkpoint, served: type, names: Iterable[str]) -> None:
     """Raise UserError if SGLang cannot hold a trained parameter as LoRA.
 
@@ -166,6 +188,12 @@ def _registered() -> dict[str, type]:
         registry = importlib.import_module("sglang.srt.models.registry").ModelRegistry
         registry.get_supported_archs()
         return registry.models
+
+
+def _has_amx() -> bool:
+    """Whether SGLang finds AMX and, in its kernel package, kernels for it."""
+    with engine_environment(), _quiet():
+        return importlib.import_module("sglang.srt.utils").cpu_has_amx_support()
 
 
 def _has_sizes(stack: str, config: PretrainedConfig) -> bool:

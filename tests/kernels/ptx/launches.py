@@ -29,10 +29,19 @@ class OnCuda(torch.Tensor):
 
 
 class Cuda:
-    """What happened: ("launch", grid, current device, stream) and ("copy", pinned, non_blocking)."""
+    """What happened: ("launch", grid, current device, stream) and ("copy", pinned, non_blocking).
+
+    While `capturing` a launch joins the `graph` and does not run.
+    """
 
     def __init__(self):
+        self.graph = []
         self.events, self.current, self.stream, self.capturing = [], 0, 7, False
+
+    def replay(self) -> None:
+        """Run what was captured, with the arguments of then."""
+        for launch in self.graph:
+            launch()
 
     def launches(self) -> list[tuple]:
         return [event for event in self.events if event[0] == "launch"]
@@ -57,7 +66,10 @@ def cuda(monkeypatch) -> Cuda:
 
         def run(grid, y, z, stream, *arguments):
             state.events.append(("launch", grid, state.current, stream))
-            launch(grid, y, z, stream, *arguments)
+            if state.capturing:
+                state.graph.append(functools.partial(launch, grid, y, z, stream, *arguments))
+            else:
+                launch(grid, y, z, stream, *arguments)
 
         return run
 
@@ -73,19 +85,22 @@ def cuda(monkeypatch) -> Cuda:
         state.keep = [*getattr(state, "keep", []), pinned]
         return pinned
 
-    def empty(*shape, device=None, **options):
-        return (
-            make(*shape, **options).as_subclass(OnCuda) if device == DEVICE else make(*shape, device=device, **options)
-        )
+    def on_cuda(make):
+        def made(*shape, device=None, **options):
+            if device != DEVICE:
+                return make(*shape, device=device, **options)
+            return make(*shape, **options).as_subclass(OnCuda)
 
-    make = torch.empty
+        return made
+
     for name, value in {
         "torch.cuda.device": guard,
         "torch.cuda.is_current_stream_capturing": lambda: state.capturing,
         "torch.cuda.get_device_capability": lambda device: (9, 0),
         "torch.Tensor.to": move,
         "torch.Tensor.pin_memory": pin,
-        "torch.empty": empty,
+        "torch.empty": on_cuda(torch.empty),
+        "torch.zeros": on_cuda(torch.zeros),
     }.items():
         monkeypatch.setattr(name, value)
     monkeypatch.setattr(device, "launcher_cls", recording)
@@ -164,8 +179,37 @@ def test_a_captured_call_copies_nothing_from_the_host(cuda, i):
     call()
     assert len(cuda.launches()) == 1
     assert not cuda.copies()
+    cuda.replay()
     for ours, theirs in zip(theta.tensors, expected.tensors, strict=True):
         assert torch.equal(ours.as_subclass(torch.Tensor), theirs.as_subclass(torch.Tensor))
+
+
+def test_a_graph_takes_the_numbers_that_were_set_last(cuda):
+    """One captured launch, replayed with other contents of its buffer: the bits of `step_` with these numbers."""
+    ours = master()
+    ours_plus, ours_minus = copies(ours)
+    theirs, plus, minus = (
+        mk.ParamLayout(
+            {name: t.as_subclass(torch.Tensor).clone() for name, t in zip(ours.names, one.tensors, strict=True)}
+        )
+        for one in (ours, ours_plus, ours_minus)
+    )
+    step = mk.Plan(ours, ours_plus, ours_minus).recorded(2)
+    step.set([(1, 0.5)], next_seed=2, eps=0.1)
+    cuda.capturing = True
+    step.launch()
+    with pytest.raises(ValueError, match="outside of a capture"):
+        step.set([(1, 0.5)], next_seed=2, eps=0.1)
+    cuda.capturing = False
+    for numbers in (([(6, 0.1), (7, 0.2)], 1.0, 2**63, 1e-3), ([(2**64 - 1, -0.5)], 0.5, 5, 1e-2)):
+        cuda.events = []
+        step.set(*numbers)
+        assert [waited for _, _, waited in cuda.copies()] == [True]
+        cuda.replay()
+        mk.step_(theirs, *numbers, plus, minus, backend="numba")
+        for a, b in ((ours, theirs), (ours_plus, plus), (ours_minus, minus)):
+            for one, other in zip(a.tensors, b.tensors, strict=True):
+                assert torch.equal(one.as_subclass(torch.Tensor), other.as_subclass(torch.Tensor))
 
 
 def test_a_capture_without_a_table_is_refused(cuda):
@@ -186,6 +230,30 @@ def test_a_grid_that_is_too_large_becomes_several(cuda, monkeypatch):
     assert len(grids) > 1
     assert sum(grids) == whole
     for ours, theirs in zip(theta.tensors, expected.tensors, strict=True):
+        assert torch.equal(ours.as_subclass(torch.Tensor), theirs.as_subclass(torch.Tensor))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_parameter_of_odd_size_does_not_cost_the_others_their_kernel(cuda, monkeypatch, dtype):
+    """From some size on flat tiles have a launch of their own, in 128 bits; the bits are those of one launch."""
+
+    def layout() -> mk.ParamLayout:
+        sizes = {"a": 2048 * 3, "odd": 2051, "b": 2048 * 2 + 8, "c": 2050}
+        return mk.ParamLayout({name: torch.ones(n, dtype=dtype).as_subclass(OnCuda) for name, n in sizes.items()}
+                              | {"transposed": torch.ones(40, 9, dtype=dtype).t().as_subclass(OnCuda)})  # fmt: skip
+
+    small, large = layout(), layout()
+    mk.perturb_(small, 0.1, 5)
+    assert len(cuda.launches()) == 1
+    monkeypatch.setattr(table, "MANY", 4)
+    made, cuda.events = builds(monkeypatch, table.tables), []
+    mk.perturb_(large, 0.1, 5)
+    assert len(cuda.launches()) == 2
+    flat, rest = made[0].launches
+    assert (flat.mode, flat.width, len(flat.tiles)) == (table.FLAT, 4 if dtype == torch.float32 else 8, 8)
+    assert rest.mode == table.ANY
+    assert len(rest.tiles) == 3  # what is left of two, and the transposed one
+    for ours, theirs in zip(large.tensors, small.tensors, strict=True):
         assert torch.equal(ours.as_subclass(torch.Tensor), theirs.as_subclass(torch.Tensor))
 
 

@@ -71,17 +71,28 @@ TABLE = [
            "np.arange(0, rows * units_per_row - 1,"),
     Mutant("multiply and add fused", "table.py", '"enable_fp_fusion": False', '"enable_fp_fusion": True'),
 ]  # fmt: skip
+PHILOX = [
+    Mutant("halves of a product exchanged", "philox.py", "{%c0, %c1}, %q", "{%c1, %c0}, %q"),
+    Mutant("a key that stays", "philox.py", "add.u32 %k0, %k0, 0x9E3779B9;", ""),
+    Mutant("another factor", "philox.py", "$2, 0xCD9E8D57", "$2, 0xD2511F53"),
+    Mutant("a sum of the logarithm with its sign", "philox.py", "$3, 0fC0000000, %v", "$3, 0f40000000, %v"),
+    Mutant("the root not corrected", "philox.py", "fma.rn.f32 %s, %d, %h, %s;", ""),
+    Mutant("1 - w", "philox.py", "$1, 0fBF000000, 0f3F800000", "$1, 0fBF800000, 0f3F800000"),
+    Mutant("a product fused that is not exact", "philox.py", "p = p * m + 3.3333331174e-1",
+           "p = tl.fma(p, m, tl.full(p.shape, 3.3333331174e-1, tl.float32))"),
+]  # fmt: skip
 PTX = [
     Mutant("a sum for a difference", "ptx", "sub.rn.f32", "add.rn.f32"),
     Mutant("a shift without the sign", "ptx", "shr.s32", "shr.u32"),
     Mutant("a product that ptxas may contract", "ptx", "mul.rn.f32", "mul.f32"),
-    Mutant("a root that is not exact", "ptx", "sqrt.rn.f32", "sqrt.approx.f32"),
+    Mutant("a root that is not exact", "ptx", "rsqrt.approx.ftz.f32", "sqrt.approx.ftz.f32"),
+    Mutant("inline assembly that ptxas may contract", "ptx", "mul.rn.f32 %h,", "mul.f32 %h,"),
     Mutant("a mask's edge", "ptx", "setp.lt.s32", "setp.le.s32"),
     Mutant("another predicate of a store", "ptx", "@%p", "@!%p"),
     Mutant("a store of half", "ptx", "st.global.v4.b32", "st.global.v2.b32"),
     Mutant("a barrier left out", "ptx", "bar.sync", "// bar.sync"),
     Mutant("the low bits for the high", "ptx", "shr.u64", "shl.b64"),
-    Mutant("another program's tile", "ptx", "mad.wide.u32 	%rd2, %r17, 24,", "mad.wide.u32 	%rd2, %r17, 48,"),
+    Mutant("another program's tile", "ptx", ", 24, ", ", 48, "),
     Mutant("bits rounded down", "ptx", "cvt.rn.bf16x2.f32", "cvt.rz.bf16x2.f32"),
     Mutant("a load for which no thread is chosen", "ptx", "ld.global.v4.b32", "ld.global.v4.b64"),
 ]  # fmt: skip

@@ -84,7 +84,7 @@ def assert_found(found: dict) -> None:
 
 
 def test_every_planted_bug_is_found():
-    assert_found(report("mutants", "PTX", "TABLE", "TILE"))
+    assert_found(report("mutants", "PTX", "TABLE", "TILE", "PHILOX"))
 
 
 @pytest.mark.slow  # more of the same
@@ -117,6 +117,7 @@ def test_cases_hold_storage_for_every_mode():
         for aligned in (False, True):
             layout = cases.layout("cpu", *dtypes, aligned=aligned)
             made = table.build(layout.tensors, [], [], layout.geometry)
-            seen |= {(int(mode), made.width) for mode in made.tiles[:, 0] & 3} | {("kernel", made.mode)}
+            (one,) = made.launches
+            seen |= {(int(mode), one.width) for mode in one.tiles[:, 0] & 3} | {("kernel", one.mode)}
     assert {("kernel", table.FLAT), ("kernel", table.ANY)} <= seen
     assert {(mode, 4) for mode in (table.FLAT, table.BY_ROW, table.GENERAL)} | {(table.FLAT, 8)} <= seen

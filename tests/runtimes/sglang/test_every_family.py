@@ -1,4 +1,4 @@
-"""Every decoder of the table on the engine: it trains as in process, or SGLang's reason is said before it starts."""
+"""Every family of the table on the engine: it trains as in process, or SGLang's reason is said before it starts."""
 
 import os
 
@@ -9,11 +9,9 @@ from mezo.method.step import Step, Update
 from mezo.models.proved import proved, record
 from tests import tiny_families
 from tests.runtimes.sglang.conftest import engine, examples, noisy, reference, worst
-from tests.tiny_families import CAUSAL, FAMILIES, SEER
+from tests.tiny_families import FAMILIES
 
 RECORD = os.environ.get("MEZO_RECORD_FAMILIES")  # make families
-RECORDED = {name for name, fields in proved().items() if "sglang" in fields}
-DECODERS = [name for name, tiny in FAMILIES.items() if tiny.auto in (CAUSAL, SEER) and (RECORD or name in RECORDED)]
 CLOSE = 5e-5  # of log-odds in float32, two implementations
 SIZES = {
     "mistral": {"sliding_window": None},  # SGLang's class has none
@@ -43,7 +41,7 @@ def outcome(name, path, **options):
 
 
 @pytest.mark.slow  # test_support.py: what is refused, by SGLang's own classes; test_runs.py: runs of Llama and Qwen2
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", list(FAMILIES))
 def test_family(name, own_engine, tmp_path):
     path = tiny_families.save(name, tmp_path, **SIZES.get(name, {}))
     seen = outcome(name, path)

@@ -1,20 +1,30 @@
 """The engine on a GPU: 16 bits, a quantised frozen base, deterministic mode. Not run without one."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from mezo.method.step import Step, Update
+from mezo.models.quantization import FORMATS
 from tests.runtimes.sglang.conftest import ALL, engine, examples, noisy, reference, torch_equal
+from tests.tiny_models import tokenizer
 
 pytestmark = pytest.mark.gpu
+NF4 = ("quantization=bitsandbytes", "load_format=bitsandbytes")
+bitsandbytes = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
 ENGINES = {
     "bfloat16": {},
-    "quantised": {"engine_arg": ("quantization=fp8",)},
+    "fp8": {"engine_arg": ("quantization=fp8",)},
+    "w8a8_fp8": {"engine_arg": ("quantization=w8a8_fp8",)},
+    "nf4": {"engine_arg": NF4},
     "deterministic": {"deterministic": True, "engine_arg": ("attention_backend=triton",)},
 }
+KINDS = [pytest.param(kind, marks=[bitsandbytes] if kind == "nf4" else []) for kind in ENGINES]
 
 
-@pytest.mark.parametrize("kind", list(ENGINES))
+@pytest.mark.parametrize("kind", KINDS)
 def test_both_signs_are_scored_and_theta_is_the_replays(model, kind):
     """The start-up proof compares scores with transformers; here the adapter must act, and its bits be the log's."""
     data, path = examples(8), model("llama")
@@ -34,3 +44,18 @@ def test_both_signs_are_scored_and_theta_is_the_replays(model, kind):
     plain.load(noisy(plain))
     plain.update([Update([5], [1e-2], 0.999)], Step([7], 1e-1))
     assert torch_equal(theta, plain.theta())
+
+
+@bitsandbytes
+def test_a_checkpoint_that_is_quantised_already(model, tmp_path):
+    """transformers and the engine multiply by the same packed weights: the proof at the start compares them."""
+    packing = FORMATS["nf4"].config(torch.bfloat16)
+    packed = AutoModelForCausalLM.from_pretrained(model("llama"), quantization_config=packing, dtype=torch.bfloat16)
+    packed.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    options = {"target_modules": ALL, "dtype": "bfloat16", "engine_arg": NF4}
+    with engine(str(tmp_path), examples(8), **options) as runtime:
+        runtime.load(noisy(runtime))
+        runtime.perturb(Step([7], 1e-1))
+        plus, minus = runtime.score_pairs("train", range(8))[0]
+        assert float((plus - minus).abs().max()) > 0

@@ -15,6 +15,7 @@ from mezo.runtimes.sglang.support import (
     field_types,
     model_class,
     refuse_inexact,
+    refuse_packed,
     refuse_small_shared_memory,
     refuse_window,
     refuse_without_lora,
@@ -86,6 +87,22 @@ def test_attention_that_does_not_cap_is_refused():
         refuse_inexact(gemma, model_class(gemma))
     gemma.config.attn_logit_softcapping = None
     refuse_inexact(gemma, model_class(gemma))
+
+
+@pytest.mark.skipif(accelerated(), reason="a GPU multiplies them")
+def test_quantised_weights_are_refused_on_a_cpu_without_kernels_for_them():
+    llama = checkpoint("llama")
+    for none in ({}, {"quantization": None}, {"quantization": "unquant"}):
+        refuse_packed(llama, none)
+    with pytest.raises(
+        UserError, match=r"--engine-arg quantization=fp8: SGLang .* use --runtime hf with --quantization"
+    ):
+        refuse_packed(llama, {"quantization": "fp8"})
+    packed = checkpoint("llama", quantization_config={"quant_method": "awq"})
+    with pytest.raises(
+        UserError, match=r"some/llama: its weights are quantised \(awq\), .* kernel package: use --runt"
+    ):
+        refuse_packed(packed, {})
 
 
 def test_a_window_that_sglang_does_not_have_is_refused_where_a_row_is_longer():
