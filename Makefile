@@ -8,7 +8,7 @@ RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-directions bench-waiting bench-serve bench-sass bench-quantization test-quantization leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day test-versions clean
+.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-large-start bench-directions bench-waiting bench-serve bench-sass bench-quantization test-quantization leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day test-versions clean
 
 demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
@@ -57,6 +57,9 @@ bench-alternatives: $(READY_SGLANG)  ## memory and seconds of a step: inference,
 bench-trainer: $(READY)  ## memory of a step in transformers' Trainer, MeZO beside AdamW, and bytes exchanged; JSON under bench/results/
 	$(VENV)/bin/python bench/trainer.py --output $(RESULTS)/trainer.json
 
+bench-large-start: $(READY)  ## seconds and memory of the start of a run on two million rows; JSON under bench/results/
+	$(VENV)/bin/python bench/large_start.py --output $(RESULTS)/large_start.json
+
 bench-directions: $(READY)  ## cost and gain of a direction for each group of a batch; JSON under bench/results/
 	$(VENV)/bin/python bench/directions.py --output $(RESULTS)/directions.json
 
@@ -73,7 +76,7 @@ test-quantization: $(READY_QUANTIZATION)  ## the tests of quantised bases, bitsa
 	$(VENV)/bin/python -m pytest -m "not gpu" tests/models/test_quantization.py
 
 bench-quantization: $(READY_QUANTIZATION)  ## memory, accuracy and CPU seconds by the base's format; JSON under bench/results/
-	$(VENV)/bin/python bench/quantization.py --output $(RESULTS)/quantization.json
+	$(VENV)/bin/python bench/quantization.py --output $(RESULTS)/quantization.json $(ARGS)
 
 leaderboard: $(READY)  ## accuracy at equal forward passes, what is missing of it; RUNS=folder ARGS="--rows mezo xs-32 --budgets 5000"
 	$(VENV)/bin/python bench/leaderboard.py --runs $(or $(RUNS),runs/leaderboard) --output $(RESULTS)/leaderboard.json \
@@ -91,8 +94,8 @@ bench-gpu:  ## bench and bench-growth on a CUDA device, in the current environme
 reproduce-small: $(READY)  ## what needs no hub account: few-shot runs on film reviews, beside peers; JSON under bench/results/
 	$(VENV)/bin/python bench/reproduce_small.py --output $(RESULTS)/reproduce_small.json
 
-dist: $(READY)  ## wheel and sdist under dist/, and the install page's commands from the wheel in a new environment
-	$(VENV)/bin/python bench/dist.py
+dist: $(READY)  ## wheel and sdist under dist/, and the install page from the wheel in a new environment; ARGS="--whole" for each extra
+	$(VENV)/bin/python bench/dist.py $(ARGS)
 
 crash-test: $(READY)  ## a run killed at 30 random moments ends like one left alone; JSON under bench/results/
 	$(VENV)/bin/python bench/crash_test.py --moments 30 --steps 20000 --output $(RESULTS)/crash_test.json

@@ -1,13 +1,17 @@
 """Memory, accuracy and CPU seconds of a step by the number format of the frozen base, on the demo's model and data.
 
 Run: make bench-quantization, or python bench/quantization.py --output bench/results/MACHINE/quantization.json
-Rows that the file has already are left alone. Seconds are of the CPU, on one thread: a busy machine changes them least.
+What the file has already is left alone. Seconds are of the CPU, on one thread: a busy machine changes them least. With
+--table FILE... the table of these files, between two comments, is written anew from the JSON.
 """
 
 import argparse
 import ctypes
+import itertools
 import json
 import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,6 +27,7 @@ from machine import describe
 from training_step import ALL, OurStep, configs
 
 from mezo.api import train
+from mezo.models.linear import PackedLinear
 from mezo.models.quantization import FORMATS, NONE, is_quantised, tensors_of
 from mezo.runtimes.hf.runtime import HFRuntime
 from mezo.studies.demo import demo_config
@@ -37,15 +42,17 @@ RUN = {
     "report": False,
     "noise": False,
 }
+SHORT = {"steps": 90, "eval_every": 45, "num_train": 64, "num_dev": 20, "num_test": 20}  # of the run that is killed
+MEZO = (sys.executable, "-m", "mezo", "train")
 ROWS = {  # --dtype and --quantization
     "float32": ("float32", NONE),
     "bfloat16": ("bfloat16", NONE),
     "int8": ("float32", "int8"),
     "nf4": ("float32", "nf4"),
-    "int8, bfloat16": ("bfloat16", "int8"),
-    "nf4, bfloat16": ("bfloat16", "nf4"),
     "fp4": ("float32", "fp4"),
     "llm-int8": ("float32", "llm-int8"),
+    "int8, bfloat16": ("bfloat16", "int8"),
+    "nf4, bfloat16": ("bfloat16", "nf4"),
 }
 
 
@@ -59,6 +66,7 @@ def step(dtype: str, quantization: str) -> dict:
         base = runtime.parts.base
         tensors = tensors_of(base) if is_quantised(base) else base.named_parameters()
         nbytes = {name: t.nbytes for name, t in tensors if ".lora_" not in name}
+        nbytes |= {name: m.weight.nbytes for name, m in base.named_modules() if isinstance(m, PackedLinear)}
         embedded = sum(size for name, size in nbytes.items() if "embed_tokens" in name)
         run = OurStep(runtime, config, data, Path(folder) / "log.jsonl")
         ctypes.CDLL(None).malloc_trim(0)  # what loading took and gave back
@@ -88,31 +96,96 @@ def run(dtype: str, quantization: str) -> dict:
     return {"test": test, "best_step": result["best_step"], "run_cpu_seconds": time.process_time() - began}
 
 
+def killed(dtype: str, quantization: str) -> dict:
+    """A shorter run that SIGKILL ends in the middle and that is resumed, beside one that is left alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole, other = (Path(folder) / name for name in ("whole", "killed"))
+        for path in (whole, other):
+            config = demo_config("it-was", SHORT["steps"], path)
+            config = config.replace(**RUN | SHORT, dtype=dtype, quantization=quantization)
+            path.with_suffix(".yaml").write_text(json.dumps(config.to_dict()))
+        subprocess.run([*MEZO, "--config", f"{whole}.yaml"], check=True, stdout=sys.stderr)
+        process = subprocess.Popen([*MEZO, "--config", f"{other}.yaml"], stdout=sys.stderr)
+        log = other / "trajectory.jsonl"
+        while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > SHORT["steps"] // 3):
+            time.sleep(0.01)
+        process.kill()
+        if process.wait() != -signal.SIGKILL:
+            raise RuntimeError("the run ended before it was killed")
+        at = log.read_bytes().count(b"\n") - 1
+        subprocess.run([*MEZO, "--resume", str(other)], check=True, stdout=sys.stderr)
+        files = ("trajectory.jsonl", "adapter/adapter_model.safetensors")
+        equal = all((whole / name).read_bytes() == (other / name).read_bytes() for name in files)
+    return {"killed_at_step": at, "of_steps": SHORT["steps"], "log_and_adapter_equal": equal}
+
+
+PARTS = {"step": step, "run": run, "killed": killed}
+KNOWN = {"step": "step_cpu_seconds", "run": "run_cpu_seconds", "killed": "killed_at_step"}
+KILLED = ("int8",)  # rows that are killed and resumed too
+BETWEEN = re.compile("(<!-- quantization -->).*(<!-- end of quantization -->)", re.DOTALL)
+
+
+def markdown(whole: dict) -> str:
+    """The table of a result file: a row of each format that has been measured."""
+    memory, speed = "most memory of the process in a step", "steps a CPU second"
+    lines = [
+        f"| base | its bytes | {memory} | accuracy before, after | AUC after | {speed} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in whole["rows"].items():
+        if not {"base_bytes", "test"} <= row.keys():  # measured in part
+            continue
+        dtype, quantization = ROWS[name]
+        flags = [f"--quantization {quantization}"] if quantization != NONE else []
+        flags += [f"--dtype {dtype}"] if dtype != "float32" or not flags else []
+        before, after = row["test"]["before"], row["test"]["after"]
+        lines.append(
+            f"| `{' '.join(flags)}` | {row['base_bytes'] / 1e6:,.0f} MB | {row['peak_bytes'] / 1e6:,.0f} MB"
+            f" | {100 * before['accuracy']:.1f}, {100 * after['accuracy']:.1f} % | {after['auc']:.3f}"
+            f" | {1 / row['step_cpu_seconds']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> int:
-    """Each row in a fresh process."""
+    """Each part of a row in a fresh process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="JSON file to write, or go on with")
-    parser.add_argument("--one", choices=ROWS, metavar="ROW", help="measure in this process and print")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="formats to measure")
+    parser.add_argument("--table", nargs="+", type=Path, default=[], help="documents whose table is written anew")
+    parser.add_argument("--one", nargs=2, metavar=("ROW", "PART"), help="measure in this process and print")
     options = parser.parse_args()
     if options.one:
         torch.set_num_threads(1)
-        print("RESULT", json.dumps(step(*ROWS[options.one]) | run(*ROWS[options.one])), flush=True)
+        row, part = options.one
+        print("RESULT", json.dumps(PARTS[part](*ROWS[row])), flush=True)
         return 0
     if not options.output:
         parser.error("give --output")
+    measure(options.output, options.rows)
+    table = markdown(json.loads(options.output.read_text()))
+    for path in options.table:
+        path.write_text(BETWEEN.sub(lambda between: f"{between[1]}\n{table}\n{between[2]}", path.read_text()))
+    return 0
+
+
+def measure(output: Path, names: list[str]) -> None:
+    """Measure what a result file lacks, and write each part as it is known."""
     versions = {name: version(name) for name in ("transformers", "peft", "torchao", "bitsandbytes") if find_spec(name)}
     whole = {"command": "make bench-quantization", "machine": describe() | versions, "run": RUN, "batch": BATCH}
-    rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else {}
-    for row, (_, quantization) in ROWS.items():
-        if row in rows or not find_spec(FORMATS[quantization].library if quantization != NONE else "torch"):
+    known = json.loads(output.read_text())["rows"] if output.exists() else {}
+    for name, part in itertools.product(names, PARTS):
+        quantization = ROWS[name][1]
+        library = FORMATS[quantization].library if quantization != NONE else "torch"
+        if KNOWN[part] in known.get(name, {}) or not find_spec(library) or (part == "killed" and name not in KILLED):
             continue
-        command, environment = [sys.executable, __file__, "--one", row], {**os.environ, "OMP_NUM_THREADS": "1"}
+        command, environment = [sys.executable, __file__, "--one", name, part], {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-        rows[row] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))[7:])
-        print(row, json.dumps(rows[row]), file=sys.stderr)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps({**whole, "rows": rows}, indent=2) + "\n")
-    return 0
+        found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))[7:])
+        known[name] = known.get(name, {}) | found
+        print(name, json.dumps(found), file=sys.stderr)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({**whole, "rows": known}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

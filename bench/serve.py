@@ -50,6 +50,7 @@ class Server:
         address, deadline = self.run / "serve.json", time.monotonic() + STARTING
         while not address.is_file():
             if self.process.poll() is not None or time.monotonic() > deadline:
+                self.end()
                 raise SystemExit("mezo serve did not start")
             time.sleep(0.2)
         where = urlsplit(json.loads(address.read_text())["url"])

@@ -25,6 +25,12 @@ def say(text: str) -> None:
     log.info(text)
 
 
+def starting() -> None:
+    """Say that a command has begun, unless its libraries are there already: to import them takes seconds."""
+    if "torch" not in sys.modules:
+        say("starting: importing torch and transformers")
+
+
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
     """Say what begins, and while it lasts, where there is no terminal, that it does: a line a minute.

@@ -1,12 +1,19 @@
 """The documentation: every command and every line of Python in it runs, on a tiny model and fewer steps."""
 
 import json
+import os
 import re
+import runpy
 import shlex
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from mezo.cli.main import COMMANDS, main
 from tests.tiny_data import write_jsonl
@@ -22,6 +29,17 @@ ELSEWHERE = {
     "mezo promote runs/served --step 120": "tests/serve/test_server.py",
 }
 """Commands that take long or need a server, and the test that runs them."""
+PROGRAMS = ("accelerate", "make", "mezo", "pip", "python", "torchrun")
+OF_A_CLONE = {
+    "pip install .": "bench/dist.py",
+    "pip install torch --index-url https://download.pytorch.org/whl/cpu": "bench/dist.py",
+    "make demo": "bench/results/cpu-2core-amd-epyc/demo.json",
+    "mezo train --runtime sglang --tp 16 --engine-arg nnodes=2 node_rank=0 dist_init_addr=HOST:PORT ...": (
+        "tests/runtimes/sglang/test_nodes.py"
+    ),
+}
+"""Commands in blocks of text that need more than this process, and what runs them or came of them."""
+RANKS = "how-to/several-processes.md"
 
 
 def blocks(page, kind):
@@ -95,6 +113,70 @@ def test_commands_of_a_page_run(page, prepared, tmp_path, monkeypatch):
             assert "Serving(" in str(asked)
         else:
             assert main(argv) == 0, argv
+
+
+def spelt_out(page):
+    """Command lines in a page's blocks of text, which are run as they stand, by a shell."""
+    lines = [line for _, text in blocks(page, "text") for line in text.replace("\\\n", " ").splitlines()]
+    return [" ".join(line.split()) for line in lines if line.split(" ")[0] in PROGRAMS]
+
+
+def test_programs_beside_mezo_are_run_too():
+    """Below, or where the table says."""
+    lines = {page: spelt_out(page) for page in PAGES}
+    run = [*lines.pop("how-to/from-python.md"), *(line for line in lines[RANKS] if line.startswith("torchrun"))]
+    assert {line for page in lines.values() for line in page} - set(run) == set(OF_A_CLONE)
+    for place in (*OF_A_CLONE.values(), *ELSEWHERE.values()):
+        assert (DOCS.parent / place).is_file(), place
+
+
+def test_the_program_of_the_trainer_runs_and_its_log_gives_the_model(prepared, tmp_path, monkeypatch):
+    model, _ = prepared
+    monkeypatch.chdir(tmp_path)
+    program, replay = map(shlex.split, spelt_out("how-to/from-python.md"))
+    monkeypatch.setattr("sys.argv", [program[1], model])
+    runpy.run_path(str(DOCS.parent / program[1]), run_name="__main__")
+    assert main(replay[1:]) == 0
+    trained, rebuilt = (read(folder) for folder in ("runs/trainer/checkpoint-200", "rebuilt"))
+    assert trained.keys() == rebuilt.keys()
+    assert all(torch.equal(trained[name], rebuilt[name]) for name in trained)
+
+
+def read(folder):
+    """The weights in a folder of transformers'."""
+    return load_file(Path(folder) / "model.safetensors")
+
+
+@pytest.mark.slow  # training/test_ranks.py and trainer/test_ranks.py start ranks; here the page's own lines do
+def test_programs_of_several_processes_run(prepared, tmp_path):
+    """With two processes for four; two machines are two launches, which meet at an address."""
+    model, work = prepared
+    shutil.copytree(work, tmp_path / "work")
+    one, two, trainer = (line for line in spelt_out(RANKS) if line.startswith("torchrun"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        two = two.replace("HOST:29500", f"127.0.0.1:{free.getsockname()[1]}")
+    two = two.replace("...", one.partition("-m mezo train ")[2].replace("runs/ranks", "runs/machines"))
+    launch(tmp_path / "work", model, one + " --steps 8 --no-report")
+    launch(tmp_path / "work", model, two + " --steps 8 --no-report", machines=2)
+    launch(tmp_path / "work", model, trainer)
+    losses = [json.loads((tmp_path / f"work/runs/{run}/result.json").read_text()) for run in ("ranks", "machines")]
+    assert [result["steps"] for result in losses] == [8, 8]
+    assert (tmp_path / "work/runs/trainer/checkpoint-200/trainer_state.json").is_file()
+
+
+def launch(work, model, line, machines=1):
+    """Run a line of torchrun's in a folder, two processes in all, as often as there are machines."""
+    line = line.replace("--nproc-per-node 4", f"--nproc-per-node {2 // machines}").replace(MODEL, model)
+    _, *argv = shlex.split(line.replace("examples/", f"{DOCS.parent}/examples/"))
+    command = [sys.executable, "-m", "torch.distributed.run", *([] if machines > 1 else ["--standalone"]), *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DOCS.parent)}
+    started = [
+        subprocess.Popen(command, cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for _ in range(machines)
+    ]
+    said = [process.communicate()[0].decode() for process in started]
+    assert [process.returncode for process in started] == [0] * machines, said
 
 
 def test_python_that_trains_a_language_model_runs(prepared, tmp_path, monkeypatch):

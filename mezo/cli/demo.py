@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from mezo.cli.parsing import parse
+from mezo.progress import starting
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
     options = parse(argv, "mezo demo", Options)
+    starting()
     from mezo.studies import demo
 
     return demo.run(options.prompt, options.steps, Path(options.output_dir), options.runtime)

@@ -8,6 +8,7 @@ from typing import Annotated
 from mezo.cli.parsing import POSITIONAL, given
 from mezo.cli.showing import show_examples, show_splits
 from mezo.config import Config
+from mezo.progress import starting
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> int:
     options = {name: dataclasses.replace(option, marks=()) for name, option in Config.options().items()}
     values = given(argv or ["--help"], "mezo eval", Options, options)  # a run brings what a new one would require
     target = values.pop("target", "")
+    starting()
     from mezo.api import evaluate_target
 
     trust = values.pop("trust_reward", False)

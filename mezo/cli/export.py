@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from mezo.cli.parsing import POSITIONAL, parse
+from mezo.progress import starting
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
     options = parse(argv, "mezo export", Options)
+    starting()
     from mezo.run.export import export
 
     export(options.run, options.output_dir, options.format, options.dtype)

@@ -8,6 +8,7 @@ from rich.table import Table
 from mezo.cli.parsing import POSITIONAL, parse
 from mezo.errors import UserError
 from mezo.progress import console as new_console
+from mezo.progress import starting
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ def main(argv: list[str]) -> int:
     options = parse(argv, "mezo leaderboard", Options)
     if not options.runs:
         raise UserError("mezo leaderboard: give at least one run directory")
+    starting()
     from mezo.report import leaderboard
 
     table = Table(*leaderboard.HEAD, show_header=True)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from mezo.cli.parsing import POSITIONAL, parse
 from mezo.errors import UserError
+from mezo.progress import starting
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> int:
     options = parse(argv, "mezo push", Options)
     if bool(options.repo) == bool(options.output_dir):
         raise UserError("mezo push: give --repo OWNER/NAME, or --output-dir for the folder alone")
+    starting()
     from mezo.run.share import upload, write_share
 
     if options.output_dir:

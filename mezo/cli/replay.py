@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from mezo.cli.parsing import POSITIONAL, parse
+from mezo.progress import starting
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
     options = parse(argv, "mezo replay", Options)
+    starting()
     from mezo.api import replay
 
     backend = None if options.backend == "auto" else options.backend

@@ -11,6 +11,7 @@ from rich.table import Table
 from mezo.cli.parsing import POSITIONAL, parse
 from mezo.errors import UserError
 from mezo.progress import console as new_console
+from mezo.progress import starting
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
     options = parse(argv, "mezo report", Options)
     if not options.runs:
         raise UserError("mezo report: give at least one run directory")
+    starting()
     from mezo.report import page, tables
 
     console = new_console(highlight=False)

@@ -10,6 +10,7 @@ from rich.table import Table
 from mezo.cli.parsing import POSITIONAL, parse
 from mezo.errors import UserError
 from mezo.progress import console as new_console
+from mezo.progress import starting
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Options:
 def main(argv: list[str]) -> int:
     """`mezo reproduce`; returns the exit code."""
     options = parse(argv, "mezo reproduce", Options)
+    starting()
     from mezo.studies import protocols, reproduce
 
     console = new_console(highlight=False)

@@ -8,6 +8,7 @@ from mezo.cli.parsing import given
 from mezo.cli.train import resumable
 from mezo.config import Config
 from mezo.errors import UserError
+from mezo.progress import starting
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,14 @@ def main(argv: list[str]) -> int:
     if not path and trust:
         raise UserError("--trust-reward belongs to --resume, a new run has --reward: leave it out")
     if not path and values.get("adapter"):
+        starting()
         from mezo.run.adapter import with_base
 
         values = with_base(values)
     reward = values.pop("reward", "") if path else ""
     machine = resumable(path, values) if path else {}
     config = None if path else Config.of(**{"runtime": "sglang", **values})
+    starting()
     try:
         from mezo.serve.http import check_libraries
         from mezo.serve.serve import Serving, serve, serve_again

@@ -10,6 +10,7 @@ from mezo.config import Config, refuse_contradiction
 from mezo.config.options import RESUMABLE
 from mezo.config.presets import with_preset
 from mezo.errors import UserError, require
+from mezo.progress import starting
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> int:
         require(preset == "none", f"--preset {preset} is of a new run, a resumed one has its own options: leave it out")
         output = path
         machine = resumable(path, values)
+        starting()
         from mezo.api import resume
 
         result = resume(path, machine=machine, reward=reward, trust_reward=trust)
@@ -49,11 +51,13 @@ def main(argv: list[str]) -> int:
             raise UserError("--trust-reward belongs to --resume, a new run has --reward: leave it out")
         values = values if preset == "none" else with_preset(preset, values)
         if values.get("adapter"):
+            starting()
             from mezo.run.adapter import with_base
 
             values = with_base(values)
         config = Config.of(**values)
         output = config.machine.output_dir
+        starting()
         from mezo.api import train
 
         result = train(config)
@@ -68,6 +72,7 @@ def resumable(path: str, values: dict[str, Any]) -> dict[str, Any]:
     """Of the options given with --resume those that say where, how or how far; all others are the run's own."""
     if not values:
         return {}
+    starting()
     from mezo.run.directory import RunDirectory
 
     saved, options = RunDirectory(Path(path)).read_config().to_dict(), Config.options()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from mezo.cli.parsing import POSITIONAL, parse
+from mezo.progress import starting
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
     options = parse(argv, "mezo trajectory", Options)
+    starting()
     from mezo.run import logbook
 
     if options.action == "show":

@@ -11,6 +11,7 @@ from mezo.config import Config
 from mezo.config.options import flag_of
 from mezo.errors import UserError
 from mezo.progress import console as new_console
+from mezo.progress import starting
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,12 @@ def main(argv: list[str]) -> int:
         )
     options = {field.name: values.pop(field.name) for field in fields(Options) if field.name in values}
     if values.get("adapter"):
+        starting()
         from mezo.run.adapter import with_base
 
         values = with_base(values)
     config = None if path else Config.of(**values)
+    starting()
     from mezo.studies import tune
 
     result = tune.resume(path, reward, trust) if path else tune.tune(config, **options)

@@ -7,6 +7,7 @@ from rich.table import Table
 from mezo.cli.parsing import parse
 from mezo.errors import UserError
 from mezo.progress import console as new_console
+from mezo.progress import starting
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
     options = parse(argv, "mezo verify", Options)
+    starting()
     import mezo_kernels
 
     try:

@@ -94,7 +94,9 @@ def all_of(bad: Sequence[UserError], source: str, rows: int) -> UserError:
 
 
 def _counted(reasons: Counter) -> str:
-    return ", ".join(f"{count} times: {reason}" for reason, count in reasons.most_common())
+    return ", ".join(
+        f"{count} {'time' if count == 1 else 'times'}: {reason}" for reason, count in reasons.most_common()
+    )
 
 
 def _reasons(bad: Sequence[UserError], source: str) -> Counter:

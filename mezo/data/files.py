@@ -1,14 +1,16 @@
 """Rows of files in every format that `datasets` reads, of folders, of the hub, and of Python objects."""
 
 import contextlib
+import ctypes
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mezo.config.data import HUB, MEMORY
-from mezo.data.jsonl import parse_text, read_jsonl, refuse_binary
+from mezo.data.jsonl import parse_text, read_jsonl, refuse_binary, refuse_odd_line
 from mezo.data.task import Row
 from mezo.errors import UserError
 
@@ -17,12 +19,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SMALL = 16 << 20  # bytes of JSON that are read line by line, with a message for each bad one; a larger file is mapped
+BATCH = 20_000  # rows that lie together in a table on the disk
 LARGE = 100_000  # rows of a training set, from which on it is not tokenised at the start
 FORMATS = {
     ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow",
     ".jsonl": "json", ".ndjson": "json", ".json": "json",
 }  # fmt: skip
 """By the end of a file's name."""
+MADV_DONTNEED = 4  # of Linux: pages of a file are read again where they are needed
+MAPS = "/proc/self/maps"
 MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
 """By a file's first bytes, which say more than its name."""
 SPLITS = {"train": ("train",), "dev": ("validation", "dev", "valid"), "test": ("test",)}
@@ -65,6 +70,23 @@ class Stored:
         for row in self.rows:
             yield without_empty(row)
 
+    def row(self, number: int) -> Row:
+        """One row of a table. What was mapped for it leaves memory again: with the pages around it that is a lot."""
+        row = without_empty(self.rows[number])
+        for address, length in self._mapped:
+            _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), MADV_DONTNEED)
+        return row
+
+    @functools.cached_property
+    def _mapped(self) -> list[tuple[int, int]]:
+        """(address, bytes) of what this process has mapped of the table's files; [] where the system does not say."""
+        files = {os.path.realpath(file["filename"]) for file in self.rows.cache_files}
+        if not files or not Path(MAPS).exists():
+            return []
+        lines = [line.split(maxsplit=5) for line in Path(MAPS).read_text().splitlines()]
+        ranges = [line[0].split("-") for line in lines if len(line) == 6 and line[5] in files]
+        return [(int(start, 16), int(end, 16) - int(start, 16)) for start, end in ranges]
+
     def batches(self) -> "Iterator[pyarrow.RecordBatch]":
         """A table's rows as parts of columns. Files are read and not mapped: pages that are mapped count as memory."""
         import pyarrow
@@ -76,6 +98,11 @@ class Stored:
         for file in self.rows.cache_files:
             with pyarrow.OSFile(file["filename"]) as source:
                 yield from pyarrow.ipc.open_stream(source)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def without_empty(row: Row) -> Row:
@@ -147,7 +174,7 @@ def _on_disk(path: str, split: str, size: int, changed: int) -> Stored:
     if kind == "json" and size <= SMALL:
         return _of_small_json(path)
     if kind == "json":
-        return _table(path, _loaded(path, "json", data_files=path), whole=True)
+        return _table(path, _of_large_json(path), whole=True)
     if kind in ("csv", "tsv"):
         return _of_csv(path, "\t" if kind == "tsv" else ",")
     return _table(path, _loaded(path, kind, data_files=path), whole=kind == "parquet")
@@ -189,6 +216,19 @@ def _of_small_json(path: str) -> Stored:
         values = [value if isinstance(value, dict | UserError) else _no_object(path, i, value)
                   for i, value in enumerate(values)]  # fmt: skip
     return _as_table(_not_empty(Stored(path, values)))
+
+
+def _of_large_json(path: str) -> "Dataset":
+    """JSON as a table. `datasets` would make text of whatever is of another kind than in other rows: not here."""
+    from datasets.packaged_modules.json.json import JsonConfig
+
+    known = {option.name for option in fields(JsonConfig)}
+    strict = {"on_mixed_types": None} if "on_mixed_types" in known else {}  # older versions know no other way
+    try:
+        return _loaded(path, "json", data_files=path, **strict)
+    except UserError:
+        refuse_odd_line(path)
+        raise
 
 
 def _no_object(path: str, number: int, value: object) -> UserError:
@@ -242,8 +282,20 @@ def _split_of(data: Mapping[str, "Dataset"], path: str, split: str) -> "Dataset"
 def _loaded(path: str, builder: str, **arguments: object) -> "Dataset":
     import datasets
 
-    with _as_user_error(path, {"csv": "CSV", "json": "JSON"}.get(builder, builder.capitalize())):
+    with _as_user_error(path, {"csv": "CSV", "json": "JSON"}.get(builder, builder.capitalize())), _long_batches():
         return datasets.load_dataset(builder, split="train", **arguments)
+
+
+@contextlib.contextmanager
+def _long_batches() -> Iterator[None]:
+    """Have `datasets` write batches of many rows: to open a file touches each, and what lies beside it in its pages."""
+    import datasets
+
+    before, datasets.config.DEFAULT_MAX_BATCH_SIZE = datasets.config.DEFAULT_MAX_BATCH_SIZE, BATCH
+    try:
+        yield
+    finally:
+        datasets.config.DEFAULT_MAX_BATCH_SIZE = before
 
 
 @contextlib.contextmanager
@@ -260,7 +312,9 @@ def _as_user_error(path: str, kind: str) -> Iterator[None]:
         while (below := error.__cause__ or error.__context__) is not None:
             error = below
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-        remedy = "give local files" if path.startswith(HUB) else "it is damaged, half written or of mixed types: repair"
+        remedy = (
+            "give local files" if path.startswith(HUB) else "it is damaged, half written or of mixed types: repair it"
+        )
         raise UserError(f"{path} cannot be read as {kind} ({reason}): {remedy}") from None
     finally:
         datasets.logging.set_verbosity(level)

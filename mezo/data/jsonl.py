@@ -26,6 +26,30 @@ def read_jsonl(path: str | Path) -> list[dict | UserError]:
     return [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
 
 
+def refuse_odd_line(path: str | Path) -> None:
+    """Raise UserError for the first line that is no JSON object, or has a field of another kind than lines before it.
+
+    Args:
+        path: of JSON lines, which are read one by one. Of other JSON nothing is said.
+    """
+    kinds: dict[str, str] = {}
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1 and line.lstrip().startswith("["):
+                return
+            if not line.strip():
+                continue
+            where = f"{path} line {number}"
+            row = _parse(line.rstrip("\n"), where)
+            if isinstance(row, UserError):
+                raise row
+            for name, kind in ((name, KINDS[type(value)]) for name, value in row.items() if value is not None):
+                if (before := kinds.setdefault(name, kind)) != kind:
+                    odd = f"field {name!r} is {kind}, in lines before it is {before}"
+                    raise UserError(f"{where}: {odd}, got {line.strip()!r:.60}: correct it")
+
+
+KINDS = {str: "text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
 MAGIC = {b"\x1f\x8b": ("gzip", "unpack it")}
 """First bytes of files that are no text, what they are, and the remedy."""
 

@@ -112,7 +112,7 @@ def examples_of(
 
         def items_at(row: int) -> list[Item]:
             where = f"{task.sources['train']} {task.counted['train']} {row + 1}"
-            return items_of_row(task, without_empty(rows["train"].rows[row]), where, *checking, read)
+            return items_of_row(task, rows["train"].row(row), where, *checking, read)
 
         chosen = numbers["train"]
         at = places if isinstance(chosen, range) else (places[0][chosen], places[1][chosen])  # a range is all of them
@@ -143,7 +143,7 @@ def examples_of(
             "references": _needs_references(method), "chat_template": data.chat_template or tokenizer.chat_template,
             "tokenizer": tokenizer_hash(tokenizer),
         }  # fmt: skip
-        identity = large.hash(np.unique(at[0]), {**decides, "turns": hashed(at[1])})
+        identity = large.hash(large.among(at[0]), {**decides, "turns": hashed(at[1])})
         alike = task.reading.kind == "labelled"
         train = LargeExamples(at, large.labels[at[0]], make, identity, alike, data.max_length)
         splits = Splits({"train": train, **splits})

@@ -1,11 +1,13 @@
 """Base models and tokenizers from transformers."""
 
 import hashlib
+import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -26,7 +28,7 @@ from mezo.models.attention import ATTENTION
 from mezo.models.families import Family, family_of
 from mezo.models.head import module_named, trained_whole
 from mezo.models.mapped import give_back
-from mezo.models.quantization import config_of, is_quantised, quantised_by, settle, tensors_of
+from mezo.models.quantization import config_of, is_quantised, quantised_by, restoring, settle, tensors_of
 from mezo.models.spec import NONE
 
 ADAPTER = "adapter_config.json"
@@ -156,10 +158,17 @@ def load_with_new(
     if checkpoint.head == "classification":  # a head of other classes is made anew
         options |= {"num_labels": classes or checkpoint.config.num_labels, "ignore_mismatched_sizes": True}
     if packing or checkpoint.quantised:  # packed weights are not moved afterwards
-        options |= {"device_map": {"": device}} | ({"quantization_config": packing} if packing else {})
+        options |= {"device_map": {"": device}}
     try:
-        base, seen = auto.from_pretrained(checkpoint.name, output_loading_info=True, **options)
-    except (OSError, ValueError, ImportError) as error:  # ImportError: a quantised checkpoint without its library
+        if config := packing or restoring(checkpoint.quantised):
+            options |= {"quantization_config": config}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You passed `quantization_config`")  # of a checkpoint that has one
+            base, seen = auto.from_pretrained(checkpoint.name, output_loading_info=True, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        # ImportError: a quantised checkpoint without its library; RuntimeError: weights of other shapes
         raise _unloadable(checkpoint.name, error) from error
     if base._hf_peft_config_loaded:  # of a hub id, whose files are not looked at before
         raise _two_in_one(checkpoint.name)
@@ -270,6 +279,13 @@ def _unloadable(model: str, error: Exception) -> UserError:
             f"--model {model}: it comes with code of its own, which is never run here: use a model of a family that"
             " transformers has (mezo models lists some)"
         )
+    if "ignore_mismatched_sizes" in str(error):
+        return UserError(
+            f"--model {model}: its weights have other shapes than its config.json says: give a model whose files belong"
+            " together"
+        )
+    if isinstance(error, SafetensorError):
+        return UserError(f"--model {model}: a file of its weights is damaged ({_first_line(error)}): fetch it again")
     return UserError(f"--model {model}: it could not be loaded ({_first_line(error)})")
 
 

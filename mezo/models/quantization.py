@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
-from transformers import BitsAndBytesConfig, PretrainedConfig, TorchAoConfig
+from transformers import BitsAndBytesConfig, CompressedTensorsConfig, PretrainedConfig, TorchAoConfig
 from transformers.pytorch_utils import Conv1D
 
 from mezo.errors import UserError
@@ -84,6 +84,20 @@ def config_of(quantization: str, dtype: torch.dtype, device: torch.device, model
         others = " or ".join(name for name, each in FORMATS.items() if not each.gpu)
         raise UserError(f"--quantization {quantization}: {chosen.library} has no kernel for a CPU; use {others}")
     return chosen.config(dtype)
+
+
+def restoring(held: str | None) -> CompressedTensorsConfig | None:
+    """What `from_pretrained` takes as `quantization_config` of a checkpoint that is loaded as floats; None of others.
+
+    The library of compressed-tensors unpacks weights in the first pass of the whole model, which the parts of one do
+    not make, and holds floats from then on: so they are unpacked as they are loaded.
+
+    Args:
+        held: how the checkpoint is quantised; see `quantised_by`.
+    Raises:
+        ImportError: the library is not installed.
+    """
+    return CompressedTensorsConfig(dequantize=True) if held == "compressed-tensors" else None
 
 
 def quantised_by(model: PretrainedConfig) -> str | None:

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mezo.progress import EVERY, lasting
 from mezo.progress import console as new_console
 from mezo.report.dashboards import Dashboard
+from mezo.report.samples import judgement
 from mezo.run.trajectory import StepRecord
 
 NOISY = 0.1  # of projected_grad, from where its noise is warned of
@@ -97,8 +98,9 @@ class Monitor:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.say(f"step {row['step']:>6}  {row['split']:<5} {shown}{'  *' if row.get('is_best') else ''}")
         for sample in row.get("samples", [])[:1]:
-            right = f" (right: {sample['references'][0]!r:.60})" if sample["references"] else ""
-            self.say(f"             for example {sample['text']!r:.80}{right}")
+            right = f"right: {sample['references'][0]!r:.60}; " if sample["references"] else ""
+            asked = f"{sample['prompt'][-40:]!r} -> " if sample["prompt"] else ""
+            self.say(f"             for example {asked}{sample['text']!r:.80} ({right}{judgement(sample)})")
         if markdown := as_markdown(row):
             for dashboard in self.dashboards:
                 dashboard.text(f"{row['split']}/examples", markdown, row["step"])
@@ -125,7 +127,7 @@ def as_markdown(row: dict) -> str:
     '- Fun.: class 0 with probability 0.750, right is 1'
     """
     texts = [
-        f"- {one['prompt']} **{one['text']}** (right: {', '.join(one['references'])}; {one['judged']})"
+        f"- {one['prompt']} **{one['text']}** (right: {', '.join(one['references'])}; {judgement(one)})"
         for one in row.get("samples", [])
     ]
     wrong = [

@@ -6,6 +6,7 @@ from typing import Any
 from mezo.method.objectives import standard_error
 
 Rows = list[tuple[str, ...]]
+MOST_EVALUATIONS = 20  # whose texts are shown
 
 
 def class_names(row: dict[str, Any], words: Sequence[str] = ()) -> list[str]:
@@ -30,8 +31,34 @@ def texts(**evaluations: dict[str, Any]) -> Rows:
     return [("prompt", "right", *evaluations), *lines] if lines else []
 
 
+def texts_by_step(rows: Sequence[dict[str, Any]]) -> Rows:
+    """What was written at each evaluation, head first; [] where no text is. Of very many evaluations some.
+
+    Args:
+        rows: of metrics.jsonl, of one split.
+    """
+    written = [row for row in rows if row.get("samples")]
+    count = min(len(written), MOST_EVALUATIONS)
+    shown = [written[i * (len(written) - 1) // max(1, count - 1)] for i in range(count)]
+    lines = [
+        (str(row["step"]), one["prompt"], " | ".join(one["references"]), one["text"], judgement(one))
+        for row in shown
+        for one in row["samples"]
+    ]
+    return [("step", "prompt", "right", "text", "judged"), *lines] if lines else []
+
+
+def judgement(sample: dict[str, Any]) -> str:
+    """What judges say of a text.
+
+    >>> judgement({"text": "Fun.", "judged": {"reward": 0.25, "f1": 1.0}})
+    'reward 0.25, f1 1'
+    """
+    return ", ".join(f"{name} {value:.3g}" for name, value in sample["judged"].items())
+
+
 def _judged(sample: dict[str, Any]) -> str:
-    return f"{sample['text']} ({', '.join(f'{name} {value:.3g}' for name, value in sample['judged'].items())})"
+    return f"{sample['text']} ({judgement(sample)})"
 
 
 def answered(row: dict[str, Any], names: Sequence[str]) -> Rows:

@@ -77,6 +77,8 @@ def _examples(directory: RunDirectory, config: Config) -> dict[str, list[tuple[s
         f"answers on {split}": samples.answered(after, names),
         f"mistakes on {split} it is surest of": samples.mistakes(after, names),
     }
+    dev = [row for row in directory.read_metrics() if row["split"] == "dev"]
+    found["texts of dev at each evaluation"] = samples.texts_by_step(dev)
     return {title: rows for title, rows in found.items() if rows}
 
 

@@ -64,7 +64,9 @@ def _signal(result: Mapping[str, Any]) -> str:
 
 
 def _dev_size(result: Mapping[str, Any]) -> str:
-    """Whether the gain in dev accuracy is more than the chance of so few examples."""
+    """Whether the gain in dev accuracy is more than the chance of so few examples; not where texts are judged."""
+    if any(row.get(name) is not None for row in result["dev"] for name in ("reward", "exact_match")):
+        return ""  # these choose the best step, and accuracy has no part in it
     n = result.get("examples", {}).get("dev")
     accuracies = [row["accuracy"] for row in result["dev"] if row.get("accuracy") is not None]
     if not n or len(accuracies) < 2:
@@ -73,8 +75,10 @@ def _dev_size(result: Mapping[str, Any]) -> str:
     error, gain = standard_error(best, n), best - accuracies[0]
     if gain > 2 * error:
         return ""
+    small = f"dev is small: the standard error of its accuracy is {100 * error:.1f} points with {n} examples"
+    if gain <= 0:
+        return f"{small}, and no step had a better one than the first: take more examples to see smaller gains"
     return (
-        f"dev is small: the standard error of its accuracy is {100 * error:.1f} points with {n} examples, the best is"
-        f" {100 * gain:.1f} above the first, which may be chance: take more examples (among"
-        " steps so near each other the loss chose)"
+        f"{small}, the best is {100 * gain:.1f} above the first, which may be chance: take more examples (among steps"
+        " so near each other the loss chooses, unless --best-metric is accuracy)"
     )

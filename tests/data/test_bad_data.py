@@ -178,7 +178,7 @@ def test_bad_rows_are_listed_together_with_what_is_wrong_how_often(bpe, make):
         load_splits(make(MIXED, label_words=WORDS), bpe)
     head, *shown = str(error.value).split("\n")
     assert "train.jsonl: 14 of 16 rows cannot be used (12 times: label must be an index into the 2 label words" in head
-    assert "1 times: is not JSON, 1 times: has no field 'label'" in head
+    assert "1 time: is not JSON, 1 time: has no field 'label'" in head
     assert head.endswith("correct them, or leave them out with --skip-bad-rows")
     assert len(shown) == 10
     assert "line 3 is not JSON" in shown[0]

@@ -1,13 +1,14 @@
 """A training set above the limit is not tokenised ahead, and trains as if it were."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from mezo.api import resume, train
 from mezo.config import Config
-from mezo.data.files import forget
+from mezo.data.files import forget, open_rows
 from mezo.data.large import LargeExamples
 from mezo.errors import UserError
 from mezo.run.header import data_hash
@@ -62,6 +63,51 @@ def test_examples_are_those_that_would_be_held(bpe, tmp_path, kind, monkeypatch)
     assert hashes.pop().startswith("rows:")
     other = load_splits(config_of(write(tmp_path / "again", rows[::-1], "jsonl"), **fields), bpe)
     assert data_hash(other) != data_hash(splits)
+
+
+MIXED = {
+    "list": ({"text": ["a"], "label": 1}, "line 13: field 'text' is a list, in lines before it is text"),
+    "name": ({"text": "a", "label": "x"}, "line 13: field 'label' is text, in lines before it is a number"),
+    "truth": ({"text": "a", "label": True}, "line 13: field 'label' is true or false, in lines before it is a number"),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_types_of_a_mapped_file_are_refused_by_line(bpe, tmp_path, monkeypatch, name):
+    """`datasets` makes text of a list."""
+    set_large(monkeypatch)
+    row, message = MIXED[name]
+    with pytest.raises(UserError, match=message) as error:
+        load_splits(config_of(write(tmp_path, [*ROWS, row, *ROWS], "jsonl"), label_words=WORDS), bpe)
+    assert "\n" not in str(error.value)
+    path = tmp_path / "train.jsonl"
+    path.write_text(path.read_text()[:300])
+    with pytest.raises(UserError, match=r"line \d+ is not JSON"):
+        load_splits(config_of(str(path), label_words=WORDS), bpe)
+
+
+def mapped(data):
+    """Bytes in memory of what is mapped of a table's files."""
+    names = "|".join(re.escape(str(Path(file["filename"]).resolve())) for file in data.cache_files)
+    return sum(int(size) for size in re.findall(rf"(?:{names})\n.*\n.*\n.*\nRss: +(\d+) kB", SMAPS.read_text())) << 10
+
+
+SMAPS = Path("/proc/self/smaps")
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="what is in memory is read as Linux says it")
+def test_a_mapped_file_does_not_come_to_lie_in_memory(tmp_path, monkeypatch):
+    """To open it touches the head of each batch, a row the pages around it: both must be little of a large file."""
+    set_large(monkeypatch)
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(f'{{"text": "{i} {"a fine film " * 8}", "label": {i % 2}}}\n' for i in range(100_000)))
+    stored = open_rows(str(path), "train")
+    assert len(stored.rows.data.to_batches()) < 10, "of a thousand rows they would be a hundred"
+    opened, size = mapped(stored.rows), sum(Path(file["filename"]).stat().st_size for file in stored.rows.cache_files)
+    assert 0 < opened < size / 4
+    for number in range(0, 100_000, 1000):
+        assert stored.row(number)["text"].startswith(f"{number} a fine")
+    assert mapped(stored.rows) == 0
 
 
 @pytest.mark.parametrize("fields", [{"num_train": 4}, {"k_shot": 2}, {"num_train": 8, "data_seed": 1}], ids=str)

@@ -194,6 +194,59 @@ def test_a_checkpoint_that_is_quantised_is_taken_as_it_is(tmp_path):
         HFRuntime(*Config.of(model=str(packed), tuning="full", task="sst2", output_dir="unused").for_runtime)
 
 
+SCHEMES = {  # of compressed-tensors: bits, kind of number, weights that share a scale, whether inputs are rounded too
+    "packed in 4 bits": (4, "int", 16, False),
+    "packed in 8 bits": (8, "int", None, False),
+    "8 bits, inputs too": (8, "int", None, True),
+    "fp8": (8, "float", None, False),
+}
+
+
+def compressed(plain, directory, bits, kind, group, inputs):
+    """Write a model as compressed-tensors does."""
+    from compressed_tensors import compressors
+    from compressed_tensors import quantization as tensors
+
+    size = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    weights = tensors.QuantizationArgs(num_bits=bits, type=kind, **size)
+    rounded = tensors.QuantizationArgs(num_bits=8, strategy="token", dynamic=True) if inputs else None
+    scheme = tensors.QuantizationScheme(targets=["Linear"], weights=weights, input_activations=rounded)
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    config = tensors.QuantizationConfig(config_groups={"all": scheme}, ignore=["lm_head"])
+    tensors.apply_quantization_config(model, config)
+    largest = 448.0 if kind == "float" else 2 ** (bits - 1) - 1
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            rows = module.weight.detach().unflatten(1, (-1, group or module.weight.shape[1]))
+            module.weight_scale.data.copy_(rows.abs().amax(-1) / largest)
+    compressor = compressors.ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(directory)
+    compressor.update_config(directory)
+    return str(directory)
+
+
+@pytest.mark.skipif(not find_spec("compressed_tensors"), reason="compressed-tensors is not installed")
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+def test_compressed_tensors_are_restored_to_floats(scheme, tmp_path):
+    bits, kind, group, inputs = SCHEMES[scheme]
+    plain = save("llama", tmp_path / "plain")
+    path, data = compressed(plain, tmp_path / "packed", bits, kind, group, inputs), examples(4)
+    built = runtime(path, "none", data)
+    assert built.spec.base["model_hash"] == checkpoint_hash(path, "float32") != checkpoint_hash(plain, "float32")
+    got = difference(built.score("train", range(4)))
+    assert torch.allclose(got, log_odds(built.parts.model, data), atol=ROUNDED if inputs else EXACT, rtol=0)
+    own = log_odds(AutoModelForCausalLM.from_pretrained(path), data)  # unpacked in its first pass
+    assert torch.allclose(got, own, atol=ROUNDED if inputs else EXACT, rtol=0)
+    assert (own - log_odds(AutoModelForCausalLM.from_pretrained(plain), data)).abs().max() > 10 * EXACT
+    base = load_base(Checkpoint.of(path), torch.float32)
+    assert not is_quantised(base)
+    base.save_pretrained(tmp_path / "floats")
+    assert not json.loads((tmp_path / "floats/config.json").read_text()).get("quantization_config")
+    floats = AutoModelForCausalLM.from_pretrained(tmp_path / "floats")
+    assert torch.allclose(log_odds(floats, data), own, atol=ROUNDED if inputs else 5 * MERGED, rtol=0)
+
+
 @torchao
 def test_sixteen_bits_beside_eight(tmp_path):
     data = examples(6)

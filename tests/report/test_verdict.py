@@ -55,4 +55,11 @@ def test_a_gain_within_chance_names_the_size_of_dev():
     assert "the standard error of its accuracy is 4.1 points with 150 examples" in found
     assert "the best is 1.0 above the first" in found
     assert verdicts(result(accuracies=(0.5, 0.7), n=150)) == []
+    (none,) = verdicts(result(accuracies=(0.5, 0.4), n=150))
+    assert "4.1 points with 150 examples, and no step had a better one than the first: take more examples" in none
+    classes = [{"step": i, "loss": None, "accuracy": 0.5, "f1": 0.5} for i in range(2)]
+    assert len(verdicts(result(n=150) | {"dev": classes})) == 1, "classes have an F1 too"
+    for judge in ("reward", "exact_match"):
+        rows = [{"step": i, "loss": None, "accuracy": 0.5, judge: 0.0} for i in range(2)]
+        assert verdicts(result(n=150) | {"dev": rows}) == [], "texts are judged, accuracy chooses nothing"
     assert verdicts(result(accuracies=(0.5, 0.5))) == [], "a result of an older program says nothing of sizes"

@@ -186,6 +186,7 @@ def test_a_run_that_was_fed_follows_from_its_logs_to_the_bit(fed, tiny_config, t
     assert alone[12:] != records[12:]
 
     assert main(["trajectory", "verify", str(run.path)]) == 0
+    assert logbook.summary(str(run.path))["fed"] == "4 lines from step 12 on, 5 lines from step 31 on"
     replay(str(run.path), str(tmp_path / "replayed"))
     assert (tmp_path / "replayed" / NAME).read_bytes() == (run.adapter / NAME).read_bytes()
     # a process that was killed at some step has lost what the log did not have yet, and does it again

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -64,13 +65,23 @@ def config(text_model, write, tmp_path):
     )  # fmt: skip
 
 
-def test_a_reward_rises(config):
+def test_a_reward_rises(config, capfd):
     result = train(config.replace(steps=150, eval_every=30, report=True))
     rewards = {row["step"]: row["reward"] for row in result["dev"]}
     assert rewards[0] < 0.1
     assert rewards[result["best_step"]] == max(rewards.values()) > 0.3
     assert result["test"]["after"]["reward"] > result["test"]["before"]["reward"] + 0.2
-    assert "dev reward" in (Path(config.machine.output_dir) / "report.html").read_text()
+    page = (Path(config.machine.output_dir) / "report.html").read_text()
+    assert "dev reward" in page
+    head, *texts = tables.tables(config.machine.output_dir)["texts of dev at each evaluation"]
+    assert head == ("step", "prompt", "right", "text", "judged")
+    assert [row[0] for row in texts] == [str(step) for step in range(0, 151, 30) for _ in range(3)]
+    assert all(row[1].endswith(" was") and row[2] in ("good", "poor", "nice") for row in texts)
+    assert [float(row[4].removeprefix("reward ")) for row in texts] == pytest.approx(
+        [row[3].split().count("great") / NEW for row in texts], abs=1e-3
+    )
+    assert all(f"<td>{row[3]}</td>" in page for row in texts)
+    assert re.search(r"for example '.* was' -> '.*' \(right: 'good'; reward 0\.?\d*\)", capfd.readouterr().err)
 
 
 CONFIGURATIONS = {
