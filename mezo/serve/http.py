@@ -84,7 +84,7 @@ class Gate:
                 yield answer
             return
         versions: list[Version] = []
-        prompts = obj.text if getattr(obj, "text", None) is not None else getattr(obj, "input_ids", None)
+        prompts = self._prompts(obj)
         try:
             await self._resolve(obj, versions)
             with self.runtime.admission.user(streamed=bool(getattr(obj, "stream", False))) as waiting:
@@ -92,12 +92,19 @@ class Gate:
                     async for answer in answers:
                         waiting.saw()
                         self._mark(answer, versions)
-                        if prompts and not getattr(obj, "image_data", None):
+                        if prompts:
                             self.recent.add(prompts, answer if isinstance(answer, list) else [answer])
                         yield answer
         finally:
             for version in versions:
                 self.runtime.versions.release(version)
+
+    def _prompts(self, obj: Any) -> Any:
+        """What a request gives the model to read, if its answer may be judged: text or tokens, or a list of these."""
+        in_parts = getattr(obj, "stream", False) and getattr(self.manager, "incremental_streaming_output", False)
+        if in_parts or getattr(obj, "image_data", None):
+            return None
+        return obj.text if getattr(obj, "text", None) is not None else getattr(obj, "input_ids", None)
 
     async def _resolve(self, obj: Any, versions: list[Version]) -> None:
         """Put the slots of the versions that a request names in their place; they are added to `versions`."""

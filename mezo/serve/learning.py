@@ -84,7 +84,8 @@ class Recent:
         prompts = [prompts] if single else list(prompts)
         for i, answer in enumerate(answers):
             meta, at = answer.get("meta_info", {}), answer.get("index", i)
-            if not meta.get("finish_reason") or at >= len(prompts) or not isinstance(answer.get("text"), str):
+            why = meta.get("finish_reason")
+            if not why or why.get("type") == "abort" or at >= len(prompts) or not isinstance(answer.get("text"), str):
                 continue
             prompt, tokens = prompts[at], tuple(answer.get("output_ids") or ())
             if max(len(prompt), len(tokens), len(answer["text"])) <= LONGEST:

@@ -215,6 +215,7 @@ def test_answers_are_remembered_with_the_prompt_that_is_theirs():
     recent.add(["a", "b"], [answer("streamed", "z", index=1)])
     recent.add("a", [answer("one", "x"), answer("another of one prompt", "y")])
     recent.add("a" * (LONGEST + 1), [answer("long", "x")])
+    recent.add("a", [answer("its client left", "x", "abort")])
     asked = ("tokens", "first", "second", "streamed", "one")
     assert [recent[each].prompt for each in asked] == [(5, 6), "a", "b", "b", "a"]
     assert len(recent) == len(asked)
