@@ -50,6 +50,7 @@ class Session:
         self.promotions, self.ended = Promotions(run.path), "" if trainer else "finished"
         self.began = time.monotonic()
         log = trainer.measurement.feedback if trainer else FeedbackLog(run.path, self.first_line["data_hash"])
+        self._fed = max((record.fed[0] for record in records if record.fed), default=0)
         self.learning = Learning(log, further, runtime.refuse_further, lambda: len(records))
         runtime.frozen = frozen_part(self.first_line, run.path / INITIAL)
         runtime.replay, runtime.promoted = self._replay, self.promotions.append
@@ -89,7 +90,7 @@ class Session:
     @property
     def fed(self) -> dict[str, int]:
         """Lines of feedback.jsonl by kind, requests that were refused, and the lines that batches draw from."""
-        used = max((record.fed[0] for record in self.records if record.fed), default=0)
+        used = self.trainer.measurement.fed if self.trainer else self._fed
         return {**self.learning.log.kinds, "refused": self.learning.refused, "in_use": used}
 
     def _promote_first(self) -> None:
