@@ -10,7 +10,7 @@ from mezo.run.trajectory import read_trajectory
 from tests.serve.server import Server, left_of
 from tests.tiny_data import flags_of
 
-STEPS, ROWS = 40, [{"text": "a fine story", "label": 1}, {"text": "a poor plot", "label": 0}]
+STEPS, ROWS = 120, [{"text": "a fine story", "label": 1}, {"text": "a poor plot", "label": 0}]
 NAME = "adapter_model.safetensors"
 
 
