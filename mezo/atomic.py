@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
 
+from safetensors import SafetensorError
+
 SCRATCH = ".mezo-partial-"
 """Begins the names of the directories that something is written in before it takes its place."""
 
@@ -25,7 +27,10 @@ def replacing(path: Path, old: bool = False) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{path.name}-", dir=path.parent) as scratch:
         part = Path(scratch) / "part"
-        yield part
+        try:
+            yield part
+        except SafetensorError as error:  # its own kind of error, for a full disk too
+            raise OSError(f"{path} cannot be written: {error}") from error
         for written in (part, *part.rglob("*")):
             sync(written)
         if old and path.is_dir():
