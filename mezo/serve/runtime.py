@@ -35,6 +35,8 @@ class ServingRuntime(SGLangRuntime):
     and `promoted`, which is told each promotion, with its reason, before it takes effect.
     """
 
+    shares = True
+
     def __init__(self, *args, admission: Admission, versions: int, user_tokens: int, engine_options: dict):
         super().__init__(*args)
         if self.options.get("nnodes", 1) > 1 or self.options.get("tokenizer_worker_num", 1) > 1:

@@ -12,8 +12,8 @@ import pytest
 from mezo_kernels import dispatch
 
 HERE = Path(__file__).parent
-# registers, and issue slots an element, of the code as it is, plus a little: raise one only with a reason. By version of
-# Triton, whose assemblers differ
+# registers, and issue slots an element, of the code as it is, plus a little: raise one only with a reason. By version
+# of Triton, whose assemblers differ
 BY_VERSION = json.loads((HERE / "aot_ceilings.json").read_text())
 CEILINGS = BY_VERSION[".".join(version("triton").split(".")[:2])]
 QUICK = ("sm_90",)  # the others are slow tests: 15 s each

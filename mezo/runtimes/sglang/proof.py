@@ -11,6 +11,9 @@ from mezo.runtimes.reference import EXAMPLES, TOLERANCE, another_function, large
 from mezo.runtimes.rows import Row, RowBatch
 
 SHARE = 0.2  # in 16 bits or quantised: of what the adapters of the proof change
+STEP = 2.0**-12  # bfloat16 from 2**-5 up has multiples of it alone, float16 from 2**-2 up
+ROUNDING = 2.0**-23  # of a log-probability in float32
+CHANCE = 1e-6  # that finer logits look like multiples of it
 
 
 class StartProof:
@@ -59,6 +62,37 @@ class StartProof:
                 f"--runtime sglang: log-probabilities differ by {worst:.2g} from transformers with PEFT (allowed"
                 f" {self.allowed:.2g}, the adapters themselves change {self.spread:.2g}); try --radix off, --engine-arg"
                 " attention_backend=..., or --runtime hf"
+            )
+
+    @staticmethod
+    def check_fine(tables: Sequence[list[dict[int, float]]]) -> None:
+        """Whether the engine's logits have more bits than its 16-bit weights.
+
+        Where they have not, log-probabilities of one position differ by multiples of a step, and the two signs of a
+        perturbation by nothing or by such a step. `check` cannot see that: the model's own logits are as coarse.
+
+        Args:
+            tables: see `check`.
+        Raises:
+            UserError: they have not.
+
+        >>> StartProof.check_fine([[{5: -1.0, 7: -1.3, 9: -1.7, 11: -3.1, 13: -0.9}]])
+        >>> StartProof.check_fine([[{5: -1.0, 7: -1.25, 9: -1.5, 11: -3.0, 13: -0.875}]])
+        Traceback (most recent call last):
+        mezo.errors.UserError: --runtime sglang: the engine's logits are rounded to 16 bits, which ...
+        """
+        chance = 1.0
+        for table in (table for row in tables for table in row):
+            first, *others = table.values()
+            for p in others:
+                error = ROUNDING * (abs(p) + abs(first))
+                if abs(p - first - STEP * round((p - first) / STEP)) > error:
+                    return
+                chance *= min(1.0, 2 * error / STEP) if p != first else 1.0
+        if chance < CHANCE:
+            raise UserError(
+                "--runtime sglang: the engine's logits are rounded to 16 bits, which hides what a perturbation changes:"
+                " use --dtype float32, --target-modules without lm_head, or --runtime hf"
             )
 
     def check_adapter(self, tables: Sequence[list[dict[int, float]]]) -> None:

@@ -20,7 +20,7 @@ from mezo.method.step import Step, Update
 from mezo.models.load import Checkpoint
 from mezo.models.parts import load_parts
 from mezo.models.spec import ENGINE, NONE
-from mezo.progress import waiting
+from mezo.progress import log, waiting
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Writing, refuse_too_long
 from mezo.runtimes.rows import Row, measured, padded, rows_by_example, scores_of
@@ -80,6 +80,8 @@ class SGLangRuntime:
         UserError: SGLang will not do, or this model, device or option with it.
     """
 
+    shares = False  # whether requests of others may be in the trainer's forward passes
+
     def __init__(
         self, model: Model, machine: Machine, work: Workload, pad: int = 0, checkpoint: Checkpoint | None = None
     ):
@@ -118,6 +120,7 @@ class SGLangRuntime:
         self.engine: EngineHandle | None = None
         self._scratch: Scratch | None = None
         self._sent, self._showing = Counter(), "perturbed"
+        self._calls, self.divided = 0, 0
         self._held = 1
         self.writing = Writing.of(self.checkpoint) if work.max_new_tokens else None
 
@@ -131,7 +134,8 @@ class SGLangRuntime:
             return
         began = time.perf_counter()
         frozen = {name: p.detach().float() for name, p in self._parts.attached.frozen.items()}
-        exact = self.dtype == "float32" and self.spec.quantization == NONE and not self.checkpoint.quantised
+        quantised = self.spec.quantization != NONE or self.checkpoint.quantised
+        exact = self.dtype == "float32" and not quantised
         with waiting("computing what the engine must find, on a few examples"):
             self.proof = StartProof(self._parts, exact, self._all_rows(), self.pad, adapter)
         self._parts = None
@@ -139,9 +143,13 @@ class SGLangRuntime:
         self._launch()
         began = time.perf_counter()
         with waiting("proving that the engine scores as transformers and PEFT do"):
+            tables = []
             for seed in StartProof.SEEDS:
                 self.load(frozen | self.proof.adapter(seed))
-                self.proof.check(seed, self._tables_of_proof())
+                tables += self._tables_of_proof()
+                self.proof.check(seed, tables[-len(self.proof.rows) :])
+            if not exact and not quantised:
+                self.proof.check_fine(tables)
             self.batch_noise = self._prove_together()
         self.seconds_proving += time.perf_counter() - began
         self._flush()  # a prompt's first visit is the run's own, and is counted
@@ -397,7 +405,22 @@ class SGLangRuntime:
                     f"rank {rank} of the engine saw the requests {answer['requests']}, sent were {dict(self._sent)}:"
                     " some were not scored by the adapter they belong to"
                 )
+        self._count_passes(max(answer["passes"] for answer in answers))
         self._sent.clear()
+
+    def _count_passes(self, passes: int) -> None:
+        """Every batch of requests was one forward pass, so that both signs of a step have the rounding of one; else say
+        so, once."""
+        if passes > self._calls:
+            if not self.divided and not self.shares:
+                log.warning(
+                    "the engine computed %d batches of requests in %d forward passes: the two signs of a step may be"
+                    " rounded differently; raise what --engine-arg limits, or lower --micro-batch-size",
+                    self._calls,
+                    passes,
+                )
+            self.divided += passes - self._calls
+        self._calls = 0
 
     def _flush(self) -> None:
         """Forget all keys and values; the engine is given a moment to end its last batch."""
@@ -495,6 +518,7 @@ class SGLangRuntime:
             **wanted,
         )
         self.seconds["engine"] += time.perf_counter() - began
+        self._calls += 1
         self._sent.update(name for name, _ in requests)
         for (_, ids), answer in zip(requests, answers, strict=True):
             count_tokens(ids, answer, count)

@@ -52,6 +52,25 @@ def test_every_request_after_a_prompts_first_visit_computes_one_token(running, l
 
 
 @last
+def test_a_batch_of_requests_is_one_forward_pass(running, monkeypatch, caplog):
+    """By the engine's own record of the batches it ran; where it is not, a line says so, once."""
+    running.score_pairs("train", range(6))
+    assert running.divided == 0
+    generate = running.engine.generate
+
+    def in_two(**request):
+        parts = [{k: v[i::2] if isinstance(v, list) else v for k, v in request.items()} for i in range(2)]
+        return [answer for pair in zip(*(generate(**part) for part in parts), strict=True) for answer in pair]
+
+    monkeypatch.setattr(running.engine, "generate", in_two)
+    with caplog.at_level("WARNING", "mezo"):
+        for _ in range(2):
+            running.score_pairs("train", range(6))
+    assert running.divided == 2
+    assert caplog.text.count("computed 1 batches of requests in 2 forward passes") == 1
+
+
+@last
 def test_flushing_changes_nothing(running):
     running.update([Update([77], [0.1])], Step([78], 1e-2))
     warm = running.score_pairs("train", range(8))[0]

@@ -22,12 +22,17 @@ def activate() -> None:
 
     managers, pool = "sglang.srt.managers", "sglang.srt.lora.mem_pool.LoRAMemoryPool"
     HookRegistry.register(f"{managers}.scheduler.Scheduler.handle_rpc_request", worker.answer, HookType.AROUND)
+    HookRegistry.register(f"{managers}.scheduler.Scheduler.run_batch", worker.see_pass, HookType.AFTER)
     HookRegistry.register(f"{managers}.schedule_batch.Req.__init__", worker.see_request, HookType.AFTER)
     HookRegistry.register(f"{pool}.load_lora_weight_to_buffer", worker.see_load, HookType.AFTER)
     backend = "sglang.srt.lora.backend.torch_backend.TorchNativeLoRABackend"
     HookRegistry.register(f"{backend}.prepare_lora_batch", head.prune, HookType.AFTER)
     for factor in "ab":
         HookRegistry.register(f"{backend}.run_lora_{factor}_sgemm", head.use_pruned, HookType.AROUND)
+    manager = "sglang.srt.lora.lora_manager.LoRAManager"
+    HookRegistry.register(f"{manager}.prepare_lora_batch", head.divide, HookType.AFTER)
+    processor = "sglang.srt.layers.logits_processor.LogitsProcessor"
+    HookRegistry.register(f"{processor}._compute_lm_head", head.in_float32, HookType.AROUND)
     _allow_unpinned_memory()
     # Ctrl-C in a terminal reaches every process of the group: the trainer alone decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -30,7 +30,7 @@ from mezo_kernels import ParamLayout, ParamSlot
 
 if TYPE_CHECKING:
     from sglang.srt.lora.mem_pool import LoRAMemoryPool
-    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -39,9 +39,11 @@ DERIVES = "on_lora_slots_updated"  # method of such a module (0.5.23: Inkling's)
 
 @dataclass
 class Seen:
-    """What the hooks saw in this process: requests and loads of adapter slots by LoRA id, and ids that share KV."""
+    """What the hooks saw in this process: requests and loads of adapter slots by LoRA id, forward passes that began
+    requests by the set of ids in them, and ids that share KV."""
 
     requests: Counter = field(default_factory=Counter)
+    passes: Counter = field(default_factory=Counter)
     loads: Counter = field(default_factory=Counter)
     shared: set[str] = field(default_factory=set)
 
@@ -54,6 +56,19 @@ def see_request(result: None, req: "Req", *args, **kwargs) -> None:
     seen.requests[req.lora_id] += 1
     if req.lora_id in seen.shared:
         req.extra_key = req.extra_key[: -len(req.lora_id)] or None
+
+
+def see_pass(result: object, scheduler: "Scheduler", batch: "ScheduleBatch", *args, **kwargs) -> None:
+    """After `Scheduler.run_batch`: count a forward pass that computes prompts, by the adapters in it.
+
+    Args:
+        result: what it returned.
+        scheduler: whose method it is.
+        batch: the requests.
+        args, kwargs: its other arguments.
+    """
+    if batch.forward_mode.is_extend():
+        seen.passes[frozenset(req.lora_id for req in batch.reqs)] += 1
 
 
 def see_load(result: None, pool: "LoRAMemoryPool", uid: str | None, *args, **kwargs) -> None:
@@ -130,6 +145,7 @@ class Worker:
         seen.shared = set(self.ids.values()) if share else set()
         seen.loads.clear()
         seen.requests.clear()
+        seen.passes.clear()
         adapter = adapter_shapes(shapes, frozen)
         self.shards = {name: shard_of(self.manager, name, shape) for name, shape in adapter.items()}
         self.trained = {name: self.shards.get(name) or Whole(shape) for name, shape in shapes.items()}
@@ -301,15 +317,21 @@ class Worker:
         return {}
 
     def report(self) -> dict:
-        """Requests since the last report, by slot; those of no slot of ours are under "other"."""
+        """What the trainer had computed since the last report.
+
+        Returns:
+            Requests by slot, those of no slot of ours under "other", and forward passes that computed their prompts.
+        """
         names, users = {lora_id: name for name, lora_id in self.ids.items()}, self._users()
         counts = Counter()
         for lora_id, n in seen.requests.items():
             if lora_id not in users:
                 counts[names.get(lora_id, "other")] += n
+        passes = sum(n for ids, n in seen.passes.items() if ids - users)
         seen.requests.clear()
+        seen.passes.clear()
         self._check()
-        return {"requests": counts}
+        return {"requests": counts, "passes": passes}
 
     def _users(self) -> set[str | None]:
         """LoRA ids of requests that are not the trainer's; None is the base."""
