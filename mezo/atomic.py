@@ -1,6 +1,8 @@
 """Atomic writes: a file or a directory is in its place whole, or not at all."""
 
+import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +32,9 @@ def replacing(path: Path, old: bool = False) -> Iterator[Path]:
         try:
             yield part
         except SafetensorError as error:  # its own kind of error, for a full disk too
-            raise OSError(f"{path} cannot be written: {error}") from error
+            number = re.search(r"os error (\d+)", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
         for written in (part, *part.rglob("*")):
             sync(written)
         if old and path.is_dir():
