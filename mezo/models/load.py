@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -164,7 +165,10 @@ def load_with_new(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You passed `quantization_config`")  # of a checkpoint that has one
             base, seen = auto.from_pretrained(checkpoint.name, output_loading_info=True, **options)
-    except (OSError, ValueError, ImportError) as error:  # ImportError: a quantised checkpoint without its library
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        # ImportError: a quantised checkpoint without its library; RuntimeError: weights of other shapes
         raise _unloadable(checkpoint.name, error) from error
     if base._hf_peft_config_loaded:  # of a hub id, whose files are not looked at before
         raise _two_in_one(checkpoint.name)
@@ -275,6 +279,13 @@ def _unloadable(model: str, error: Exception) -> UserError:
             f"--model {model}: it comes with code of its own, which is never run here: use a model of a family that"
             " transformers has (mezo models lists some)"
         )
+    if "ignore_mismatched_sizes" in str(error):
+        return UserError(
+            f"--model {model}: its weights have other shapes than its config.json says: give a model whose files belong"
+            " together"
+        )
+    if isinstance(error, SafetensorError):
+        return UserError(f"--model {model}: a file of its weights is damaged ({_first_line(error)}): fetch it again")
     return UserError(f"--model {model}: it could not be loaded ({_first_line(error)})")
 
 

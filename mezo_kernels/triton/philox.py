@@ -83,9 +83,13 @@ def philox_4x32(c0, c1, c2, c3, k0, k1):
     """
     if not INTERPRETED and tl.target_info.is_cuda():
         c0, c1, c2, c3 = tl.inline_asm_elementwise(
-            PHILOX, "=&r,=&r,=&r,=&r,r,r,r,r,r,r", [c0, c1, c2, c3, k0, k1],
-            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
-        )  # fmt: skip
+            PHILOX,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r",
+            [c0, c1, c2, c3, k0, k1],
+            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
     else:
         for _ in tl.static_range(10):
             p0 = c0.to(tl.uint64) * 0xD2511F53

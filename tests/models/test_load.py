@@ -1,6 +1,7 @@
 """Checkpoints that cannot be loaded are refused in one line."""
 
 import json
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -57,6 +58,20 @@ def test_a_model_that_makes_no_text_is_refused(tmp_path, refused):
     ViTConfig(architectures=["ViTModel"]).save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     assert refused(tmp_path / "model").endswith("use a model that continues text, fills masks or answers by a decoder")
+
+
+def test_weights_of_other_shapes_than_the_configuration_are_refused(tmp_path, refused):
+    path = Path(save("llama", tmp_path / "model")) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 128}))
+    assert refused(path.parent).endswith(
+        "other shapes than its config.json says: give a model whose files belong together"
+    )
+
+
+def test_a_file_of_weights_that_was_cut_off_is_refused(tmp_path, refused):
+    path = Path(save("llama", tmp_path / "model")) / "model.safetensors"
+    os.truncate(path, 20000)
+    assert re.search(r"a file of its weights is damaged \(.*\): fetch it again", refused(path.parent))
 
 
 def test_a_gguf_file_is_refused_with_what_makes_a_model_of_it(tmp_path, refused):
