@@ -1,9 +1,11 @@
-"""The forward passes of a step, adapters on all layers, in CPU seconds of one thread: ours, the original's, the limit.
+"""The forward passes of a step in CPU seconds of one thread: ours, what it was, the original's, the limit.
 
 Run: make bench-forward, or python bench/forward.py --output bench/results/MACHINE/forward.json
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -17,10 +19,12 @@ from pathlib import Path
 
 import torch
 from machine import describe
-from training_step import OriginalStep, OurStep, configs
+from training_step import OriginalStep, OurStep, configs, random_prompts
+from transformers import AutoModel
 
+from mezo.config import Config
 from mezo.data.example import Example
-from mezo.models.linear import measured_gain
+from mezo.models.linear import as_loaded, measured_gain, pack
 from mezo.models.load import load_tokenizer
 from mezo.runtimes.hf.runtime import HFRuntime
 from mezo.runtimes.rows import RowBatch, rows_of
@@ -40,7 +44,6 @@ def medium():
 def openvino_pair(model: str, data: list[Example]) -> Callable:
     """Two forward passes of the bare body by OpenVINO, float32, one thread."""
     import openvino
-    from transformers import AutoModel
 
     class Body(torch.nn.Module):
         def __init__(self):
@@ -79,57 +82,196 @@ def cpu_seconds(run: Callable) -> float:
     return time.process_time() - began
 
 
-def measured(batch: int, rounds: int, with_openvino: bool) -> dict:
-    """Medians of CPU seconds, and of ratios to ours by round."""
-    config = configs()["all layers"].replace(batch_size=batch)
-    data = load_splits(config, load_tokenizer(config.model.base), masked=False)["train"][:batch]
-    kinds = {kind: HFRuntime(*config.replace(linear=kind).for_runtime) for kind in ("torch", "packed")}
-    with tempfile.TemporaryDirectory() as folder:
-        steps = {kind: OurStep(r, config, data, Path(folder) / f"{kind}.jsonl") for kind, r in kinds.items()}
-        original = OriginalStep(kinds["torch"], config, data, everywhere=True)
-        bare = OriginalStep(kinds["torch"], config, data, everywhere=False)
-        packed = OriginalStep(kinds["packed"], config, data, everywhere=False, as_ours=True)
+def as_before(runtime: HFRuntime, run: Callable) -> Callable:
+    """The same with rows in padded groups of like length and PEFT's own adapters, as a step was before."""
+    padded = runtime.scorer._padded(runtime.scorer.reading)
 
-        def with_line() -> None:
-            with medium():
-                original()
+    def padded_run() -> None:
+        way, trunk = runtime.scorer.way, runtime.scorer.trunk
+        runtime.scorer.way = dataclasses.replace(way, layout=padded)
+        layout = trunk and trunk.layout
+        if trunk:
+            trunk.layout = padded
+        try:
+            with as_loaded():
+                run()
+        finally:
+            runtime.scorer.way = way
+            if trunk:
+                trunk.layout = layout
 
-        runs = {
-            "ours, packed": steps["packed"],
-            "ours, torch's product": steps["torch"],
+    return padded_run
+
+
+def in_turn(name: str, runs: dict[str, Callable], rounds: int, first: str) -> dict:
+    """CPU seconds of each by round, after one that is not counted: medians, the best, and medians of ratios to one.
+
+    Args:
+        name: of the table.
+        runs: what is timed.
+        rounds: that count.
+        first: name of the run that the others are divided by.
+    """
+    times = {run: [] for run in runs}
+    for n in range(rounds + 1):
+        for run, call in runs.items():
+            seconds = cpu_seconds(call)
+            times[run] += [seconds] if n else []
+        print(name, n, {run: round(own[-1], 3) for run, own in times.items() if own}, file=sys.stderr, flush=True)
+    return {
+        "median_cpu_seconds": {run: statistics.median(own) for run, own in times.items()},
+        "best_cpu_seconds": {run: min(own) for run, own in times.items()},
+        f"times {first}": {
+            run: statistics.median(t / o for t, o in zip(own, times[first], strict=True)) for run, own in times.items()
+        },
+    }
+
+
+class Steps:
+    """Steps of one configuration, ours and the original's, in this process.
+
+    Args:
+        config: the run's.
+        data: the batch.
+        log: where steps are logged.
+    """
+
+    def __init__(self, config: Config, data: list[Example], log: Path):
+        self.config, self.data, self.log = config, data, log
+
+    def runtime(self, **options) -> HFRuntime:
+        """One with other options."""
+        return HFRuntime(*self.config.replace(**options).for_runtime)
+
+    def ours(self, runtime: HFRuntime) -> OurStep:
+        """A step of ours."""
+        return OurStep(runtime, self.config, self.data, self.log)
+
+
+def with_line(step: Callable) -> Callable:
+    """A step of the original's with the one line that a user may add."""
+
+    def run() -> None:
+        with medium():
+            step()
+
+    return run
+
+
+def all_layers(steps: Steps, rounds: int) -> tuple[dict, float]:
+    """Adapters on all layers, beside the original's step and bare forward passes; and seconds of ours at best."""
+    packed, plain, half = (steps.runtime(linear=kind) for kind in ("packed", "torch", "torch"))
+    ours = steps.ours(packed)
+    before = as_before(half, steps.ours(half))
+    original = OriginalStep(plain, steps.config, steps.data, everywhere=True)
+    bare = OriginalStep(plain, steps.config, steps.data, everywhere=False)
+    bare_packed = OriginalStep(packed, steps.config, steps.data, everywhere=False, as_ours=True)
+    table = in_turn(
+        "all layers",
+        {
+            "ours": ours,
+            "ours, torch's product": steps.ours(plain),
+            "ours before: torch's product, rows padded by length, PEFT's adapters": before,
             "original": original,
-            'original, precision "medium"': with_line,
-            "two forwards": bare.two_forwards,
-            "two forwards, packed, adapters in place": packed.two_forwards,
-        }
-        if with_openvino:
-            runs["two forwards, OpenVINO, no adapters"] = openvino_pair(config.model.base, data)
-        times = {name: [] for name in runs}
-        for n in range(rounds + 1):
-            for name, run in runs.items():
-                seconds = cpu_seconds(run)
-                times[name] += [seconds] if n else []
-            print(n, {name: round(own[-1], 2) for name, own in times.items() if own}, file=sys.stderr, flush=True)
-    tokens = 2 * sum(len(example.prompt) for example in data)
-    body = kinds["torch"].parts.body
-    weights = sum(
-        m.weight.numel() for n, m in body.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n
+            'original, precision "medium"': with_line(original),
+            "two forwards, padded": bare.two_forwards,
+            "two forwards, padded, packed, adapters in place": bare_packed.two_forwards,
+        },
+        rounds,
+        "ours",
     )
-    ours = times["ours, packed"]
-    best = min(ours)
+    return table, table["best_cpu_seconds"]["ours"]
+
+
+def ours_and_before(steps: Steps, rounds: int, name: str, **options) -> dict:
+    """A step of ours beside what it was, of a configuration."""
+    new, old = steps.runtime(**options), steps.runtime(linear="torch")
+    runs = {"ours": steps.ours(new), "before": as_before(old, steps.ours(old))}
+    return in_turn(name, runs, rounds, "ours")
+
+
+def filling(steps: Steps, rounds: int) -> dict:
+    """Filling the trunk cache with the examples of a batch."""
+    runtimes = {"ours": steps.runtime(linear="packed"), "before": steps.runtime(linear="torch")}
+    fills = {}
+    for name, runtime in runtimes.items():
+        runtime.prepare({"train": steps.data})
+        fills[name] = functools.partial(fill, runtime)
+    fills["before"] = as_before(runtimes["before"], fills["before"])
+    return in_turn("filling", fills, rounds, "ours")
+
+
+def fill(runtime: HFRuntime) -> None:
+    """Fill an empty trunk cache."""
+    runtime.scorer.trunk.clear()
+    runtime.scorer.trunk.fill("train")
+
+
+def every_parameter(steps: Steps, rounds: int) -> dict:
+    """All weights trained: none can be packed."""
+    kinds = {name: steps.runtime(linear=name) for name in ("onednn", "torch")}
+    original = OriginalStep(kinds["torch"], steps.config, steps.data, everywhere=True)
+    runs = {
+        "ours": steps.ours(kinds["onednn"]),
+        "ours, torch's product": steps.ours(kinds["torch"]),
+        "original": original,
+        'original, precision "medium"': with_line(original),
+    }
+    return in_turn("every parameter", runs, rounds, "ours")
+
+
+def limit(model: str, rounds: int, rows: int = 16, length: int = 48) -> dict:
+    """Two forward passes of the bare body, rows of one length, so that nobody pads: packed, and by OpenVINO."""
+    data = random_prompts(rows, length)
+    batch = RowBatch.of([row for example in data for row in rows_of(example)], 0, "cpu")
+    bodies = {name: AutoModel.from_pretrained(model, dtype=torch.float32).eval() for name in ("packed", "torch")}
+    pack(bodies["packed"], set())
+
+    def passes(body: torch.nn.Module) -> None:
+        with torch.no_grad():
+            for _ in range(2):
+                body(input_ids=batch.ids, use_cache=False)
+
+    runs = {f"transformers, {name}": functools.partial(passes, body) for name, body in bodies.items()}
+    if find_spec("openvino"):
+        runs["OpenVINO"] = openvino_pair(model, data)
+    return {"rows": rows, "tokens_a_row": length} | in_turn("bare", runs, rounds, "transformers, packed")
+
+
+def measured(batch: int, rounds: int) -> dict:
+    """All tables."""
+    kinds = {name: config.replace(batch_size=batch) for name, config in configs().items()}
+    every = kinds["all layers"]
+    data = load_splits(every, load_tokenizer(every.model.base), masked=False)["train"][: 4 * batch]
+    tokens = 2 * sum(len(example.prompt) for example in data[:batch])
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.jsonl"
+        of = lambda config, n=batch: Steps(config, data[:n], log)  # noqa: E731
+        table, best = all_layers(of(every), rounds)
+        whole = of(every.replace(tuning="full"))
+        makers = {
+            "last 4 layers": lambda name: ours_and_before(of(kinds[name]), 3 * rounds, name, linear="packed"),
+            "bfloat16, all layers": lambda name: ours_and_before(
+                of(every), rounds, name, linear="packed", dtype="bfloat16"
+            ),
+            "filling the trunk cache below the last layer": lambda _: filling(
+                of(kinds["last layer"], 4 * batch), rounds
+            ),
+            "every parameter": lambda _: every_parameter(whole, rounds),
+            "bare": lambda _: limit(every.model.base, rounds),
+        }
+        tables = {"all layers": table} | {name: make(name) for name, make in makers.items()}
+    body = AutoModel.from_pretrained(every.model.base)
+    weights = sum(m.weight.numel() for m in body.modules() if isinstance(m, torch.nn.Linear))
     return {
         "examples": batch,
         "tokens_of_both_passes": tokens,
         "rounds": rounds,
-        "median_cpu_seconds": {name: statistics.median(own) for name, own in times.items()},
-        "best_cpu_seconds": {name: min(own) for name, own in times.items()},
-        "times_ours": {
-            name: statistics.median(t / o for t, o in zip(own, ours, strict=True)) for name, own in times.items()
-        },
+        "tables": tables,
         "gflops_of_ours_at_best": 2 * weights * tokens / best / 1e9,
         "tokens_per_second_at_best": tokens / best,
         "product_gflops": product_rates(),
-        "gain_of_packing_by_the_trial": measured_gain(576, torch.float32),
+        "gain_by_the_trial": {name: measured_gain(576, torch.float32, name) for name in ("packed", "onednn")},
     }
 
 
@@ -141,9 +283,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    openvino = bool(find_spec("openvino"))
-    results = measured(options.batch, options.rounds, openvino)
-    machine = describe() | {name: version(name) for name in ("transformers", "peft", *(["openvino"] * openvino))}
+    results = measured(options.batch, options.rounds)
+    packages = ("transformers", "peft", *(["openvino"] if find_spec("openvino") else []))
+    machine = describe() | {name: version(name) for name in packages}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(
         json.dumps({"command": "make bench-forward", "machine": machine, **results}, indent=2) + "\n"

@@ -109,6 +109,8 @@ def rank(kind: str, model: str, output: str, steps: int) -> None:
         trained = weights.numel()
         equal = torch.equal(*others)
         Path(output).write_text(json.dumps({"sent": sent, "received": received, "trained": trained, "equal": equal}))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # its threads must not run when the interpreter ends
 
 
 def two_processes(kind: str, model: str, steps: int = 12) -> dict:

@@ -92,8 +92,11 @@ class OriginalStep:
         self.parts, self.config, self.everywhere, self.batch = runtime.parts, config, everywhere, batch
         self.rows = RowBatch.of([row for example in batch for row in rows_of(example)], 0, "cpu")
         self.labels = torch.tensor([example.label for example in batch])
-        noise = {name: lora_init(3, name, shape) for name, shape in runtime.spec.shapes.items()}
-        self.weights = [noise[name] for name in self.parts.params]
+        if runtime.spec.peft:
+            noise = {name: lora_init(3, name, shape) for name, shape in runtime.spec.shapes.items()}
+            self.weights = [noise[name] for name in self.parts.params]
+        else:
+            self.weights = [p.data.clone() for p in self.parts.params.values()]
         self.seed = 0
 
     def in_place(self) -> None:

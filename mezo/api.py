@@ -61,18 +61,18 @@ def train(config: Config, until: int | None = None) -> dict | None:
 
 
 def _with_one_product(config: Config, ranks: Ranks) -> Config:
-    """The configuration with one --linear for all ranks: packed weights only where every rank finds them faster."""
+    """The configuration with one --linear for all ranks: oneDNN's product only where every rank finds it faster."""
     if ranks.size == 1 or config.machine.runtime.name != "hf" or config.machine.runtime.linear != "auto":
         return config
     from mezo.models.linear import SMALLEST, width_of
     from mezo.runtimes.hf.runtime import product_of
 
     checkpoint = Checkpoint.of(config.model.base, config.model.tuning.head, config.model.quantization)
-    packed = width_of(checkpoint.config) >= SMALLEST
-    if packed:
-        mine = product_of(config.model, config.machine, checkpoint).name == "packed"
-        packed = all(found for (found,) in ranks.gather([float(mine)]))
-    return config.replace(linear="packed" if packed else "torch")
+    if width_of(checkpoint.config) < SMALLEST:
+        return config.replace(linear="torch")
+    mine = product_of(config.model, config.machine, checkpoint).name
+    agreed = all(found for (found,) in ranks.gather([float(mine != "torch")]))
+    return config.replace(linear=mine if agreed else "torch")
 
 
 def _with_product_of(config: Config, first_line: dict) -> Config:
@@ -80,12 +80,15 @@ def _with_product_of(config: Config, first_line: dict) -> Config:
 
     Where that cannot be here, as on a GPU, torch's own product takes over.
     """
-    if config.machine.runtime.name != "hf" or config.machine.runtime.linear != "auto":
+    if config.machine.runtime.linear != "auto":
         return config
-    from mezo.runtimes.hf.runtime import packs
+    if config.machine.runtime.name == "hf":
+        from mezo.runtimes.hf.runtime import has_product
+    else:
+        from mezo.runtimes.sglang.arguments import has_product
 
-    packed = first_line.get("linear") == "packed" and packs(config.model, config.machine)
-    return config.replace(linear="packed" if packed else "torch")
+    product = first_line.get("linear", "torch")
+    return config.replace(linear=product if has_product(product, config.model, config.machine) else "torch")
 
 
 def start(

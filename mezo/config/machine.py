@@ -24,9 +24,10 @@ class HF:
     copies_bytes: Annotated[int, Ge(1), RESUMABLE] = 2 << 30
     """Most bytes of perturbed copies of the trained parameters that --directions holds at once; where those of a step
     do not fit, it takes several forward passes."""
-    linear: Annotated[Literal["auto", "torch", "packed"], RESUMABLE] = "auto"
-    """What multiplies by the frozen weights on a CPU. torch: torch's own product. packed: oneDNN's, by weights laid out
-    for it once, as exact. auto: the faster here, by a short trial; a resumed run keeps what it began with."""
+    linear: Annotated[Literal["auto", "torch", "onednn", "packed"], RESUMABLE] = "auto"
+    """What multiplies by the weights on a CPU. torch: torch's own product. onednn: that of oneDNN, as exact. packed: it
+    too, by frozen weights laid out for it once. auto: the faster here, by a short trial; packed where there are frozen
+    weights, onednn under --tuning full. A resumed run keeps what it began with."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class SGLang:
     """auto: reuse keys and values of text seen before wherever that is exact; off: never."""
     deterministic: Annotated[bool, RESUMABLE] = False
     """The engine's deterministic mode, where its attention backend has one."""
+    linear: Annotated[Literal["auto", "torch", "onednn", "packed"], RESUMABLE] = "auto"
+    """See --runtime hf; here frozen weights are packed or not."""
     engine_graphs: Annotated[Literal["off", "decode", "prefill", "all"], RESUMABLE] = "off"
     """Forward passes that a GPU replays from CUDA graphs: of generated text (decode), of what is scored (prefill)."""
     engine_arg: Annotated[tuple[str, ...], RESUMABLE] = ()

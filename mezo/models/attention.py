@@ -1,6 +1,6 @@
-"""Keys and values that attention is given from outside: those of a row, known already, or a prefix in front of it."""
+"""What attention sees: keys and values that are known already, a prefix in front of them, rows that lie end to end."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,6 +35,24 @@ def attending(attention: nn.Module | None, known: Known | Callable | None) -> It
         del attention.mezo_known
 
 
+_groups: Sequence[tuple[int, int]] = ()
+
+
+@contextmanager
+def within_rows(groups: Sequence[tuple[int, int]]) -> Iterator[None]:
+    """Meanwhile the one row of a batch is many that lie end to end, and each token attends within its own.
+
+    Args:
+        groups: (rows, length) of rows of one length, as they follow one another.
+    """
+    global _groups
+    before, _groups = _groups, groups
+    try:
+        yield
+    finally:
+        _groups = before
+
+
 def _attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -45,6 +63,10 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scaled dot-product attention, to known keys and values where `attending` has given the module some."""
     known = module.__dict__.get("mezo_known")
+    if known is None and _groups:
+        if attention_mask is not None:
+            raise ValueError("a mask of rows that lie end to end")
+        return _attention_within_rows(module, query, key, value, **kwargs), None
     if known is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if callable(known):
@@ -56,8 +78,26 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _attention_within_rows(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs
+) -> torch.Tensor:
+    """(1, tokens, heads, head_dim), of rows that lie end to end in the only row of a batch."""
+    outs, start = [], 0
+    for rows, length in _groups:
+        span = slice(start, start + rows * length)
+        parts = [t[0, :, span].unflatten(1, (rows, length)).transpose(0, 1) for t in (query, key, value)]
+        outs.append(sdpa_attention_forward(module, *parts, None, **kwargs)[0].flatten(0, 1))
+        start = span.stop
+    return torch.cat(outs)[None]
+
+
+def _mask(*args, **kwargs) -> torch.Tensor | None:
+    """The mask that a model makes for its attention; rows that lie end to end need none."""
+    return None if _groups else sdpa_mask(*args, **kwargs)
+
+
 AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 @dataclass(frozen=True)

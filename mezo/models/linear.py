@@ -1,15 +1,16 @@
-"""The products of the frozen base on a CPU: weights laid out once as oneDNN wants them, and adapters added in place.
+"""The products of a model on a CPU: by oneDNN, frozen weights laid out once as it wants them, adapters added in place.
 
-torch's own product takes a weight as it lies, in every call anew. oneDNN multiplies faster by a weight in blocks of its
-own, which it is put into here, once, by the operations that `torch.compile` calls for frozen weights. Modules are
-swapped, the model's code stays. Layers that are given one and the same input (query, key and value; gate and up) are
-one product.
+torch's own float32 product is another library's on some CPUs, and slower there. oneDNN multiplies fastest by a weight
+in blocks of its own, which a frozen one is put into here, once, by the operations that `torch.compile` calls for frozen
+weights. Modules are swapped, the model's code stays. Layers that are given one and the same input (query, key and
+value; gate and up) are one product. Where all weights are trained they are taken as they lie, by oneDNN if it is
+exact.
 """
 
 import functools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,8 @@ ROWS = 64  # tokens of the product that is tried
 ROUNDS = 3
 WORTH = 1.15  # times as fast that packing must be: less is within what a busy machine varies by
 EXACT = 1e-5  # of float32 products, relative to their largest; bfloat16 is off by 4e-3, TensorFloat32 by 5e-4
+
+LIBRARY = {"packed": "oneDNN packed", "onednn": "oneDNN"}
 
 _as_loaded = False
 
@@ -52,7 +55,7 @@ class _Stack:
 
     def __init__(self, weights: list[torch.Tensor]):
         self.sizes = [len(weight) for weight in weights]
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), None)
+        self.packed = lay_out(torch.cat(weights))
         self.x: torch.Tensor | None = None
         self.version, self.outputs = -1, {}
 
@@ -63,9 +66,9 @@ class _Stack:
     def product(self, x: torch.Tensor, place: int, bias: torch.Tensor | None) -> torch.Tensor:
         """x times one of the weights; the others' outputs are kept for those that are given the same x next."""
         if len(self.sizes) == 1:
-            return _packed_product(x, self.packed, bias)
+            return packed_product(x, self.packed, bias)
         if self.x is not x or self.version != x._version or place not in self.outputs:
-            parts = _packed_product(x, self.packed, None).split(self.sizes, -1)
+            parts = packed_product(x, self.packed, None).split(self.sizes, -1)
             self.x, self.version, self.outputs = x, x._version, dict(enumerate(parts))
         out = self.outputs.pop(place)
         if not self.outputs:
@@ -108,10 +111,10 @@ class PackedLinear(nn.Linear):
 
 @dataclass(frozen=True)
 class Product:
-    """What computes the products of the frozen base.
+    """What computes the products of a model.
 
     Args:
-        name: "torch" or "packed".
+        name: "torch", "onednn" or "packed", see --linear.
         why: for people, with what was measured.
     """
 
@@ -119,35 +122,52 @@ class Product:
     why: str
 
 
-def choose(option: str, width: int, dtype: torch.dtype, device: torch.device) -> Product:
-    """What --linear asks for; under "auto" the faster of the two here, by a trial of some hundredths of a second.
+def choose(option: str, width: int, dtype: torch.dtype, device: torch.device, frozen: bool = True) -> Product:
+    """What --linear asks for; under "auto" the faster of two here, by a trial of some hundredths of a second.
 
     Args:
-        option: "auto", "torch" or "packed".
+        option: "auto", "torch", "onednn" or "packed".
         width: of the model's hidden states.
         dtype, device: of the base.
+        frozen: the base is, and can be packed; else it is taken as it lies.
     Raises:
-        UserError: "packed" was asked for, and cannot be.
+        UserError: what was asked for cannot be.
     """
     name = str(dtype).removeprefix("torch.")
     if option == "torch":
         return Product("torch", f"{name} products: torch's own")
-    refusal = why_not_packed(dtype, device)
-    if refusal is None and not _is_exact(dtype):
-        refusal = (
-            "float32 products are rounded to fewer bits in this process (torch.set_float32_matmul_precision, or"
-            " ONEDNN_DEFAULT_FPMATH_MODE in its environment)"
-        )
-    if option == "packed":
+    asked = option if option != "auto" else "packed" if frozen else "onednn"
+    if asked == "packed" and not frozen:
+        raise UserError("--linear packed: --tuning full trains every weight, and only frozen ones are packed; use auto")
+    refusal = why_not_by(asked, dtype, device)
+    if option != "auto":
         if refusal:
-            raise UserError(f"--linear packed: {refusal}; use --linear torch")
-        return Product("packed", f"{name} products: oneDNN packed")
+            raise UserError(f"--linear {option}: {refusal}; use --linear torch")
+        return Product(option, f"{name} products: {LIBRARY[option]}")
     if refusal or width < SMALLEST:
         return Product("torch", f"{name} products: torch's own ({refusal or 'the model is too small to gain'})")
-    gain = measured_gain(min(width, WIDEST), dtype)
+    gain = measured_gain(min(width, WIDEST), dtype, asked)
     if gain < WORTH:
-        return Product("torch", f"{name} products: torch's own, oneDNN packed is {gain:.2f} times as fast here")
-    return Product("packed", f"{name} products: oneDNN packed, {gain:.2f} times as fast as torch's own here")
+        return Product("torch", f"{name} products: torch's own, {LIBRARY[asked]} is {gain:.2f} times as fast here")
+    return Product(asked, f"{name} products: {LIBRARY[asked]}, {gain:.2f} times as fast as torch's own here")
+
+
+def why_not_by(product: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why oneDNN does not compute the products of a dtype on a device, None if it can, and exactly.
+
+    Args:
+        product: "onednn" or "packed".
+        dtype, device: of the weights.
+    """
+    if product == "onednn" and dtype == torch.bfloat16:
+        return "torch's own bfloat16 products are oneDNN's already"
+    refusal = why_not_packed(dtype, device)
+    if refusal is None and not is_exact(product, dtype):
+        refusal = (
+            "float32 products are rounded to fewer bits in this process (by this CPU's matrix unit,"
+            " torch.set_float32_matmul_precision, or ONEDNN_DEFAULT_FPMATH_MODE in its environment)"
+        )
+    return refusal
 
 
 def width_of(config: PretrainedConfig) -> int:
@@ -166,43 +186,90 @@ def why_not_packed(dtype: torch.dtype, device: torch.device) -> str | None:
     return None if dtype == torch.float32 else f"this CPU multiplies {dtype} by no instructions of its own"
 
 
-def _is_exact(dtype: torch.dtype) -> bool:
-    """Whether the packed product is as exact as its dtype: float32 must not be rounded to bfloat16 on the way."""
+def is_exact(product: str, dtype: torch.dtype) -> bool:
+    """Whether oneDNN's product is as exact as its dtype: float32 must not be rounded to bfloat16 on the way.
+
+    Args:
+        product: "onednn" or "packed".
+        dtype: of weights and inputs.
+    """
     if dtype != torch.float32:
         return True
-    x, weight = torch.linspace(-1, 1, 256).view(4, 64).sin(), torch.linspace(-9, 9, 1024).view(16, 64).cos()
-    expected = x.double() @ weight.double().T
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-    worst = (_packed_product(x, packed, None) - expected).abs().max()
-    return bool(worst <= EXACT * expected.abs().max())
+    for rows, inputs, outputs in ((4, 64, 16), (ROWS, 512, 8), (ROWS, 8, 512)):
+        x = torch.linspace(-1, 1, rows * inputs).view(rows, inputs).mul(99).sin()
+        weight = torch.linspace(-9, 9, outputs * inputs).view(outputs, inputs).cos()
+        expected = x.double() @ weight.double().T
+        worst = (_product(product, weight)(x) - expected).abs().max()
+        if not worst <= EXACT * expected.abs().max():
+            return False
+    return True
+
+
+def _product(name: str, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The product by a weight, (outputs, inputs), as `Product` names it."""
+    if name == "packed":
+        packed = lay_out(weight)
+        return lambda x: packed_product(x, packed, None)
+    if name == "torch":
+        return lambda x: nn.functional.linear(x, weight)
+
+    def by_onednn(x: torch.Tensor) -> torch.Tensor:
+        with onednn():
+            return nn.functional.linear(x, weight)
+
+    return by_onednn
 
 
 @functools.cache
 @torch.no_grad()
-def measured_gain(width: int, dtype: torch.dtype) -> float:
-    """How many times as fast a packed product is here as torch's own; best of a few rounds in turn, in CPU time.
+def measured_gain(width: int, dtype: torch.dtype, product: str = "packed") -> float:
+    """How many times as fast a product is here as torch's own; best of a few rounds in turn, in CPU time.
 
     Each call has another weight, as in a model: one that is in the cache already would flatter both.
 
     Args:
         width: inputs of the product; it has twice as many outputs.
         dtype: of weights and inputs.
+        product: "onednn" or "packed".
     """
     x = torch.randn(ROWS, width).to(dtype)
     weights = [torch.randn(2 * width, width).to(dtype) for _ in range(4)]
-    packed = [torch.ops.mkldnn._reorder_linear_weight(weight, None) for weight in weights]
-    runs = {
-        "torch": lambda: [nn.functional.linear(x, weight) for weight in weights],
-        "packed": lambda: [_packed_product(x, weight, None) for weight in packed],
-    }
+    runs = {name: [_product(name, weight) for weight in weights] for name in ("torch", product)}
     best = dict.fromkeys(runs, float("inf"))
     for n in range(ROUNDS + 1):
-        for name, run in runs.items():
+        for name, calls in runs.items():
             began = time.process_time()
-            run()
+            for call in calls:
+                call(x)
             if n:  # the first call prepares the kernels
                 best[name] = min(best[name], time.process_time() - began)
-    return best["torch"] / max(best["packed"], 1e-9)
+    return best["torch"] / max(best[product], 1e-9)
+
+
+@contextmanager
+def onednn() -> Iterator[None]:
+    """Meanwhile float32 products by weights as they lie are oneDNN's on a CPU; see `is_exact`.
+
+    torch calls the setting a permission to round to bfloat16. A CPU without a matrix unit for that makes no use of it.
+    """
+    settings = torch.backends.mkldnn.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def run_by_onednn(model: nn.Module) -> None:
+    """Have the plain linear layers of a model multiply so; those of adapters, too small to gain, are left alone."""
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, Conv1D) and ".lora_" not in name:
+            module.forward = functools.partial(_by_onednn, module.forward)
+
+
+def _by_onednn(forward: Callable, x: torch.Tensor) -> torch.Tensor:
+    with nullcontext() if _as_loaded else onednn():
+        return forward(x)
 
 
 @torch.no_grad()
@@ -301,7 +368,13 @@ def _weight_of(module: nn.Module) -> torch.Tensor:
     return weight.mT.contiguous() if isinstance(module, Conv1D) else weight
 
 
-def _packed_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def lay_out(weight: torch.Tensor) -> torch.Tensor:
+    """A weight, (outputs, inputs), in blocks as oneDNN wants them; `to_dense()` gives it back to the bit."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+
+def packed_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x, (..., inputs), times a weight of `lay_out`, plus a bias."""
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 

@@ -127,7 +127,7 @@ class Header(_Fields):
     reward_hash: Text | None = None
     init: Annotated[Stream | Base | File, Field(discriminator="kind")]
     rule: Rule | None = None
-    linear: Literal["torch", "packed"] = "torch"
+    linear: Literal["torch", "onednn", "packed"] = "torch"
     lengthened: list[Lengthening] = []
     peft: Peft | None
     shapes: Annotated[dict[Text, Annotated[list[Dimension], MaxLen(8)]], MinLen(1)]

@@ -27,13 +27,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+by_onednn = pytest.mark.skipif(
+    linear.why_not_by("onednn", torch.float32, CPU) is not None, reason="oneDNN rounds float32 to bfloat16 here"
+)
+
+
 def runtime(model, masked=False, **options):
     """A prepared runtime whose adapter has an effect, at a step's copies."""
     data = [Example(tuple(range(3, 9 + n)), ((5,), (9,)), n % 2, 2 if masked else None) for n in range(4)]
     config = Config.of(**{"model": model, "output_dir": "unused", "task": "sst2", "batch_size": 4, **options})
     built = HFRuntime(*config.for_runtime)
     built.prepare({"train": data})
-    built.load({name: lora_init(3, name, shape) for name, shape in built.spec.shapes.items()})
+    if built.spec.peft:
+        built.load({name: lora_init(3, name, shape) for name, shape in built.spec.shapes.items()})
     built.perturb(Step([7, 8][: options.get("directions", 1)], 1e-2))
     return built
 
@@ -136,38 +142,82 @@ def test_small_models_are_left_alone_and_impossible_wishes_refused():
     with pytest.raises(UserError, match=r"--linear packed: this CPU multiplies torch\.float16"):
         choose("packed", 4096, torch.float16, CPU)
 
+    with pytest.raises(UserError, match="--linear onednn: torch's own bfloat16 products are oneDNN's already"):
+        choose("onednn", 4096, torch.bfloat16, CPU)
+    with pytest.raises(UserError, match="--linear packed: --tuning full trains every weight"):
+        choose("packed", 4096, torch.float32, CPU, frozen=False)
 
-def test_float32_that_is_rounded_to_bfloat16_is_not_taken(monkeypatch):
-    exact = linear._packed_product
-    monkeypatch.setattr(linear, "_packed_product", lambda x, w, b: exact(x.bfloat16().float(), w, b))
-    assert "rounded to fewer bits" in choose("auto", 4096, torch.float32, CPU).why
-    with pytest.raises(UserError, match="--linear packed: float32 products are rounded to fewer bits"):
-        choose("packed", 4096, torch.float32, CPU)
+
+@pytest.mark.parametrize("product", ["packed", "onednn"])
+def test_float32_that_is_rounded_to_bfloat16_is_not_taken(monkeypatch, product):
+    exact = linear._product
+    monkeypatch.setattr(linear, "_product", lambda name, w: lambda x: exact(name, w)(x.bfloat16().float()))
+    frozen = product == "packed"
+    assert "rounded to fewer bits" in choose("auto", 4096, torch.float32, CPU, frozen).why
+    with pytest.raises(UserError, match=f"--linear {product}: float32 products are rounded to fewer bits"):
+        choose(product, 4096, torch.float32, CPU, frozen)
+
+
+@by_onednn
+@pytest.mark.parametrize("name", list(LAST_LAYER))
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_onednn_multiplies_by_weights_as_they_lie(name, tuning, tmp_path, monkeypatch):
+    """Within the forward pass of the runtime alone, and never for what a proof compares with."""
+    model, settings = save(name, tmp_path), torch.backends.mkldnn.matmul
+    seen, multiply = [], torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda *args: seen.append(settings.fp32_precision) or multiply(*args)
+    )
+    scores = {}
+    for product in ("torch", "onednn"):
+        built = runtime(model, name in ENCODERS, linear=product, tuning=tuning)
+        assert built.linear == product
+        seen.clear()
+        scores[product] = built.score_pairs("train", range(4))
+        assert ("bf16" in seen) == (product == "onednn")
+        seen.clear()
+        with linear.as_loaded():
+            built.score("train", range(4))
+        assert "bf16" not in seen
+        assert settings.fp32_precision == "none"
+    for plain, other in zip(scores["torch"][0], scores["onednn"][0], strict=True):
+        assert torch.allclose(plain, other, atol=ROUNDING)
 
 
 def test_auto_takes_what_is_faster(monkeypatch):
-    for gain, name in ((0.9, "torch"), (2.0, "packed")):
-        monkeypatch.setattr(linear, "measured_gain", lambda width, dtype, gain=gain: gain)
-        product = choose("auto", 576, torch.float32, CPU)
+    monkeypatch.setattr(linear, "is_exact", lambda *args: True)
+    for gain, name, frozen in (
+        (0.9, "torch", True),
+        (2.0, "packed", True),
+        (0.9, "torch", False),
+        (2.0, "onednn", False),
+    ):
+        monkeypatch.setattr(linear, "measured_gain", lambda *args, gain=gain: gain)
+        product = choose("auto", 576, torch.float32, CPU, frozen)
         assert product.name == name
         assert f"{gain:.2f} times as fast" in product.why
     monkeypatch.undo()
-    assert 0.1 < linear.measured_gain(256, torch.float32) < 10
+    for name in ("packed", "onednn"):
+        assert 0.1 < linear.measured_gain(256, torch.float32, name) < 10
 
 
-def test_a_run_goes_on_with_the_product_it_began_with(tiny_options, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("product", ["packed", pytest.param("onednn", marks=by_onednn)])
+def test_a_run_goes_on_with_the_product_it_began_with(tiny_options, tmp_path, monkeypatch, caplog, product):
     """Whatever a trial would say by then; its log is that of a run that was never stopped."""
-    options = {**tiny_options, "steps": 4, "eval_every": 4, "target_modules": ("q_proj", "v_proj")}
-    options |= {"layers_to_transform": (), "noise": False}
+    options = {**tiny_options, "steps": 4, "eval_every": 4, "layers_to_transform": (), "noise": False}
+    if product == "onednn":
+        del options["layers_to_transform"], options["target_modules"]
+        options |= {"tuning": "full", "lr": 1e-4}
     monkeypatch.setattr(linear, "SMALLEST", 1)
-    monkeypatch.setattr(linear, "measured_gain", lambda width, dtype: 2.0)
+    monkeypatch.setattr(linear, "measured_gain", lambda *args: 2.0)
     whole, parts = (options | {"output_dir": str(tmp_path / name)} for name in ("whole", "parts"))
     train(Config.of(**whole))
     assert train(Config.of(**parts), until=2) is None
-    monkeypatch.setattr(linear, "measured_gain", lambda width, dtype: 0.5)
+    monkeypatch.setattr(linear, "measured_gain", lambda *args: 0.5)
     with caplog.at_level(logging.INFO, logger="mezo"):
         resume(parts["output_dir"])
-    assert [line for line in caplog.messages if "products" in line][0].startswith("float32 products: oneDNN packed;")
+    said = [line for line in caplog.messages if "products" in line][0]
+    assert said.startswith(f"float32 products: {linear.LIBRARY[product]}")
     logs = [(tmp_path / name / "trajectory.jsonl").read_bytes() for name in ("whole", "parts")]
     assert logs[0] == logs[1]
-    assert json.loads(logs[0].splitlines()[0])["linear"] == "packed"
+    assert json.loads(logs[0].splitlines()[0])["linear"] == product

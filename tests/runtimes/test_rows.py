@@ -1,4 +1,4 @@
-"""Rows of a batch in groups of like length: the cheapest groups, and the same scores."""
+"""Rows of a batch in groups of like length: the cheapest groups, and parts of a batch."""
 
 import itertools
 import random
@@ -6,12 +6,8 @@ import random
 import pytest
 import torch
 
-from mezo.runtimes.hf import scorer
 from mezo.runtimes.rows import RowBatch, by_length, rows_of
-from tests.runtimes.hf.test_prefix import runtime as with_prefix
-from tests.runtimes.hf.test_runtime import ROUNDING, examples
-from tests.runtimes.hf.test_runtime import runtime as with_adapter
-from tests.tiny_models import ENCODERS, save
+from tests.runtimes.hf.test_runtime import examples
 
 
 def cost(groups, lengths, call):
@@ -45,23 +41,3 @@ def test_a_part_of_a_batch_is_the_batch_of_its_rows():
     assert torch.equal(part.ids, alone.ids)
     assert torch.equal(part.mask, alone.mask)
     assert torch.equal(part.positions[part.valid], alone.positions[alone.valid])
-
-
-@pytest.mark.parametrize("name", ["llama", "opt", "bert"])
-@pytest.mark.parametrize(
-    ("make", "options"),
-    [(with_adapter, {}), (with_adapter, {"layers_to_transform": (1, 2)}), (with_prefix, {})],
-    ids=["all layers", "trunk", "prefix"],
-)
-def test_groups_change_no_score(name, make, options, tmp_path, monkeypatch):
-    data = examples(12, masked=name in ENCODERS)
-    built = make(save(name, tmp_path / name), data, **options)
-    found, calls = {}, []
-    run = scorer.Scorer._run_of
-    monkeypatch.setattr(scorer.Scorer, "_run_of", lambda *arguments: calls.append(1) or run(*arguments))
-    for call in (10**9, 1):
-        monkeypatch.setattr(scorer, "CALL", call)
-        found[call] = built.score("train", range(12))
-    assert len(calls) > 2
-    assert torch.allclose(found[1], found[10**9], rtol=0, atol=ROUNDING)
-    assert found[1].std() > 100 * ROUNDING

@@ -13,7 +13,7 @@ from mezo.data.example import Example
 from mezo.errors import UserError
 from mezo.method.step import Step, Update
 from mezo.models.full import save_model
-from mezo.models.linear import Product, add_adapters_in_place, choose, pack, tell, why_not_packed, width_of
+from mezo.models.linear import Product, add_adapters_in_place, choose, pack, run_by_onednn, tell, why_not_by, width_of
 from mezo.models.load import Checkpoint
 from mezo.models.lora import as_peft_loads
 from mezo.models.parts import load_parts
@@ -96,14 +96,14 @@ class HFRuntime:
         return config.pad_token_id
 
     def _with_product(self, product: Product) -> str:
-        """Have the frozen weights, if there are any, multiplied so; return "torch" or "packed"."""
-        if self.spec.peft is None:
-            return "torch"
-        packed = product.name == "packed"
-        nbytes = pack(self.parts.body, set(map(id, self.params))) if packed else 0
-        if packed and not nbytes:
+        """Have the weights multiplied so; return the product's name."""
+        nbytes = pack(self.parts.body, set(map(id, self.params))) if product.name == "packed" else 0
+        if product.name == "packed" and not nbytes:
             product = Product("torch", "products are torch's own: this model has linear layers of its own making")
-        add_adapters_in_place(self.parts.model)
+        if product.name != "torch" and why_not_by("onednn", self.dtype, self.device) is None:
+            run_by_onednn(self.parts.model)  # what is not packed: the head, or all
+        if self.spec.peft is not None:
+            add_adapters_in_place(self.parts.model)
         if self.device.type == "cpu":
             tell(product, nbytes)
         return product.name
@@ -379,19 +379,21 @@ class HFRuntime:
 
 def product_of(model: Model, machine: Machine, checkpoint: Checkpoint) -> Product:
     """What multiplies by the frozen weights of a model here, as --linear says or a trial decides."""
-    device = _device(machine.device)
+    device, asked = _device(machine.device), machine.runtime.linear
     library = library_of(model.quantization, checkpoint.config)
     if library:
-        if machine.runtime.linear == "packed":
-            raise UserError(f"--linear packed: the weights are quantised, {library} multiplies by them; leave it out")
+        if asked in ("onednn", "packed"):
+            raise UserError(f"--linear {asked}: the weights are quantised, {library} multiplies by them; leave it out")
         return Product("torch", f"products of quantised weights: {library}'s")
-    return choose(machine.runtime.linear, width_of(checkpoint.config), _dtype(model.dtype, device), device)
+    frozen = model.tuning.name != "full"
+    return choose(asked, width_of(checkpoint.config), _dtype(model.dtype, device), device, frozen)
 
 
-def packs(model: Model, machine: Machine) -> bool:
-    """Whether the frozen weights of a model can be packed here."""
+def has_product(name: str, model: Model, machine: Machine) -> bool:
+    """Whether a model's products can be computed so here, see --linear."""
     device = _device(machine.device)
-    return model.quantization == NONE and why_not_packed(_dtype(model.dtype, device), device) is None
+    unpacked = model.quantization == NONE
+    return name == "torch" or (unpacked and why_not_by(name, _dtype(model.dtype, device), device) is None)
 
 
 def _device(name: str) -> torch.device:

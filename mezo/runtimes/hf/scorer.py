@@ -8,6 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -21,14 +22,14 @@ from mezo.models.quantization import is_quantised
 from mezo.progress import say, waiting
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Decoder, refuse_too_long
+from mezo.runtimes.hf.passes import MOST, Layout, PaddedRows, Pass, RowsEndToEnd
 from mezo.runtimes.hf.proof import StartProof
 from mezo.runtimes.hf.reading import ByClassifier, ByModel, ByParts, Reading
 from mezo.runtimes.hf.rowwise import RowsLost, RowWise, why_not
-from mezo.runtimes.hf.trunk import CALL, Trunk, attention_of, no_cache
+from mezo.runtimes.hf.trunk import Trunk, attention_of, no_cache
 from mezo.runtimes.rows import (
     LargeRows,
     RowBatch,
-    by_length,
     first_rows,
     measured,
     option_scores,
@@ -42,6 +43,21 @@ class Use(Protocol):
     """Puts a copy of the weights, by its number, to use; given a seed, writes noise that changes scores there first."""
 
     def __call__(self, copy: int, seed: int | None = None) -> None: ...
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to scores.
+
+    Args:
+        trunk: cache of what theta cannot change; None runs every layer.
+        reading: how logits are read.
+        layout: how rows are run.
+    """
+
+    trunk: Trunk | None
+    reading: Reading
+    layout: Layout
 
 
 class Scorer:
@@ -72,10 +88,19 @@ class Scorer:
         self.decoder, self.rowwise = decoder, rowwise
         self.vocabulary = "lm_cross_entropy" in work.objectives
         self.examples: dict[str, Sequence[Example]] = {}
-        self.trunk: Trunk | None = None
-        self.reading: Reading | None = None
+        self.way: Way | None = None
         self.seconds_proving = 0.0
         self.why_not_rowwise = why_not(parts)
+
+    @property
+    def trunk(self) -> Trunk | None:
+        """The trunk cache in use, if any."""
+        return self.way and self.way.trunk
+
+    @property
+    def reading(self) -> Reading:
+        """How logits are read, once that has been proved."""
+        return self.way.reading
 
     def prepare(self, splits: dict[str, Sequence[Example]], use: Use) -> None:
         """Take the examples of a run, and choose and prove the way to their scores.
@@ -185,9 +210,9 @@ class Scorer:
         """
         starts = self.first_row[split]
         numbers = [n for i in indices for n in range(starts[i], starts[i] + len(self.rows[split][i]))]
-        if self.device.type != "cpu" or (self.trunk and self.trunk.keep_kv):
+        if self.trunk and self.trunk.keep_kv:
             return self._run_of(split, numbers, batch, copies)
-        groups = by_length(batch.lengths.tolist(), CALL)
+        groups = self.way.layout.groups(batch.lengths.tolist())
         runs, filled = zip(
             *(
                 self._run_of(
@@ -204,16 +229,17 @@ class Scorer:
         self, split: str, numbers: Sequence[int], batch: RowBatch, copies: Sequence[int] | None
     ) -> tuple[Callable[[], torch.Tensor], int]:
         """See `_outputs`; of rows that are run together."""
+        rows = self.way.layout.of(batch)
         if self.trunk is None:
-            run, filled = functools.partial(self._full, batch), 0
+            run, filled = functools.partial(self._full, batch, rows), 0
         else:
-            trunk, filled = self.trunk.hidden(split, numbers, batch)
+            trunk, filled = self.trunk.hidden(split, numbers, batch, rows)
             run = lambda prefix=None: trunk()  # noqa: E731  a prefix has no trunk below it
         if copies is None:
             return run, filled
 
         def by_row() -> torch.Tensor:
-            with self.rowwise.using(copies) as prefix:
+            with self.rowwise.using(copies, None if self.trunk and self.trunk.keep_kv else rows) as prefix:
                 return run(prefix)
 
         return by_row, filled
@@ -222,16 +248,19 @@ class Scorer:
         """Work of filling the cache, in tokens through the whole model; keys and values count as one layer."""
         return tokens * (self.parts.first + self.trunk.keep_kv) / len(self.parts.layers)
 
-    def _full(self, batch: RowBatch, prefixes: torch.Tensor | None = None) -> torch.Tensor:
+    def _full(self, batch: RowBatch, rows: Pass, prefixes: torch.Tensor | None = None) -> torch.Tensor:
         """Outputs of rows that are run through every layer."""
-        by_parts = isinstance(self.reading, ByParts)
-        # padding on the right is invisible to a causal layer; the model itself is told of it all the same
-        mask, prefix = None if self.parts.causal and by_parts else batch.mask, self.parts.prefix
-        others = {"attention_mask": mask, **no_cache(self.parts.causal or self.decoder is not None)}
+        prefix, inputs = self.parts.prefix, rows.inputs | no_cache(self.parts.causal or self.decoder is not None)
         if self.decoder:
-            others["decoder_input_ids"] = batch.decoder
-        inputs = prefix.inputs(len(batch.ids), mask, prefixes) if prefix else others
-        return self.reading.outputs(batch.ids, batch.positions, **inputs)
+            inputs["decoder_input_ids"] = batch.decoder
+        if prefix:
+            inputs = prefix.inputs(len(batch.ids), inputs["attention_mask"], prefixes)
+        with rows.running():
+            return rows.results(self.reading.outputs(rows.ids, rows.positions, **inputs))
+
+    def _padded(self, reading: Reading) -> PaddedRows:
+        # padding on the right is invisible to a causal layer; the model itself is told of it all the same
+        return PaddedRows(not (self.parts.causal and isinstance(reading, ByParts)), self.device.type == "cpu")
 
     def _log_probs(
         self, outputs: torch.Tensor, targets: torch.Tensor, vocabulary: bool, copies: Sequence[int] | None = None
@@ -256,7 +285,7 @@ class Scorer:
         log_z = logits.double().logsumexp(-1, keepdim=True) if vocabulary else 0.0
         return (logits.gather(-1, targets).double() - log_z).cpu()
 
-    def _trunk(self, reading: Reading, keep_kv: bool) -> Trunk:
+    def _trunk(self, reading: Reading, layout: Layout, keep_kv: bool) -> Trunk:
         parts, choice = self.parts, self.options.trunk_cache
         on_device = choice == "device" or (choice == "auto" and self.device.type != "cpu")
         trunk = Trunk(
@@ -265,6 +294,7 @@ class Scorer:
             parts.first,
             keep_kv=keep_kv,
             causal=parts.causal,
+            layout=layout,
             pad=self.pad,
             device=self.device,
             storage=self.device if on_device else torch.device("cpu"),
@@ -279,18 +309,33 @@ class Scorer:
             trunk.register(split, rows, kept=split not in later)
         return trunk
 
-    def _ways(self, with_trunk: bool) -> list[tuple[Trunk | None, Reading]]:
+    def _ways(self, with_trunk: bool) -> list[Way]:
         """Ways to scores, from the one that computes least to the model's own forward pass."""
         parts, asked = self.parts, self.options.trunk_cache
         readings = [ByParts(parts)] if parts.head else []
         if parts.scored_by != "linear":
             readings.append(ByClassifier(parts) if parts.scored_by == "classification" else ByModel(parts))
+        ways = [(reading, layout) for reading in readings for layout in self._layouts(reading)]
         trunks = []
         if with_trunk:
             in_window = not (parts.window and parts.window < self._longest())
             by_kv = parts.kv_depends is None and in_window and attention_of(parts.layers[parts.first])
-            trunks = [(self._trunk(r, keep), r) for keep in ([True, False] if by_kv else [False]) for r in readings]
-        return trunks if asked in ("cpu", "device") else [*trunks, *((None, reading) for reading in readings)]
+            trunks = [
+                Way(self._trunk(*way, keep), *way) for keep in ([True, False] if by_kv else [False]) for way in ways
+            ]
+        return trunks if asked in ("cpu", "device") else [*trunks, *(Way(None, *way) for way in ways)]
+
+    def _layouts(self, reading: Reading) -> list[Layout]:
+        """Ways to run rows, the one that pads nothing first; the model's own forward pass takes padded rows alone."""
+        parts, layouts = self.parts, [self._padded(reading)]
+        attends = isinstance(reading, ByParts) and parts.layers and attention_of(parts.layers[0])
+        if self.device.type != "cpu" or not attends or parts.prefix or self.decoder:
+            return layouts
+        windows = (parts.family.window(parts.body.config, i) for i in range(len(parts.layers)))
+        if any(window and window < self._longest() for window in windows):
+            return layouts
+        most = min(MOST, parts.position_limit or MOST)  # some models have tables of as many positions
+        return [RowsEndToEnd(parts.family.first_position(parts.body.config), most), *layouts]
 
     def _prove(self, with_trunk: bool, use: Use) -> None:
         """Take the first way whose scores are those of the model itself, and say what the others would have saved.
@@ -303,7 +348,7 @@ class Scorer:
         """
         began, ways = time.perf_counter(), self._ways(with_trunk)
         proof, refusals = self.proof(), []
-        for self.trunk, self.reading in ways:
+        for self.way in ways:
             plain = self.trunk is None and len(refusals) == len(ways) - 1
             refusal = self._why_wrong(proof, plain, use)
             if refusal is None:
@@ -314,7 +359,7 @@ class Scorer:
                 raise UserError(f"--trunk-cache: {refusals[0]}; use --trunk-cache off")
             raise UserError(f"--model: {refusals[-1]}; rows change each other's scores in it, unsupported")
         if refusals:
-            say(f"{refusals[0]}: {self._given_up(*ways[0])}")
+            say(f"{refusals[0]}: {self._given_up(ways[0])}")
         if self.trunk:
             self.trunk.clear()
         if self.rowwise:
@@ -325,15 +370,17 @@ class Scorer:
         """The rows that are compared with the model itself."""
         return StartProof(self.rows, self.pad, self.device, self.dtype, is_quantised(self.parts.base))
 
-    def _given_up(self, trunk: Trunk | None, reading: Reading) -> str:
-        """What it costs to score as it is done now and not so."""
-        costs = []
-        if trunk and self.trunk is None:
+    def _given_up(self, best: Way) -> str:
+        """What it costs to score as it is done now and not by the best way."""
+        costs, used = [], self.way
+        if best.trunk and used.trunk is None:
             costs.append(f"no trunk cache, all {len(self.parts.layers)} layers run for each score")
-        elif trunk and trunk.keep_kv and not self.trunk.keep_kv:
+        elif best.trunk and best.trunk.keep_kv and not used.trunk.keep_kv:
             costs.append("the trunk cache keeps whole rows, the last layer runs for all tokens")
-        if isinstance(reading, ByParts) and isinstance(self.reading, ByModel):
+        if isinstance(best.reading, ByParts) and isinstance(used.reading, ByModel):
             costs.append("logits by the model's own forward pass, of all tokens of the vocabulary")
+        elif isinstance(best.layout, RowsEndToEnd) and isinstance(used.layout, PaddedRows):
+            costs.append("rows are padded to the longest of those that run together")
         return "; ".join(costs)
 
     @torch.no_grad()

@@ -18,10 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mezo.models.attention import ATTENTION, Known, attending
 from mezo.progress import say, told
+from mezo.runtimes.hf.passes import Layout, Pass
 from mezo.runtimes.hf.reading import Reading
-from mezo.runtimes.rows import Row, RowBatch, by_length
+from mezo.runtimes.rows import Row, RowBatch
 
-CALL = 48  # tokens whose time a forward pass of none takes on a CPU, where the weights are read for each call
 RECENT = 16  # calls whose entries are kept where no more are: instruments score a step's batch again
 GROUP = 16  # rows whose trunk is computed together, fixed from the start: an entry's bits never depend on the batch
 
@@ -68,6 +68,7 @@ class Trunk:
         first: index of the first adapted layer.
         keep_kv: keep keys and values of the last layer and run the scored positions only (first is the last layer).
         causal: True for a decoder.
+        layout: how rows are run.
         pad: token id to pad with.
         device, storage: where the model runs, and where entries are kept.
         limit: bytes of entries to keep; the least recently used groups go first.
@@ -81,13 +82,14 @@ class Trunk:
         *,
         keep_kv: bool,
         causal: bool,
+        layout: Layout,
         pad: int,
         device: torch.device,
         storage: torch.device,
         limit: int,
     ):
         self.reading, self.layers, self.first = reading, layers, first
-        self.keep_kv, self.causal, self.pad = keep_kv, causal, pad
+        self.keep_kv, self.causal, self.layout, self.pad = keep_kv, causal, layout, pad
         self.device, self.storage, self.limit = device, storage, limit
         self.rows: dict[str, list[list[Row]] | _Each] = {}
         self.place: dict[str, list[tuple[int, int]] | _Each] = {}
@@ -144,23 +146,34 @@ class Trunk:
         self.recent.clear()
         self.nbytes, self.seconds, self.tokens, self.full = 0, 0.0, 0, False
 
-    def hidden(self, split: str, indices: Sequence[int], batch: RowBatch) -> tuple[Callable[[], torch.Tensor], int]:
+    def hidden(
+        self, split: str, indices: Sequence[int], batch: RowBatch, rows: Pass
+    ) -> tuple[Callable[[], torch.Tensor], int]:
         """Gather the entries of rows.
 
         Args:
             split: of the rows.
             indices: numbers of the rows in it.
             batch: the rows themselves.
+            rows: how they are run, where more than scored positions are.
         Returns:
             A function, and the tokens whose trunk was run for it. The function runs the rest of the model and gives
             its outputs at the scored positions; it may be called again after the adapted weights have changed.
         """
         passing = split in self.passing
         entries, filled = self._passing(split, indices, batch) if passing else self._kept(split, indices)
-        hidden = pad_sequence([entry.hidden for entry in entries], batch_first=True).to(self.device)
         if not self.keep_kv:
-            return lambda: self._run(batch.ids, batch.positions, hidden, attention_mask=self._mask(batch)), filled
-        keys, values = (pad_sequence([getattr(e, n) for e in entries], batch_first=True) for n in ("key", "value"))
+            whole = rows.joined([entry.hidden for entry in entries]).to(self.device)
+
+            def run() -> torch.Tensor:
+                with rows.running():
+                    return rows.results(self._run(rows.ids, rows.positions, whole, **rows.inputs))
+
+            return run, filled
+        hidden, keys, values = (
+            pad_sequence([getattr(e, n) for e in entries], batch_first=True) for n in ("hidden", "key", "value")
+        )
+        hidden = hidden.to(self.device)
         known = (keys.transpose(1, 2).to(self.device), values.transpose(1, 2).to(self.device), self._known_mask(batch))
         ids = batch.ids.gather(1, batch.positions)
         return lambda: self._run(ids, None, hidden, known, position_ids=batch.positions), filled
@@ -183,17 +196,13 @@ class Trunk:
             return self.recent[call], 0
         places = sorted({index: place for place, index in enumerate(indices)}.values())
         lengths, entries = batch.lengths[places].tolist(), {}
-        for group in by_length(lengths, CALL) if self.device.type == "cpu" else [range(len(places))]:
+        for group in self.layout.groups(lengths):
             rows = [places[n] for n in group]
             entries |= zip((indices[row] for row in rows), self._capture(batch.part(rows)), strict=True)
         self.recent[call] = [entries[index] for index in indices]
         if len(self.recent) > RECENT:
             self.recent.popitem(last=False)
         return self.recent[call], sum(lengths)
-
-    def _mask(self, batch: RowBatch) -> torch.Tensor | None:
-        # padding on the right is invisible to a causal layer
-        return None if self.causal else batch.mask
 
     def _known_mask(self, batch: RowBatch) -> torch.Tensor:
         at = torch.arange(int(batch.lengths.max()), device=self.device)
@@ -257,7 +266,7 @@ class Trunk:
         return tokens
 
     def _capture(self, batch: RowBatch) -> list[Entry]:
-        seen = {}
+        rows, seen = self.layout.of(batch), {}
 
         def stop_at_layer(module, args):
             seen["hidden"] = args[0]
@@ -274,20 +283,22 @@ class Trunk:
         hook = self.layers[self.first].register_forward_pre_hook(stop_at_layer)
         below = self.layers[0].register_forward_hook(see)  # it is the first itself where nothing lies below
         try:
-            with attending(self.attention, stop_at_attention if self.keep_kv else None), suppress(_Captured):
-                self.reading.outputs(batch.ids, None, attention_mask=self._mask(batch), **no_cache(self.causal))
+            known = attending(self.attention, stop_at_attention if self.keep_kv else None)
+            with known, rows.running(), suppress(_Captured):
+                self.reading.outputs(rows.ids, None, **rows.inputs, **no_cache(self.causal))
         finally:
             hook.remove()
             below.remove()
-        return [self._entry(seen, batch, i, n) for i, n in enumerate(batch.lengths.tolist())]
-
-    def _entry(self, seen: dict, batch: RowBatch, i: int, length: int) -> Entry:
-        stored = lambda t: t.to(self.storage, copy=True).contiguous()  # noqa: E731  a view would keep the padding alive
+        # copies: a view would keep its neighbours alive
+        stored = {
+            name: [part.to(self.storage, copy=True).contiguous() for part in rows.apart(whole)]
+            for name, whole in seen.items()
+        }
         if not self.keep_kv:
-            return Entry(stored(seen["hidden"][i, :length]))
-        scored_positions = batch.positions[i][batch.valid[i]]
-        hidden = seen["hidden"][i].index_select(0, scored_positions)
-        return Entry(stored(hidden), stored(seen["key"][i, :length]), stored(seen["value"][i, :length]))
+            return [Entry(hidden) for hidden in stored["hidden"]]
+        read = [positions[valid] for positions, valid in zip(batch.positions, batch.valid, strict=True)]
+        hidden = [each.index_select(0, at.to(self.storage)) for each, at in zip(stored["hidden"], read, strict=True)]
+        return [Entry(*parts) for parts in zip(hidden, stored["key"], stored["value"], strict=True)]
 
 
 def attention_of(layer: nn.Module) -> nn.Module | None:

@@ -13,10 +13,11 @@ import torch
 from packaging.version import Version
 
 from mezo.atomic import replacing
-from mezo.config import Machine, SGLang, Workload
+from mezo.config import Machine, Model, SGLang, Workload
 from mezo.config.machine import engine_argument
 from mezo.errors import UserError
 from mezo.models.families import complete_fields, complete_stacks
+from mezo.models.linear import Product, choose, why_not_by, width_of
 from mezo.models.load import Checkpoint
 from mezo.models.spec import TrainedSpec
 from mezo.runtimes.rows import Row, most_rows, most_tokens
@@ -290,6 +291,37 @@ def write_placeholders(
     with replacing(directory / "adapter_config.json") as part:
         part.write_text(json.dumps(complete_fields(spec.peft, zeros)))
     return [{"lora_name": name, "lora_path": str(directory), "pinned": True} for name in slots]
+
+
+def product_of(runtime: SGLang, checkpoint: Checkpoint, dtype: torch.dtype, quantised: bool) -> Product:
+    """What multiplies by the frozen weights of the engine on a CPU, as --linear says or a trial decides.
+
+    Args:
+        runtime: with its option.
+        checkpoint: of the base.
+        dtype: of the base.
+        quantised: its weights are, and are left alone.
+    Raises:
+        UserError: what was asked for cannot be.
+    """
+    if runtime.linear == "onednn":
+        raise UserError(
+            "--linear onednn: the engine's weights are frozen, and packed or not; use packed or --runtime hf"
+        )
+    if accelerated() or quantised:
+        if runtime.linear == "packed":
+            why = "quantised weights are multiplied by" if quantised else "weights are packed on a CPU alone"
+            raise UserError(f"--linear packed: {why}; leave it out")
+        return Product("torch", "products are the engine's own")
+    return choose(runtime.linear, width_of(checkpoint.config), dtype, torch.device("cpu"))
+
+
+def has_product(name: str, model: Model, machine: Machine) -> bool:
+    """Whether the engine's products can be computed so here, see --linear."""
+    if name != "packed" or accelerated():
+        return name == "torch"
+    dtype = getattr(torch, model.dtype) if model.dtype != "auto" else default_dtype()
+    return why_not_by(name, dtype, torch.device("cpu")) is None
 
 
 def default_dtype() -> torch.dtype:

@@ -17,6 +17,7 @@ from mezo.data.example import Example
 from mezo.data.large import CACHED, LargeExamples, looked_at
 from mezo.errors import RunError, UserError
 from mezo.method.step import Step, Update
+from mezo.models.linear import Product, tell
 from mezo.models.load import Checkpoint
 from mezo.models.parts import load_parts
 from mezo.models.spec import ENGINE, NONE
@@ -37,6 +38,7 @@ from mezo.runtimes.sglang.arguments import (
     largest_call,
     pairs_of,
     placeholder_of,
+    product_of,
     refuse_small_limits,
     write_placeholders,
 )
@@ -101,6 +103,8 @@ class SGLangRuntime:
         self.pairs = pairs_of(work.perturbations, self.options)
         self.backend = backend_of(machine.backend)
         dtype = getattr(torch, model.dtype) if model.dtype != "auto" else default_dtype()
+        quantised = bool(self.options.get("quantization") or self.checkpoint.quantised)
+        self.product = product_of(self.runtime, self.checkpoint, dtype, quantised)
         self._parts, self.spec = load_parts(model, torch.device("cpu"), dtype, checkpoint=self.checkpoint)
         self.dtype = self.spec.dtype
         if self.options.get("quantization"):  # another base: a run is not resumed without it
@@ -240,7 +244,18 @@ class SGLangRuntime:
             return
         shapes, frozen = map(json.dumps, (self.spec.shapes, self.spec.frozen))
         options = {"pairs": self.pairs, "share": self.cache.shared, "backend": self.backend, "rule": self.rule}
+        options["packed"] = self.product.name == "packed"
         self.ranks = self._call("setup", shapes=shapes, frozen=frozen, **options)
+        nbytes = sum(rank["packed"] for rank in self.ranks)
+        if self.product.name == "packed" and not nbytes:
+            self.product = Product("torch", "products are the engine's own: it has laid its weights out itself")
+        if not accelerated():
+            tell(self.product, nbytes)
+
+    @property
+    def linear(self) -> str:
+        """What multiplies by the frozen weights, as --linear names it."""
+        return self.product.name
 
     def _slots(self) -> list[str]:
         """Names of the slots that the engine has."""

@@ -1,5 +1,7 @@
 """One forward pass for all directions of a step: what rows score with copies of their own, and with each alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -8,6 +10,7 @@ from mezo.config import Config
 from mezo.data.example import Example
 from mezo.method.step import Step
 from mezo.runtimes.hf import rowwise
+from mezo.runtimes.hf.passes import RowsEndToEnd
 from mezo.runtimes.hf.runtime import HFRuntime
 from tests.runtimes.hf.test_runtime import ADAPTED, ROUNDING, adapters, examples, family, llama, runtime
 from tests.tiny_models import ENCODERS, LAST_LAYER, save
@@ -135,7 +138,7 @@ def runtime_of_the_base(model):
 
 def test_a_wrong_copy_is_found_at_the_start(llama, monkeypatch):
     """Every row run by the first copy: the proof says no, and each copy is run alone."""
-    monkeypatch.setattr(rowwise, "_chosen", lambda copies: [0] * len(copies))
+    monkeypatch.setattr(rowwise, "_chosen", lambda copies, views=True: [0] * len(copies))
     built = runtime(llama, examples(8), directions=4, batch_size=8)
     assert built.scorer.rowwise is None
     assert "not exact on this model" in built.describe()
@@ -143,7 +146,7 @@ def test_a_wrong_copy_is_found_at_the_start(llama, monkeypatch):
 
 @pytest.mark.parametrize(
     ("parts", "why"),
-    [((-1,), "rows where the batch has"), ((None,), "not exact on this model")],
+    [((-1,), "tokens where the rows have"), ((None,), "not exact on this model")],
     ids=["lost", "sorted"],
 )
 def test_a_module_that_sorts_tokens_is_found_at_the_start(llama, monkeypatch, parts, why):
@@ -161,3 +164,14 @@ def test_a_module_that_sorts_tokens_is_found_at_the_start(llama, monkeypatch, pa
     assert why in built.describe()
     built.perturb(STEP)
     assert len(built.score_pairs("train", range(8), SHARES)) == 4
+
+
+@pytest.mark.parametrize("layers", [(), (1, 2)], ids=["all layers", "trunk"])
+def test_rows_beside_one_another_and_end_to_end_have_the_same_scores(llama, layers):
+    built = runtime(llama, examples(8), directions=4, batch_size=8, layers_to_transform=layers)
+    built.perturb(STEP)
+    assert isinstance(built.scorer.way.layout, RowsEndToEnd)
+    end_to_end = built.score_pairs("train", range(8), SHARES)
+    padded = built.scorer._padded(built.scorer.reading)
+    built.scorer.way = replace(built.scorer.way, layout=padded)
+    assert_close(built.score_pairs("train", range(8), SHARES), end_to_end)

@@ -18,7 +18,7 @@ def activate() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from mezo.runtimes.sglang.inside import head, worker
+    from mezo.runtimes.sglang.inside import attention, head, linear, worker
 
     managers, pool = "sglang.srt.managers", "sglang.srt.lora.mem_pool.LoRAMemoryPool"
     HookRegistry.register(f"{managers}.scheduler.Scheduler.handle_rpc_request", worker.answer, HookType.AROUND)
@@ -31,8 +31,13 @@ def activate() -> None:
         HookRegistry.register(f"{backend}.run_lora_{factor}_sgemm", head.use_pruned, HookType.AROUND)
     manager = "sglang.srt.lora.lora_manager.LoRAManager"
     HookRegistry.register(f"{manager}.prepare_lora_batch", head.divide, HookType.AFTER)
-    processor = "sglang.srt.layers.logits_processor.LogitsProcessor"
-    HookRegistry.register(f"{processor}._compute_lm_head", head.in_float32, HookType.AROUND)
+    logits = "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head"
+    HookRegistry.register(logits, head.in_float32, HookType.AROUND)
+    HookRegistry.register(logits, linear.head, HookType.AROUND)
+    native = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+    HookRegistry.register(f"{native}.init_forward_metadata", attention.forget, HookType.AFTER)
+    HookRegistry.register(f"{native}._run_sdpa_forward_extend", attention.extend, HookType.AROUND)
+    HookRegistry.register(f"{native}._run_sdpa_forward_decode", attention.decode, HookType.AROUND)
     _allow_unpinned_memory()
     # Ctrl-C in a terminal reaches every process of the group: the trainer alone decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -23,6 +23,7 @@ from mezo.method.rules.logged import LoggedRule
 from mezo.method.step import Step, Update
 from mezo.models.families import family_of, why_kv_depends
 from mezo.models.spec import CORE, adapter_shapes
+from mezo.runtimes.sglang.inside import linear
 from mezo.runtimes.sglang.inside.handshake import ENDED, METHOD, scratch_directory
 from mezo.runtimes.sglang.inside.shards import Shard, Whole, shard_of
 from mezo.runtimes.theta import PerturbedTheta
@@ -119,7 +120,16 @@ class Worker:
         """The value of every rank, in order."""
         return [value] if self.size == 1 else self.group.all_gather_object(value)
 
-    def setup(self, shapes: str, pairs: int, share: bool, backend: str | None, rule: str, frozen: str = "{}") -> dict:
+    def setup(
+        self,
+        shapes: str,
+        pairs: int,
+        share: bool,
+        backend: str | None,
+        rule: str,
+        frozen: str = "{}",
+        packed: bool = False,
+    ) -> dict:
         """Take the slots plus0, minus0, plus1, ... and lay the canonical parameters over them.
 
         Args:
@@ -129,8 +139,10 @@ class Worker:
             backend: of the fused ops; None by device.
             rule: JSON, the `LoggedRule` as a log's header holds it.
             frozen: JSON, full shape of each tensor of the adapter that is not trained.
+            packed: the weights of frozen linear layers are packed for oneDNN.
         Returns:
-            Elements of this rank's shard, dtype of the slots, and the reason why keys and values depend on theta.
+            Elements of this rank's shard, dtype of the slots, the reason why keys and values depend on theta, and bytes
+            of packed weights.
         """
         shapes, frozen = ({n: tuple(shape) for n, shape in json.loads(text).items()} for text in (shapes, frozen))
         base = self.manager.base_hf_config
@@ -153,7 +165,13 @@ class Worker:
         self.theta = self._layouts(pairs, backend, LoggedRule.of_header({"rule": json.loads(rule)}))
         self.copies = dict(zip(self.ids, (copy for pair in self.theta.pairs for copy in pair), strict=True))
         self._skip_unadapted()
-        return {"elements": self.theta.master.n_elements, "dtype": str(pool.dtype), "kv_depends": reason}
+        nbytes = linear.pack(self.scheduler.tp_worker.model_runner.model, packed)
+        return {
+            "elements": self.theta.master.n_elements,
+            "dtype": str(pool.dtype),
+            "kv_depends": reason,
+            "packed": nbytes,
+        }
 
     def _ids(self, names: Iterable[str]) -> dict[str, str]:
         known = {ref.lora_name: lora_id for lora_id, ref in self.manager.lora_refs.items()}
