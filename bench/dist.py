@@ -5,7 +5,7 @@ python bench/dist.py [--output dist] [--whole [base trainer sglang]] [--results 
 The environment is new and holds the wheel alone; libraries are those of the Python that runs this, since they are
 gigabytes. With --whole pip installs them from the index, as a user's would: an environment for the package alone, and
 one for each extra. In the first two torch comes first, of the version that `make` pins, as the page says, so that a
-machine without a GPU gets the build that it has. With sglang it is what SGLang pins, a build for CUDA.
+machine without a GPU gets the build that it has. With sglang it is what SGLang pins, a build for CUDA: 11 GB in all.
 """
 
 import argparse

@@ -22,6 +22,7 @@ from machine import describe
 from training_step import OriginalStep, OurStep, configs, random_prompts
 from transformers import AutoModel
 
+from mezo import MeZO
 from mezo.config import Config
 from mezo.data.example import Example
 from mezo.models.linear import as_loaded, measured_gain, pack
@@ -158,11 +159,23 @@ def with_line(step: Callable) -> Callable:
     return run
 
 
+def by_optimizer(runtime: HFRuntime, steps: Steps) -> Callable:
+    """A step of `mezo.MeZO` whose closure is the original's forward pass."""
+    closure = OriginalStep(runtime, steps.config, steps.data, everywhere=True)
+    closure.in_place()
+    params = runtime.parts.params
+    for p in params.values():
+        p.requires_grad_(True)
+    optimizer = MeZO(params.items(), lr=steps.config.method.lr, eps=steps.config.method.eps)
+    return lambda: optimizer.step(closure.loss)
+
+
 def all_layers(steps: Steps, rounds: int) -> tuple[dict, float]:
     """Adapters on all layers, beside the original's step and bare forward passes; and seconds of ours at best."""
-    packed, plain, half = (steps.runtime(linear=kind) for kind in ("packed", "torch", "torch"))
+    packed, plain, half, third = (steps.runtime(linear=kind) for kind in ("packed", "torch", "torch", "torch"))
     ours = steps.ours(packed)
     before = as_before(half, steps.ours(half))
+    optimizer = by_optimizer(third, steps)
     original = OriginalStep(plain, steps.config, steps.data, everywhere=True)
     bare = OriginalStep(plain, steps.config, steps.data, everywhere=False)
     bare_packed = OriginalStep(packed, steps.config, steps.data, everywhere=False, as_ours=True)
@@ -174,6 +187,8 @@ def all_layers(steps: Steps, rounds: int) -> tuple[dict, float]:
             "ours before: torch's product, rows padded by length, PEFT's adapters": before,
             "original": original,
             'original, precision "medium"': with_line(original),
+            "mezo.MeZO": optimizer,
+            'mezo.MeZO, precision "medium"': with_line(optimizer),
             "two forwards, padded": bare.two_forwards,
             "two forwards, padded, packed, adapters in place": bare_packed.two_forwards,
         },

@@ -254,7 +254,9 @@ def verdicts(results: dict) -> dict[str, bool]:
 def measured(pairs: int) -> dict:
     """The parts of a step, and the ratios that must hold."""
     kinds = configs()
-    data = load_splits(kinds["last layer"], load_tokenizer(kinds["last layer"].model), masked=False)["train"][:BATCH]
+    data = load_splits(kinds["last layer"], load_tokenizer(kinds["last layer"].model.base), masked=False)["train"][
+        :BATCH
+    ]
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"

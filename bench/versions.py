@@ -1,9 +1,10 @@
 """`make test-versions`: the tests that meet other libraries, by the oldest and the newest versions of these.
 
-python bench/versions.py --output versions.json [--ends oldest newest] [--tests kernels families hf]
+python bench/versions.py --output versions.json [--ends oldest newest] [--tests gates kernels families hf]
 
-Each end is an environment of its own in a temporary folder, which sees the libraries of this one beneath its own. torch
-is the one that is installed here unless --torch says otherwise: most builds of it are for CUDA and are gigabytes.
+Each set of versions is an environment of its own in a temporary folder, which sees the libraries of this one beneath
+its own. torch is the one that is installed here unless --torch says otherwise: most builds of it are for CUDA and are
+gigabytes. What the file says of other sets, and of other tests of equal versions, stays.
 """
 
 import argparse
@@ -23,10 +24,12 @@ ROOT = Path(__file__).parents[1]
 ENDS = {
     "oldest": {"transformers": "5.17.0", "triton": "3.6.0"},
     "newest": {"transformers": "5.24.0", "triton": "3.9.0"},
+    "triton 3.8": {"triton": "3.8.0"},
 }
-"""The oldest that pyproject.toml allows, and the newest that the registry had when this was last run."""
+"""The oldest that pyproject.toml allows, the newest that the registry had when this was last run, a Triton between."""
 TESTS = {
-    "kernels": ["tests/kernels/test_ops.py", "tests/kernels/test_aot.py", "tests/kernels/test_triton.py"],
+    "gates": ["tests/kernels/test_aot.py"],
+    "kernels": ["tests/kernels/test_ops.py", "tests/kernels/test_triton.py"],
     "families": ["tests/models/test_every_family.py", "tests/models/test_load.py"],
     "hf": ["tests/runtimes/hf/test_runtime.py", "tests/training/test_classification_head.py"],
 }
@@ -79,16 +82,20 @@ def main() -> int:
     parser.add_argument("--torch", default="", help="version of torch to install too, such as 2.11.0+cpu")
     parser.add_argument("--seconds", type=int, default=3600, help="most seconds for the tests of one kind")
     options = parser.parse_args()
-    report = {"machine": describe(), "ends": {}}
+    report = json.loads(options.output.read_text()) if options.output.exists() else {"ends": {}}
+    report["machine"] = describe()
     for end in options.ends:
         with tempfile.TemporaryDirectory() as folder:
             python = environment(Path(folder), ENDS[end], options.torch)
-            report["ends"][end] = {"versions": versions(python), "outcome": {}}
+            found, before = {"versions": versions(python), "outcome": {}}, report["ends"].get(end)
+            if before and before["versions"] == found["versions"]:
+                found["outcome"] = before["outcome"]
+            report["ends"][end] = found
             for name in options.tests:
-                report["ends"][end]["outcome"][name] = found = outcome(python, TESTS[name], options.seconds)
-                print(end, name, found["summary"], flush=True)
+                found["outcome"][name] = outcome(python, TESTS[name], options.seconds)
+                print(end, name, found["outcome"][name]["summary"], flush=True)
                 options.output.write_text(json.dumps(report, indent=1) + "\n")
-    outcomes = [found for end in report["ends"].values() for found in end["outcome"].values()]
+    outcomes = [report["ends"][end]["outcome"][name] for end in options.ends for name in options.tests]
     return int(any(found["failed"] is None or found.get("code") for found in outcomes))
 
 

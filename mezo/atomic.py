@@ -1,11 +1,15 @@
 """Atomic writes: a file or a directory is in its place whole, or not at all."""
 
+import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
+
+from safetensors import SafetensorError
 
 SCRATCH = ".mezo-partial-"
 """Begins the names of the directories that something is written in before it takes its place."""
@@ -25,7 +29,12 @@ def replacing(path: Path, old: bool = False) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{path.name}-", dir=path.parent) as scratch:
         part = Path(scratch) / "part"
-        yield part
+        try:
+            yield part
+        except SafetensorError as error:  # its own kind of error, for a full disk too
+            number = re.search(r"os error (\d+)", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
         for written in (part, *part.rglob("*")):
             sync(written)
         if old and path.is_dir():

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from mezo.errors import UserError
-from mezo.models.mapped import give_back
+from mezo.models.mapped import give_back, mapped_files
 from mezo.progress import say
 
 SMALLEST = 256  # width of a model below which calls cost more than products
@@ -293,14 +293,14 @@ def pack(body: nn.Module, trained: set[int]) -> int:
         if id(module.weight) not in trained and users[id(module.weight)] == 1
         if ".lora_" not in name
     }
-    nbytes = 0
+    nbytes, mappings = 0, mapped_files()
     for group in _groups(body, list(chosen)):
         stack = _Stack([_weight_of(module) for module in group])
         nbytes += sum(stack.sizes) * group[0].weight.dtype.itemsize * _weight_of(group[0]).shape[1]
         for place, module in enumerate(group):
             parent, _, child = chosen[module].rpartition(".")
             setattr(body.get_submodule(parent), child, PackedLinear(stack, place, module))
-            give_back([module.weight])
+            give_back([module.weight], mappings=mappings)
             module.weight = None
     return nbytes
 

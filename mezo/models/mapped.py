@@ -2,7 +2,7 @@
 
 import ctypes
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,11 @@ MAPS = Path("/proc/self/maps")
 DONTNEED = 4  # of madvise
 
 
-def give_back(tensors: Iterable[torch.Tensor], whole: bool = False) -> int:
+Span = tuple[int, int]
+"""Addresses: start and end."""
+
+
+def give_back(tensors: Iterable[torch.Tensor], whole: bool = False, mappings: Sequence[Span] | None = None) -> int:
     """Have the system take back pages of mapped files that tensors lie in; return the bytes.
 
     transformers maps a checkpoint as one: pages that were read once stay with the process as long as any tensor of it
@@ -21,10 +25,9 @@ def give_back(tensors: Iterable[torch.Tensor], whole: bool = False) -> int:
     Args:
         tensors: on a CPU, as they were loaded; others than in a mapped file are left alone.
         whole: give back the whole mappings that they lie in.
+        mappings: `mapped_files`, for who asks often: reading them takes milliseconds.
     """
-    if not MAPS.exists():
-        return 0
-    mappings = _mapped_files()
+    mappings = mapped_files() if mappings is None else mappings
     spans = set()
     for tensor in tensors:
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
@@ -39,8 +42,10 @@ def give_back(tensors: Iterable[torch.Tensor], whole: bool = False) -> int:
     return sum(given)
 
 
-def _mapped_files() -> list[tuple[int, int]]:
-    """Addresses of this process's private mappings of files: start and end."""
+def mapped_files() -> list[Span]:
+    """This process's private mappings of files; none where the system does not tell."""
+    if not MAPS.exists():
+        return []
     found = []
     for line in MAPS.read_text().splitlines():
         span, kind, _, _, inode, *_ = line.split()

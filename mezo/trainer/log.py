@@ -17,6 +17,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from mezo.atomic import replacing
 from mezo.errors import UserError
 from mezo.method.estimator import Losses
 from mezo.method.rules.logged import LoggedRule
@@ -190,7 +191,8 @@ def begin(output_dir: str, optimizer: Logged, first: dict, leads: bool) -> None:
     folder = _fresh(output_dir)
     if first["peft"] is not None:
         start = {name: p.float().cpu().contiguous() for name, p in optimizer.theta.items()}
-        save_file(start, folder / INITIAL)
+        with replacing(folder / INITIAL) as part:
+            save_file(start, part)
         first["init"]["sha256"] = hashlib.sha256((folder / INITIAL).read_bytes()).hexdigest()
     (folder / "trajectory.jsonl").write_text(json.dumps(first) + "\n")
     optimizer.log = TrajectoryWriter(folder / "trajectory.jsonl")

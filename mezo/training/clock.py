@@ -1,10 +1,15 @@
 """Where a run's time went, over every process that worked on it."""
 
 import contextlib
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
 
 from mezo.runtimes.base import Runtime
+
+SPAN = 20
+"""Steps whose median is compared with that of others."""
 
 
 class Clock:
@@ -22,6 +27,7 @@ class Clock:
         self.tokens_filled = 0  # by the processes before this one
         self.parts = dict.fromkeys(runtime.seconds, 0.0)
         self.steps, self.steps_here = 0, 0
+        self.last, self.fastest = deque(maxlen=SPAN), float("inf")
 
     @contextlib.contextmanager
     def measuring(self, kind: str) -> Iterator[None]:
@@ -35,12 +41,21 @@ class Clock:
     @contextlib.contextmanager
     def measuring_step(self) -> Iterator[None]:
         """Count a block as a step of training, and the runtime's parts of it."""
-        parts = dict(self.runtime.seconds)
+        parts, before = dict(self.runtime.seconds), self.seconds["training"]
         with self.measuring("training"):
             yield
+        self.last.append(self.seconds["training"] - before)
         for part, seconds in self.runtime.seconds.items():
             self.parts[part] += seconds - parts[part]
         self.steps, self.steps_here = self.steps + 1, self.steps_here + 1
+
+    def slowdown(self) -> float | None:
+        """How many times as long as the fastest SPAN steps in a row the last ones took; None between such spans."""
+        if self.steps_here % SPAN or not self.last:
+            return None
+        now = statistics.median(self.last)
+        self.fastest = min(self.fastest, now)
+        return now / max(self.fastest, 1e-9)
 
     @property
     def rate(self) -> float:

@@ -26,6 +26,7 @@ from mezo.training.ranks import Ranks
 from mezo.training.result import result
 
 MAX_SKIPPED = 10  # losses that are not finite, in a row, before a run is given up
+SLOW = 10  # times as long as the fastest steps of a run that others must take to be worth a word
 
 
 class Trainer:
@@ -64,7 +65,7 @@ class Trainer:
         measured = (self.clock, self.measurement)
         self.evaluations = Evaluations(method, machine, runtime, splits, judged, run, len(records), *measured)
         self.verify_every = machine.verify_every or max(1, method.steps // TENTHS)
-        self.due, self.warned = False, False
+        self.due, self.warned, self.slow = False, False, False
 
     def train(self, until: int | None = None) -> dict | None:
         """Run to the last step, or until dev has not improved for long.
@@ -128,6 +129,17 @@ class Trainer:
         self._evaluate_if_due()
         if len(self.records) % WINDOW == 0:
             self._give_up_if_diverged()
+        self._say_slow()
+
+    def _say_slow(self) -> None:
+        """Say, once, that steps take many times as long as they did: a busy machine looks like a slow program."""
+        slowdown, step = self.clock.slowdown(), len(self.records)
+        if slowdown is not None and slowdown >= SLOW and not self.slow:
+            self.slow = True
+            self.monitor.say(
+                f"step {step:>6}  steps take {slowdown:.0f} times as long as the fastest of this run: other work may"
+                " have the cores, and threads wait for each other then; OMP_NUM_THREADS=1 waits for none"
+            )
 
     def _say_shortened(self, record: StepRecord) -> None:
         """Say that --max-step-ratio shortened a step, the first time; the result counts them."""

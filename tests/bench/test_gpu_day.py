@@ -50,5 +50,5 @@ def test_rehearsal(tmp_path):
         assert run.returncode == 0, run.stdout + run.stderr[-3000:]
         seen.append({path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")})
     assert seen[0] == seen[1]
-    assert len(seen[0]) == 6
+    assert len(seen[0]) == 7
     assert all(part["ok"] and part["rehearsal"] for part in seen[0].values())

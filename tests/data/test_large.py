@@ -14,7 +14,7 @@ from mezo.errors import UserError
 from mezo.run.header import data_hash
 from mezo.run.trajectory import read_header, read_trajectory
 from mezo.tasks import load_splits
-from tests.data.test_formats import NAMED, ROWS, config_of, write
+from tests.data.test_formats import FORMS, NAMED, ROWS, config_of, write
 from tests.data.test_trl_formats import BOTH, CHAT, HELLO
 from tests.tiny_data import GOOD
 
@@ -63,6 +63,25 @@ def test_examples_are_those_that_would_be_held(bpe, tmp_path, kind, monkeypatch)
     assert hashes.pop().startswith("rows:")
     other = load_splits(config_of(write(tmp_path / "again", rows[::-1], "jsonl"), **fields), bpe)
     assert data_hash(other) != data_hash(splits)
+
+
+@pytest.mark.slow  # test_formats.py: texts with labels; above: the examples and the hash of each kind
+@pytest.mark.parametrize("large", [False, True], ids=["held", "mapped"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_trains_to_the_same_log_in_each_format(tiny_model, tmp_path, monkeypatch, kind, large):
+    if large:
+        set_large(monkeypatch)
+    rows, fields = KINDS[kind]
+    forms = [form for form in FORMS if kind != "messages" or form not in ("csv", "tsv")]
+    logs = set()
+    for form in forms:
+        (tmp_path / f"rows-{form}").mkdir()
+        path, run = write(tmp_path / f"rows-{form}", rows, form), tmp_path / f"run-{form}"
+        options = {"model": tiny_model, "train_file": path, "output_dir": str(run), "steps": 2, "batch_size": 4}
+        train(Config.of(**options, max_length=64, noise=False, report=False, report_to="none", **fields))
+        logs.add((run / "trajectory.jsonl").read_bytes())
+    assert len(forms) >= 8
+    assert len(logs) == 1
 
 
 MIXED = {

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mezo_kernels import dispatch
+from tests.kernels.tritons import VERSIONS, install
 
 HERE = Path(__file__).parent
 # registers, and issue slots an element, of the code as it is, plus a little: raise one only with a reason. By version
@@ -28,9 +29,11 @@ FAST = [case for case in CASES if not case.values[0][1].startswith("any_")]
 BLOCK_SIZE = 2048  # elements of a program
 
 
-def compiled(*targets: str) -> dict:
+def compiled(*targets: str, triton: Path | None = None) -> dict:
     """The report for some targets, from another process: this one may have chosen Triton's interpreter."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if triton:
+        env["PYTHONPATH"] = os.pathsep.join([str(triton), *filter(None, [env.get("PYTHONPATH")])])
     run = subprocess.run([sys.executable, HERE / "aot.py", *targets], capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads(run.stdout)
@@ -76,8 +79,10 @@ def test_each_operation_is_rounded_on_its_own(kernel):
 @fast
 def test_the_fast_path_moves_its_payload_in_128_bits(kernel):
     elements = BLOCK_SIZE // kernel["lanes"]
+    # bfloat16 and float16 may be read by one load, whatever the branch: Triton 3.8 does so
+    read = kernel["read"] - (2 if "mixed" in kernel["variant"] else 0)
     # tables are read in 128 bits too where their columns are adjacent
-    assert kernel["loads"].get("128", 0) >= kernel["read"] * elements // 16
+    assert kernel["loads"].get("128", 0) >= read * elements // 16
     assert kernel["loads"].get("16", 0) == 0
     assert kernel["stores"] == {"128": kernel["written"] * elements // 16}
 
@@ -92,6 +97,18 @@ def test_registers_and_issue_slots_stay_below_their_ceilings(kernel):
     registers, slots = CEILINGS[kernel["target"]][kernel["variant"]]
     assert kernel["registers"] <= registers
     assert kernel["slots"] <= slots
+
+
+@pytest.mark.slow  # the same gates, by the compilers and assemblers of other versions
+@pytest.mark.parametrize("version", VERSIONS)
+def test_gates_of_other_versions_of_triton(version, tmp_path):
+    ceilings = BY_VERSION[version.rpartition(".")[0]]["sm_90"]
+    report = compiled("sm_90", triton=install(version, tmp_path))["reports"]
+    found = {name: kernel for (_, name), kernel in report.items()}
+    assert found.keys() == ceilings.keys()
+    for name, kernel in found.items():
+        assert (kernel["spills"], kernel["stack"], kernel["fused"], kernel["inexact"]) == (0, 0, 0, 0), name
+        assert (kernel["registers"] <= ceilings[name][0], kernel["slots"] <= ceilings[name][1]) == (True, True), name
 
 
 def test_every_kernel_of_every_op_has_gates(report):

@@ -1,8 +1,12 @@
 """Atomic writes: an error leaves what was there, and nothing else."""
 
+import resource
+
 import pytest
+import torch
 
 from mezo.atomic import SCRATCH, remove_partial, replacing
+from mezo.run.adapter import read_adapter, save_adapter
 from mezo.run.files import replace_file
 
 
@@ -44,3 +48,20 @@ def test_what_killed_processes_left_is_removed_by_name(tmp_path):
     assert listing(tmp_path) == [f"{SCRATCH}a.b-xyz"]
     remove_partial(tmp_path)
     assert listing(tmp_path) == []
+
+
+def test_an_adapter_that_finds_no_room_is_an_error_of_the_system_and_leaves_the_former(tmp_path):
+    """A limit on the size of a file stands for a full disk: the command says it in one line, and how to go on."""
+    theta = {"base_model.model.q_proj.lora_A.weight": torch.ones(4, 4)}
+    save_adapter(tmp_path, {"r": 4}, theta)
+    before, larger = listing(tmp_path), {name: torch.ones(4, 4096) for name in theta}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*adapter_model\.safetensors") as error:
+            save_adapter(tmp_path, {"r": 4}, larger)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.strerror == "File too large"
+    assert listing(tmp_path) == before
+    assert torch.equal(*(next(iter(each.values())) for each in (read_adapter(tmp_path), theta)))

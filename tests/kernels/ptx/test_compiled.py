@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from mezo_kernels import cases, dispatch
+from tests.kernels.tritons import VERSIONS, install
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
-TRITONS = ("3.6.0", "3.8.0", "3.9.0")
-"""Versions that are supported beside the one that is installed."""
 
 
 def compiled(*command, triton: Path | None = None, **more: str) -> str:
@@ -46,23 +45,10 @@ def test_every_case_on_other_targets(target):
 
 
 @pytest.mark.slow  # as above, of the installed version
-@pytest.mark.parametrize("version", TRITONS)
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_every_case_by_other_versions_of_triton(target, version, tmp_path):
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        tmp_path,
-        f"triton=={version}",
-    ]
-    if subprocess.run(install, capture_output=True).returncode:
-        pytest.skip(f"triton {version} cannot be installed here")
-    assert_right(report("cases", target, triton=tmp_path))
+    assert_right(report("cases", target, triton=install(version, tmp_path)))
 
 
 def test_code_for_sm_80_is_that_for_sm_90():
