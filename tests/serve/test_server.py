@@ -197,7 +197,8 @@ def test_clients_that_leave_in_the_middle_free_their_versions(server):
             connection.sendall(head.encode() + data)
             seen = b""
             while b"data: " not in seen:
-                assert (part := connection.recv(65536)), seen
+                part = connection.recv(65536)
+                assert part, seen
                 seen += part
     server.wait_for(lambda status: status["users"]["requests"] >= before + 4)
     for step in range(5, 9):
