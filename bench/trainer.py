@@ -111,7 +111,7 @@ def rank(kind: str, model: str, output: str, steps: int) -> None:
         equal = torch.equal(*others)
         Path(output).write_text(json.dumps({"sent": sent, "received": received, "trained": trained, "equal": equal}))
     del trainer
-    gc.collect()  # a wrapped model in a cycle would hold the group, whose threads must not run when the interpreter ends
+    gc.collect()  # a wrapped model in a cycle would hold the group, whose threads must not outlive the interpreter
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -43,7 +43,7 @@ def main():
     }
     if dist.get_rank() == 0:
         torch.save(found, sys.argv[1])
-    gc.collect()  # a wrapped model in a cycle would hold the group, whose threads must not run when the interpreter ends
+    gc.collect()  # a wrapped model in a cycle would hold the group, whose threads must not outlive the interpreter
     dist.barrier()
     dist.destroy_process_group()
 
