@@ -4,6 +4,7 @@ Run: make bench-trainer, or python bench/trainer.py --output bench/results/MACHI
 """
 
 import argparse
+import gc
 import json
 import os
 import socket
@@ -109,8 +110,10 @@ def rank(kind: str, model: str, output: str, steps: int) -> None:
         trained = weights.numel()
         equal = torch.equal(*others)
         Path(output).write_text(json.dumps({"sent": sent, "received": received, "trained": trained, "equal": equal}))
+    del trainer
+    gc.collect()  # a wrapped model in a cycle would hold the group, whose threads must not outlive the interpreter
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # its threads must not run when the interpreter ends
+    torch.distributed.destroy_process_group()
 
 
 def two_processes(kind: str, model: str, steps: int = 12) -> dict:

@@ -228,7 +228,7 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     sees on which side of a tie it was (rounding to odd; Boldo and Melquiond 2008).
 
     >>> one = np.float32(1)
-    >>> fused(one + 2**-23, one - 2**-23, -one) == -np.float32(2.0**-46)
+    >>> bool(fused(one + 2**-23, one - 2**-23, -one) == -np.float32(2.0**-46))
     True
     """
     product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)

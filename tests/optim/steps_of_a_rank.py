@@ -1,5 +1,6 @@
 """What each rank of `test_optimizer_ranks.py` does: 20 steps on its own data, in every way; rank 0 writes them."""
 
+import gc
 import sys
 
 import torch
@@ -42,6 +43,8 @@ def main():
     }
     if dist.get_rank() == 0:
         torch.save(found, sys.argv[1])
+    gc.collect()  # a wrapped model in a cycle would hold the group, whose threads must not outlive the interpreter
+    dist.barrier()
     dist.destroy_process_group()
 
 
