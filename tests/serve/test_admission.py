@@ -170,6 +170,25 @@ def test_what_is_waited_for_while_training_is_paused_is_without_training():
     assert [len(waits) for waits in (made.waits[True].alone, made.waits[True].beside)] == [1, 1]
 
 
+def test_a_broken_bound_is_lowered_once_and_not_again_while_training_is_paused():
+    made, clock = admission(0.1, alone=[0.2] * 100)
+    clock.time, before = EVERY * WINDOW + WINDOW, made.limit
+
+    def users(n):
+        for _ in range(n):
+            with made.user(streamed=True):
+                clock.time += 0.2
+                made.waits[True].beside.append(0.4)
+                clock.time = EVERY * WINDOW + WINDOW
+
+    made.waits[True].beside.extend([0.4] * 100)
+    users(FEW)
+    assert made.limit == before / 2
+    made.pause(True)
+    users(10 * FEW)
+    assert made._scale == 0.5
+
+
 def test_signals_pause_and_resume_even_in_the_middle_of_a_change():
     made = Admission(1.0)
     before = signal.getsignal(signal.SIGUSR1)
