@@ -8,7 +8,7 @@ RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-large-start bench-directions bench-waiting bench-sass bench-quantization test-quantization leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day test-versions clean
+.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-large-start bench-directions bench-waiting bench-serve bench-sass bench-quantization test-quantization leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day test-versions clean
 
 demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
@@ -68,6 +68,9 @@ bench-sass: $(READY)  ## instructions, registers and limits of the kernels for a
 
 bench-waiting: $(READY)  ## a step whose threads spin or sleep where they wait, beside busy processes; JSON under bench/results/
 	$(VENV)/bin/python bench/waiting.py --output $(RESULTS)/waiting.json
+
+bench-serve: $(READY_SGLANG)  ## throughput and waits of users of mezo serve at three loads, training off and on; JSON under bench/results/
+	$(VENV)/bin/python bench/serve.py --output $(RESULTS)/serve.json $(ARGS)
 
 test-quantization: $(READY_QUANTIZATION)  ## the tests of quantised bases, bitsandbytes' formats included
 	$(VENV)/bin/python -m pytest -m "not gpu" tests/models/test_quantization.py

@@ -21,6 +21,7 @@ from mezo.run.adapter import adapter_options, base_of, check_base, load_adapter,
 from mezo.run.agreement import check_lines
 from mezo.run.directory import RunDirectory, launch_id, refuse_existing
 from mezo.run.export import refuse_output
+from mezo.run.feedback import FeedbackLog
 from mezo.run.header import INITIAL, initial_theta, make_header, starting_file
 from mezo.run.replay import rebuild, replay_records
 from mezo.run.stopping import stalled
@@ -131,7 +132,8 @@ def begin(config: Config, runtime: Runtime, splits: dict, seconds: float = 0.0, 
         run = RunDirectory.create(config.machine.output_dir, config, header, initial)
     else:
         run = RunDirectory(Path(config.machine.output_dir))
-    return Trainer(config.method, config.machine, runtime, splits, run, ranks=ranks, seconds_loading=seconds)
+    loading = {"ranks": ranks, "seconds_loading": seconds, "feedback": FeedbackLog(run.path, header["data_hash"])}
+    return Trainer(config.method, config.machine, runtime, splits, run, **loading)
 
 
 def _refuse_more_directions_than_parameters(config: Config, runtime: Runtime) -> None:
@@ -287,7 +289,8 @@ def reopen(
         run.result.unlink(missing_ok=True)  # of a run that ended early and now goes on
         run.write_metrics([row for row in run.read_metrics() if row["step"] <= len(records)])
     replay_records(runtime.update, records)
-    return Trainer(config.method, config.machine, runtime, splits, run, records, ranks, seconds_loading=seconds)
+    loading = {"ranks": ranks, "seconds_loading": seconds, "feedback": FeedbackLog(run.path, first_line["data_hash"])}
+    return Trainer(config.method, config.machine, runtime, splits, run, records, **loading)
 
 
 def _say_schedule(config: Config, done: int, before: int) -> None:

@@ -16,7 +16,9 @@ class Options:
     """Serve a model as OpenAI's API does, and fine-tune an adapter of it on the same engine meanwhile.
 
     --model, --output-dir and --task or --train-file make a run, as for mezo train. Users name the model M, what it has
-    learnt M:mezo, and a step of it M:mezo@STEP.
+    learnt M:mezo, and a step of it M:mezo@STEP. What they say of answers (POST /mezo/feedback), and further rows (POST
+    /mezo/examples), are learnt from the next epoch on. GET /mezo/status and /mezo/metrics say how it goes. SIGUSR1, or
+    POST /mezo/pause, holds training back; SIGUSR2, or POST /mezo/resume, lets it go on.
     """
 
     config: str = ""

@@ -14,6 +14,7 @@ from mezo.data.columns import KINDS, OF_TRL
 from mezo.data.demonstrations import draw_demonstrations, put_before
 from mezo.data.example import Example
 from mezo.data.files import LARGE, without_empty
+from mezo.data.further import Further
 from mezo.data.large import LargeExamples, looked_at
 from mezo.data.own import OwnData, is_of_trl
 from mezo.data.sampling import sample_indices
@@ -33,11 +34,13 @@ MOST_BAD = 10_000  # bad rows of a large data set that are counted before it is 
 class Splits(dict[str, Sequence[Example]]):
     """Examples by split; `skipped` has how many bad rows were left out of each, where there were any.
 
-    `decode` gives the text of token ids, None where there is no tokenizer.
+    `decode` gives the text of token ids, None where there is no tokenizer. `further` makes training examples of what
+    comes later; None where the training set is read as it is drawn.
     """
 
     skipped: Mapping[str, int] = MappingProxyType({})
     decode: Callable[[Sequence[int]], str] | None = None
+    further: Further | None = None
 
 
 def examples_of(
@@ -145,6 +148,20 @@ def examples_of(
         train = LargeExamples(at, large.labels[at[0]], make, identity, alike, data.max_length)
         splits = Splits({"train": train, **splits})
         looked_at(train)  # what is wrong with one of these is found before anything is written
+    elif "train" in splits:
+
+        def of_row(row: Row, where: str) -> list[Example]:
+            return examples(items_of_row(task, without_empty(row), where, *checking, read))
+
+        def of_answer(item: Item) -> Example:
+            whole, kind = Template.parse("{prompt}", "prompt"), form if prompt.label_words else "completion"
+            item = _right_alone(item) if right_alone else _one_right(item)
+            judged = _as_judged([item], method)
+            return encode(judged, whole, tokenizer, data.max_length, False, False, kind, data.truncation)[0]
+
+        kind = task.reading.kind if isinstance(task, OwnData) else "labelled" if prompt.label_words else "options"
+        rewarded = "reward" in method.objectives
+        splits.further = Further(of_row, of_answer, prompt.label_words, "reward" if rewarded else kind, data.max_length)
     splits.decode = tokenizer.decode
     splits.skipped = {split: count for split, count in skipped.items() if count}
     return splits

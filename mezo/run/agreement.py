@@ -14,6 +14,7 @@ from mezo.method.step import Step, Update
 from mezo.models.spec import adapter_shapes
 from mezo.run.adapter import PEFT_CONFIG, WEIGHTS, quantised_here, read_peft_config, shapes_in
 from mezo.run.directory import RunDirectory, best_step
+from mezo.run.feedback import FeedbackLog
 from mezo.run.files import RESTORE
 from mezo.run.header import planned_steps, shapes_of
 from mezo.run.trajectory import StepRecord
@@ -41,6 +42,7 @@ def check_lines(run: RunDirectory, first: dict, records: Sequence[StepRecord], l
     config = run.read_config() if run.config.exists() else None
     if config is not None:
         _check_header(run, first, config)
+    _check_fed(run, first, records)
     guard = StepGuard(config.method.max_step_ratio if config else 0.0)
     for record in track(records, "check", transient=True, disable=len(records) < 1e5 or not sys.stderr.isatty()):
         line = f"{run.trajectory}: line {record.step + 2}"
@@ -50,6 +52,24 @@ def check_lines(run: RunDirectory, first: dict, records: Sequence[StepRecord], l
         if config is not None:
             _check_line(line, record, config, first, lengths, guard)
         guard.see(record.update)
+
+
+def _check_fed(run: RunDirectory, first: dict, records: Sequence[StepRecord]) -> None:
+    """Raise UserError where what steps say they draw from is not what the run was fed, as far as that is there."""
+    fed = [record for record in records if record.fed]
+    numbers = [record.fed[0] for record in fed]
+    if numbers != sorted(set(numbers)):
+        raise UserError(f"{run.trajectory}: the lines of feedback that steps draw from do not grow; {RESTORE}")
+    if not run.feedback.exists():
+        return
+    log = FeedbackLog(run.path, first["data_hash"])
+    for record in fed:
+        lines, sha256 = record.fed
+        if lines != log.before(record.step) or not log.holds(lines, sha256):
+            raise UserError(
+                f"{run.trajectory}: line {record.step + 2} draws from {lines} lines of feedback, which are not those"
+                f" before step {record.step} of {run.feedback.name}; {RESTORE}"
+            )
 
 
 def check_steps(run: RunDirectory, steps: int) -> None:

@@ -9,6 +9,7 @@ from filelock import FileLock, Timeout
 from mezo.atomic import remove_partial, replacing
 from mezo.config import Config
 from mezo.errors import UserError
+from mezo.run.feedback import FILE as FEEDBACK
 from mezo.run.files import drop_torn_line, parsed, read_lines, read_object, replace_file
 from mezo.run.header import INITIAL, content_of, lengthened
 from mezo.run.schema import Metrics, Result, validated
@@ -27,7 +28,7 @@ class RunDirectory:
         self.metrics, self.result = path / "metrics.jsonl", path / "result.json"
         self.adapter, self.model = path / "adapter", path / "model"
         self.page, self.tensorboard = path / "report.html", path / "tensorboard"
-        self.launch = path / ".launch"
+        self.feedback, self.launch = path / FEEDBACK, path / ".launch"
         self._lock = None
 
     @classmethod

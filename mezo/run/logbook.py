@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from mezo.errors import UserError
@@ -13,7 +14,7 @@ from mezo.run.directory import RunDirectory, best_step
 from mezo.run.files import drop_torn_line, replace_file
 from mezo.run.header import shortened
 from mezo.run.replay import rebuild
-from mezo.run.trajectory import read_trajectory
+from mezo.run.trajectory import StepRecord, read_trajectory
 
 
 def summary(run: str) -> dict:
@@ -33,6 +34,7 @@ def summary(run: str) -> dict:
         "run seed": str(first["run_seed"]),
         "steps": f"{len(records)} ({sum(record.update.skipped for record in records)} skipped)",
         **_lengthened(first),
+        **_fed(records),
         "|projected_grad|": f"mean {sum(grads) / max(len(grads), 1):.4g}, {grads.count(0)} of {len(grads)} zero",
         "size": f"{len(data):,} bytes, {len(gzip.compress(data)):,} compressed; the {what} is {4 * elements:,}",
         "torn last line": f"{torn} bytes, to be dropped" if torn else "no",
@@ -43,6 +45,12 @@ def _lengthened(first_line: dict) -> dict[str, str]:
     chain = first_line.get("lengthened", [])
     each = (f"from {one['from']} to {one['to']} steps after {one['at']}" for one in chain)
     return {"lengthened": ", ".join(each)} if chain else {}
+
+
+def _fed(records: Sequence[StepRecord]) -> dict[str, str]:
+    grown = (f"{record.fed[0]} lines from step {record.step} on" for record in records if record.fed)
+    text = ", ".join(grown)
+    return {"fed": text} if text else {}
 
 
 def verify(run: str) -> int:

@@ -20,6 +20,8 @@ Dimension = Annotated[StrictInt, Ge(1), Le(2**31)]
 Rank = Annotated[StrictInt, Ge(1), Le(2**16)]
 Amount = Annotated[float, Ge(0)]
 Text = Annotated[str, MaxLen(4096)]
+Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Tokens = Annotated[tuple[Annotated[StrictInt, Ge(0), Lt(2**31)], ...], MinLen(1), MaxLen(2**24)]
 
 
 class _Fields(BaseModel):
@@ -42,6 +44,7 @@ class Record(TypedDict):
     lr: NotRequired[FiniteFloat]
     tried: NotRequired[tuple[float, ...]]
     shortened: NotRequired[Annotated[float, Gt(0), Lt(1)]]
+    fed: NotRequired[tuple[Annotated[StrictInt, Ge(1), Lt(2**53)], Hash]]
 
 
 class Peft(_Fields):
@@ -156,6 +159,35 @@ class Header(_Fields):
             if any(name.endswith(end) and (len(shape) != 2 or size != [rank]) for end, size in sizes.items()):
                 raise ValueError(f"{name} of shape {shape} has not the adapter's rank, {rank}")
         return self
+
+
+class FedExample(BaseModel):
+    """An example that was fed to a run while it was served."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Tokens
+    options: tuple[Tokens, ...]
+    label: Count
+    references: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    fields: dict[str, Any] = {}
+
+    @validates(mode="after")
+    def _has_its_label(self) -> "FedExample":
+        if self.label >= max(len(self.options), 1):
+            raise ValueError(f"label {self.label} is none of its {len(self.options)} options")
+        return self
+
+
+class FedLine(_Fields):
+    """A line of feedback.jsonl."""
+
+    at: Count
+    kind: Literal["feedback", "example"]
+    given: dict[str, Any]
+    examples: list[FedExample]
+    sha256: Hash
 
 
 class Clock(_Fields):

@@ -32,6 +32,8 @@ class StepRecord:
         projected_grads: (loss_plus - loss_minus) / (2 eps) of each; over eps where the rule is one-sided.
         tried: losses at theta, theta - c z and theta + c z, of which a rule that compares kept the least; else ().
         shortened: what the coefficients were multiplied by under --max-step-ratio.
+        fed: of the first step that draws from more lines of feedback.jsonl than those before it, how many lines, and
+            the hash of the last of them; else ().
     """
 
     step: int
@@ -40,6 +42,7 @@ class StepRecord:
     projected_grads: tuple[float, ...]
     tried: tuple[float, ...] = ()
     shortened: float = 1.0
+    fed: tuple[int, str] | tuple[()] = ()
 
     def to_line(self) -> str:
         """One line of JSON; floats round-trip, and those that are not finite are strings."""
@@ -57,6 +60,7 @@ class StepRecord:
         values |= {} if update.lr is None else {"lr": update.lr}
         values |= {"tried": self.tried} if self.tried else {}
         values |= {} if self.shortened == 1 else {"shortened": self.shortened}
+        values |= {"fed": self.fed} if self.fed else {}
         return json.dumps({key: _encode(value) for key, value in values.items()}, allow_nan=False) + "\n"
 
     @classmethod
@@ -69,7 +73,8 @@ class StepRecord:
             raise ValueError("expected lists of equal length, one item a perturbation")
         update = Update(seeds, values["coefficients"], values["decay"], values.get("lr"), values["skipped"])
         tried, shortened = values.get("tried", ()), values.get("shortened", 1.0)
-        return cls(values["step"], update, losses, values["projected_grads"], tried, shortened)
+        fed = values.get("fed", ())
+        return cls(values["step"], update, losses, values["projected_grads"], tried, shortened, fed)
 
 
 def _encode(value):

@@ -203,6 +203,21 @@ class Serves(Protocol):
         """
 
 
+@runtime_checkable
+class Grows(Protocol):
+    """A runtime that takes further examples of a split that is held whole, after `prepare`."""
+
+    def refuse_further(self, examples: Sequence[Example]) -> None:
+        """Raise UserError for examples that there is no room for: longer ones, or with more options, than planned."""
+
+    def grow(self, split: str, examples: Sequence[Example]) -> None:
+        """Register further examples of a split, which follow those it has.
+
+        Raises:
+            UserError: see `refuse_further`.
+        """
+
+
 Kind = TypeVar("Kind")
 
 

@@ -30,6 +30,7 @@ class Waits:
         self.streamed = streamed
         self.alone: deque[float] = deque(maxlen=KEPT)  # while the trainer was held back
         self.beside: deque[float] = deque(maxlen=KEPT)
+        self.fresh = 0  # waits beside training since the bound was last checked by them
 
     def row(self) -> dict:
         """What status shows."""
@@ -163,8 +164,11 @@ class Admission:
         self._since = now
 
     def _check_bound(self, waits: Waits) -> None:
-        """Make parts shorter or longer after as many waits as tell whether the bound is held."""
-        if len(waits.alone) < FEW or len(waits.beside) < FEW or self.requests % FEW:
+        """Make parts shorter or longer where there are as many waits as tell whether the bound is held.
+
+        Waits that it was checked by do not count again, as while training is paused: it would be lowered for ever.
+        """
+        if len(waits.alone) < FEW or len(waits.beside) < FEW:
             return
         latest = [percentile(list(values)[-LATEST:], 0.99) for values in (waits.beside, waits.alone)]
         self._scale = min(1.0, self._scale * STEPS[latest[0] <= (1 + self.cost) * latest[1]])
@@ -184,7 +188,7 @@ class UserRequest:
             admission._account()
             self._count(1)
             self.began, self.parts = admission.now(), admission._parts
-            self.alone = admission._held_back() and not admission._running
+            self.alone = (admission.paused or admission._held_back()) and not admission._running
 
     def saw(self) -> None:
         """The user has something to see; only the first time counts."""
@@ -199,7 +203,10 @@ class UserRequest:
             waits = own.waits[self.streamed]
             alone = self.alone and self.parts == own._parts
             (waits.alone if alone else waits.beside).append(own.now() - self.began)
-            own._check_bound(waits)
+            waits.fresh += not alone
+            if waits.fresh >= FEW:
+                waits.fresh = 0
+                own._check_bound(waits)
             own._changed.notify_all()
 
     def end(self) -> None:

@@ -1,14 +1,17 @@
-"""Our endpoints beside SGLang's: the models that users may name, status, promotion, pause and resume of training."""
+"""Our endpoints beside SGLang's: the models that users may name, status and metrics, promotion, pause and resume of
+training, and what users teach it."""
 
 import asyncio
 import time
 from collections.abc import Callable
 
-from fastapi import FastAPI
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from mezo.errors import UserError
+from mezo.errors import RunError, UserError
+from mezo.serve.learning import MOST_OF_A_BODY, Unknown
+from mezo.serve.metrics import TYPE, exposition
 from mezo.serve.session import Session
 from mezo.serve.versions import NAME
 
@@ -40,7 +43,10 @@ class Endpoints:
         routes: dict[str, tuple[str, Callable]] = {
             "/v1/models": ("GET", self.models),
             "/mezo/status": ("GET", self.status),
+            "/mezo/metrics": ("GET", self.metrics),
             "/mezo/promote": ("POST", self.promote),
+            "/mezo/feedback": ("POST", self.feedback),
+            "/mezo/examples": ("POST", self.examples),
             "/mezo/pause": ("POST", self.pause),
             "/mezo/resume": ("POST", self.resume),
         }
@@ -69,6 +75,7 @@ class Endpoints:
             "run": str(session.directory.path),
             "state": session.state,
             "step": len(session.records),
+            "steps": session.steps,
             "dev": dev,
             "promoted": runtime.versions.promoted,
             "promotions": list(session.promotions.steps),
@@ -81,8 +88,21 @@ class Endpoints:
                 "seconds_held_back": own.seconds["held"],
                 "seconds_of_a_part": own.limit,
             },
+            "fed": session.fed,
             "seconds_up": time.monotonic() - session.began,
         }
+
+    async def metrics(self) -> Response:
+        """The same for Prometheus."""
+        return Response(exposition(await self.status()), media_type=TYPE)
+
+    async def feedback(self, request: Request) -> JSONResponse:
+        """Keep the score of an answer, see `Learning.feedback`."""
+        return await _kept(request, self.session.learning.feedback)
+
+    async def examples(self, request: Request) -> JSONResponse:
+        """Keep further rows of the task, see `Learning.examples`."""
+        return await _kept(request, self.session.learning.examples)
 
     async def promote(self, body: Promotion) -> JSONResponse:
         """Have users be answered by a step of the log."""
@@ -102,3 +122,19 @@ class Endpoints:
         """Go on training."""
         self.session.runtime.admission.pause(False)
         return {"state": self.session.state}
+
+
+async def _kept(request: Request, keep: Callable[[bytes], dict]) -> JSONResponse:
+    """The answer to a request that teaches the run something: it is on the disk by then."""
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > MOST_OF_A_BODY:
+            message = f"the body: it has more than {MOST_OF_A_BODY:,} bytes: send less at a time"
+            return JSONResponse({"error": message}, status_code=413)
+    try:
+        return JSONResponse(await asyncio.to_thread(keep, body))
+    except UserError as error:
+        return JSONResponse({"error": str(error)}, status_code=404 if isinstance(error, Unknown) else 400)
+    except RunError as error:
+        return JSONResponse({"error": str(error)}, status_code=507)

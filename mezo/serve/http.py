@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mezo.errors import RunError, UserError
 from mezo.runtimes.sglang.engine import engine_environment
 from mezo.serve.engine import ENDING, ServedEngine, training
+from mezo.serve.learning import Recent
 from mezo.serve.runtime import ServingRuntime
 from mezo.serve.versions import NAME, Busy, Version, step_of
 
@@ -61,9 +62,11 @@ class Gate:
 
     Args:
         runtime: whose engine it is.
+        recent: remembers answers.
     """
 
-    def __init__(self, runtime: ServingRuntime):
+    def __init__(self, runtime: ServingRuntime, recent: Recent):
+        self.recent = recent
         self.runtime, self.manager = runtime, runtime.engine.engine.tokenizer_manager
         self.tokens = {"prompt": 0, "completion": 0}
         self._original = self.manager.generate_request
@@ -81,6 +84,7 @@ class Gate:
                 yield answer
             return
         versions: list[Version] = []
+        prompts = self._prompts(obj)
         try:
             await self._resolve(obj, versions)
             with self.runtime.admission.user(streamed=bool(getattr(obj, "stream", False))) as waiting:
@@ -88,10 +92,19 @@ class Gate:
                     async for answer in answers:
                         waiting.saw()
                         self._mark(answer, versions)
+                        if prompts:
+                            self.recent.add(prompts, answer if isinstance(answer, list) else [answer])
                         yield answer
         finally:
             for version in versions:
                 self.runtime.versions.release(version)
+
+    def _prompts(self, obj: Any) -> Any:
+        """What a request gives the model to read, if its answer may be judged: text or tokens, or a list of these."""
+        in_parts = getattr(obj, "stream", False) and getattr(self.manager, "incremental_streaming_output", False)
+        if in_parts or getattr(obj, "image_data", None):
+            return None
+        return obj.text if getattr(obj, "text", None) is not None else getattr(obj, "input_ids", None)
 
     async def _resolve(self, obj: Any, versions: list[Version]) -> None:
         """Put the slots of the versions that a request names in their place; they are added to `versions`."""

@@ -18,6 +18,7 @@ from mezo.serve.endpoints import Endpoints
 from mezo.serve.http import Server
 from mezo.serve.runtime import ServingRuntime
 from mezo.serve.session import Session
+from mezo.serve.signals import pausing
 from mezo.serve.versions import NAME
 from mezo.tasks import with_objective
 
@@ -62,12 +63,12 @@ class Serving:
                 f"{where} cannot be listened at ({error.strerror}): choose another, or end who does"
             ) from error
 
-    def runtime(self, bound: socket.socket) -> functools.partial:
+    def runtime(self, bound: socket.socket, admission: Admission) -> functools.partial:
         """What makes the runtime, from the arguments of `SGLangRuntime`."""
         engine = {"host": self.host, "port": bound.getsockname()[1], "api_key": self.api_key or None}
         return functools.partial(
             ServingRuntime,
-            admission=Admission(self.max_latency_cost),
+            admission=admission,
             versions=self.versions,
             user_tokens=self.user_tokens,
             engine_options=engine,
@@ -90,12 +91,19 @@ def serve(config: Config, serving: Serving) -> int:
     config = with_objective(with_adapter_options(config).absolute())
     refuse_existing(config.machine.output_dir)
     adapter = config.model.tuning.adapter
+    admission = Admission(serving.max_latency_cost)
     with (
+        pausing(admission),
         serving.bind() as bound,
-        loaded(config, need="train", adapter=adapter, make=serving.runtime(bound)) as (runtime, splits, took),
+        loaded(config, need="train", adapter=adapter, make=serving.runtime(bound, admission)) as (
+            runtime,
+            splits,
+            took,
+        ),
     ):
         trainer = begin(config, runtime, splits, took)
-        return _served(Session(trainer.run, runtime, trainer.records, trainer), bound)
+        session = Session(trainer.run, runtime, trainer.records, config.method.steps, trainer, splits.further)
+        return _served(session, bound)
 
 
 def serve_again(
@@ -117,14 +125,17 @@ def serve_again(
     first_line, records = read_trajectory(run.trajectory)
     trusted = trusted_reward(config.method.reward, first_line.get("reward_hash"), reward, trust_reward, path)
     config, done = config.replace(reward=trusted), len(records)
+    admission = Admission(serving.max_latency_cost)
     with (
+        pausing(admission),
         serving.bind() as bound,
-        loaded(config, need="train", done=done, make=serving.runtime(bound)) as (runtime, splits, took),
+        loaded(config, need="train", done=done, make=serving.runtime(bound, admission)) as (runtime, splits, took),
     ):
         if run.result.is_file() and done >= config.method.steps:
-            return _served(Session(run, runtime, records), bound)
+            return _served(Session(run, runtime, records, config.method.steps, None, splits.further), bound)
         trainer = reopen(run, config, runtime, splits, took)
-        return _served(Session(run, runtime, trainer.records, trainer), bound)
+        session = Session(run, runtime, trainer.records, config.method.steps, trainer, splits.further)
+        return _served(session, bound)
 
 
 def _refuse(config: Config) -> None:

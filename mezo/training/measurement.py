@@ -8,17 +8,19 @@ import torch
 
 from mezo.config import Machine, Method
 from mezo.data.example import Example
-from mezo.data.large import labels_of
+from mezo.data.large import LargeExamples, labels_of
 from mezo.data.rewards import Judge
-from mezo.errors import RunError
+from mezo.errors import RunError, UserError
 from mezo.method.batches import Batches
 from mezo.method.estimator import Losses
 from mezo.method.guard import StepGuard
 from mezo.method.objectives import mixture, standardised
 from mezo.method.schedule import learning_rate
 from mezo.method.step import Step, Update
+from mezo.run.feedback import FILE, FeedbackLog
+from mezo.run.files import RESTORE
 from mezo.run.trajectory import StepRecord
-from mezo.runtimes.base import Runtime
+from mezo.runtimes.base import Grows, Runtime, require
 from mezo.training.ranks import Ranks
 from mezo_kernels import inner_products, root_mean_square
 
@@ -78,8 +80,9 @@ class Measurement:
         examples: to train on.
         judges: of generated text, by the name of the objective.
         ranks: the processes that share the work.
+        feedback: what the run was fed beside its examples, if it may be.
 
-    `recent` keeps the scores of the last calls; `guard` must have seen the steps that are done already.
+    `recent` keeps the scores of the last calls; `see` must be told the steps that are done already.
     """
 
     def __init__(
@@ -90,9 +93,11 @@ class Measurement:
         examples: Sequence[Example],
         judges: dict[str, Judge],
         ranks: Ranks,
+        feedback: FeedbackLog | None = None,
     ):
         self.method, self.machine, self.runtime = method, machine, runtime
         self.examples, self.ranks = examples, ranks
+        self.feedback, self.fed = feedback, 0  # lines of it that epochs draw from
         self.rule, self.half_distance = method.rule, method.half_distance
         self.labels = torch.as_tensor(labels_of(examples), dtype=torch.int64)
         self.directions = method.directions  # of the next step; --follow-coherence changes it
@@ -107,6 +112,20 @@ class Measurement:
         length = lambda seed: root_mean_square(runtime.spec.shapes, seed, device=runtime.device, backend=backend)  # noqa: E731
         self.norm = functools.lru_cache(256)(length) if method.normalise_z else None
         self.drawing = {"device": runtime.device, "backend": backend}
+
+    def see(self, record: StepRecord) -> None:
+        """A step is done: what those after it follow from.
+
+        Raises:
+            UserError: it drew from feedback that is not there.
+        """
+        self.guard.see(record.update)
+        if not record.fed:
+            return
+        if self.feedback is None or not self.feedback.holds(*record.fed):
+            lines = record.fed[0]
+            raise UserError(f"step {record.step} drew from {lines} lines of {FILE}, which are not there; {RESTORE}")
+        self._draw_from(record.fed[0], record.step)
 
     def step(self, number: int) -> Step:
         """The perturbations of a step."""
@@ -155,6 +174,7 @@ class Measurement:
             step: the runtime holds its `first` perturbations.
             watch: compare what the runtime writes with the reference.
         """
+        fed = self._join(step.number)
         method, batch = self.method, self.batches(step.number)
         losses = self.losses(step, batch, watch)
         grads = losses.projected_grads(self.half_distance)
@@ -168,7 +188,30 @@ class Measurement:
             tried = self._try(step, update, batch, watch)
             update = self.rule.choose(update, tried)
         self.guard.see(update)
-        return StepRecord(step.number, update, losses, grads, tried, factor)
+        return StepRecord(step.number, update, losses, grads, tried, factor, fed)
+
+    def _join(self, step: int) -> tuple[int, str] | tuple[()]:
+        """Let an epoch that begins in a step's batch hold what the run was fed by then; returns `StepRecord.fed`."""
+        if self.feedback is None or not self.batches.begins_epoch(step):
+            return ()
+        lines = self.feedback.before(step)
+        if lines == self.fed:
+            return ()
+        self._draw_from(lines, step)
+        return lines, self.feedback.hash_of(lines)
+
+    def _draw_from(self, lines: int, step: int) -> None:
+        """Let epochs from a step on hold the examples of so many lines of what the run was fed."""
+        further = self.feedback.examples(self.fed, lines)
+        self.fed = lines
+        if not further:
+            return
+        if isinstance(self.examples, LargeExamples):
+            raise UserError(f"{FILE}: a training set that is read as it is drawn takes no further examples; {RESTORE}")
+        require(self.runtime, Grows, "a run that was fed", other="sglang").grow("train", further)
+        self.examples = [*self.examples, *further]
+        self.labels = torch.as_tensor(labels_of(self.examples), dtype=torch.int64)
+        self.batches.grow(step, len(self.examples))
 
     def _try(self, step: Step, update: Update, batch: list[int], watch: bool) -> tuple[float, ...]:
         """Losses of the batch at theta, theta - c z and theta + c z; () if c is below any float32."""

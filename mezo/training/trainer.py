@@ -14,6 +14,7 @@ from mezo.report.dashboards import Dashboard, opened
 from mezo.report.monitor import Monitor
 from mezo.run import outcome
 from mezo.run.directory import RunDirectory, best_step
+from mezo.run.feedback import FeedbackLog
 from mezo.run.files import replace_file
 from mezo.run.stopping import WARNED, WINDOW, loss_ratio, stalled
 from mezo.run.trajectory import StepRecord, TrajectoryWriter
@@ -39,6 +40,7 @@ class Trainer:
         records: steps done already.
         ranks: the processes that share the work; rank 0 alone writes and evaluates.
         seconds_loading: what loading took, for the result.
+        feedback: what the run was fed while it was served, if it may be.
     """
 
     def __init__(
@@ -51,14 +53,15 @@ class Trainer:
         records: Sequence[StepRecord] = (),
         ranks: Ranks | None = None,
         seconds_loading: float = 0.0,
+        feedback: FeedbackLog | None = None,
     ):
         self.method, self.machine, self.runtime, self.run = method, machine, runtime, run
         self.ranks = ranks or Ranks()
         self.records = list(records)
         self.clock, judged = Clock(runtime, seconds_loading), judges(method)
-        self.measurement = Measurement(method, machine, runtime, splits["train"], judged, self.ranks)
+        self.measurement = Measurement(method, machine, runtime, splits["train"], judged, self.ranks, feedback)
         for record in self.records:
-            self.measurement.guard.see(record.update)
+            self.measurement.see(record)
         measured = (self.clock, self.measurement)
         self.evaluations = Evaluations(method, machine, runtime, splits, judged, run, len(records), *measured)
         self.verify_every = machine.verify_every or max(1, method.steps // TENTHS)

@@ -26,6 +26,7 @@ def options(tiny_model, tiny_data, tmp_path_factory):
         "prompt": "{text} It was",
         "label_words": (" terrible", " great"),
         "target_modules": LAYERS,
+        "num_train": 24,  # six steps an epoch
         "steps": 20,
         "batch_size": 4,
         "lr": 0.02,

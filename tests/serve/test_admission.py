@@ -1,10 +1,13 @@
 """Users first: on a clock that the test moves."""
 
+import os
+import signal
 import threading
 
 import pytest
 
 from mezo.serve.admission import EVERY, FEW, PART, WINDOW, Admission, percentile
+from mezo.serve.signals import pausing
 
 
 class Clock:
@@ -156,3 +159,45 @@ def test_percentiles():
     values = list(range(1, 101))
     assert [percentile(values, share) for share in (0.01, 0.5, 0.99, 1.0)] == [1, 50, 99, 100]
     assert percentile([5.0], 0.99) == 5.0
+
+
+def test_what_is_waited_for_while_training_is_paused_is_without_training():
+    made, _ = admission(0.1)
+    for paused in (False, True):
+        made.pause(paused)
+        with made.user(streamed=True):
+            pass
+    assert [len(waits) for waits in (made.waits[True].alone, made.waits[True].beside)] == [1, 1]
+
+
+def test_a_broken_bound_is_lowered_once_and_not_again_while_training_is_paused():
+    made, clock = admission(0.1, alone=[0.2] * 100)
+    clock.time, before = EVERY * WINDOW + WINDOW, made.limit
+
+    def users(n):
+        for _ in range(n):
+            with made.user(streamed=True):
+                clock.time += 0.2
+                made.waits[True].beside.append(0.4)
+                clock.time = EVERY * WINDOW + WINDOW
+
+    made.waits[True].beside.extend([0.4] * 100)
+    users(FEW)
+    assert made.limit == before / 2
+    made.pause(True)
+    users(10 * FEW)
+    assert made._scale == 0.5
+
+
+def test_signals_pause_and_resume_even_in_the_middle_of_a_change():
+    made = Admission(1.0)
+    before = signal.getsignal(signal.SIGUSR1)
+    with pausing(made):
+        with made._changed:  # where a handler that took the lock of another thread would wait for ever
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert made.paused
+        parts = made.parts(1)
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+        assert next(parts) == slice(0, 1)  # waited for in this thread, which the signal reaches
+        assert not made.paused
+    assert signal.getsignal(signal.SIGUSR1) == before

@@ -134,6 +134,14 @@ class HFRuntime:
         for split, work in self.scorer.fill().items():
             (self.tokens if split == "train" else self.eval_tokens).computed += work
 
+    def refuse_further(self, examples: Sequence[Example]) -> None:
+        """See `Grows.refuse_further`."""
+        self.scorer.refuse_further(examples)
+
+    def grow(self, split: str, examples: Sequence[Example]) -> None:
+        """See `Grows.grow`."""
+        self.scorer.grow(split, examples)
+
     @property
     def seconds_filling(self) -> float:
         """Time spent filling the trunk cache so far."""

@@ -112,10 +112,10 @@ class Scorer:
             UserError: a row is too long, or a trunk cache that was asked for is not exact on this model.
         """
         self.examples = splits
-        make = self.decoder.rows_of if self.decoder else rows_of
+        self._make = self.decoder.rows_of if self.decoder else rows_of
         if self.parts.scored_by == "classification":
-            make = functools.partial(row_of_class, last=self.parts.causal, pad=self.pad)
-        self.rows = {split: rows_by_example(examples, make) for split, examples in splits.items()}
+            self._make = functools.partial(row_of_class, last=self.parts.causal, pad=self.pad)
+        self.rows = {split: rows_by_example(examples, self._make) for split, examples in splits.items()}
         self.first_row = {split: first_rows(rows) for split, rows in self.rows.items()}
         self._check_lengths()
         # of a large split all examples have the options of the first, or each has some of several tokens
@@ -133,6 +133,26 @@ class Scorer:
             raise UserError(f"--trunk-cache: {why}")
         with waiting("proving that the model is scored as it scores itself, on a few examples"):
             self._prove(asked != "off" and not needless, use)
+
+    def refuse_further(self, examples: Sequence[Example]) -> None:
+        """See `Grows.refuse_further`: what was proved at the start must hold for these too."""
+        longest = max(len(row.ids) for rows in rows_by_example(examples, self._make) for row in rows)
+        refuse_too_long(self.work, {"train": examples}, longest, self.parts.position_limit, self.parts.prefix_tokens)
+        if self.trunk and self.parts.window and longest > self.parts.window:
+            raise UserError(f"an example has {longest} tokens, the last layer attends to {self.parts.window}")
+        several = any(len(e.options) == 1 or any(len(option) > 1 for option in e.options) for e in examples)
+        if several and not self.vocabulary:
+            raise UserError("options: those of the run have one token each, and there are several: give such")
+
+    def grow(self, split: str, examples: Sequence[Example]) -> None:
+        """See `Grows.grow`."""
+        self.refuse_further(examples)
+        rows = [self._make(example) for example in examples]
+        self.examples = {**self.examples, split: [*self.examples[split], *examples]}
+        self.rows = {**self.rows, split: [*self.rows[split], *rows]}
+        self.first_row = {**self.first_row, split: first_rows(self.rows[split])}
+        if self.trunk:
+            self.trunk.extend(split, [row for each in rows for row in each])
 
     def _check_lengths(self) -> None:
         limit, prefix = self.parts.position_limit, self.parts.prefix_tokens

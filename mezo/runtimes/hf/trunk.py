@@ -112,9 +112,15 @@ class Trunk:
         """
         if not kept:
             self.passing.add(split)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-        self.rows[split] = [[rows[i] for i in order[g : g + GROUP]] for g in range(0, len(rows), GROUP)]
-        self.place[split] = [divmod(at, GROUP) for at in sorted(range(len(rows)), key=order.__getitem__)]
+        self.rows[split], self.place[split] = [], []
+        self.extend(split, rows)
+
+    def extend(self, split: str, rows: Sequence[Row]) -> None:
+        """Divide further rows of a split into groups of their own; what is kept of the others stays."""
+        order, first = sorted(range(len(rows)), key=lambda i: len(rows[i].ids)), len(self.rows[split])
+        places = [divmod(at, GROUP) for at in sorted(range(len(rows)), key=order.__getitem__)]
+        self.rows[split] += [[rows[i] for i in order[g : g + GROUP]] for g in range(0, len(rows), GROUP)]
+        self.place[split] += [(first + group, at) for group, at in places]
 
     def register_one_by_one(self, split: str, row: Callable[[int], Row], *, kept: bool = True) -> None:
         """Give each row of a split a group of its own, which is computed when it is first used.

@@ -24,7 +24,7 @@ from mezo.models.spec import ENGINE, NONE
 from mezo.progress import log, waiting
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.generation import Writing, refuse_too_long
-from mezo.runtimes.rows import Row, measured, padded, rows_by_example, scores_of
+from mezo.runtimes.rows import Row, measured, most_rows, most_tokens, padded, rows_by_example, scores_of
 from mezo.runtimes.sglang.answers import SCORE_ONLY, count_tokens, greedy_sampling, start_of, table_of
 from mezo.runtimes.sglang.arguments import (
     backend_of,
@@ -63,8 +63,8 @@ Asked = list[tuple[tuple[str, ...], int]]
 
 
 class SGLangRuntime:
-    """An SGLang engine with MeZO's state in each tensor-parallel worker; implements `Runtime`, `InitialTheta` and
-    `Follower`.
+    """An SGLang engine with MeZO's state in each tensor-parallel worker; implements `Runtime`, `InitialTheta`, `Grows`
+    and `Follower`.
 
     A step is two messages: one call that updates theta and writes both signs into the engine's adapter slots, with
     scalars alone, and one batch of requests that scores them.
@@ -160,6 +160,27 @@ class SGLangRuntime:
         self.load(frozen | {name: torch.zeros(shape) for name, shape in self.spec.shapes.items()})
         self.engine.training = True
 
+    def refuse_further(self, examples: Sequence[Example]) -> None:
+        """See `Grows.refuse_further`. A forward pass has room for all copies of one example."""
+        seen, new = rows_by_example(examples), self.work.max_new_tokens
+        most, tokens = most_rows(self.rows["train"]), max(most_tokens([rows]) for rows in seen) + new
+        if (rows := most_rows(seen)) > most:
+            raise UserError(f"options: a row has {rows} that are scored apart, those of the run have at most {most}")
+        if tokens > (limit := self.call_tokens // (2 * self.pairs)):
+            raise UserError(f"an example has {tokens} tokens, this engine has room for {limit}: shorten it")
+        longest = max(len(row.ids) for rows in seen for row in rows)
+        refuse_too_long(self.work, {"train": examples}, longest, self._limit)
+        refuse_window(self.checkpoint, self._served, longest + new)
+        vocabulary = self.checkpoint.config.get_text_config().vocab_size
+        if max(token for rows in seen for row in rows for token in row.ids) >= vocabulary:
+            raise UserError(f"an example has a token that the model has no embedding of: it has {vocabulary:,}")
+
+    def grow(self, split: str, examples: Sequence[Example]) -> None:
+        """See `Grows.grow`."""
+        self.refuse_further(examples)
+        self.examples = {**self.examples, split: [*self.examples[split], *examples]}
+        self.rows = {**self.rows, split: [*self.rows[split], *rows_by_example(examples)]}
+
     def prove_adapter(self) -> None:
         """See `Runtime.prove_adapter`."""
         if not self.adapter:
@@ -196,9 +217,9 @@ class SGLangRuntime:
 
     def _check_lengths(self) -> None:
         limit = self._parts.position_limit
-        # the engine keeps a place for a token after the prompt
+        self._limit = None if limit is None else limit - 1  # the engine keeps a place for a token after the prompt
         seen = {split: looked_at(examples) for split, examples in self.examples.items()}
-        refuse_too_long(self.work, seen, self._longest(), None if limit is None else limit - 1)
+        refuse_too_long(self.work, seen, self._longest(), self._limit)
         longest = self._longest() + self.work.max_new_tokens
         refuse_window(self.checkpoint, self._served, longest)
         self._requests, tokens = largest_call(self.machine, self.work, self.rows, self.pairs)

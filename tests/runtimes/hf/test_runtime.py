@@ -256,6 +256,39 @@ def test_eviction_changes_no_bit(llama, adapted):
         assert small.scorer.trunk.nbytes <= limit or len(small.scorer.trunk.groups) == 1
 
 
+@pytest.mark.parametrize("adapted", ["all layers", "two layers", "last layer"])
+@pytest.mark.parametrize("several", [False, True], ids=["one token", "several tokens"])
+def test_examples_that_come_later_are_scored_as_those_that_were_there(llama, adapted, several):
+    data, options = examples(60, several=several), adapters(adapted, "llama")
+    whole, grown = runtime(llama, data, **options), runtime(llama, data[:20], **options)
+    batch = [3, 19, 20, 21, 37, 38, 59]
+    grown.score("train", [0, 5, 19])  # what is kept of these stays
+    for part in (data[20:38], data[38:]):
+        grown.grow("train", part)
+    for one in (whole, grown):
+        one.perturb(Step([7], 1e-2))
+    for a, b in zip(whole.score_pairs("train", batch)[0], grown.score_pairs("train", batch)[0], strict=True):
+        assert torch.allclose(a, b, atol=ROUNDING, rtol=0)
+    scores = whole.score("train", range(60))
+    assert torch.allclose(scores, grown.score("train", range(60)), atol=ROUNDING, rtol=0)
+    assert (scores - scores.roll(1, 0)).abs().max() > 10 * ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (Example((5,) * 200, ((5,), (9,)), 0), "the model takes"),
+        (Example((5,), ((5,), (9, 11)), 0), "options: those of the run have one token each"),
+        (Example((5,), ((5,),), 0), "options: those of the run have one token each"),
+    ],
+)
+def test_examples_that_come_later_and_do_not_fit_are_refused(llama, example, message):
+    built = runtime(llama, examples(4), layers_to_transform=(2,), target_modules=LAST_LAYER["llama"])
+    with pytest.raises(UserError, match=message):
+        built.grow("train", [example])
+    assert built.score("train", range(4)).shape == (4, 2)
+
+
 @pytest.mark.parametrize("adapted", ["two layers", "last layer"])
 def test_a_run_too_short_to_see_every_example_keeps_none(llama, adapted):
     """It computes the trunk of a batch once for all signs and instruments; scores are those without a cache."""
