@@ -5,10 +5,10 @@ import inspect
 import pytest
 
 from mezo.errors import UserError
-from mezo.runtimes.base import Differentiable, Follower, InitialTheta, Runtime, Savable, require
+from mezo.runtimes.base import Differentiable, Follower, Grows, InitialTheta, Runtime, Savable, require
 from mezo.runtimes.hf.runtime import HFRuntime
 
-MORE = {"hf": {Differentiable, InitialTheta, Savable}, "sglang": {Follower, InitialTheta}}
+MORE = {"hf": {Differentiable, Grows, InitialTheta, Savable}, "sglang": {Follower, Grows, InitialTheta}}
 
 
 def runtime_class(name):
