@@ -20,6 +20,7 @@ from mezo.models.parts import load_parts
 from mezo.models.quantization import library_of
 from mezo.models.spec import NONE
 from mezo.runtimes.base import TokenCount
+from mezo.runtimes.calibration import calibrate
 from mezo.runtimes.generation import Writing, decoder_of, greedy, greedy_by_decoder
 from mezo.runtimes.hf.rowwise import RowWise, why_not
 from mezo.runtimes.hf.scorer import Scorer
@@ -66,7 +67,7 @@ class HFRuntime:
         self.options: HF = machine.runtime
         self.params = list(self.parts.params.values())
         self.linear = self._with_product(product_of(model, machine, checkpoint))
-        self.whole = self.spec.peft is None
+        self.whole, self.calibrated = self.spec.peft is None, self.parts.attached.calibrate is None
         start = [p.data.float() if self.whole else torch.zeros_like(p, dtype=torch.float32) for p in self.params]
         self.master = ParamLayout(dict(zip(self.spec.shapes, start, strict=True)))
         self.pairs = self._pairs_held()
@@ -169,6 +170,10 @@ class HFRuntime:
 
     def initial_theta(self, run_seed: int) -> dict[str, torch.Tensor]:
         """See `InitialTheta.initial_theta`."""
+        if not self.calibrated:
+            self._point([torch.zeros_like(p) for p in self.params])
+            calibrate(self.parts, self.scorer.rows.get("train", ()), self.pad)
+            self.calibrated = True
         return self.parts.attached.initial(run_seed)
 
     def theta(self) -> dict[str, torch.Tensor]:

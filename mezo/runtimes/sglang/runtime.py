@@ -23,6 +23,7 @@ from mezo.models.parts import load_parts
 from mezo.models.spec import ENGINE, NONE
 from mezo.progress import log, waiting
 from mezo.runtimes.base import TokenCount
+from mezo.runtimes.calibration import calibrate
 from mezo.runtimes.generation import Writing, refuse_too_long
 from mezo.runtimes.rows import Row, measured, most_rows, most_tokens, padded, rows_by_example, scores_of
 from mezo.runtimes.sglang.answers import SCORE_ONLY, count_tokens, greedy_sampling, start_of, table_of
@@ -136,6 +137,8 @@ class SGLangRuntime:
         if self.runtime.follows:  # the first machine proves and scores
             self._launch()
             return
+        if "train" in self.rows and not self.work.done:  # a run that goes on has what it froze in a file
+            calibrate(self._parts, self.rows["train"], self.pad)
         began = time.perf_counter()
         frozen = {name: p.detach().float() for name, p in self._parts.attached.frozen.items()}
         quantised = self.spec.quantization != NONE or self.checkpoint.quantised
