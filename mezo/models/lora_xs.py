@@ -2,8 +2,8 @@
 
 W + lora_alpha / r B R A with A = S V and B = U from the truncated singular value decomposition U S V of W: what is
 trained, R, has r * r elements whatever the size of the weight, and the variance of an estimate grows with their number.
-With --factors outputs B has the directions in which the outputs of W vary most on a calibration batch, and A = B'W: then
-R is applied to the largest principal components of what W gives.
+With --factors outputs B has the directions in which the outputs of W vary most on a calibration batch, and A = B'W:
+then R is applied to the largest principal components of what W gives.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
