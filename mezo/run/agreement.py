@@ -18,6 +18,7 @@ from mezo.run.feedback import FeedbackLog
 from mezo.run.files import RESTORE
 from mezo.run.header import planned_steps, shapes_of
 from mezo.run.trajectory import StepRecord
+from mezo.runtimes.sampling import text_seed
 from mezo_kernels import inner_products, root_mean_square
 
 
@@ -49,7 +50,12 @@ def check_lines(run: RunDirectory, first: dict, records: Sequence[StepRecord], l
         seeds = Step.of_run(first["run_seed"], record.step, len(record.update.seeds), 1.0).seeds
         if record.update.seeds != seeds:
             raise UserError(f"{line}: seeds {record.update.seeds} are not those of step {record.step}, {seeds}")
+        if record.text_seed is not None and record.text_seed != text_seed(first["run_seed"], record.step):
+            raise UserError(f"{line}: text_seed {record.text_seed} is not that of step {record.step}")
         if config is not None:
+            sampled = bool(config.method.temperature)
+            if (record.text_seed is not None) != sampled:
+                raise UserError(f"{line}: text_seed is {'missing' if sampled else 'there'}, unlike --temperature")
             _check_line(line, record, config, first, lengths, guard)
         guard.see(record.update)
 
