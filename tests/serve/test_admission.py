@@ -1,12 +1,13 @@
 """Users first: on a clock that the test moves."""
 
 import os
+import random
 import signal
 import threading
 
 import pytest
 
-from mezo.serve.admission import EVERY, FEW, PART, WINDOW, Admission, percentile
+from mezo.serve.admission import EVERY, FEW, LEAST, PART, TAIL, WINDOW, Admission, Waits, percentile
 from mezo.serve.signals import pausing
 
 
@@ -48,9 +49,10 @@ def test_parts_grow_to_the_limit_and_hold_every_request_once():
 
 def test_parts_become_short_where_users_wait_little():
     made, clock = admission(0.1, alone=[0.2] * FEW)
-    assert made.limit == pytest.approx(0.1 / 2 * 0.2)
-    sizes(made, clock, 50, 0.00099)
-    assert max(sizes(made, clock, 50, 0.00099)) == 10
+    # who waits 0.2 s and may wait 0.22 is late if more than 0.02 s are left: of a part of L seconds 1 - 0.02 / L are
+    assert made.limit == pytest.approx(0.02 / (1 - TAIL / LEAST), rel=0.02)
+    sizes(made, clock, 50, 0.00206)
+    assert max(sizes(made, clock, 50, 0.00206)) == 10
 
 
 def test_nothing_begins_while_a_stream_waits_for_its_first_token():
@@ -90,6 +92,30 @@ def test_without_a_cost_nothing_begins_while_anybody_is_answered():
         assert not made._room()
 
 
+def test_who_finds_a_part_running_may_be_late_as_seldom_as_the_bound_allows():
+    """The share, against users drawn at random."""
+    rng = random.Random(0)
+    waits = Waits(streamed=True)
+    waits.alone.extend(rng.gammavariate(8, 0.01) for _ in range(1000))
+    bound = 1.1 * percentile(waits.alone, 0.99)
+    shares = [waits.share(took, 0.1) for took in (0.02, 0.05, 0.1, 0.3)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.2
+    for took, share in zip((0.05, 0.1, 0.3), shares[1:], strict=True):
+        late = [
+            rng.choice(waits.alone) + (rng.random() * took if rng.random() < share else 0.0) > bound
+            for _ in range(100_000)
+        ]
+        assert sum(late) / len(late) == pytest.approx(TAIL, rel=0.12)
+
+
+def test_parts_that_keep_everybody_within_the_bound_may_always_run():
+    waits = Waits(streamed=True)
+    assert waits.share(1.0, 0.1) == 1.0, "no waits are known"
+    waits.alone.extend([0.2] * FEW)
+    assert waits.share(0.019, 0.1) == 1.0
+
+
 def test_training_rests_where_one_request_is_longer_than_the_bound():
     made, clock = admission(0.1, alone=[0.2] * FEW)
     made.waits[False].alone.extend([0.2] * FEW)
@@ -97,7 +123,8 @@ def test_training_rests_where_one_request_is_longer_than_the_bound():
     with made.user(streamed=True):
         pass
     sizes(made, clock, 1, 0.05)
-    rest = 100 * (0.05 - made.limit) - 0.05  # one user in a hundred comes while more than the limit of it is left
+    share = TAIL / (1 - 0.02 / 0.05)  # of users find it running, and one in a hundred more of it left than 0.02 s
+    rest = 0.05 * (1 / share - 1)
     clock.time += rest - 0.01
     assert not made._room() or made._held_back()
     clock.time += 0.02
@@ -119,8 +146,10 @@ def test_a_bound_that_is_broken_makes_parts_shorter_and_longer_again():
     made, _ = admission(0.1, alone=[0.2] * 100)
     waits, before = made.waits[True], made.limit
     waits.beside.extend([0.4] * 100)
+    share = made.share(0.05)
     made._check_bound(waits)
-    assert made.limit == before / 2
+    assert made.share(0.05) == share / 2
+    assert made.limit < before
     waits.beside.clear()
     waits.beside.extend([0.2] * 100)
     for _ in range(10):
@@ -183,7 +212,8 @@ def test_a_broken_bound_is_lowered_once_and_not_again_while_training_is_paused()
 
     made.waits[True].beside.extend([0.4] * 100)
     users(FEW)
-    assert made.limit == before / 2
+    assert made._scale == 0.5
+    assert made.limit < before
     made.pause(True)
     users(10 * FEW)
     assert made._scale == 0.5
