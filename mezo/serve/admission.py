@@ -87,6 +87,7 @@ class Admission:
         self._waiting = self._answering = 0  # streams before their first token, and all other requests of users
         self._running, self._parts, self._size, self._scale = False, 0, 1, 1.0
         self._longest: tuple[tuple, float] = ((), PART)  # `limit`, and what it was worked out from
+        self._each = 0.0  # seconds that a request of the last part took
         self._credit, self._since, self._rested, self._left = 0.0, now(), 0.0, -RECENT
         self.paused, self.requests = False, 0
         self.seconds = dict.fromkeys(("users", "training", "held"), 0.0)
@@ -135,13 +136,15 @@ class Admission:
         start = 0
         while start < n:
             self._wait()
-            part = slice(start, min(n, start + self._size))
+            size = min(self._size, int(self.limit / self._each)) if self._each else self._size
+            part = slice(start, min(n, start + max(1, size)))
             began = self.now()
             try:
                 yield part
             finally:
                 took = self._done(began)
             sent = part.stop - part.start
+            self._each = took / sent
             fitting = sent * self.limit / max(took, 1e-6)  # requests that the limit would have had room for
             if self._users_about():
                 self._rested = self.now() + took * (1 / max(self.share(max(took, 1e-6)), 1e-3) - 1)
