@@ -88,6 +88,8 @@ ROWS = {
         (8e-3, 16e-3),
         {"batch_size": 8, "num_perturbations": 7, "update_rule": "one-sided"},
     ),
+    "guided": Row("guided: a vector from 6 directions for all of a batch of 8, a pair along it", (2e-3, 4e-3, 8e-3),
+                  {"batch_size": 8, "num_perturbations": 6, "update_rule": "guided"}),
     "ranks-32": Row(
         "a direction an example, batch 32, ranks of the losses",
         (1e-2, 2e-2, 4e-2),

@@ -19,9 +19,7 @@ def rows_scored(config: Config) -> int:
     6400
     """
     method = config.method
-    copies = method.num_perturbations + 1 if method.rule.one_sided else 2 * method.num_perturbations
-    tried = 3 if method.rule.compares else 0
-    return method.steps * method.batch_size * (copies + tried)
+    return method.steps * method.batch_size * method.rule.passes(method.num_perturbations)
 
 
 def leaderboard(runs: Sequence[str]) -> list[dict]:

@@ -134,8 +134,11 @@ def _check_line(line: str, record: StepRecord, config: Config, first: dict, leng
             raise UserError(f"{line}: a skipped step must change nothing")
         return
     fault = UserError(f"{line}: the estimates or coefficients do not follow from the losses and the configuration")
-    grads = record.losses.projected_grads(method.half_distance)
-    if record.projected_grads != grads:
+    losses = record.losses.against_mean() if method.rule.guides else record.losses
+    grads = losses.projected_grads(method.half_distance)
+    if (record.losses, record.projected_grads) != (losses, grads):
+        raise fault
+    if method.rule.guides and len(record.tried) != 2:
         raise fault
     if (method.normalise_z or method.rule.projects) and not lengths:
         return
@@ -143,7 +146,8 @@ def _check_line(line: str, record: StepRecord, config: Config, first: dict, leng
     products = inner_products(first["shapes"], update.seeds).tolist() if method.rule.projects else []
     planned = planned_steps(first, record.step, method.steps)
     lr = learning_rate(record.step, planned, method.lr, method.lr_schedule, method.warmup_steps)
-    given = update.seeds, grads, record.losses, lr, method.weight_decay, method.clip, norms, products
+    slopes = method.rule.slopes(grads, record.tried, method.eps)
+    given = update.seeds, slopes, losses, lr, method.weight_decay, method.clip, norms, products
     expected = method.rule.plan(*given)
     slack = 1e-15 * method.lr / lr if lr else 0.0
     expected, factor = guard.shorten(expected)

@@ -86,7 +86,7 @@ class Runtime(Protocol):
 
         Args:
             updates: in order.
-            then: at most `pairs` perturbations; None writes none, and the copies are stale.
+            then: at most `pairs` perturbations, or one along several z; None writes none, and the copies are stale.
             watch: keep what `verify` needs.
         """
 
@@ -103,7 +103,8 @@ class Runtime(Protocol):
         self, split: str, indices: Sequence[int], shares: Sequence[Sequence[int]] | None = None
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Option scores at theta + eps z and theta - eps z of each perturbation of the last step; one-sided at
-        theta + eps z of each and theta itself, which is scored once a batch.
+        theta + eps z of each and theta itself, which is scored once a batch; under a rule that guides theta + eps z
+        of each, twice the same tensor, but for the one perturbation along several z.
 
         Args:
             split: name of the split.

@@ -1,8 +1,9 @@
 """When the trainer may use the engine: users first."""
 
+import statistics
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,7 +17,8 @@ LATEST = 200  # waits that it is checked by
 RECENT = 60.0  # seconds for which users who are gone are reckoned with
 STEPS = (0.5, 1.25)  # the trainer's share changes by these factors where the bound is broken or held
 TAIL = 0.01  # of users may wait longer than the bound: their 99th percentile is then within it
-LEAST = 0.25  # a part is to be so short that this share of users may find one running
+MEASURED = 8  # parts of a size whose median is what one takes
+ALIKE = 0.95  # of two sizes of which one gets so much of the other's work done the larger is taken
 
 
 class Waits:
@@ -47,9 +49,10 @@ class Waits:
         """
         if not self.alone:
             return 1.0
-        x = (1 + cost) * percentile(self.alone, 0.99)
-        late = sum(wait > x for wait in self.alone) / len(self.alone)
-        caught = sum(min(1.0, max(0.0, 1 - (x - wait) / took)) for wait in self.alone) / len(self.alone)
+        alone = list(self.alone)[-LATEST:]
+        x = (1 + cost) * percentile(alone, 0.99)
+        late = sum(wait > x for wait in alone) / len(alone)
+        caught = sum(min(1.0, max(0.0, 1 - (x - wait) / took)) for wait in alone) / len(alone)
         return min(1.0, (TAIL - late) / (caught - late)) if caught > TAIL else 1.0
 
     def row(self) -> dict:
@@ -61,14 +64,51 @@ class Waits:
         }
 
 
+class Pace:
+    """How long parts of the trainer's work take, a + b n seconds for n requests, by those that were measured last.
+
+    a is not small: a forward pass of one request reads all weights, and so does one of many.
+
+    >>> pace = Pace()
+    >>> for n in (1, 2, 4):
+    ...     pace.see(n, 0.25 + 0.125 * n)
+    >>> round(pace.seconds(8), 6), pace.most
+    (1.25, 4)
+    """
+
+    def __init__(self):
+        self._seen: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=MEASURED))
+
+    def see(self, n: int, took: float) -> None:
+        """A part of n requests took so many seconds."""
+        self._seen[n].append(took)
+
+    @property
+    def most(self) -> int:
+        """The most requests of a part that was measured."""
+        return max(self._seen, default=0)
+
+    def seconds(self, n: int) -> float:
+        """What a part of n requests is expected to take; 0 where nothing is known."""
+        if not self._seen:
+            return 0.0
+        sizes, times = list(self._seen), [statistics.median(took) for took in self._seen.values()]
+        if len(sizes) == 1:  # hoped for: so another size is tried
+            return times[0]
+        at, mean = statistics.mean(sizes), statistics.mean(times)
+        slope = sum((size - at) * (took - mean) for size, took in zip(sizes, times, strict=True))
+        b = max(0.0, slope / sum((size - at) ** 2 for size in sizes))
+        return max(0.0, mean - b * at) + b * n
+
+
 class Admission:
     """Divides the trainer's requests into parts, and holds each back until users leave room for it.
 
     A part that runs delays whoever comes meanwhile by what is left of it. How many users may find one follows from
     what they wait for without the trainer (`Waits.share`): most could wait a little longer and still be within the
-    bound. The trainer rests after each part, so that parts run in that share of the time, and parts are as long as
-    leaves them a quarter of it. No part begins while a stream waits for its first token, and while users are being
-    answered parts get half of `cost` of the time.
+    bound. The trainer rests after each part, so that parts run in that share of the time. A part has as many requests
+    as gets most of them done so: more at once are cheaper, and longer parts have a smaller share. No part begins while
+    a stream waits for its first token, and while users are being answered parts get half of `cost` of the time.
 
     What users wait for without the trainer is measured: while there are users it is held back in one window of
     `EVERY`. Where the waits in the other windows are longer than they may be all the same, the share is lowered.
@@ -85,9 +125,8 @@ class Admission:
         self.interrupted: Callable[[], bool] = lambda: False
         self._changed = threading.Condition()
         self._waiting = self._answering = 0  # streams before their first token, and all other requests of users
-        self._running, self._parts, self._size, self._scale = False, 0, 1, 1.0
-        self._longest: tuple[tuple, float] = ((), PART)  # `limit`, and what it was worked out from
-        self._each = 0.0  # seconds that a request of the last part took
+        self._running, self._parts, self._scale, self._pace = False, 0, 1.0, Pace()
+        self.limit = PART  # seconds that the next part is expected to take
         self._credit, self._since, self._rested, self._left = 0.0, now(), 0.0, -RECENT
         self.paused, self.requests = False, 0
         self.seconds = dict.fromkeys(("users", "training", "held"), 0.0)
@@ -114,42 +153,31 @@ class Admission:
         known = [waits.share(took, self.cost) for waits in self.waits.values() if waits.alone]
         return self._scale * min(known) if known else 1.0
 
-    @property
-    def limit(self) -> float:
-        """Seconds that a part of the trainer's work may take: the most for which `share` is LEAST."""
-        known = (self._scale, *((len(w.alone), w.alone[-1] if w.alone else 0) for w in self.waits.values()))
-        if known != self._longest[0]:
-            self._longest = known, self._limit()
-        return self._longest[1]
-
-    def _limit(self) -> float:
-        least, short, long = min(LEAST, self._scale), 0.0, PART
-        if self.share(PART) >= least:
-            return PART
-        for _ in range(10):  # to a thousandth of PART; a longer part has a smaller share
-            middle = (short + long) / 2
-            short, long = (middle, long) if self.share(middle) >= least else (short, middle)
-        return short
+    def _planned(self) -> int:
+        """Requests of the next part: of powers of 2, up to twice the most so far, those done fastest with all rests."""
+        sizes = [2**k for k in range((2 * self._pace.most).bit_length())] or [1]
+        took = {n: max(self._pace.seconds(n), 1e-6) for n in sizes}
+        fitting = [n for n in sizes if took[n] <= PART] or [1]
+        share = self.share if self._users_about() else lambda seconds: 1.0
+        rates = {n: n * share(took[n]) / took[n] for n in fitting}
+        chosen = max(n for n in fitting if rates[n] >= ALIKE * max(rates.values()))
+        self.limit = took[chosen] if self._pace.most else PART
+        return chosen
 
     def parts(self, n: int) -> Iterator[slice]:
         """Slices of `n` requests of the trainer, each when there is room; it has run when the next is asked for."""
         start = 0
         while start < n:
             self._wait()
-            size = min(self._size, int(self.limit / self._each)) if self._each else self._size
-            part = slice(start, min(n, start + max(1, size)))
+            part = slice(start, min(n, start + self._planned()))
             began = self.now()
             try:
                 yield part
             finally:
                 took = self._done(began)
-            sent = part.stop - part.start
-            self._each = took / sent
-            fitting = sent * self.limit / max(took, 1e-6)  # requests that the limit would have had room for
+            self._pace.see(part.stop - part.start, took)
             if self._users_about():
                 self._rested = self.now() + took * (1 / max(self.share(max(took, 1e-6)), 1e-3) - 1)
-            if fitting < sent or sent == self._size:
-                self._size = max(1, int(min(2 * self._size, fitting)))
             start = part.stop
 
     def row(self) -> dict:

@@ -1,6 +1,8 @@
 """The losses of a step: its batch under every perturbation, both signs, shared among ranks and micro-batches."""
 
+import dataclasses
 import functools
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -181,13 +183,15 @@ class Measurement:
         fed = self._join(step.number)
         method, batch = self.method, self.batches(step.number)
         losses = self.losses(step, batch, watch)
+        losses = losses.against_mean() if self.rule.guides else losses
         grads = losses.projected_grads(self.half_distance)
         lr = learning_rate(step.number, method.steps, method.lr, method.lr_schedule, method.warmup_steps)
         norms = self.norms(step.seeds)
         products = self.products(step.seeds)
-        update = self.rule.plan(step.seeds, grads, losses, lr, method.weight_decay, method.clip, norms, products)
+        tried = self._try_along(step, losses, batch, watch) if self.rule.guides else ()
+        slopes = self.rule.slopes(grads, tried, method.eps)
+        update = self.rule.plan(step.seeds, slopes, losses, lr, method.weight_decay, method.clip, norms, products)
         update, factor = self.guard.shorten(update)
-        tried = ()
         if self.rule.compares and not update.skipped:
             tried = self._try(step, update, batch, watch)
             update = self.rule.choose(update, tried)
@@ -222,6 +226,15 @@ class Measurement:
         self.examples = [*self.examples, *further]
         self.labels = torch.as_tensor(labels_of(self.examples), dtype=torch.int64)
         self.batches.grow(step, len(self.examples))
+
+    def _try_along(self, step: Step, losses: Losses, batch: list[int], watch: bool) -> tuple[float, ...]:
+        """Losses of the batch at theta + eps v and theta - eps v, v the step's contrast; () if one is not finite."""
+        if not all(map(math.isfinite, losses.plus)):
+            return ()
+        along = dataclasses.replace(step, weights=self.rule.contrast(losses))
+        self.runtime.perturb(along, watch=watch)
+        found = self.losses(along, batch, watch)
+        return found.plus + found.minus
 
     def _try(self, step: Step, update: Update, batch: list[int], watch: bool) -> tuple[float, ...]:
         """Losses of the batch at theta, theta - c z and theta + c z; () if c is below any float32."""
@@ -288,7 +301,8 @@ class Measurement:
                 losses = [
                     [self.objective(s[i : i + 1], self.labels[[n]]).item() for i, n in enumerate(indices)] for s in pair
                 ]
-                grads = torch.tensor(losses, dtype=torch.float64).diff(dim=0)[0] / (2 * self.half_distance)
+                half = self.method.eps if self.rule.guides else self.half_distance
+                grads = torch.tensor(losses, dtype=torch.float64).diff(dim=0)[0] / (2 * half)
                 if len(indices) > 1 and grads.isfinite().all():
                     yield grads
 
@@ -331,7 +345,7 @@ class Measurement:
             for sign, option_scores in enumerate(pair if indices else ()):
                 loss = self.objective(option_scores, self.labels[indices]).item()
                 totals.sums[totals.row[k], sign] += loss * len(indices)
-        if not self.judges:
+        if not self.judges and any(plus is not minus for _, (plus, minus) in scores):
             self.recent.append(scores)
 
     def _judge(

@@ -79,7 +79,7 @@ class HFRuntime:
         rule.check_patterns(self.master.names)
         watched = WATCHED if self.whole else None
         self.perturbed = PerturbedTheta(self.master, pairs, self.backend, rule, watched)
-        self.sides = Sides(rule.rule.one_sided)
+        self.sides = Sides(rule.rule.one_sided, rule.rule.guides)
         self.seconds = dict.fromkeys(("kernels", "forward"), 0.0)
         self.writing = Writing.of(checkpoint) if work.max_new_tokens else None
         self.decoder = decoder_of(checkpoint) if self.parts.encoder_decoder else None
@@ -182,7 +182,7 @@ class HFRuntime:
         with self._timed("kernels"):
             self.perturbed.update(updates, then, watch=watch)
         self.held = len(then or ())
-        self.sides.written(theta_changed=bool(updates))
+        self.sides.written(theta_changed=bool(updates), along=bool(then and then.weights))
 
     def perturb(self, step: Step, *, watch: bool = False) -> None:
         """See `Runtime.perturb`."""

@@ -114,7 +114,7 @@ class SGLangRuntime:
         self.kv_depends, self._initial = self._parts.kv_depends, self._parts.attached.initial
         rule = work.rule
         rule.check_patterns(self.spec.shapes)
-        self.rule, self.sides = json.dumps(rule.header() or {}), Sides(rule.rule.one_sided)
+        self.rule, self.sides = json.dumps(rule.header() or {}), Sides(rule.rule.one_sided, rule.rule.guides)
         self.device = torch.device("cpu")
         radix = self.runtime.radix == "auto"
         self.cache = PrefixCache(used=radix, shared=radix and self.kv_depends is None)
@@ -321,7 +321,7 @@ class SGLangRuntime:
         self.seconds["kernels"] += slowest
         self.seconds["rpc"] -= slowest
         self._held = len(then or ())
-        self.sides.written(theta_changed=bool(updates))
+        self.sides.written(theta_changed=bool(updates), along=bool(then and then.weights))
         self._changed("perturbed")
 
     def perturb(self, step: Step, *, watch: bool = False) -> None:
