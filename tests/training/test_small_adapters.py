@@ -253,7 +253,7 @@ def test_what_lora_xs_cannot_be_is_refused(tiny_options, changes, message):
         ),
         ({"tuning": "lora-b", "lora_a": "svd"}, "lora_a must be one of plain, calibrated; got 'svd'"),
         ({"tuning": "lora", "lora_a": "calibrated"}, "--lora-a calibrated belongs to --tuning lora-(b|xs)"),
-        ({"tuning": "lora-b", "calibration_examples": 0}, "calibration_examples"),
+        ({"tuning": "lora-b", "calibration_examples": 0}, "--calibration-examples must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(tiny_options, changes, message):
