@@ -57,7 +57,7 @@ class Checkpoint:
         if Path(model, ADAPTER).is_file():
             raise _two_in_one(model)
         try:
-            return cls(model, AutoConfig.from_pretrained(model, trust_remote_code=False), head, quantization)
+            return cls(model, _config_of(model), head, quantization)
         except (OSError, ValueError) as error:
             raise _unloadable(model, error) from error
 
@@ -80,6 +80,11 @@ class Checkpoint:
     def quantised(self) -> str | None:
         """How its weights are quantised already, such as "awq"; None if they are not."""
         return quantised_by(self.config)
+
+    @property
+    def is_file(self) -> bool:
+        """True if it is a GGUF file."""
+        return is_gguf(self.name)
 
     @property
     def reads_images(self) -> bool:
@@ -106,18 +111,30 @@ class Checkpoint:
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory or hub id. Raises UserError if there is none."""
-    if model.endswith(".gguf") and Path(model).is_file():
-        raise UserError(
-            f"--model {model}: a GGUF file is not read as it is: have mezo.models.gguf.convert_gguf(FILE, FOLDER) write"
-            " what its weights mean as floats, and give the folder"
-        )
-    if model.startswith((".", "/", "~")) and not Path(model).is_dir():  # no hub id begins so
+    if model.startswith((".", "/", "~")) and not (Path(model).is_dir() or is_gguf(model)):  # no hub id begins so
         raise UserError(f"--model {model}: no such directory; give one with a model in it, or a hub id like org/name")
     try:
+        if is_gguf(model):
+            from mezo.models.gguf import tokenizer_of_file  # it takes a while to import
+
+            return tokenizer_of_file(model)
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         why = f"no tokenizer could be loaded ({_first_line(error)})"
         raise UserError(f"--model {model}: {why}; give a directory with a model in it, or a hub id") from error
+
+
+def is_gguf(model: str) -> bool:
+    """Whether a path is that of a GGUF file."""
+    return model.endswith(".gguf") and Path(model).is_file()
+
+
+def _config_of(model: str) -> PretrainedConfig:
+    if not is_gguf(model):
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    from mezo.models.gguf import config_of_file  # it takes a while to import
+
+    return config_of_file(model)
 
 
 def load_base(
@@ -164,7 +181,7 @@ def load_with_new(
             options |= {"quantization_config": config}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You passed `quantization_config`")  # of a checkpoint that has one
-            base, seen = auto.from_pretrained(checkpoint.name, output_loading_info=True, **options)
+            base, seen = _from_pretrained(checkpoint, auto, options)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
@@ -180,6 +197,15 @@ def load_with_new(
     if packing:  # what was quantised lies in the mapped file still
         give_back((p for p in base.parameters() if p.device.type == "cpu" and type(p.data) is torch.Tensor), whole=True)
     return base.eval(), new
+
+
+def _from_pretrained(checkpoint: Checkpoint, auto: type, options: dict) -> tuple[nn.Module, dict]:
+    """What `from_pretrained` of a class of transformers loads, and what it says of that."""
+    if not checkpoint.is_file:
+        return auto.from_pretrained(checkpoint.name, output_loading_info=True, **options)
+    from mezo.models.gguf import load_file  # it takes a while to import
+
+    return load_file(auto, checkpoint.name, checkpoint.config, **options)
 
 
 def _refuse_another_head(checkpoint: Checkpoint) -> None:
