@@ -24,7 +24,10 @@ def follows(run: str | Path) -> int:
             assert (line["coefficients"], line["decay"]) == ([0.0] * n, 1.0)
             continue
         plus, minus = np.array(line["loss_plus"]), np.array(line["loss_minus"])
-        distance = config["eps"] if config["update_rule"] in ("fzoo", "one-sided") else 2 * config["eps"]
+        if config["update_rule"] == "guided":
+            assert minus == pytest.approx(np.full(n, plus.mean()), rel=1e-12)
+        one_sided = config["update_rule"] in ("fzoo", "one-sided", "guided")
+        distance = config["eps"] if one_sided else 2 * config["eps"]
         assert line["projected_grads"] == pytest.approx(list((plus - minus) / distance), rel=1e-12)
         coefficients, decay = _expected(config, header, line)
         factor, length = 1.0, np.linalg.norm(coefficients)
@@ -46,7 +49,13 @@ def _expected(config: dict, header: dict, line: dict) -> tuple[list[float], floa
     both = np.array(line["loss_plus"] + line["loss_minus"])
     if rule == "ranks":
         grads = -np.diff(rankdata(both).reshape(2, n), axis=0)[0] / (2 * n - 1)
-    if config["clip"]:
+    if rule == "guided":
+        elite, above, below = math.floor(config["elite_share"] * n), *line["tried"]
+        place = rankdata(line["loss_plus"], method="ordinal")
+        slope = (above - below) / (2 * config["eps"])
+        slope = np.clip(slope, -config["clip"], config["clip"]) if config["clip"] else slope
+        grads = n * slope * np.where(place <= elite, 1 / elite, -1 / (n - elite))
+    elif config["clip"]:
         grads = np.clip(grads, -config["clip"], config["clip"])
     if config["normalise_z"]:
         grads = grads / [_length(header["shapes"], seed) for seed in line["seeds"]]

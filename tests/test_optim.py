@@ -64,6 +64,7 @@ def same(left, right):
         {"rule": "adamw", "lr": 0.1, "num_perturbations": 2},
         {"rule": "sign", "lr": 0.05},
         {"rule": "fzoo", "lr": 3e-5, "num_perturbations": 4},
+        {"rule": "guided", "lr": 0.01, "num_perturbations": 4},
     ],
 )
 def test_descends_a_quadratic(options):
@@ -191,6 +192,59 @@ def test_conservative_keeps_the_best_of_three_thetas():
     losses = [(moved - target).square().sum() for moved in tried]
     assert torch.equal(theta, tried[losses.index(min(losses))])
     assert losses.index(min(losses)) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_guided_measures_the_slope_along_the_contrast_of_its_directions(dtype):
+    """n calls at theta + eps z, two at theta +- eps v, all from one generator state; another group has its own lr."""
+    theta, other, seen, draws = torch.linspace(-1, 1, 50).to(dtype), torch.zeros(10, dtype=dtype), [], []
+    before, target, n, eps = theta.clone(), torch.linspace(1, 2, 50), 5, 0.1
+
+    def closure():
+        seen.append(theta.clone())
+        draws.append(torch.rand(1).item())
+        return (theta.float() - target).square().sum() + (other.float() - 1).square().sum()
+
+    groups = [{"params": [("w", theta)]}, {"params": [("v", other)], "lr": 0.0}]
+    optimizer = MeZO(groups, lr=1e-2, eps=eps, rule="guided", num_perturbations=n, elite_share=0.4, seed=4)
+    mean = optimizer.step(closure)
+    assert len(seen) == n + 2
+    assert len(set(draws)) == 1
+    z = [standard_normal(perturbation_seed(4, 0, k), "w", 0, 50) for k in range(n)]
+    assert all(torch.equal(copy, (before + eps * each).to(dtype)) for copy, each in zip(seen, z, strict=False))
+    far = [standard_normal(perturbation_seed(4, 0, k), "v", 0, 10) for k in range(n)]
+
+    def loss(*at):
+        pairs = zip(at, (target, 1), strict=True)
+        return sum((tensor.to(dtype).float() - goal).square().sum() for tensor, goal in pairs).item()
+
+    losses = [loss(before + eps * each, eps * beside) for each, beside in zip(z, far, strict=True)]
+    best = sorted(range(n), key=losses.__getitem__)[:2]
+    weights = [1 / 2 if k in best else -1 / 3 for k in range(n)]
+    v, beside = (sum(w * each for w, each in zip(weights, of, strict=True)) for of in (z, far))
+    for moved, sign in zip(seen[n:], (1, -1), strict=True):
+        torch.testing.assert_close(moved, (before + sign * eps * v).to(dtype))
+    above, below = (loss(at, eps * sign * beside) for at, sign in zip(seen[n:], (1, -1), strict=True))
+    slope = (above - below) / (2 * eps)
+    torch.testing.assert_close(theta, (before.float() - 1e-2 * slope * v).to(dtype), rtol=1e-2, atol=1e-5)
+    assert not other.any()
+    assert mean.item() == pytest.approx(sum(losses) / n)
+
+
+def test_guided_skips_where_a_loss_is_bad():
+    theta, answers = torch.ones(5), iter([1.0, 2.0, math.nan, 1.0, 2.0, 3.0, math.inf, 1.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    optimizer = MeZO([theta], lr=0.1, rule="guided", num_perturbations=3, weight_decay=0.5)
+    for skipped in (1, 2):
+        optimizer.step(lambda: next(answers))
+        assert torch.equal(theta, torch.ones(5))
+        assert optimizer.skipped_steps == skipped
+    optimizer.step(lambda: next(answers))
+    assert not torch.equal(theta, torch.ones(5))
+
+
+def test_guided_needs_three_directions():
+    with pytest.raises(ValueError, match="num_perturbations must be >= 3, got 1: the rule guided contrasts directions"):
+        MeZO([torch.ones(2)], lr=0.1, rule="guided")
 
 
 def test_normalised_perturbations_have_one_length():

@@ -50,8 +50,10 @@ def _check_method(method: Method) -> None:
     fits = f"--directions must divide --batch-size, {size}, into groups of equal size; got {directions}"
     require(size % directions == 0, fits)
     why = "compares several thetas on the same examples; use another rule"
-    shared = directions == 1 or not (method.rule.one_sided or method.rule.compares)
+    shared = directions == 1 or not (method.rule.one_sided or method.rule.compares or method.rule.guides)
     require(shared, f"--directions must be 1, got {directions}: --update-rule {name} {why}")
+    why = f"--update-rule {name} measures one slope a step, which is not along a z; leave it out"
+    require(not (method.true_gradient and method.rule.guides), f"--true-gradient: {why}")
     follows = method.follow_coherence
     require(not follows or directions > 1, "--follow-coherence chooses among up to --directions: give it, 2 or more")
     require(not follows or method.noise, "--follow-coherence needs --noise, which measures the coherence: leave it on")
@@ -87,6 +89,9 @@ def _check_objective(method: Method) -> None:
     require(asked or not method.reward, f"--reward {method.reward} is not in --objective: add it there, reward:0.5")
     text = any(name in GENERATED for name in objectives)
     require(text or not method.z_score_rewards, "--z-score-rewards needs f1 or reward in --objective: leave it out")
+    centred = not method.center_rewards or method.z_score_rewards
+    require(centred, "--center-rewards changes what --z-score-rewards divides by, else nothing: give both, or none")
+    require(text or not method.temperature, "--temperature needs f1 or reward in --objective: leave it out")
     require(all(method.stop), "--stop must not be empty text: leave it out")
 
 

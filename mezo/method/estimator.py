@@ -1,5 +1,6 @@
 """SPSA: two losses under one z give the derivative along z (Spall 1992; MeZO, arXiv 2305.17333, algorithm 1)."""
 
+import statistics
 from dataclasses import dataclass
 
 
@@ -25,7 +26,8 @@ class Losses:
 
     Args:
         plus: at theta + eps z.
-        minus: at theta - eps z; under a one-sided rule at theta itself, the same number for each.
+        minus: at theta - eps z; under a one-sided rule at theta itself, the same number for each; under a rule that
+            guides the mean of plus, likewise.
     """
 
     plus: tuple[float, ...]
@@ -38,6 +40,16 @@ class Losses:
         (1.0,)
         """
         return tuple(projected_grad(*pair, half_distance) for pair in zip(self.plus, self.minus, strict=True))
+
+    def against_mean(self) -> "Losses":
+        """The losses at theta + eps z against their own mean, where theta is scored nowhere else.
+
+        The mean is that of the exact sum, so equal losses are equal to it.
+
+        >>> Losses((1.0, 2.0, 6.0), (0.0,) * 3).against_mean().minus
+        (3.0, 3.0, 3.0)
+        """
+        return Losses(self.plus, (statistics.mean(self.plus),) * len(self.plus))
 
     @property
     def mean(self) -> float:

@@ -14,23 +14,32 @@ class Step:
         seeds: of z, one a perturbation, each in [0, 2**64).
         eps: perturbation scale, > 0; one number for all perturbations, or one for each.
         number: of the step, from 0.
+        weights: one for each seed. With weights w there is one perturbation, along sum_k w_k z(seed_k): theta +
+            sum_k eps_k w_k z(seed_k) and theta - the same.
 
     >>> step = Step([7, 8], 0.1)
     >>> step.eps, step.part([1])
-    ((0.1, 0.1), Step(seeds=(8,), eps=(0.1,), number=0))
+    ((0.1, 0.1), Step(seeds=(8,), eps=(0.1,), number=0, weights=()))
+    >>> len(step), len(Step([7, 8], 0.1, weights=(1.0, -1.0)))
+    (2, 1)
     """
 
     seeds: Sequence[int]
     eps: float | Sequence[float]
     number: int = 0
+    weights: Sequence[float] = ()
 
     def __post_init__(self):
         seeds = tuple(self.seeds)
         eps = tuple(self.eps) if isinstance(self.eps, Sequence) else (self.eps,) * len(seeds)
         if len(eps) != len(seeds):
             raise ValueError(f"eps must be one number, or one a seed: got {len(eps)} for {len(seeds)} seeds")
+        weights = tuple(self.weights)
+        if weights and len(weights) != len(seeds):
+            raise ValueError(f"weights must be one a seed, or none: got {len(weights)} for {len(seeds)} seeds")
         object.__setattr__(self, "seeds", seeds)
         object.__setattr__(self, "eps", eps)
+        object.__setattr__(self, "weights", weights)
 
     @classmethod
     def of_run(
@@ -54,8 +63,12 @@ class Step:
         """Some of its perturbations, as many as a runtime holds at once."""
         return Step([self.seeds[k] for k in places], [self.eps[k] for k in places], self.number)
 
+    def along(self) -> list[tuple[int, float]]:
+        """(seed, eps weight) of each z of a perturbation along several, as `weights` say."""
+        return [(seed, eps * w) for seed, eps, w in zip(self.seeds, self.eps, self.weights, strict=True)]
+
     def __len__(self) -> int:
-        return len(self.seeds)
+        return 1 if self.weights else len(self.seeds)
 
 
 @dataclass(frozen=True)

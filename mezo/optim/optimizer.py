@@ -1,6 +1,8 @@
 """The optimizer: steps, masters, and what it sees of parameters that others change."""
 
+import dataclasses
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +52,7 @@ class MeZO(torch.optim.Optimizer):
     - fzoo takes n + 1 forward passes: projected_grad_k = (loss(theta + eps z_k) - loss(theta)) / eps with z of +1 and
       -1, and divides lr by the sample standard deviation of the n perturbed losses.
     - conservative keeps the best of theta and a step either way, for three more calls of the closure.
+    - guided takes n + 2: it measures the slope along the contrast of the directions of low and of high loss.
 
     Theta lives in a float32 master copy, one for each parameter. A parameter is set to the single rounding of
     theta + eps z, theta - eps z or theta, and is never restored by arithmetic: a float32 parameter equals its master
@@ -79,10 +82,11 @@ class MeZO(torch.optim.Optimizer):
             `requires_grad=False` are left alone.
         lr: learning rate, >= 0; a float or a tensor. Per group, read at each step.
         eps: perturbation scale, > 0; the same in all groups.
-        num_perturbations: n >= 1, how many estimates a step averages (n-SPSA); >= 2 for fzoo.
+        num_perturbations: n >= 1, how many estimates a step averages (n-SPSA); >= 2 for fzoo, >= 3 for guided.
         weight_decay: >= 0; decoupled, but for adam, which adds weight_decay theta to the gradient. Per group.
         momentum: of the rule momentum, in [0, 1), 0.9 by default. Per group.
-        rule: "sgd", "momentum", "adam", "adamw" or "sign", per group; or "fzoo" or "conservative", of all groups.
+        rule: "sgd", "momentum", "adam", "adamw" or "sign", per group; or "fzoo", "conservative" or "guided", of all
+            groups.
         betas: of the first and second moment of adam and adamw, in [0, 1), (0.9, 0.999) by default. Per group.
         adam_eps: added to the root of the second moment of adam and adamw, > 0, 1e-8 by default. Per group.
         normalise_z: divide each z by its root mean square over all parameters, so that perturbations have one length.
@@ -92,6 +96,7 @@ class MeZO(torch.optim.Optimizer):
         module: whose buffers are kept from moving with every call; None leaves buffers alone. Where a call moves one,
             a step costs one more call, at theta (none more with fzoo and conservative, which make it anyway).
         average_losses: over the ranks of the default process group, if there are several.
+        elite_share: of guided, in [0, 1), 0.5 by default: the share of directions that count as those of low loss.
     Raises:
         ValueError: a value outside its range; parameters that no `ParamLayout` accepts.
 
@@ -132,6 +137,7 @@ class MeZO(torch.optim.Optimizer):
         normalise_z: bool = False,
         module: torch.nn.Module | None = None,
         average_losses: bool = True,
+        elite_share: float | None = None,
     ):
         self.backend, self.module, self.average_losses = backend, module, average_losses
         self._start_anew()
@@ -140,7 +146,7 @@ class MeZO(torch.optim.Optimizer):
         defaults |= {"seed": seed, "num_perturbations": num_perturbations, "normalise_z": normalise_z}
         defaults |= {"distribution": distribution, "steps": 0, "skipped_steps": 0, "projected_grads": []}
         # schedulers look here for what they may cycle
-        of_rule = {"momentum": momentum, "betas": betas, "adam_eps": adam_eps}
+        of_rule = {"momentum": momentum, "betas": betas, "adam_eps": adam_eps, "elite_share": elite_share}
         defaults |= {name: value for name, value in of_rule.items() if value is not None or name in defaults_of(rule)}
         super().__init__(params, defaults)
         rule = self._rule()
@@ -198,13 +204,15 @@ class MeZO(torch.optim.Optimizer):
             losses = self._losses(closure, step, rule, buffers)
             self.projected_grads = list(losses.projected_grads(rule.half_distance(eps)))
             products = self._inner_products(step.seeds) if rule.projects else []
-            updates = [self._plan(group, step, losses, norms, products) for group in self._groups]
+            tried = self._tried_along(closure, step, losses, rule, buffers) if rule.guides else []
+            slopes = rule.slopes(self.projected_grads, tried, eps)
+            updates = [self._plan(group, step, slopes, losses, norms, products) for group in self._groups]
             skipped = any(update.skipped for update in updates)
-            tried: Sequence[float] = ()
             if skipped:
                 self.skipped_steps += 1
             else:
-                updates, tried = self._chosen(closure, rule, updates, buffers)
+                if rule.compares:
+                    updates, tried = self._chosen(closure, rule, updates, buffers)
                 for group, update in zip(self._groups, updates, strict=True):
                     self._apply(group, update)
                 kept = buffers.after
@@ -225,18 +233,39 @@ class MeZO(torch.optim.Optimizer):
         """Losses of a step, all from the same generator states and buffers."""
         calls = len(step) + 1 if rule.one_sided else 2 * len(step)
         losses = []
-        for n, _ in enumerate(self._copies(step, rule.one_sided)):
-            more = rule.compares or (buffers.moved and not rule.one_sided)  # further calls, from the same states
+        for n, _ in enumerate(self._copies(step, rule)):
+            # further calls, from the same states
+            more = rule.compares or rule.guides or (buffers.moved and not rule.one_sided)
             last = n == calls - 1 and not more
             losses.append(self._call(closure, buffers, advance=last, at_theta=rule.one_sided and n == 0))
-        if buffers.moved and not rule.one_sided and not rule.compares:
-            for group in self._groups:
-                group.write(group.theta)
-            self._call(closure, buffers, advance=True, at_theta=True)
+        if buffers.moved and not (rule.one_sided or rule.compares or rule.guides):
+            self._call_at_theta(closure, buffers)
         losses = self._averaged(losses)
+        if rule.guides:
+            return Losses(tuple(losses), tuple(losses)).against_mean()
         if rule.one_sided:
             return Losses(tuple(losses[1:]), (losses[0],) * len(step))
         return Losses(tuple(losses[::2]), tuple(losses[1::2]))
+
+    def _tried_along(self, closure: Callable, step: Step, losses: Losses, rule: Rule, buffers: Buffers) -> list[float]:
+        """Losses at theta + eps v and theta - eps v, v the contrast of a step; [] if one before is not finite."""
+        tried: list[float] = []
+        if not all(map(math.isfinite, losses.plus)):
+            return tried
+        along = dataclasses.replace(step, weights=rule.contrast(losses)).along()
+        for sign in (1.0, -1.0):
+            for group in self._groups:
+                self._displace(group, [(seed, sign * c) for seed, c in along])
+            tried.append(self._call(closure, buffers, advance=bool(tried) and not buffers.moved))
+        if buffers.moved:
+            self._call_at_theta(closure, buffers)
+        return self._averaged(tried)
+
+    def _call_at_theta(self, closure: Callable, buffers: Buffers) -> None:
+        """The last call of a step, for what it leaves in buffers."""
+        for group in self._groups:
+            group.write(group.theta)
+        self._call(closure, buffers, advance=True, at_theta=True)
 
     def _call(self, closure: Callable, buffers: Buffers, advance: bool, at_theta: bool = False) -> float:
         """The loss; the generators stay as they were unless this is the last call of a step, and buffers do."""
@@ -258,19 +287,19 @@ class MeZO(torch.optim.Optimizer):
     def _masters(self) -> list[torch.Tensor]:
         return [theta for group in self._groups for theta in group.theta.tensors]
 
-    def _plan(self, group: "_Group", step: Step, losses: Losses, norms: Sequence, products: Sequence) -> Update:
+    def _plan(
+        self, group: "_Group", step: Step, slopes: Sequence, losses: Losses, norms: Sequence, products: Sequence
+    ) -> Update:
         """The update of one param group."""
         lr, decay = float(group.options["lr"]), group.options["weight_decay"]
         given = {"norms": norms, "products": products}
-        return rule_of(group.options).plan(step.seeds, self.projected_grads, losses, lr, decay, **given)
+        return rule_of(group.options).plan(step.seeds, slopes, losses, lr, decay, **given)
 
     def _chosen(
         self, closure: Callable, rule: Rule, updates: Sequence[Update], buffers: Buffers
-    ) -> tuple[Sequence[Update], Sequence[float]]:
-        """The updates to make, as planned; of a rule that compares thetas what the losses at these say, and those."""
+    ) -> tuple[Sequence[Update], list[float]]:
+        """Of a rule that compares thetas, the updates that the losses at these say, and those losses."""
         tried: list[float] = []
-        if not rule.compares:
-            return updates, tried
         for sign in (0.0, -1.0, 1.0):  # theta, theta - c z, theta + c z
             for group, update in zip(self._groups, updates, strict=True):
                 (seed,), (c,) = update.seeds, update.coefficients
@@ -282,15 +311,18 @@ class MeZO(torch.optim.Optimizer):
         tried = self._averaged(tried)
         return [rule.choose(update, tried) for update in updates], tried
 
-    def _copies(self, step: Step, one_sided: bool) -> Iterator[None]:
-        """Set the parameters to both signs of each perturbation in turn, or to theta and to each theta + eps z."""
-        if one_sided:
+    def _copies(self, step: Step, rule: Rule) -> Iterator[None]:
+        """Set the parameters to the copies that a step scores, in turn.
+
+        Both signs of each perturbation; one-sided theta and each theta + eps z; where the rule guides these alone.
+        """
+        if rule.one_sided:
             yield
         for seed, eps in zip(step.seeds, step.eps, strict=True):
             for group in self._groups:
                 self._perturb(group, seed, eps)
             yield
-            if one_sided:
+            if rule.one_sided or rule.guides:
                 continue
             for group in self._groups:
                 if group.minus:
@@ -309,6 +341,13 @@ class MeZO(torch.optim.Optimizer):
         else:
             perturb_(group.current.copy_(group.theta), scale, seed, **options)
         group.show()
+
+    def _displace(self, group: "_Group", directions: Sequence[tuple[int, float]]) -> None:
+        """Set the parameters of a group to theta + sum_k c_k z(seed_k), rounded once."""
+        moved = group.theta.like([theta.clone() for theta in group.theta.tensors])
+        options = {"distribution": self.distribution, "backend": self.backend}
+        step_(moved, [(seed, -c) for seed, c in directions], **options)
+        group.write(moved)
 
     def _apply(self, group: "_Group", update: Update) -> None:
         """Apply an update to the master of one group: one fused pass."""

@@ -11,7 +11,7 @@ OF_ALL = ("eps", "seed", "num_perturbations", "distribution", "normalise_z")
 """Options that all groups must have alike."""
 COUNTS = ("steps", "skipped_steps", "projected_grads")
 """What a step leaves. It stands in every group: whatever saves an optimizer carries its groups, and often no more."""
-_FIELD = {"momentum": "momentum", "betas": "beta1", "adam_eps": "adam_eps"}
+_FIELD = {"momentum": "momentum", "betas": "beta1", "adam_eps": "adam_eps", "elite_share": "elite_share"}
 """Options that some rules have, and the field by which these are known."""
 
 
@@ -24,7 +24,7 @@ def rule_of(group: dict) -> Rule:
 
 
 def defaults_of(rule: str) -> dict:
-    """What a rule has of the options `momentum`, `betas` and `adam_eps`, and their defaults."""
+    """What a rule has of the options in `_FIELD`, and their defaults."""
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(sorted(RULES))}; got {rule!r}")
     fields = {field.name: field.default for field in dataclasses.fields(RULES[rule])}
@@ -80,7 +80,7 @@ def rule_of_all(groups: list[dict]) -> Rule:
     check_alike(groups)
     rules = {group["rule"]: rule_of(group) for group in groups}
     for rule in rules.values():
-        if len(rules) > 1 and (rule.one_sided or rule.compares):
+        if len(rules) > 1 and (rule.one_sided or rule.compares or rule.guides):
             raise ValueError(
                 f"{rule.name} measures in its own way: give all param groups the same rule, got {sorted(rules)}"
             )

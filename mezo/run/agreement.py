@@ -9,6 +9,7 @@ from rich.progress import track
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.method.guard import StepGuard
+from mezo.method.sampling import text_seed
 from mezo.method.schedule import learning_rate
 from mezo.method.step import Step, Update
 from mezo.models.spec import adapter_shapes
@@ -49,7 +50,12 @@ def check_lines(run: RunDirectory, first: dict, records: Sequence[StepRecord], l
         seeds = Step.of_run(first["run_seed"], record.step, len(record.update.seeds), 1.0).seeds
         if record.update.seeds != seeds:
             raise UserError(f"{line}: seeds {record.update.seeds} are not those of step {record.step}, {seeds}")
+        if record.text_seed is not None and record.text_seed != text_seed(first["run_seed"], record.step):
+            raise UserError(f"{line}: text_seed {record.text_seed} is not that of step {record.step}")
         if config is not None:
+            sampled = bool(config.method.temperature)
+            if (record.text_seed is not None) != sampled:
+                raise UserError(f"{line}: text_seed is {'missing' if sampled else 'there'}, unlike --temperature")
             _check_line(line, record, config, first, lengths, guard)
         guard.see(record.update)
 
@@ -128,8 +134,11 @@ def _check_line(line: str, record: StepRecord, config: Config, first: dict, leng
             raise UserError(f"{line}: a skipped step must change nothing")
         return
     fault = UserError(f"{line}: the estimates or coefficients do not follow from the losses and the configuration")
-    grads = record.losses.projected_grads(method.half_distance)
-    if record.projected_grads != grads:
+    losses = record.losses.against_mean() if method.rule.guides else record.losses
+    grads = losses.projected_grads(method.half_distance)
+    if (record.losses, record.projected_grads) != (losses, grads):
+        raise fault
+    if method.rule.guides and len(record.tried) != 2:
         raise fault
     if (method.normalise_z or method.rule.projects) and not lengths:
         return
@@ -137,7 +146,8 @@ def _check_line(line: str, record: StepRecord, config: Config, first: dict, leng
     products = inner_products(first["shapes"], update.seeds).tolist() if method.rule.projects else []
     planned = planned_steps(first, record.step, method.steps)
     lr = learning_rate(record.step, planned, method.lr, method.lr_schedule, method.warmup_steps)
-    given = update.seeds, grads, record.losses, lr, method.weight_decay, method.clip, norms, products
+    slopes = method.rule.slopes(grads, record.tried, method.eps)
+    given = update.seeds, slopes, losses, lr, method.weight_decay, method.clip, norms, products
     expected = method.rule.plan(*given)
     slack = 1e-15 * method.lr / lr if lr else 0.0
     expected, factor = guard.shorten(expected)

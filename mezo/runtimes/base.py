@@ -9,6 +9,7 @@ import torch
 
 from mezo.data.example import Example
 from mezo.errors import UserError
+from mezo.method.sampling import Sampling
 from mezo.method.step import Step, Update
 from mezo.models.spec import TrainedSpec
 
@@ -85,7 +86,7 @@ class Runtime(Protocol):
 
         Args:
             updates: in order.
-            then: at most `pairs` perturbations; None writes none, and the copies are stale.
+            then: at most `pairs` perturbations, or one along several z; None writes none, and the copies are stale.
             watch: keep what `verify` needs.
         """
 
@@ -102,7 +103,8 @@ class Runtime(Protocol):
         self, split: str, indices: Sequence[int], shares: Sequence[Sequence[int]] | None = None
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Option scores at theta + eps z and theta - eps z of each perturbation of the last step; one-sided at
-        theta + eps z of each and theta itself, which is scored once a batch.
+        theta + eps z of each and theta itself, which is scored once a batch; under a rule that guides theta + eps z
+        of each, twice the same tensor, but for the one perturbation along several z.
 
         Args:
             split: name of the split.
@@ -134,12 +136,15 @@ class Runtime(Protocol):
         max_new_tokens: int,
         stop: Sequence[str],
         shares: Sequence[Sequence[int]] | None = None,
+        sampling: Sampling | None = None,
     ) -> list[tuple[list[str], list[str]]]:
         """As `generate`, at theta + eps z and theta - eps z of each perturbation of the last step.
 
         Args:
             split, indices, max_new_tokens, stop: as there.
             shares: see `score_pairs`.
+            sampling: of the texts, an example's by the same random numbers at every copy; None takes the most likely
+                token each time.
         """
 
     def describe(self) -> str:

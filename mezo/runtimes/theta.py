@@ -9,7 +9,7 @@ import torch
 
 from mezo.method.rules.logged import LoggedRule
 from mezo.method.step import Step, Update
-from mezo_kernels import ParamLayout, Plan, RulePlan, RuleUpdate
+from mezo_kernels import ParamLayout, Plan, RulePlan, RuleUpdate, step_
 
 Pairs = list[tuple[ParamLayout, ParamLayout]]
 
@@ -47,6 +47,7 @@ class PerturbedTheta:
         self._plans: dict[tuple, Plan | RulePlan] = {}
         self.watched, self._watched, self._watches = watched, None, 0
         self._held: Step | None = None
+        self._moved: ParamLayout | None = None  # theta + eps v before it is rounded, of a rule that guides
 
     def _grouped(self) -> list[tuple[bool, ParamLayout, list[ParamLayout], Pairs]]:
         """(whether they decay, master, state, pairs) of the parameters that decay, and of the others: a pass each."""
@@ -72,7 +73,7 @@ class PerturbedTheta:
     def update(self, updates: Sequence[Update], then: Step | None = None, *, watch: bool = False) -> None:
         """Apply the updates, then write theta +- eps_k z(seed_k) of a step to pair k: one pass over all parameters.
 
-        Perturbations that differ in eps take a pass for each eps.
+        Perturbations that differ in eps take a pass for each eps, one along several z a pass for each sign.
 
         Args:
             updates: in order; one that is skipped changes nothing, state neither.
@@ -84,6 +85,10 @@ class PerturbedTheta:
         applied = [update for update in updates if not update.skipped]
         if then is None or not len(then):
             self._pass(applied)
+        elif then.weights:
+            self._held = then
+            self._pass(applied)
+            self._write_along(then)
         else:
             self._held = then
             for k, places in enumerate(_of_one_eps(then)):
@@ -95,6 +100,19 @@ class PerturbedTheta:
     def perturb(self, step: Step, *, watch: bool = False) -> None:
         """Write the perturbed copies of a step; theta stays as it is. See `update`."""
         self.update([], step, watch=watch)
+
+    def _write_along(self, step: Step) -> None:
+        """Write theta + sum_k c_k z_k and theta - sum_k c_k z_k to the first pair, c_k = eps_k weights_k.
+
+        Summed in float32 from theta on, in the order of the seeds, and rounded once, as an update is.
+        """
+        if self._moved is None:
+            self._moved = self.master.like([torch.empty_like(t) for t in self.master.tensors])
+        options = {"distribution": self.rule.distribution, "backend": self.backend}
+        for copy, sign in zip(self.pairs[0], (1.0, -1.0), strict=True):
+            self._moved.copy_(self.master)
+            step_(self._moved, [(seed, -sign * c, 1.0) for seed, c in step.along()], **options)
+            copy.copy_(self._moved)
 
     def _watch(self, updates: Sequence[Update], then: Step | None) -> None:
         windows = _windows(self.master, self.watched, self._watches)

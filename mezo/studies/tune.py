@@ -345,7 +345,7 @@ def _check_options(config: Config, grid_lr: Sequence[float], grid_eps: Sequence[
             f"--objective {config.method.objective} has no slope to estimate: give --grid-lr and --grid-eps"
         )
     rule = config.method.rule
-    if not (grid_lr and grid_eps) and rule.one_sided:
+    if not (grid_lr and grid_eps) and (rule.one_sided or rule.guides):
         raise UserError(
             f"--update-rule {rule.name}: lr and eps are estimated for two-sided steps: give --grid-lr and --grid-eps"
         )

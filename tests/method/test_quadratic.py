@@ -1,5 +1,7 @@
 """Every update rule on a quadratic, from the losses of the perturbed copies on: descent, sign and scale."""
 
+import dataclasses
+
 import torch
 
 from mezo.config import Config
@@ -48,6 +50,10 @@ def descend(rule, steps=STEPS, factor=1.0, start=3.0, **changes):
             assert torch.equal(pairs[0][1].tensors[0], master.tensors[0]), "one-sided: theta itself"
         minus = [measured(pairs[0][1])] * len(pairs) if rule.one_sided else [measured(minus) for _, minus in pairs]
         losses = Losses(tuple(measured(plus) for plus, _ in pairs), tuple(minus))
+        losses, tried = losses.against_mean() if rule.guides else losses, ()
+        if rule.guides:
+            theta.perturb(dataclasses.replace(step, weights=rule.contrast(losses)))
+            tried = [measured(copy) for copy in pairs[0]]
         lr = learning_rate(
             number, config.method.steps, config.method.lr, config.method.lr_schedule, config.method.warmup_steps
         )
@@ -55,7 +61,7 @@ def descend(rule, steps=STEPS, factor=1.0, start=3.0, **changes):
         grads = losses.projected_grads(config.method.half_distance)
         products = inner_products({"w": (D,)}, step.seeds).tolist() if rule.projects else []
         given = lr, config.method.weight_decay, config.method.clip, norms, products
-        update = rule.plan(step.seeds, grads, losses, *given)
+        update = rule.plan(step.seeds, rule.slopes(grads, tried, config.method.eps), losses, *given)
         if rule.compares:
             (c,) = update.coefficients
             theta.perturb(Step(step.seeds, abs(c)))

@@ -16,13 +16,17 @@ from mezo.run import logbook
 from mezo.run.replay import rebuild
 from mezo_kernels import Rule as Kernel
 from mezo_kernels import standard_normal
-from tests.method.test_theory import assert_mean
+from tests.method.test_theory import DIMENSION, EPS, assert_mean, quadratic
+
+__all__ = ["quadratic"]  # a fixture
 
 
 def test_every_kernel_rule_has_its_rule():
     kernels = {rule().kernel().kind for rule in RULES.values() if rule().kernel()}
     assert kernels == {"momentum", "adam", "adamw", "sign"}
-    assert set(RULES) == kernels | {"sgd", "fzoo", "conservative", "one-sided", "z-score", "ranks", "aligned"}
+    assert set(RULES) == kernels | {
+        "sgd", "fzoo", "conservative", "one-sided", "z-score", "ranks", "aligned", "guided",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
@@ -103,6 +107,56 @@ def test_aligned_points_along_the_gradient_as_theory_says(n):
     assert_mean(aligned, n / d)
     assert aligned.mean() > plain.mean() + 4 * plain.std() / 20
     assert plain.mean().item() == pytest.approx(n / (n + d + 1), rel=0.1)
+
+
+A_SQUARED = {3: 1.5 + 9 * 3**0.5 / (8 * math.pi), 4: 1 + 2 * 3**0.5 / math.pi}
+"""E[A^2], A the contrast of the lower floor(n / 2) of n normal numbers with the others: moments of order statistics."""
+
+
+def guided(z, loss, theta, eps, rule=None):
+    """The estimate of a step by the rule guided, from a loss of float64 thetas."""
+    rule = rule or RULES["guided"]()
+    losses = Losses(tuple(loss(theta + eps * z).tolist()), (0.0,) * len(z)).against_mean()
+    v = torch.tensor(rule.contrast(losses), dtype=torch.float64) @ z
+    slopes = rule.slopes((), (loss(theta + eps * v).item(), loss(theta - eps * v).item()), eps)
+    update = rule.plan(tuple(range(len(z))), slopes, losses, lr=1.0)
+    return torch.tensor(update.coefficients, dtype=torch.float64) @ z
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_guided_is_unbiased_but_for_the_factor_of_theory(quadratic, n):
+    """On a quadratic, so near that curvature changes no rank: E[A^2] grad, and as much noise across it as v is long."""
+    loss, theta, grad = quadratic
+    z = [directions(n, DIMENSION, start) for start in range(0, 2000 * n, n)]
+    found = torch.stack([guided(each, loss, theta, EPS) for each in z])
+    assert_mean(found, A_SQUARED[n] * grad)
+    across = found - (found @ grad)[:, None] * grad / (grad @ grad)
+    length = 1 / (n // 2) + 1 / (n - n // 2)
+    assert_mean(across.square().sum(1), A_SQUARED[n] * length * (DIMENSION - 1) * (grad @ grad))
+
+
+def test_guided_by_two_is_plain_descent_along_their_difference(quadratic):
+    """Whichever of the two is better: the estimate is even in v. So two of the four passes decide nothing."""
+    loss, theta, grad = quadratic
+    for seed in range(20):
+        z = directions(2, DIMENSION, 2 * seed)
+        v = z[0] - z[1]
+        torch.testing.assert_close(guided(z, loss, theta, 0.5), (v @ grad) * v, rtol=1e-9, atol=0)
+
+
+def test_guided_steps_do_not_depend_on_the_scale_of_what_it_selects_by(quadratic):
+    """Any increasing function of the screening losses gives the same contrast; the elite are of the least losses."""
+    rule = RULES["guided"](elite_share=0.3)
+    losses = Losses((3.0, 1.0, 2.0, 9.0, 4.0, 0.0, 7.0), (0.0,) * 7)
+    assert rule.contrast(losses) == (-0.2, 0.5, -0.2, -0.2, -0.2, 0.5, -0.2)
+    assert rule.contrast(Losses(tuple(map(math.exp, losses.plus)), losses.minus)) == rule.contrast(losses)
+
+
+def test_guided_clips_the_slope_that_it_measured():
+    losses = Losses((3.0, 1.0, 2.0, 9.0), (0.0,) * 4)
+    plan = lambda slope, **options: RULES["guided"]().plan(range(4), (slope,), losses, lr=0.5, **options).coefficients  # noqa: E731
+    assert plan(8.0, clip=2.0) == plan(2.0) == (-0.5, 0.5, 0.5, -0.5)
+    assert plan(2.0, norms=(1.0, 2.0, 4.0, 1.0)) == (-0.5, 0.25, 0.125, -0.5)
 
 
 def test_more_directions_than_parameters_decide_nothing():

@@ -36,6 +36,7 @@ def main():
     found = {
         "plain": trained(),
         "conservative": trained(rule="conservative"),
+        "guided": trained(rule="guided", num_perturbations=4),
         "wrapped": trained(torch.nn.parallel.DistributedDataParallel),
         "apart": trained(average_losses=False),
         "other parameters": refusal(seed=dist.get_rank()),

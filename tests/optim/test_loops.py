@@ -141,11 +141,11 @@ def test_it_warns_where_the_loss_does_not_depend_on_the_parameters():
         steps(optimizer, EQUAL_STEPS, lambda: 1.0)
 
 
-@pytest.mark.parametrize("rule", ["sgd", "fzoo", "conservative"])
+@pytest.mark.parametrize("rule", ["sgd", "fzoo", "conservative", "guided"])
 def test_buffers_are_as_after_one_call_at_theta(rule):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
-    n = 2 if rule == "fzoo" else 1
+    n = {"fzoo": 2, "guided": 3}.get(rule, 1)
     optimizer = MeZO(model.named_parameters(), lr=1e-3, rule=rule, num_perturbations=n, module=model)
     twin = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
     twin.load_state_dict(model.state_dict())

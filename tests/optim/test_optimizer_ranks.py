@@ -28,7 +28,7 @@ def found(tmp_path_factory):
     return torch.load(path)
 
 
-@pytest.mark.parametrize("way", ["plain", "conservative", "wrapped"])
+@pytest.mark.parametrize("way", ["plain", "conservative", "guided", "wrapped"])
 def test_ranks_hold_one_theta(found, way):
     assert torch.equal(*found[way])
 

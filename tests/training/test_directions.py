@@ -250,6 +250,10 @@ def test_instruments_see_groups(directed):
             {"directions": 2, "update_rule": "conservative"},
             "--directions must be 1, got 2: --update-rule conservative compares several thetas on the same examples",
         ),
+        (
+            {"directions": 2, "update_rule": "guided", "num_perturbations": 3},
+            "--directions must be 1, got 2: --update-rule guided compares several thetas on the same examples",
+        ),
         ({"follow_coherence": True}, "--follow-coherence chooses among up to --directions: give it, 2 or more"),
         ({"directions": 2, "follow_coherence": True, "noise": False}, "--follow-coherence needs --noise"),
         (

@@ -35,6 +35,7 @@ OPTIONS = {
     "z-score": {"lr": 1e-4, "num_perturbations": 2, "directions": 2},
     "ranks": {"lr": 5e-2, "num_perturbations": 3},
     "aligned": {"num_perturbations": 3, "weight_decay": 0.5},
+    "guided": {"lr": 1e-3, "num_perturbations": 4, "weight_decay": 0.5},
     "normalised": {"update_rule": "sgd", "normalise_z": True, "num_perturbations": 2},
 }
 each_rule = pytest.mark.parametrize("rule", OPTIONS)
@@ -182,6 +183,15 @@ def test_losses_tried_are_those_of_the_steps(tiny_config):
             "--weight-decay must be 0, got 0.1: the rule conservative keeps one of three thetas",
         ),
         ({"update_rule": "fzoo"}, "--num-perturbations must be >= 2, got 1: the rule fzoo divides"),
+        ({"update_rule": "guided", "num_perturbations": 2}, "--num-perturbations must be >= 3, got 2: the rule guided"),
+        (
+            {"update_rule": "guided", "num_perturbations": 4, "elite_share": 0.2},
+            "--elite-share must be at least 0.25, got 0.2: such a share of 4 directions is none",
+        ),
+        (
+            {"update_rule": "guided", "num_perturbations": 4, "true_gradient": True},
+            "--true-gradient: --update-rule guided measures one slope a step",
+        ),
         (
             {"update_rule": "fzoo", "num_perturbations": 2, "normalise_z": True},
             "--normalise-z must be off: z of the rule fzoo",

@@ -30,6 +30,7 @@ class Rule:
         one_sided: an estimate compares theta + eps z with theta itself, so n of them cost n + 1 forward passes.
         compares: a step also scores theta and theta a step to either side, and `choose` keeps the best of the three.
         projects: `plan` needs the inner products of the z.
+        guides: a step scores theta + eps z alone, and then both signs along the `contrast` of these directions.
         logged_as: option -> key of the log's header, for options that a replay needs.
     """
 
@@ -39,6 +40,7 @@ class Rule:
     one_sided: ClassVar[bool] = False
     compares: ClassVar[bool] = False
     projects: ClassVar[bool] = False
+    guides: ClassVar[bool] = False
     logged_as: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls):
@@ -76,6 +78,12 @@ class Rule:
         kernel = self.kernel()
         return 4 * kernel.states if kernel else 0
 
+    def passes(self, num_perturbations: int) -> int:
+        """Forward passes of a batch that a step takes, of so many perturbations for every example."""
+        if self.guides:
+            return num_perturbations + 2
+        return (num_perturbations + 1 if self.one_sided else 2 * num_perturbations) + 3 * self.compares
+
     def half_distance(self, eps: float) -> float:
         """Half the way, in units of z, between the two thetas of a projected_grad."""
         return eps / 2 if self.one_sided else eps
@@ -110,7 +118,7 @@ class Rule:
 
         Args:
             seeds: of z, one a perturbation.
-            projected_grads: the estimate along each.
+            projected_grads: the estimate along each; of a rule that `guides` one item, the estimate along its contrast.
             losses: of the step.
             lr: learning rate of the step.
             weight_decay: of the run.
@@ -126,6 +134,24 @@ class Rule:
             return Update.skip(seeds)
         decay = 1.0 if scale is None else self.decay(lr, weight_decay)
         return Update(tuple(seeds), coefficients, decay, lr if self.kernel() else None)
+
+    def slopes(self, projected_grads: Sequence[float], tried: Sequence[float], eps: float) -> Sequence[float]:
+        """The estimates that `plan` takes: those along each z, or the one along the contrast of a rule that `guides`.
+
+        Args:
+            projected_grads: along each z.
+            tried: of a rule that guides, losses at theta + eps v and theta - eps v; () where one before is not finite.
+            eps: perturbation scale.
+        """
+        return projected_grads
+
+    def contrast(self, losses: Losses) -> tuple[float, ...]:
+        """Of a rule that `guides`: the weight of each z in the direction along which a step's slope is measured.
+
+        Args:
+            losses: of the step, finite.
+        """
+        raise NotImplementedError(f"{self.name} guides no step")
 
     def choose(self, update: Update, tried: Sequence[float]) -> Update:
         """Of a rule that `compares`: the update to make, by the losses of the three thetas it decides between.

@@ -32,8 +32,9 @@ def options(tmp_path, model):
     [
         {"update_rule": "adamw", "num_perturbations": 2, "lr": 1e-4, "weight_decay": 0.1, "no_decay": ("*lora_B*",)},
         {"update_rule": "conservative", "lr": 1e-3},
+        {"update_rule": "guided", "num_perturbations": 3, "lr": 1e-3},
     ],
-    ids=["adamw", "conservative"],
+    ids=["adamw", "conservative", "guided"],
 )
 def test_a_rule_in_the_engine(rule, options, tmp_path):
     """Every step is compared with the reference on the worker (--verify-every 1), moments too."""
