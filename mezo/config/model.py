@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from mezo.config.options import PATH, REQUIRED, Choice, Named
+from mezo.config.options import PATH, REQUIRED, RESUMABLE, Choice, Named
 from mezo.errors import require
 from mezo.ranges import AtLeastOne
 
@@ -183,5 +183,8 @@ class Model:
     memory. int8, int4, float8: weights alone, by torchao; int4 needs a GPU. nf4, fp4, llm-int8: by bitsandbytes;
     llm-int8 rounds what they are multiplied by, too. A checkpoint that is quantised already, such as a GGUF file, needs
     no option."""
+    trust_remote_code: Annotated[bool, RESUMABLE] = False
+    """Run the code that a model's repository brings, with your rights: only what you trust. Each command asks for it
+    anew, --resume too, since a run's config.json may be somebody else's."""
     tuning: Annotated[Lora | LoraB | LoraXS | Full | Prefix, Choice("tuning", TUNINGS)] = Lora()
     """What is trained."""
