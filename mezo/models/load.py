@@ -312,8 +312,8 @@ def _two_in_one(model: str) -> UserError:
 def _unloadable(model: str, error: Exception) -> UserError:
     if "custom code" in str(error):
         return UserError(
-            f"--model {model}: it comes with code of its own: give --trust-remote-code if you trust that, or use a model"
-            " of a family that transformers has (mezo models lists some)"
+            f"--model {model}: it comes with code of its own: give --trust-remote-code if you trust that, or use a"
+            " model of a family that transformers has (mezo models lists some)"
         )
     if "ignore_mismatched_sizes" in str(error):
         return UserError(
