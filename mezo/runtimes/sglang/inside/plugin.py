@@ -13,7 +13,7 @@ from types import ModuleType
 from mezo.runtimes.sglang.inside.handshake import started_by_trainer
 
 WITHOUT = "MEZO_ENGINE_WITHOUT"
-"""Environment variable: what an engine on a CPU leaves to SGLang's own code, of attention and lora, with commas between.
+"""Environment variable: what an engine on a CPU leaves to SGLang's own code, of attention and lora, a comma between.
 `bench/engine.py` compares by it."""
 
 
