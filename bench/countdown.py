@@ -25,9 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mezo.api import train
 from mezo.config import Config
+from mezo.method.sampling import Sampling
 from mezo.method.step import Step
 from mezo.models.load import load_tokenizer
-from mezo.runtimes.sampling import Sampling
 from mezo.runtimes.sglang.runtime import SGLangRuntime
 from mezo.studies import assets, demo
 from mezo.tasks import load_splits

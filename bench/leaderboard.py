@@ -99,6 +99,8 @@ ROWS = {
                    {"directions": 32, "update_rule": "adam"}),
     "lora-b-32": Row("lora-b, a direction an example, batch 32", (8e-3, 16e-3),
                      {"directions": 32, "tuning": "lora-b"}),
+    "lora-b-calibrated-32": Row("lora-b, lora_A calibrated, a direction an example, batch 32", (2e-3, 4e-3, 8e-3),
+                                {"directions": 32, "tuning": "lora-b", "lora_a": "calibrated"}),
     "xs-1": Row("lora-xs r 32, one direction a step, batch 32", (8e-3, 16e-3), XS),
     "xs-32": Row("lora-xs r 32, a direction an example, batch 32", (4e-3, 8e-3, 16e-3), {**XS, "directions": 32}),
     "xs-128": Row("lora-xs r 32, a direction an example, batch 128", (16e-3, 32e-3),

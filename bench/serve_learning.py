@@ -1,4 +1,4 @@
-"""A task that is learnt while users are served: the curve of dev, versions, each answer checked against its version.
+"""A task learnt while users are served: the curve of dev, versions, and each answer checked against its version.
 
 `demo`: the demo's film reviews. `tp2`: Countdown's reward (examples/countdown.py) with a population of directions, on a
 tiny model and an engine of two tensor-parallel ranks. Meanwhile users ask for the base, the promoted version and steps

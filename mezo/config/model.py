@@ -107,6 +107,11 @@ class LoraB(Adapted):
     summary: ClassVar[str] = "a LoRA adapter of which lora_B alone is trained"
     from_model: ClassVar[bool] = True
 
+    lora_a: Literal["random", "calibrated"] = "random"
+    """What stays as lora_A. random: drawn from --seed. calibrated: for each adapted layer the r largest right-singular
+    vectors of what it is given on 64 training examples, by one forward pass before the run (EVA: Paischer et al. 2024,
+    arXiv 2410.07170)."""
+
 
 @dataclass(frozen=True)
 class LoraXS(Adapted):
@@ -121,6 +126,10 @@ class LoraXS(Adapted):
         " finds its way in sooner; try --r 32 --lora-alpha 32"
     )
     from_model: ClassVar[bool] = True
+
+    factors: Literal["weights", "outputs"] = "weights"
+    """What A and B are made of. weights: the largest singular vectors of W. outputs: B has the r directions in which
+    what W gives on 64 training examples varies most, by one forward pass before the run, and A is B'W."""
 
 
 @dataclass(frozen=True)

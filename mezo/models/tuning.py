@@ -3,13 +3,14 @@
 `lora.py`, `lora_b.py`, `lora_xs.py`, `prefix.py` and `full.py` are one tuning each; `parts.py` has the table of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from mezo.models.attention import Prefix
+from mezo.models.calibration import Pass
 from mezo.models.load import Checkpoint
 
 
@@ -52,6 +53,8 @@ class Attached:
         prefix: keys and values in front of every layer's own, if that is what is trained.
         frozen: parameters that belong to the adapter and are not trained, by canonical name.
         above: names of trained parameters that come after every layer: those of a head for classes.
+        calibrate: by passes of a calibration batch through the model, at a theta at which it is the base, makes what is
+            frozen that `initial` gives; None where it needs no such batch.
     """
 
     model: nn.Module
@@ -63,3 +66,4 @@ class Attached:
     prefix: Prefix | None = None
     frozen: dict[str, nn.Parameter] = field(default_factory=dict)
     above: frozenset[str] = frozenset()
+    calibrate: Callable[[Iterable[Pass]], None] | None = None

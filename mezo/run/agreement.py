@@ -9,6 +9,7 @@ from rich.progress import track
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.method.guard import StepGuard
+from mezo.method.sampling import text_seed
 from mezo.method.schedule import learning_rate
 from mezo.method.step import Step, Update
 from mezo.models.spec import adapter_shapes
@@ -18,7 +19,6 @@ from mezo.run.feedback import FeedbackLog
 from mezo.run.files import RESTORE
 from mezo.run.header import planned_steps, shapes_of
 from mezo.run.trajectory import StepRecord
-from mezo.runtimes.sampling import text_seed
 from mezo_kernels import inner_products, root_mean_square
 
 

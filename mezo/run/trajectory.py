@@ -34,7 +34,7 @@ class StepRecord:
         shortened: what the coefficients were multiplied by under --max-step-ratio.
         fed: of the first step that draws from more lines of feedback.jsonl than those before it, how many lines, and
             the hash of the last of them; else ().
-        text_seed: that the texts of the step were sampled from (`runtimes/sampling.py`); None where they were not.
+        text_seed: that the texts of the step were sampled from (`method/sampling.py`); None where they were not.
     """
 
     step: int

@@ -9,9 +9,9 @@ import torch
 
 from mezo.data.example import Example
 from mezo.errors import UserError
+from mezo.method.sampling import Sampling
 from mezo.method.step import Step, Update
 from mezo.models.spec import TrainedSpec
-from mezo.runtimes.sampling import Sampling
 
 
 @dataclass

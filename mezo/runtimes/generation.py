@@ -12,11 +12,11 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 from mezo.config import Workload
 from mezo.data.example import Example
 from mezo.errors import UserError
+from mezo.method.sampling import Pick, likeliest
 from mezo.models.attention import Prefix
 from mezo.models.families import family_of
 from mezo.models.load import Checkpoint, load_tokenizer
 from mezo.runtimes.rows import Decoder, Row, RowBatch
-from mezo.runtimes.sampling import Pick, likeliest
 
 
 @dataclass(frozen=True)

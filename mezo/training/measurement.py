@@ -17,13 +17,13 @@ from mezo.method.batches import Batches
 from mezo.method.estimator import Losses
 from mezo.method.guard import StepGuard
 from mezo.method.objectives import centred, mixture, standardised
+from mezo.method.sampling import Sampling, text_seed
 from mezo.method.schedule import learning_rate
 from mezo.method.step import Step, Update
 from mezo.run.feedback import FILE, FeedbackLog
 from mezo.run.files import RESTORE
 from mezo.run.trajectory import StepRecord
 from mezo.runtimes.base import Grows, Runtime, require
-from mezo.runtimes.sampling import Sampling, text_seed
 from mezo.training.ranks import Ranks
 from mezo_kernels import inner_products, root_mean_square
 

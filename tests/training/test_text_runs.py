@@ -16,13 +16,13 @@ from mezo.data.example import Example
 from mezo.errors import UserError
 from mezo.method.batches import Batches
 from mezo.method.objectives import cross_entropy
+from mezo.method.sampling import Sampling, text_seed
 from mezo.method.step import Step
 from mezo.report import tables
 from mezo.run.adapter import load_adapter
 from mezo.run.header import initial_theta
 from mezo.run.trajectory import read_trajectory
 from mezo.runtimes.hf.runtime import HFRuntime
-from mezo.runtimes.sampling import Sampling, text_seed
 from mezo.tasks import load_splits
 from mezo.training.evaluation import _of_named_options, best_by
 from tests.tiny_models import LAST_LAYER, WORDS, save, tokenizer

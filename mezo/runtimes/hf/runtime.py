@@ -11,6 +11,7 @@ import torch
 from mezo.config import HF, Machine, Model, Workload
 from mezo.data.example import Example
 from mezo.errors import UserError
+from mezo.method.sampling import Sampling, likeliest
 from mezo.method.step import Step, Update
 from mezo.models.full import save_model
 from mezo.models.linear import Product, add_adapters_in_place, choose, pack, run_by_onednn, tell, why_not_by, width_of
@@ -20,11 +21,11 @@ from mezo.models.parts import load_parts
 from mezo.models.quantization import library_of
 from mezo.models.spec import NONE
 from mezo.runtimes.base import TokenCount
+from mezo.runtimes.calibration import calibrate
 from mezo.runtimes.generation import Writing, decoder_of, written, written_by_decoder
 from mezo.runtimes.hf.rowwise import RowWise, why_not
 from mezo.runtimes.hf.scorer import Scorer
 from mezo.runtimes.reference import another_function, reference_log_probs
-from mezo.runtimes.sampling import Sampling, likeliest
 from mezo.runtimes.sides import Sides
 from mezo.runtimes.theta import PerturbedTheta
 from mezo_kernels import ParamLayout, available_backends
@@ -67,7 +68,7 @@ class HFRuntime:
         self.options: HF = machine.runtime
         self.params = list(self.parts.params.values())
         self.linear = self._with_product(product_of(model, machine, checkpoint))
-        self.whole = self.spec.peft is None
+        self.whole, self.calibrated = self.spec.peft is None, self.parts.attached.calibrate is None
         start = [p.data.float() if self.whole else torch.zeros_like(p, dtype=torch.float32) for p in self.params]
         self.master = ParamLayout(dict(zip(self.spec.shapes, start, strict=True)))
         self.pairs = self._pairs_held()
@@ -170,6 +171,10 @@ class HFRuntime:
 
     def initial_theta(self, run_seed: int) -> dict[str, torch.Tensor]:
         """See `InitialTheta.initial_theta`."""
+        if not self.calibrated:
+            self._point([torch.zeros_like(p) for p in self.params])
+            calibrate(self.parts, self.scorer.rows.get("train", ()), self.pad)
+            self.calibrated = True
         return self.parts.attached.initial(run_seed)
 
     def theta(self) -> dict[str, torch.Tensor]:

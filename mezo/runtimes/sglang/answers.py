@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from mezo.errors import RunError
+from mezo.method.sampling import Sampling
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.rows import Row
-from mezo.runtimes.sampling import Sampling
 
 SCORE_ONLY = {"max_new_tokens": 0, "temperature": 0.0}
 

@@ -16,6 +16,7 @@ from mezo.config import Machine, Model, SGLang, Workload
 from mezo.data.example import Example
 from mezo.data.large import CACHED, LargeExamples, looked_at
 from mezo.errors import RunError, UserError
+from mezo.method.sampling import Sampling
 from mezo.method.step import Step, Update
 from mezo.models.linear import Product, tell
 from mezo.models.load import Checkpoint
@@ -23,9 +24,9 @@ from mezo.models.parts import load_parts
 from mezo.models.spec import ENGINE, NONE
 from mezo.progress import log, waiting
 from mezo.runtimes.base import TokenCount
+from mezo.runtimes.calibration import calibrate
 from mezo.runtimes.generation import Writing, refuse_too_long
 from mezo.runtimes.rows import Row, measured, most_rows, most_tokens, padded, rows_by_example, scores_of
-from mezo.runtimes.sampling import Sampling
 from mezo.runtimes.sglang.answers import SCORE_ONLY, count_tokens, sampling_of, start_of, table_of
 from mezo.runtimes.sglang.arguments import (
     backend_of,
@@ -137,6 +138,8 @@ class SGLangRuntime:
         if self.runtime.follows:  # the first machine proves and scores
             self._launch()
             return
+        if "train" in self.rows and not self.work.done:  # a run that goes on has what it froze in a file
+            calibrate(self._parts, self.rows["train"], self.pad)
         began = time.perf_counter()
         frozen = {name: p.detach().float() for name, p in self._parts.attached.frozen.items()}
         quantised = self.spec.quantization != NONE or self.checkpoint.quantised

@@ -8,10 +8,10 @@ import pytest
 from mezo.api import train
 from mezo.config import Config
 from mezo.errors import RunError
+from mezo.method.sampling import Sampling, text_seed
 from mezo.method.step import Step, Update
 from mezo.run.trajectory import read_trajectory
 from mezo.runtimes.base import TokenCount
-from mezo.runtimes.sampling import Sampling, text_seed
 from tests.runtimes.sglang.conftest import ALL, LAST, engine, examples, noisy, reference
 from tests.tiny_models import WORDS
 

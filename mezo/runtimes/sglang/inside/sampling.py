@@ -1,4 +1,4 @@
-"""Sampled texts of the trainer: tokens by random numbers that both signs of a step share (`mezo/runtimes/sampling.py`).
+"""Sampled texts of the trainer: tokens by random numbers that both signs of a step share (`mezo/method/sampling.py`).
 
 SGLang (0.5.23) reads a request's seed in its deterministic mode alone, which a CPU does not have, and draws by a kernel
 that CPUs lack. Its random numbers would also be others than those of the hf runtime.
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mezo.runtimes.sampling import sampled
+from mezo.method.sampling import sampled
 from mezo.runtimes.sglang.inside.worker import seen
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mezo.runtimes.sampling import Sampling, gumbel, likeliest, sampled, text_seed
+from mezo.method.sampling import Sampling, gumbel, likeliest, sampled, text_seed
 from mezo_kernels.philox import philox_4x32
 
 MANY = 40000
