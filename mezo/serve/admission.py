@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 LOOK = 0.5  # seconds between looks at whether the trainer was asked to stop
 PART = 0.25  # most seconds of one part of the trainer's work
+CYCLE = 3.0  # most seconds of a part of several requests and the rest after it
 KEPT = 1000  # waits of users that are remembered of each kind
 WINDOW = 5.0  # seconds
 EVERY = 10  # of so many windows the trainer is held back in one; in every other one until there are FEW waits
@@ -161,8 +162,8 @@ class Admission:
         """Requests of the next part: of powers of 2, up to twice the most so far, those done fastest with all rests."""
         sizes = [2**k for k in range((2 * pace.most).bit_length())] or [1]
         took = {n: max(pace.seconds(n), 1e-6) for n in sizes}
-        fitting = [n for n in sizes if took[n] <= PART] or [1]
         share = self.share if self._users_about() else lambda seconds: 1.0
+        fitting = [n for n in sizes if took[n] <= PART and took[n] <= CYCLE * share(took[n])] or [1]
         rates = {n: n * share(took[n]) / took[n] for n in fitting}
         chosen = max(n for n in fitting if rates[n] >= ALIKE * max(rates.values()))
         self.limit = took[chosen] if pace.most else PART
@@ -186,7 +187,9 @@ class Admission:
                 took = self._done(began)
             pace.see(part.stop - part.start, took)
             if self._users_about():
-                self._rested = self.now() + took * (1 / max(self.share(max(took, 1e-6)), 1e-3) - 1)
+                rest = took * (1 / max(self.share(max(took, 1e-6)), 1e-3) - 1)
+                # several requests rest longer only where they were not planned beside these users
+                self._rested = self.now() + (rest if part.stop - part.start == 1 else min(rest, CYCLE))
             start = part.stop
 
     def row(self) -> dict:
