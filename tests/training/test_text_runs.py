@@ -19,8 +19,8 @@ from mezo.method.objectives import cross_entropy
 from mezo.method.sampling import Sampling, text_seed
 from mezo.method.step import Step
 from mezo.report import tables
-from mezo.run.adapter import load_adapter
-from mezo.run.header import initial_theta
+from mezo.run.adapter import load_adapter, read_adapter
+from mezo.run.header import INITIAL, initial_theta
 from mezo.run.trajectory import read_trajectory
 from mezo.runtimes.hf.runtime import HFRuntime
 from mezo.tasks import load_splits
@@ -278,3 +278,12 @@ def test_the_run_says_what_it_cannot_do(config, tmp_path):
         train(
             config.replace(model=masked, prompt="{prompt}<mask>", target_modules=("query",), dev_file="", test_file="")
         )
+
+
+def test_lora_a_is_calibrated_on_prompts_that_are_to_be_continued(config):
+    config = config.replace(tuning="lora-b", lora_a="calibrated", r=4, steps=4, lr=0.01)
+    assert train(config)["test"]["after"]["reward"] is not None
+    for name, a in read_adapter(Path(config.machine.output_dir) / INITIAL).items():
+        if name.endswith("lora_A.weight"):
+            gram = a @ a.T
+            assert torch.allclose(gram, gram.diagonal().diag(), atol=1e-4 * gram.max().item()), name

@@ -68,7 +68,7 @@ class HFRuntime:
         self.options: HF = machine.runtime
         self.params = list(self.parts.params.values())
         self.linear = self._with_product(product_of(model, machine, checkpoint))
-        self.whole, self.calibrated = self.spec.peft is None, self.parts.attached.calibrate is None
+        self.whole, self.calibrated = self.spec.peft is None, self.parts.attached.calibration is None
         start = [p.data.float() if self.whole else torch.zeros_like(p, dtype=torch.float32) for p in self.params]
         self.master = ParamLayout(dict(zip(self.spec.shapes, start, strict=True)))
         self.pairs = self._pairs_held()
