@@ -102,6 +102,6 @@ def test_a_model_with_code_of_its_own_is_not_run(tmp_path, refused):
     (code.parent / "config.json").write_text(json.dumps(config))
     tokenizer().save_pretrained(code.parent)
     assert refused(code.parent).endswith(
-        "give --trust-remote-code if you trust that, or use a model of a family that transformers has (mezo models lists"
-        " some)"
+        "give --trust-remote-code if you trust that, or use a model of a family that transformers has (mezo models"
+        " lists some)"
     )
