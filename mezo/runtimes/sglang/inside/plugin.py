@@ -18,17 +18,23 @@ def activate() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from mezo.runtimes.sglang.inside import attention, head, linear, worker
+    from mezo.runtimes.sglang.inside import attention, head, linear, lora, sampling, worker
 
     managers, pool = "sglang.srt.managers", "sglang.srt.lora.mem_pool.LoRAMemoryPool"
     HookRegistry.register(f"{managers}.scheduler.Scheduler.handle_rpc_request", worker.answer, HookType.AROUND)
     HookRegistry.register(f"{managers}.scheduler.Scheduler.run_batch", worker.see_pass, HookType.AFTER)
+    HookRegistry.register(f"{managers}.scheduler.Scheduler.run_batch", sampling.see_batch, HookType.BEFORE)
+    sampler = "sglang.srt.layers.sampler.Sampler._sample_from_probs"
+    HookRegistry.register(sampler, sampling.sample, HookType.AROUND)
     HookRegistry.register(f"{managers}.schedule_batch.Req.__init__", worker.see_request, HookType.AFTER)
     HookRegistry.register(f"{pool}.load_lora_weight_to_buffer", worker.see_load, HookType.AFTER)
     backend = "sglang.srt.lora.backend.torch_backend.TorchNativeLoRABackend"
     HookRegistry.register(f"{backend}.prepare_lora_batch", head.prune, HookType.AFTER)
     for factor in "ab":
         HookRegistry.register(f"{backend}.run_lora_{factor}_sgemm", head.use_pruned, HookType.AROUND)
+    products = "sglang.srt.lora.torch_ops"
+    HookRegistry.register(f"{products}.sgemm_lora_a_fwd", lora.shrink, HookType.AROUND)
+    HookRegistry.register(f"{products}.sgemm_lora_b_fwd", lora.expand, HookType.AROUND)
     manager = "sglang.srt.lora.lora_manager.LoRAManager"
     HookRegistry.register(f"{manager}.prepare_lora_batch", head.divide, HookType.AFTER)
     logits = "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head"
