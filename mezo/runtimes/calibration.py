@@ -15,8 +15,8 @@ def calibrate(parts: ModelParts, rows: Sequence[Sequence[Row]], pad: int) -> Non
     """Make what is frozen beside theta from what the model computes of some training examples, if it is made so.
 
     Which examples depends on their number alone, so the result follows from data and model, not from a run's seed. A
-    row is run at a time, without padding, by the model's own forward pass. Only the scored positions count: at the others,
-    the first token above all, activations are far larger and tell little of a score.
+    row is run at a time, without padding, by the model's own forward pass. Only the scored positions count: at the
+    others, the first token above all, activations are far larger and tell little of a score.
 
     Args:
         parts: the model, at a theta at which it is the base: zeros.

@@ -248,7 +248,7 @@ def test_what_lora_xs_cannot_be_is_refused(tiny_options, changes, message):
     [
         (
             {"tuning": "lora-b", "lora_a": "calibrated", "r": 49},
-            r"--lora-a calibrated: .*q_proj saw 48 tokens, which have no 49 directions; lower --r, or raise",
+            r"--lora-a calibrated: .*q_proj saw [0-9]+ tokens, which have no 49 directions; lower --r, or raise",
         ),
         ({"tuning": "lora-b", "lora_a": "svd"}, "lora_a must be one of plain, calibrated; got 'svd'"),
         ({"tuning": "lora", "lora_a": "calibrated"}, "--lora-a calibrated belongs to --tuning lora-(b|xs)"),
