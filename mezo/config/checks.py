@@ -62,6 +62,10 @@ def _check_method(method: Method) -> None:
         f"--follow-coherence: --objective {method.objective} reads no scores",
     )
     require(bool(decay) or not method.no_decay, "--no-decay needs --weight-decay: give it, or leave both")
+    anchored = method.anchored_decay
+    require(bool(decay) or not anchored, "--anchored-decay needs --weight-decay: give it, or leave both")
+    in_gradient = "has decay in the gradient, towards zero; use --update-rule adamw"
+    require(not anchored or not method.rule.l2(decay), f"--anchored-decay: --update-rule {name} {in_gradient}")
     require(ratio == 0 or ratio > 1, f"--max-loss-ratio must be 0 or a finite number > 1, got {ratio}")
     longest = method.max_step_ratio
     require(longest == 0 or longest > 1, f"--max-step-ratio must be 0 or a finite number > 1, got {longest}")

@@ -112,6 +112,7 @@ class Rule(_Fields):
     no_decay: list[Text] = []
     distribution: Text = "normal"
     normalised: StrictBool = False
+    anchored: StrictBool = False
 
 
 class Lengthening(_Fields):
