@@ -21,6 +21,9 @@ def check(config) -> None:
     require(bool(config.machine.output_dir), "--output-dir is missing: give the run directory to create")
     for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
         pattern_of(getattr(config.model.tuning, name), flag_of(name), kind)
+    layers = getattr(config.model.tuning, "layers_to_transform", ())
+    alone = f"--layers-to-transform {shown(layers)}: give auto alone, or numbers"
+    require("auto" not in layers or len(layers) == 1, alone)
     _check_data(config.data)
     _check_method(config.method)
     size, micro = config.method.batch_size, config.machine.micro_batch_size
