@@ -1,4 +1,4 @@
-"""What a model computes on a calibration batch: the largest singular vectors of activations."""
+"""What linear layers are given on a calibration batch: directions of which none drowns the others."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import nn
 
 from mezo.errors import UserError
 
-BESIDE = 16  # directions kept beside the r wanted, so that what a part of the rows drops is small
+BESIDE = 16  # directions kept beside those wanted, so that what a part of the rows drops is small
 TOGETHER = 256  # rows that are held before the sketch is made of them
 
 
@@ -27,87 +27,104 @@ class Pass:
     read: tuple[int, ...] | None = None
 
     def counted(self, x: torch.Tensor) -> torch.Tensor:
-        """The rows that count of what a layer is given or gives, (..., tokens, n); all, where it has other tokens."""
+        """The rows that count of what a layer is given, (..., tokens, n); all, where it has other tokens."""
         rows = x.reshape(-1, x.shape[-1])
         return rows if self.read is None or len(rows) != self.tokens else rows[list(self.read)]
 
 
 class Sketch:
-    """The largest right-singular vectors of a matrix X whose rows come in parts: incremental singular value
+    """Mean and largest principal directions of the rows of a matrix X that come in parts: incremental singular value
     decomposition (Ross et al. 2008, "Incremental learning for robust visual tracking").
 
     After each part S V of the largest singular values stands for all rows so far, since X'X is nearly V'S^2 V. It is
     exact where X has no more than `kept` rows or as many directions.
 
     Args:
-        r: vectors that are wanted.
+        r: directions that are wanted.
 
-    >>> sketch = Sketch(1)
-    >>> sketch.add(torch.tensor([[0.0, 3.0, 0.0], [1.0, 0.0, 0.0]]))
-    >>> sketch.vectors().abs()
-    tensor([[0., 1., 0.]])
+    >>> sketch = Sketch(2)
+    >>> sketch.add(torch.tensor([[10.0, 3.0, 0.0], [10.0, -3.0, 0.0]]))
+    >>> sketch.even()
+    tensor([[0.1000, 0.0000, 0.0000],
+            [0.0000, 0.3333, 0.0000]])
     """
 
     def __init__(self, r: int):
         self.r, self.kept = r, r + BESIDE
         self.held: list[torch.Tensor] = []
+        self.sum: torch.Tensor | float = 0.0
         self.rows = 0
 
     def add(self, x: torch.Tensor) -> None:
         """Take further rows of X, (rows, n)."""
+        self.sum = self.sum + x.detach().double().sum(0)
         for part in x.detach().float().split(TOGETHER):
             self.held.append(part)
             self.rows += len(part)
             if sum(map(len, self.held)) >= self.kept + TOGETHER:
-                s, v = self._decomposed()
+                s, v = _decomposed(torch.cat(self.held))
                 self.held = [s[: self.kept, None] * v[: self.kept]]
 
-    def vectors(self) -> torch.Tensor | None:
-        """The r largest right-singular vectors, (r, n) float32, largest first; None where X has fewer directions."""
-        s, v = self._decomposed()
-        directions = int((s > s[:1] * torch.finfo(torch.float32).eps * max(v.shape)).sum())
-        return v[: self.r].contiguous() if directions >= self.r else None
+    def even(self) -> torch.Tensor | None:
+        """r directions at right angles, along each of which the rows of X have a mean square of 1.
 
-    def _decomposed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Singular values and right-singular vectors of what is held; the sign of a vector is that of its largest
-        element."""
-        _, s, v = torch.linalg.svd(torch.cat(self.held), full_matrices=False)
-        largest = v.gather(1, v.abs().argmax(1, keepdim=True))
-        return s, v * torch.where(largest < 0, -1.0, 1.0)
+        The first is that of the mean row; the others are the principal directions of what is left of X without it, the
+        largest first. Rows share their mean, so a random direction moves all of them alike and by far more than it
+        moves them apart; here it has one direction of r.
+
+        Returns:
+            (r, n) float32; None where X has fewer directions.
+        """
+        x = torch.cat(self.held)
+        mean = (self.sum / self.sum.norm()).float()[None]
+        v = _decomposed(x - (x @ mean.T) * mean)[1]
+        vectors = torch.cat([mean, v[: self.r - 1]])
+        size = (x @ vectors.T).square().sum(0).div(self.rows).sqrt()[:, None]
+        enough = len(vectors) == self.r and size.min() > size.max() * torch.finfo(torch.float32).eps * x.shape[1]
+        return (vectors / size).contiguous() if enough else None
 
 
-def vectors_of(
-    layers: Mapping[str, nn.Module], r: int, passes: Iterable[Pass], option: str, outputs: bool = False
-) -> dict[str, torch.Tensor]:
-    """The largest right-singular vectors of what each linear layer is given, or gives, while a model runs.
+def _decomposed(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Singular values and right-singular vectors; the sign of a vector is that of its largest element."""
+    _, s, v = torch.linalg.svd(x, full_matrices=False)
+    largest = v.gather(1, v.abs().argmax(1, keepdim=True))
+    return s, v * torch.where(largest < 0, -1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a linear layer was given and gave.
 
     Args:
-        layers: linear layers by name, of which the outputs are taken without their bias.
-        r: vectors of each.
+        directions: (r, inputs) float32, see `Sketch.even`.
+        output: root of the mean squared length of W x.
+    """
+
+    directions: torch.Tensor
+    output: float
+
+
+def seen_by(layers: Mapping[str, nn.Module], r: int, passes: Iterable[Pass]) -> dict[str, Seen]:
+    """What each linear layer is given and gives while a model runs, by name.
+
+    Args:
+        layers: linear layers by name; outputs count without their bias.
+        r: directions of each.
         passes: through the model, of the calibration batch.
-        option: for the error.
-        outputs: of what they give.
-    Returns:
-        (r, inputs) or (r, outputs) float32, on the layer's device, by name.
     Raises:
         UserError: a layer saw fewer than r directions.
     """
-    sketches = {name: Sketch(r) for name in layers}
+    sketches, squares = {name: Sketch(r) for name in layers}, dict.fromkeys(layers, 0.0)
 
     def see(name: str) -> Callable:
-        def given(module: nn.Module, args: tuple) -> None:
-            sketches[name].add(now.counted(args[0]))
-
-        def gives(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
+        def hook(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
             bias = getattr(module, "bias", None)
-            sketches[name].add(now.counted(out if bias is None else out - bias))
+            sketches[name].add(now.counted(args[0]))
+            squares[name] += now.counted(out if bias is None else out - bias).double().square().sum().item()
 
-        return gives if outputs else given
+        return hook
 
-    hooks = []
-    for name, layer in layers.items():
-        hook = layer.register_forward_hook if outputs else layer.register_forward_pre_hook
-        hooks.append(hook(see(name)))
+    hooks = [layer.register_forward_hook(see(name)) for name, layer in layers.items()]
     try:
         with torch.no_grad():
             for now in passes:
@@ -115,9 +132,11 @@ def vectors_of(
     finally:
         for hook in hooks:
             hook.remove()
-    found = {name: sketch.vectors() if sketch.rows else None for name, sketch in sketches.items()}
-    for name, vectors in found.items():
-        if vectors is None:
-            rows = sketches[name].rows
-            raise UserError(f"{option}: {name} saw {rows} tokens, which have no {r} directions; lower --r")
-    return found
+    found = {name: sketch.even() if sketch.rows else None for name, sketch in sketches.items()}
+    for name, directions in found.items():
+        if directions is None:
+            raise UserError(
+                f"--lora-a calibrated: {name} saw {sketches[name].rows} tokens, which have no {r} directions; lower"
+                " --r, or raise --calibration-examples"
+            )
+    return {name: Seen(found[name], (squares[name] / sketches[name].rows) ** 0.5) for name in layers}

@@ -7,8 +7,8 @@ from peft.tuners.lora import LoraLayer
 
 from mezo.config import LoraB
 from mezo.models import lora
-from mezo.models.calibration import Pass, vectors_of
-from mezo.models.tuning import Attached, Base
+from mezo.models.calibration import Pass, seen_by
+from mezo.models.tuning import Attached, Base, Calibration
 from mezo_kernels import canonical_name, lora_init
 
 START = 0  # seed of the lora_A that the proof at the start of a run scores with
@@ -17,8 +17,8 @@ START = 0  # seed of the lora_A that the proof at the start of a run scores with
 def attach(tuning: LoraB, base: Base) -> Attached:
     """The base with a LoRA adapter whose lora_A stays as the run's seed draws it, or as a calibration batch gives it.
 
-    lora_B starts from zero. Calibrated lora_A is the largest right-singular vectors of what its layer is given
-    (Paischer et al. 2024, arXiv 2410.07170): the directions in which a change of lora_B changes most.
+    lora_B starts from zero. A calibrated lora_A is scaled so that lora_B of normal numbers gives what is as large as
+    what the layer gives itself.
 
     Raises:
         UserError: there are no such layers or linear modules.
@@ -34,9 +34,10 @@ def attach(tuning: LoraB, base: Base) -> Attached:
 
     def calibrate(passes: Iterable[Pass]) -> None:
         modules = whole.model.named_modules()
-        layers = {canonical_name(path): module for path, module in modules if isinstance(module, LoraLayer)}
-        found = vectors_of(layers, tuning.r, passes, f"--lora-a {tuning.lora_a}")
-        calibrated.update({f"{name}.lora_A.weight": vectors.cpu() for name, vectors in found.items()})
+        layers = {canonical_name(path): m.get_base_layer() for path, m in modules if isinstance(m, LoraLayer)}
+        for name, seen in seen_by(layers, tuning.r, passes).items():
+            outputs, r = shapes[f"{name}.lora_B.weight"]
+            calibrated[f"{name}.lora_A.weight"] = (seen.directions * (seen.output / (outputs * r) ** 0.5)).cpu()
 
     def initial(seed: int) -> dict[str, torch.Tensor]:
         drawn = lambda name: calibrated[name] if calibrated else lora_init(seed, name, shapes[name])  # noqa: E731
@@ -50,5 +51,5 @@ def attach(tuning: LoraB, base: Base) -> Attached:
         whole.noise,
         initial,
         frozen=frozen,
-        calibrate=calibrate if tuning.lora_a == "calibrated" else None,
+        calibration=Calibration(tuning.calibration_examples, calibrate) if tuning.lora_a == "calibrated" else None,
     )

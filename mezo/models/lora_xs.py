@@ -2,8 +2,7 @@
 
 W + lora_alpha / r B R A with A = S V and B = U from the truncated singular value decomposition U S V of W: what is
 trained, R, has r * r elements whatever the size of the weight, and the variance of an estimate grows with their number.
-With --factors outputs B has the directions in which the outputs of W vary most on a calibration batch, and A = B'W:
-then R is applied to the largest principal components of what W gives.
+A calibrated A has the directions of what a layer is given instead, each as large as the others.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from mezo.config import LoraXS
 from mezo.errors import UserError
 from mezo.models import lora
-from mezo.models.calibration import Pass, vectors_of
+from mezo.models.calibration import Pass, seen_by
 from mezo.models.quantization import plain_weight
 from mezo.models.spec import CORE
-from mezo.models.tuning import Attached, Base
+from mezo.models.tuning import Attached, Base, Calibration
 from mezo_kernels import canonical_name, lora_init
 
 BESIDE, ITERATIONS = 16, 8  # of the randomised decomposition: vectors beyond the r wanted, and power iterations
@@ -70,10 +69,8 @@ def attach(tuning: LoraXS, base: Base) -> Attached:
 
     def calibrate(passes: Iterable[Pass]) -> None:
         layers = {name: module.get_base_layer() for name, (module, _) in adapted.items()}
-        found = vectors_of(layers, tuning.r, passes, f"--factors {tuning.factors}", outputs=True)
-        for name, u in found.items():
-            a = u @ _weight_of(*adapted[name]).float()
-            factors.update({f"{name}.lora_A.weight": a.cpu(), f"{name}.lora_B.weight": u.T.contiguous().cpu()})
+        for name, seen in seen_by(layers, tuning.r, passes).items():
+            factors[f"{name}.lora_A.weight"] = (seen.directions * (seen.output / tuning.r)).cpu()
 
     def initial(seed: int) -> dict[str, torch.Tensor]:
         return factors | {name: torch.zeros(shape) for name, shape in shapes.items()}
@@ -86,7 +83,7 @@ def attach(tuning: LoraXS, base: Base) -> Attached:
         _noise,
         initial,
         frozen=frozen,
-        calibrate=calibrate if tuning.factors == "outputs" else None,
+        calibration=Calibration(tuning.calibration_examples, calibrate) if tuning.lora_a == "calibrated" else None,
     )
 
 

@@ -38,6 +38,19 @@ class Base:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """How what is frozen is made of a calibration batch.
+
+    Args:
+        examples: of the training set, at most.
+        run: takes the passes of their rows through the model, at a theta at which it is the base.
+    """
+
+    examples: int
+    run: Callable[[Iterable[Pass]], None]
+
+
+@dataclass(frozen=True)
 class Attached:
     """A model with what is trained of it: what the `attach` of every tuning returns.
 
@@ -53,8 +66,7 @@ class Attached:
         prefix: keys and values in front of every layer's own, if that is what is trained.
         frozen: parameters that belong to the adapter and are not trained, by canonical name.
         above: names of trained parameters that come after every layer: those of a head for classes.
-        calibrate: by passes of a calibration batch through the model, at a theta at which it is the base, makes what is
-            frozen that `initial` gives; None where it needs no such batch.
+        calibration: makes what is frozen, which `initial` then gives; None where that needs none.
     """
 
     model: nn.Module
@@ -66,4 +78,4 @@ class Attached:
     prefix: Prefix | None = None
     frozen: dict[str, nn.Parameter] = field(default_factory=dict)
     above: frozenset[str] = frozenset()
-    calibrate: Callable[[Iterable[Pass]], None] | None = None
+    calibration: Calibration | None = None

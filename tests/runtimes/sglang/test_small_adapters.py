@@ -67,7 +67,7 @@ def test_two_ranks_score_as_transformers_do(model, tuning):
     [
         {"tuning": "lora-xs"},
         {"tuning": "lora-b", "lora_a": "calibrated"},
-        pytest.param({"tuning": "lora-xs", "factors": "outputs"}, marks=pytest.mark.slow),
+        pytest.param({"tuning": "lora-xs", "lora_a": "calibrated"}, marks=pytest.mark.slow),
         pytest.param({"tuning": "lora-b"}, marks=pytest.mark.slow),
     ],
     ids=lambda options: "-".join(options.values()),
