@@ -47,9 +47,10 @@ def test_the_first_layer_with_an_outlier_is_chosen(planted):
     assert ratios[0] < 1000 < ratios[1]
 
 
-def test_a_run_has_the_layer_in_its_files_and_does_not_choose_again(options, monkeypatch, capsys):
-    assert train(Config.of(**options), until=2) is None
-    assert "layer 1 has the first activation outlier" in " ".join(capsys.readouterr().err.split())
+def test_a_run_has_the_layer_in_its_files_and_does_not_choose_again(options, monkeypatch, caplog):
+    with caplog.at_level("INFO"):
+        assert train(Config.of(**options), until=2) is None
+    assert "layer 1 has the first activation outlier" in caplog.text
     run = Path(options["output_dir"])
     assert json.loads((run / "config.json").read_text())["layers_to_transform"] == [1]
     assert read_header(run / "trajectory.jsonl")["peft"]["layers_to_transform"] == [1]
