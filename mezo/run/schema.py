@@ -114,6 +114,7 @@ class Rule(_Fields):
     distribution: Text = "normal"
     normalised: StrictBool = False
     anchored: StrictBool = False
+    refresh_every: Annotated[Count, Ge(1)] = 1
 
 
 class Lengthening(_Fields):
