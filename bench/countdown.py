@@ -115,13 +115,13 @@ def together(runtime: SGLangRuntime, seeds: list[int], prompts: list[int], sampl
 
 
 def one_by_one(runtime: SGLangRuntime, seeds: list[int], prompts: list[int], sampling: Sampling) -> list[str]:
-    """One copy after another in one slot, which is written in place; a batch has the prompts alone."""
+    """One copy after another, in slots that are written in place; a batch has the prompts alone."""
     texts = []
     for seed in seeds:
-        for eps in (1e-2, -1e-2):
-            runtime.perturb(Step([seed], eps))
-            asked = [(("plus0",), i) for i in prompts]
-            texts += runtime._write("train", asked, runtime.tokens, NEW, ("\n",), sampling)["plus0"]
+        runtime.perturb(Step([seed], 1e-2))
+        for slot in ("plus0", "minus0"):
+            asked = [((slot,), i) for i in prompts]
+            texts += runtime._write("train", asked, runtime.tokens, NEW, ("\n",), sampling)[slot]
     return texts
 
 
