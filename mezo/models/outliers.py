@@ -5,11 +5,12 @@ that it is a property of the model, not of a task. What an outlier is here is th
 (arXiv 2402.17762).
 """
 
+import dataclasses
+
 import torch
-from transformers import AutoTokenizer
 
 from mezo.errors import UserError
-from mezo.models.load import CPU, Checkpoint, load_with_new
+from mezo.models.load import CPU, Checkpoint, load_tokenizer, load_with_new
 
 TEXT = (
     "The museum opened at nine. By noon, more than two hundred visitors had seen the paintings, and the guide, who was"
@@ -31,7 +32,7 @@ def first_outlier(checkpoint: Checkpoint) -> tuple[int, list[float]]:
     Raises:
         UserError: no layer has one, or the model has no list of its layers.
     """
-    bare = Checkpoint(checkpoint.name, checkpoint.config, "linear", checkpoint.quantization)
+    bare = dataclasses.replace(checkpoint, head="linear")
     dtype = getattr(checkpoint.config.get_text_config(), "dtype", None) or torch.float32
     model, _ = load_with_new(bare, dtype, device=CPU)
     body = model.get_decoder() if checkpoint.reads_images else model
@@ -58,7 +59,7 @@ def _outputs_of(
     body: torch.nn.Module, layers: torch.nn.ModuleList, checkpoint: Checkpoint
 ) -> list[tuple[float, float]]:
     """(largest, median) size of what each layer gives, the text read once."""
-    ids = torch.tensor([AutoTokenizer.from_pretrained(checkpoint.name)(TEXT)["input_ids"]])
+    ids = torch.tensor([load_tokenizer(checkpoint.name, checkpoint.trusted)(TEXT)["input_ids"]])
     found: dict[int, tuple[float, float]] = {}
 
     def see(number: int, out: torch.Tensor | tuple) -> None:
