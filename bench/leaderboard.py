@@ -48,6 +48,7 @@ MEZO = ("mezo", "mezo-constant")  # rows that the others are held against
 XS = {"tuning": "lora-xs", "r": 32, "lora_alpha": 32}
 XS16 = {"tuning": "lora-xs", "r": 16, "lora_alpha": 16}
 XS8 = {"tuning": "lora-xs", "r": 8, "lora_alpha": 8}
+CALIBRATED = {**XS8, "lora_a": "calibrated"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ ROWS = {
         (8e-3, 16e-3),
         {"batch_size": 8, "num_perturbations": 7, "update_rule": "one-sided"},
     ),
+    "guided": Row("guided: a vector from 6 directions for all of a batch of 8, a pair along it", (2e-3, 4e-3, 8e-3),
+                  {"batch_size": 8, "num_perturbations": 6, "update_rule": "guided"}),
     "ranks-32": Row(
         "a direction an example, batch 32, ranks of the losses",
         (1e-2, 2e-2, 4e-2),
@@ -107,6 +110,17 @@ ROWS = {
                     {**XS16, "batch_size": 128, "directions": 128}),
     "xs8-128": Row("lora-xs r 8, a direction an example, batch 128", (64e-3, 128e-3),
                    {**XS8, "batch_size": 128, "directions": 128}),
+    "calibrated-b-32": Row("lora-b r 8, calibrated, a direction an example, batch 32", (0.125, 0.25),
+                           {"tuning": "lora-b", "r": 8, "lora_alpha": 8, "lora_a": "calibrated", "directions": 32}),
+    "calibrated-1": Row("lora-xs r 8, calibrated, one direction a step, batch 32", (0.125, 0.25), CALIBRATED),
+    "calibrated-32": Row("lora-xs r 8, calibrated, a direction an example, batch 32", (0.125, 0.25),
+                         {**CALIBRATED, "directions": 32}),
+    "calibrated-64": Row("lora-xs r 8, calibrated, a direction an example, batch 64", (0.25, 0.5),
+                         {**CALIBRATED, "batch_size": 64, "directions": 64}),
+    "calibrated-128": Row("lora-xs r 8, calibrated, a direction an example, batch 128", (0.25, 0.5),
+                          {**CALIBRATED, "batch_size": 128, "directions": 128}),
+    "calibrated16-128": Row("lora-xs r 16, calibrated, a direction an example, batch 128", (0.25, 0.5),
+                            {**XS16, "lora_a": "calibrated", "batch_size": 128, "directions": 128}),
 }  # fmt: skip
 
 
@@ -115,7 +129,8 @@ def config_of(row: Row, budget: int) -> Config:
     base = demo.demo_config("it-was", 1, Path("unused")).replace(
         noise=False, report=False, best_metric="loss", **({"lr_schedule": "cosine"} | row.options)
     )
-    steps = budget // row.scored(base)
+    each = row.scored(base.replace(steps=2)) - row.scored(base)
+    steps = (budget - (row.scored(base) - each)) // each  # less what it calibrates with
     # the kernels are compared with the reference at the start and the end alone, which costs more than short runs do
     return base.replace(steps=steps, eval_every=max(1, steps // EVALUATIONS), verify_every=steps)
 

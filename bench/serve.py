@@ -3,7 +3,8 @@
 One server, so the arguments of the engine are the same; training is off where it is paused. Users come at random times
 (Poisson) whether or not earlier ones have been answered, and read a stream; the same ones in both rows of a load. Rates
 are shares of what one user after another is served at. The first minutes with training let the server learn what users
-wait for without it; they are a row of their own.
+wait for without it; they are a row of their own. Each --max-latency-cost is measured by a call of its own, which adds
+to the JSON.
 
 Run: make bench-serve, or python bench/serve.py --output bench/results/MACHINE/serve.json
 """
@@ -59,7 +60,8 @@ class Server:
     def ask(self, path: str, body: dict | None = None) -> dict:
         """The answer of an endpoint."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=ANSWERING)
-        connection.request("GET" if body is None else "POST", path, body and json.dumps(body))
+        sent = None if body is None else json.dumps(body)
+        connection.request("GET" if body is None else "POST", path, sent, {"Content-Type": "application/json"})
         answer = json.loads(connection.getresponse().read())
         connection.close()
         return answer
@@ -137,7 +139,7 @@ def load(server: Server, prompts: Sequence[str], rate: float, seconds: float, to
 
 def waits(seconds: Sequence[float]) -> dict:
     """Percentiles of what users waited for, in seconds."""
-    return {"n": len(seconds)} | {f"p{p}": percentile(seconds, p / 100) for p in (50, 99) if seconds}
+    return {"n": len(seconds)} | {f"p{p}": percentile(seconds, p / 100) for p in (50, 90, 99) if seconds}
 
 
 def verdicts(rows: Sequence[dict], cost: float) -> list[dict]:
@@ -148,8 +150,12 @@ def verdicts(rows: Sequence[dict], cost: float) -> list[dict]:
         if len(of_load) == 2 and all(row["first"]["n"] for row in of_load.values()):
             on, off = (of_load[state]["first"] for state in (True, False))
             raised = on["p99"] / off["p99"] - 1
-            found.append({"share": share, "raised_p99": raised, "raised_p50": on["p50"] / off["p50"] - 1})
+            others = {f"raised_p{p}": on[f"p{p}"] / off[f"p{p}"] - 1 for p in (90, 50)}
+            found.append({"share": share, "raised_p99": raised, **others})
             found[-1] |= {"held": raised <= cost, "n": min(on["n"], off["n"])}
+            found[-1] |= {"steps_per_second": of_load[True]["steps_per_second"]}
+            on, off = (of_load[state]["tokens_per_second"] for state in (True, False))
+            found[-1] |= {"users_throughput": on / off}
     return found
 
 
@@ -178,18 +184,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = demo.demo_config("it-was", 10**7, Path(folder) / "run")
         # a rate at which theta stays where it is: what is measured is time
-        config = config.replace(runtime="sglang", lr=1e-9, eval_every=10**7, noise=False, report=False, **args.options)
+        unmeasured = {"eval_every": 10**7, "eval_test": False, "noise": False, "report": False}
+        few = {"num_train": 64, "num_dev": 16, "batch_size": 8}
+        # so few that all were read in the warm-up: every step after it finds its prompts in the cache
+        config = config.replace(**{"runtime": "sglang", "lr": 1e-9, **few, **unmeasured, **args.options})
         rows = [json.loads(line) for line in Path(config.data.train_file).read_text().splitlines()]
         prompts = [row["text"] for row in rows[:64]]
+        found = json.loads(args.output.read_text()) if args.output.is_file() else {}
+        found.setdefault("by_cost", {})
         server, kept = Server(config, args.max_latency_cost), []
 
         def keep(row: dict, rate: float, seconds: float, seed: int) -> None:
             kept.append(row | load(server, prompts, rate, seconds, args.tokens, seed))
             print(json.dumps(kept[-1]), flush=True)
             told = {"machine": describe(), "model": Path(config.model.base).name, "tokens": args.tokens}
-            told |= {"max_latency_cost": args.max_latency_cost, "verdicts": verdicts(kept, args.max_latency_cost)}
+            told |= {"batch_size": config.method.batch_size, "num_train": config.data.num_train}
+            told |= {"verdicts": verdicts(kept, args.max_latency_cost), "rows": kept}
+            found["by_cost"][str(args.max_latency_cost)] = told
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(told | {"rows": kept}, indent=1) + "\n")
+            args.output.write_text(json.dumps(found, indent=1) + "\n")
 
         try:
             measured(server, prompts, args, keep)

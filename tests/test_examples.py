@@ -101,3 +101,22 @@ def test_a_task_of_your_own(family, tmp_path, monkeypatch, capsys):
     assert [row["step"] for row in result["dev"]] == [0, 1, 2, 3, 4]
     assert result["test"]["after"]["accuracy"] is not None
     assert main(["train", "--resume", str(run)]) == 0
+
+
+def test_countdown_can_be_solved_and_its_reward_takes_any_text(tmp_path):
+    example = load("countdown")
+    options = example.write(tmp_path, seed=1, sizes={"train": 30, "dev": 10}, numbers=(2, 3))
+    rows = [json.loads(line) for path in options.values() for line in Path(path).read_text().splitlines()]
+    assert len(rows) == 40
+    assert len({(*sorted(row["numbers"]), row["target"]) for row in rows}) == 40, "no puzzle is in two splits"
+    for row in rows:
+        found = example.answers(row["numbers"], row["target"])
+        assert found
+        assert {example.solved(row, text) for text in found} == {1.0}
+        assert row["prompt"].endswith(f"Target: {row['target']}. Answer:")
+    puzzle = {"numbers": [9, 9], "target": 18}
+    assert [example.solved(puzzle, text) for text in ("9 + 9", " (9+9)", "9 * 9", "9 + 9 + 0", "18", "9 9", "")] == [
+        1.0, 1.0, example.PARTIAL, 0.0, 0.0, 0.0, 0.0,
+    ]  # fmt: skip
+    for text in ("__import__('os')", "9 ** 9 ** 9", "9 / 9", "(" * 500, "True + 9", "9 + 9\0", "9 + -9", "9.0 + 9"):
+        assert example.solved(puzzle, text) == 0.0

@@ -89,6 +89,9 @@ def _check_objective(method: Method) -> None:
     require(asked or not method.reward, f"--reward {method.reward} is not in --objective: add it there, reward:0.5")
     text = any(name in GENERATED for name in objectives)
     require(text or not method.z_score_rewards, "--z-score-rewards needs f1 or reward in --objective: leave it out")
+    centred = not method.center_rewards or method.z_score_rewards
+    require(centred, "--center-rewards changes what --z-score-rewards divides by, else nothing: give both, or none")
+    require(text or not method.temperature, "--temperature needs f1 or reward in --objective: leave it out")
     require(all(method.stop), "--stop must not be empty text: leave it out")
 
 

@@ -83,11 +83,17 @@ class Objective:
     fields) and the text written for it, and returns a number, the same one each time."""
     z_score_rewards: bool = False
     """Standardise rewards and F1s over the texts of a step: of its examples, its directions and both signs."""
+    center_rewards: bool = False
+    """Take from each reward the mean over the texts of its prompt before --z-score-rewards standardises them: then the
+    scale is that of the differences between texts, whatever prompts differ by."""
+    temperature: NotBelowZero = 0.0
+    """Sample the texts of a step at this temperature, by the same random numbers at both signs and along every
+    direction; 0 takes the most likely token each time (greedy), as evaluations always do."""
     generate: Literal["auto", "on", "off"] = "auto"
     """Let the model write text at evaluations too, judged by F1 and exact match; auto does so for tasks whose answer is
     text."""
     max_new_tokens: AtLeastOne = 50
-    """Most tokens of a text that the model writes; it takes the most likely token each time (greedy)."""
+    """Most tokens of a text that the model writes."""
     stop: tuple[str, ...] = ("\\n",)
     """A text ends before any of these; \\n is a line break."""
 

@@ -100,16 +100,31 @@ def pattern_of(texts: Sequence[str], flag: str, kind: type = float) -> dict[str,
 
 
 @dataclass(frozen=True)
-class LoraB(Adapted):
+class WithFrozenA(Adapted):
+    """A LoRA adapter whose A is not trained."""
+
+    from_model: ClassVar[bool] = True
+
+    lora_a: Literal["plain", "calibrated"] = "plain"
+    """What stays as lora_A. plain: drawn from --seed (lora-b), or the largest singular vectors of each weight
+    (lora-xs). calibrated: made of what each adapted layer is given on some training prompts, without labels, by a
+    forward pass of each before the run. Prompts share most of what a layer is given; there that gets one direction of
+    r, and the others are those in which prompts differ most, all of one size (after EVA: Paischer et al. 2024, arXiv
+    2410.07170). Then eps and lr are in units of what a layer gives: begin with --lr 0.25."""
+    calibration_examples: AtLeastOne = 256
+    """Training examples, at most, that lora_A is calibrated on."""
+
+
+@dataclass(frozen=True)
+class LoraB(WithFrozenA):
     """A LoRA adapter whose A stays as it was drawn; B is trained (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303)."""
 
     name: ClassVar[str] = "lora-b"
     summary: ClassVar[str] = "a LoRA adapter of which lora_B alone is trained"
-    from_model: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
-class LoraXS(Adapted):
+class LoraXS(WithFrozenA):
     """W + lora_alpha / r B R A; A and B stay: the largest singular vectors of W (Balazy et al. 2024, arXiv 2405.17604).
 
     R, r by r, is trained from zero. What a run leaves is the LoRA adapter with lora_B = B R and lora_A = A.
@@ -120,7 +135,6 @@ class LoraXS(Adapted):
         "an r by r matrix between factors of each weight that stay, r * r parameters a module: few, which a direction"
         " finds its way in sooner; try --r 32 --lora-alpha 32"
     )
-    from_model: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

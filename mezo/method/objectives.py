@@ -5,7 +5,7 @@ options than the widest one its row ends in -inf. Labels are the indices of the 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -105,6 +105,27 @@ def standardised(values: torch.Tensor) -> torch.Tensor:
     if bool((values == values.flatten()[0]).all()):
         return torch.zeros_like(values)
     return (values - values.mean()) / values.std(correction=0)
+
+
+def centred(values: torch.Tensor, groups: Sequence[int]) -> torch.Tensor:
+    """r - mean r over the texts of each prompt: those of both signs of every perturbation that it is measured under.
+
+    The difference of two signs stays as it is. What goes is what prompts differ by, which says nothing of a
+    perturbation, and which `standardised` would divide by.
+
+    Args:
+        values: (perturbations, 2, prompts), float64.
+        groups: of each perturbation, the prompts it is measured on; those of one group have the same.
+
+    >>> centred(torch.tensor([[[1.0, 8.0], [3.0, 8.0]], [[0.0, 1.0], [0.0, 1.0]]]), [0, 1]).flatten(1)
+    tensor([[-1.,  0.,  1.,  0.],
+            [ 0.,  0.,  0.,  0.]])
+    """
+    out = torch.empty_like(values)
+    for group in dict.fromkeys(groups):
+        rows = [k for k, own in enumerate(groups) if own == group]
+        out[rows] = values[rows] - values[rows].mean((0, 1))
+    return out
 
 
 def standard_error(accuracy: float, n: int) -> float:

@@ -2,9 +2,10 @@
 
 W + lora_alpha / r B R A with A = S V and B = U from the truncated singular value decomposition U S V of W: what is
 trained, R, has r * r elements whatever the size of the weight, and the variance of an estimate grows with their number.
+A calibrated A has the directions of what a layer is given instead, each as large as the others.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -14,9 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from mezo.config import LoraXS
 from mezo.errors import UserError
 from mezo.models import lora
+from mezo.models.calibration import Pass, seen_by
 from mezo.models.quantization import plain_weight
 from mezo.models.spec import CORE
-from mezo.models.tuning import Attached, Base
+from mezo.models.tuning import Attached, Base, Calibration
 from mezo_kernels import canonical_name, lora_init
 
 BESIDE, ITERATIONS = 16, 8  # of the randomised decomposition: vectors beyond the r wanted, and power iterations
@@ -50,26 +52,45 @@ def attach(tuning: LoraXS, base: Base) -> Attached:
         UserError: there are no such layers or linear modules, or a weight has not as many singular vectors.
     """
     whole = lora.attach(tuning, base)
-    params, frozen = {}, {}
+    params, frozen, adapted = {}, {}, {}
     for path, module in list(whole.model.named_modules()):
         if not isinstance(module, LoraLayer):
             continue
         name = canonical_name(path)
-        layer = module.get_base_layer()
-        weight = plain_weight(layer)
-        a, b = _factors(weight.T if isinstance(layer, Conv1D) else weight, tuning.r, name)
+        adapted[name] = module, isinstance(module.get_base_layer(), Conv1D)
+        a, b = _factors(_weight_of(*adapted[name]), tuning.r, name)
         module.lora_A["default"].weight.data.copy_(a)
         module.lora_B["default"] = factors = Factors(b.to(base.model.dtype).to(base.model.device))
         core, outer = factors
         params[f"{name}.{CORE}"] = core.weight
         frozen |= {f"{name}.lora_A.weight": module.lora_A["default"].weight, f"{name}.lora_B.weight": outer.weight}
-    factors_of_w = {name: p.detach().float().cpu() for name, p in frozen.items()}
+    factors = {name: p.detach().float().cpu() for name, p in frozen.items()}
     shapes = {name: tuple(p.shape) for name, p in params.items()}
 
-    def initial(seed: int) -> dict[str, torch.Tensor]:
-        return factors_of_w | {name: torch.zeros(shape) for name, shape in shapes.items()}
+    def calibrate(passes: Iterable[Pass]) -> None:
+        layers = {name: module.get_base_layer() for name, (module, _) in adapted.items()}
+        for name, seen in seen_by(layers, tuning.r, passes).items():
+            factors[f"{name}.lora_A.weight"] = (seen.directions * (seen.output / tuning.r)).cpu()
 
-    return Attached(whole.model, params, whole.peft, "parameters of LoRA-XS", _noise, initial, frozen=frozen)
+    def initial(seed: int) -> dict[str, torch.Tensor]:
+        return factors | {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+    return Attached(
+        whole.model,
+        params,
+        whole.peft,
+        "parameters of LoRA-XS",
+        _noise,
+        initial,
+        frozen=frozen,
+        calibration=Calibration(tuning.calibration_examples, calibrate) if tuning.lora_a == "calibrated" else None,
+    )
+
+
+def _weight_of(module: LoraLayer, transposed: bool) -> torch.Tensor:
+    """(outputs, inputs) of the linear layer that an adapter is beside."""
+    weight = plain_weight(module.get_base_layer())
+    return weight.T if transposed else weight
 
 
 def _factors(weight: torch.Tensor, r: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:

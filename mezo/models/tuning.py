@@ -3,13 +3,14 @@
 `lora.py`, `lora_b.py`, `lora_xs.py`, `prefix.py` and `full.py` are one tuning each; `parts.py` has the table of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from mezo.models.attention import Prefix
+from mezo.models.calibration import Pass
 from mezo.models.load import Checkpoint
 
 
@@ -37,6 +38,19 @@ class Base:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """How what is frozen is made of a calibration batch.
+
+    Args:
+        examples: of the training set, at most.
+        run: takes the passes of their rows through the model, at a theta at which it is the base.
+    """
+
+    examples: int
+    run: Callable[[Iterable[Pass]], None]
+
+
+@dataclass(frozen=True)
 class Attached:
     """A model with what is trained of it: what the `attach` of every tuning returns.
 
@@ -52,6 +66,7 @@ class Attached:
         prefix: keys and values in front of every layer's own, if that is what is trained.
         frozen: parameters that belong to the adapter and are not trained, by canonical name.
         above: names of trained parameters that come after every layer: those of a head for classes.
+        calibration: makes what is frozen, which `initial` then gives; None where that needs none.
     """
 
     model: nn.Module
@@ -63,3 +78,4 @@ class Attached:
     prefix: Prefix | None = None
     frozen: dict[str, nn.Parameter] = field(default_factory=dict)
     above: frozenset[str] = frozenset()
+    calibration: Calibration | None = None

@@ -312,8 +312,10 @@ class MeZO(torch.optim.Optimizer):
         return [rule.choose(update, tried) for update in updates], tried
 
     def _copies(self, step: Step, rule: Rule) -> Iterator[None]:
-        """Set the parameters to the copies that a step scores, in turn: both signs of each perturbation; one-sided theta
-        and each theta + eps z; where the rule guides each theta + eps z."""
+        """Set the parameters to the copies that a step scores, in turn.
+
+        Both signs of each perturbation; one-sided theta and each theta + eps z; where the rule guides these alone.
+        """
         if rule.one_sided:
             yield
         for seed, eps in zip(step.seeds, step.eps, strict=True):

@@ -13,13 +13,14 @@ LEFT_OUT = {"seed", "output_dir", "report", "noise"}
 
 
 def rows_scored(config: Config) -> int:
-    """Rows that the forward passes of a run score in training, of examples with one row each.
+    """Rows that the forward passes of a run score in training, of examples with one row each, and calibrate with.
 
     >>> rows_scored(Config.of(model="m", output_dir="o", task="sst2", batch_size=32, directions=8, steps=100))
     6400
     """
-    method = config.method
-    return method.steps * method.batch_size * method.rule.passes(method.num_perturbations)
+    method, tuning = config.method, config.model.tuning
+    calibrated = tuning.calibration_examples if getattr(tuning, "lora_a", "") == "calibrated" else 0
+    return calibrated + method.steps * method.batch_size * method.rule.passes(method.num_perturbations)
 
 
 def leaderboard(runs: Sequence[str]) -> list[dict]:

@@ -9,6 +9,7 @@ from rich.progress import track
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.method.guard import StepGuard
+from mezo.method.sampling import text_seed
 from mezo.method.schedule import learning_rate
 from mezo.method.step import Step, Update
 from mezo.models.spec import adapter_shapes
@@ -49,7 +50,12 @@ def check_lines(run: RunDirectory, first: dict, records: Sequence[StepRecord], l
         seeds = Step.of_run(first["run_seed"], record.step, len(record.update.seeds), 1.0).seeds
         if record.update.seeds != seeds:
             raise UserError(f"{line}: seeds {record.update.seeds} are not those of step {record.step}, {seeds}")
+        if record.text_seed is not None and record.text_seed != text_seed(first["run_seed"], record.step):
+            raise UserError(f"{line}: text_seed {record.text_seed} is not that of step {record.step}")
         if config is not None:
+            sampled = bool(config.method.temperature)
+            if (record.text_seed is not None) != sampled:
+                raise UserError(f"{line}: text_seed is {'missing' if sampled else 'there'}, unlike --temperature")
             _check_line(line, record, config, first, lengths, guard)
         guard.see(record.update)
 

@@ -45,6 +45,7 @@ class Record(TypedDict):
     tried: NotRequired[tuple[float, ...]]
     shortened: NotRequired[Annotated[float, Gt(0), Lt(1)]]
     fed: NotRequired[tuple[Annotated[StrictInt, Ge(1), Lt(2**53)], Hash]]
+    text_seed: NotRequired[Seed]
 
 
 class Peft(_Fields):

@@ -34,6 +34,7 @@ class StepRecord:
         shortened: what the coefficients were multiplied by under --max-step-ratio.
         fed: of the first step that draws from more lines of feedback.jsonl than those before it, how many lines, and
             the hash of the last of them; else ().
+        text_seed: that the texts of the step were sampled from (`method/sampling.py`); None where they were not.
     """
 
     step: int
@@ -43,6 +44,7 @@ class StepRecord:
     tried: tuple[float, ...] = ()
     shortened: float = 1.0
     fed: tuple[int, str] | tuple[()] = ()
+    text_seed: int | None = None
 
     def to_line(self) -> str:
         """One line of JSON; floats round-trip, and those that are not finite are strings."""
@@ -61,6 +63,7 @@ class StepRecord:
         values |= {"tried": self.tried} if self.tried else {}
         values |= {} if self.shortened == 1 else {"shortened": self.shortened}
         values |= {"fed": self.fed} if self.fed else {}
+        values |= {} if self.text_seed is None else {"text_seed": self.text_seed}
         return json.dumps({key: _encode(value) for key, value in values.items()}, allow_nan=False) + "\n"
 
     @classmethod
@@ -73,8 +76,8 @@ class StepRecord:
             raise ValueError("expected lists of equal length, one item a perturbation")
         update = Update(seeds, values["coefficients"], values["decay"], values.get("lr"), values["skipped"])
         tried, shortened = values.get("tried", ()), values.get("shortened", 1.0)
-        fed = values.get("fed", ())
-        return cls(values["step"], update, losses, values["projected_grads"], tried, shortened, fed)
+        fed, text_seed = values.get("fed", ()), values.get("text_seed")
+        return cls(values["step"], update, losses, values["projected_grads"], tried, shortened, fed, text_seed)
 
 
 def _encode(value):

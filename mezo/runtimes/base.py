@@ -9,6 +9,7 @@ import torch
 
 from mezo.data.example import Example
 from mezo.errors import UserError
+from mezo.method.sampling import Sampling
 from mezo.method.step import Step, Update
 from mezo.models.spec import TrainedSpec
 
@@ -135,12 +136,15 @@ class Runtime(Protocol):
         max_new_tokens: int,
         stop: Sequence[str],
         shares: Sequence[Sequence[int]] | None = None,
+        sampling: Sampling | None = None,
     ) -> list[tuple[list[str], list[str]]]:
         """As `generate`, at theta + eps z and theta - eps z of each perturbation of the last step.
 
         Args:
             split, indices, max_new_tokens, stop: as there.
             shares: see `score_pairs`.
+            sampling: of the texts, an example's by the same random numbers at every copy; None takes the most likely
+                token each time.
         """
 
     def describe(self) -> str:

@@ -1,4 +1,4 @@
-"""Greedy generation: the loop of the hf runtime, and what ends a text and becomes of its tokens on every runtime."""
+"""Generation: the loop of the hf runtime, and what ends a text and becomes of its tokens on every runtime."""
 
 import contextlib
 import itertools
@@ -12,6 +12,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 from mezo.config import Workload
 from mezo.data.example import Example
 from mezo.errors import UserError
+from mezo.method.sampling import Pick, likeliest
 from mezo.models.attention import Prefix
 from mezo.models.families import family_of
 from mezo.models.load import Checkpoint, load_tokenizer
@@ -100,28 +101,29 @@ def decoder_of(checkpoint: Checkpoint) -> Decoder:
 
 
 @torch.no_grad()
-def greedy_by_decoder(
+def written_by_decoder(
     model: nn.Module,
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     ended: Callable[[Sequence[int]], bool],
     pad: int,
+    pick: Pick = likeliest,
 ) -> list[list[int]]:
-    """As `greedy`, of an encoder-decoder: prompts are read once, answers are run anew for each token.
+    """As `written`, of an encoder-decoder: prompts are read once, answers are run anew for each token.
 
     Args:
         model: with its head.
         decoder: what is given around prompts and answers.
-        prompts, max_new_tokens, ended, pad: see `greedy`.
+        prompts, max_new_tokens, ended, pad, pick: see `written`.
     """
     rows = RowBatch.of([Row((*prompt, *decoder.end), (0,), ((0,),)) for prompt in prompts], pad, model.device)
     read = model.get_encoder()(input_ids=rows.ids, attention_mask=rows.mask)
     written = torch.tensor([decoder.start] * len(prompts), device=model.device)
     answers, unfinished = [[] for _ in prompts], set(range(len(prompts)))
-    for _ in range(max_new_tokens):
+    for place in range(max_new_tokens):
         out = model(encoder_outputs=read, attention_mask=rows.mask, decoder_input_ids=written, use_cache=False)
-        tokens = out.logits[:, -1].float().argmax(-1)
+        tokens = pick(out.logits[:, -1], place)
         for i in sorted(unfinished):
             answers[i].append(int(tokens[i]))
             unfinished -= {i} if ended(answers[i]) else set()
@@ -132,7 +134,7 @@ def greedy_by_decoder(
 
 
 @torch.no_grad()
-def greedy(
+def written(
     body: nn.Module,
     head: Callable[[torch.Tensor], torch.Tensor],
     prompts: Sequence[Sequence[int]],
@@ -140,8 +142,9 @@ def greedy(
     ended: Callable[[Sequence[int]], bool],
     pad: int,
     prefix: Prefix | None = None,
+    pick: Pick = likeliest,
 ) -> list[list[int]]:
-    """The most likely token each time, for prompts of any lengths at once (padded on the left).
+    """The token that is picked each time, for prompts of any lengths at once (padded on the left).
 
     The loop is written here, and not `generate` of transformers, because that takes penalties and sampling from the
     model's own generation_config.json.
@@ -154,6 +157,7 @@ def greedy(
         ended: whether an answer is over with its last token.
         pad: token id to pad with.
         prefix: keys and values that come before every prompt's.
+        pick: of the logits of all prompts' next tokens.
 
     Returns:
         Token ids of each answer, its last one included.
@@ -162,20 +166,23 @@ def greedy(
     windowed = any(window(config, layer) for layer in range(config.num_hidden_layers))
     if prefix and windowed and len(set(map(len, prompts))) > 1:
         # the padding would lie between prefix and prompt, and count as places of the window
-        alone = [greedy(body, head, [prompt], max_new_tokens, ended, pad, prefix) for prompt in prompts]
-        return [answer for (answer,) in alone]
+        alone = []
+        for row, prompt in enumerate(prompts):
+            own = lambda logits, place, row=row: pick(logits.expand(len(prompts), -1), place)[row : row + 1]  # noqa: E731
+            alone += written(body, head, [prompt], max_new_tokens, ended, pad, prefix, own)
+        return alone
     device, width, before = body.device, max(map(len, prompts)), prefix.tokens if prefix else 0
     ids = torch.tensor([[*[pad] * (width - len(prompt)), *prompt] for prompt in prompts], device=device)
     mask = torch.tensor([[*[0] * (width - len(prompt)), *[1] * len(prompt)] for prompt in prompts], device=device)
     mask = nn.functional.pad(mask, (before, 0), value=1)
     cache = prefix.cache(len(prompts)) if prefix else DynamicCache(config=body.config)
     answers, unfinished = [[] for _ in prompts], set(range(len(prompts)))
-    for _ in range(max_new_tokens):
+    for place in range(max_new_tokens):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = body(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state
-        tokens = head(out[:, -1]).float().argmax(-1)
+        tokens = pick(head(out[:, -1]), place)
         for i, token in enumerate(tokens.tolist()):
             if i in unfinished:
                 answers[i].append(token)

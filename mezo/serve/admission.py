@@ -1,20 +1,25 @@
 """When the trainer may use the engine: users first."""
 
+import statistics
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 LOOK = 0.5  # seconds between looks at whether the trainer was asked to stop
 PART = 0.25  # most seconds of one part of the trainer's work
+CYCLE = 3.0  # most seconds of a part of several requests and the rest after it
 KEPT = 1000  # waits of users that are remembered of each kind
 WINDOW = 5.0  # seconds
 EVERY = 10  # of so many windows the trainer is held back in one; in every other one until there are FEW waits
 FEW = 20  # waits that the bound is first checked by
 LATEST = 200  # waits that it is checked by
 RECENT = 60.0  # seconds for which users who are gone are reckoned with
-STEPS = (0.5, 1.25)  # parts become shorter or longer by these factors where the bound is broken or held
+STEPS = (0.5, 1.25)  # the trainer's share changes by these factors where the bound is broken or held
+TAIL = 0.01  # of users may wait longer than the bound: their 99th percentile is then within it
+MEASURED = 100  # parts that the next one is planned by; then sizes are tried again
+ALIKE = 0.95  # of two sizes of which one gets so much of the other's work done the larger is taken
 
 
 class Waits:
@@ -32,6 +37,25 @@ class Waits:
         self.beside: deque[float] = deque(maxlen=KEPT)
         self.fresh = 0  # waits beside training since the bound was last checked by them
 
+    def share(self, took: float, cost: float) -> float:
+        """The largest share of users who may find a part of the trainer's running that takes so long.
+
+        Such a user waits for what is left of it, a uniform part of `took`, and then as long as without it. A share f of
+        them raises those who wait longer than x = (1 + cost) p99 from P(w > x) to (1 - f) P(w > x) + f P(w + u > x),
+        which is to be at most TAIL. The w are the waits that were seen without the trainer.
+
+        Args:
+            took: seconds, > 0.
+            cost: by how much the 99th percentile may grow.
+        """
+        if not self.alone:
+            return 1.0
+        alone = list(self.alone)[-LATEST:]
+        x = (1 + cost) * percentile(alone, 0.99)
+        late = sum(wait > x for wait in alone) / len(alone)
+        caught = sum(min(1.0, max(0.0, 1 - (x - wait) / took)) for wait in alone) / len(alone)
+        return min(1.0, (TAIL - late) / (caught - late)) if caught > TAIL else 1.0
+
     def row(self) -> dict:
         """What status shows."""
         kinds = {"alone": self.alone, "beside_training": self.beside}
@@ -41,16 +65,57 @@ class Waits:
         }
 
 
+class Pace:
+    """How long parts of the trainer's work take, a + b n seconds for n requests, by those that were measured last.
+
+    a is not small: a forward pass of one request reads all weights, and so does one of many.
+
+    >>> pace = Pace()
+    >>> for n in (1, 2, 4):
+    ...     pace.see(n, 0.25 + 0.125 * n)
+    >>> round(pace.seconds(8), 6), pace.most
+    (1.25, 4)
+    """
+
+    def __init__(self):
+        self._seen: deque[tuple[int, float]] = deque(maxlen=MEASURED)
+
+    def see(self, n: int, took: float) -> None:
+        """A part of n requests took so many seconds."""
+        self._seen.append((n, took))
+
+    @property
+    def most(self) -> int:
+        """The most requests of a part that was measured."""
+        return max((n for n, _ in self._seen), default=0)
+
+    def seconds(self, n: int) -> float:
+        """What a part of n requests is expected to take; 0 where nothing is known."""
+        if not self._seen:
+            return 0.0
+        by_size: defaultdict[int, list[float]] = defaultdict(list)
+        for size, took in self._seen:
+            by_size[size].append(took)
+        sizes, times = list(by_size), [statistics.median(took) for took in by_size.values()]
+        if len(sizes) == 1:  # hoped for: so another size is tried
+            return times[0]
+        at, mean = statistics.mean(sizes), statistics.mean(times)
+        slope = sum((size - at) * (took - mean) for size, took in zip(sizes, times, strict=True))
+        b = max(0.0, slope / sum((size - at) ** 2 for size in sizes))
+        return max(0.0, mean - b * at) + b * n
+
+
 class Admission:
     """Divides the trainer's requests into parts, and holds each back until users leave room for it.
 
-    A part that runs delays whoever comes meanwhile by what is left of it. So a part is to take at most `bound`: half of
-    `cost` times the 99th percentile of what users wait for without the trainer. Where even one request takes longer,
-    the trainer rests after it, so that only one user in a hundred finds so much of it left. No part begins while a
-    stream waits for its first token, and while users are being answered parts get half of `cost` of the time.
+    A part that runs delays whoever comes meanwhile by what is left of it. How many users may find one follows from
+    what they wait for without the trainer (`Waits.share`): most could wait a little longer and still be within the
+    bound. The trainer rests after each part, so that parts run in that share of the time. A part has as many requests
+    as gets most of them done so: more at once are cheaper, and longer parts have a smaller share. No part begins while
+    a stream waits for its first token, and while users are being answered parts get `cost` of the time.
 
     What users wait for without the trainer is measured: while there are users it is held back in one window of
-    `EVERY`. Where the waits in the other windows are longer than they may be all the same, `bound` is lowered.
+    `EVERY`. Where the waits in the other windows are longer than they may be all the same, the share is lowered.
 
     Args:
         cost: by how much what users wait for may grow, such as 0.1; 0: no part runs while there are users.
@@ -64,7 +129,9 @@ class Admission:
         self.interrupted: Callable[[], bool] = lambda: False
         self._changed = threading.Condition()
         self._waiting = self._answering = 0  # streams before their first token, and all other requests of users
-        self._running, self._parts, self._size, self._scale = False, 0, 1, 1.0
+        self._running, self._parts, self._scale = False, 0, 1.0
+        self._paces: defaultdict[str, Pace] = defaultdict(Pace)
+        self.limit = PART  # seconds that the next part is expected to take
         self._credit, self._since, self._rested, self._left = 0.0, now(), 0.0, -RECENT
         self.paused, self.requests = False, 0
         self.seconds = dict.fromkeys(("users", "training", "held"), 0.0)
@@ -86,34 +153,43 @@ class Admission:
             self.paused = paused
             self._changed.notify_all()
 
-    @property
-    def bound(self) -> float:
-        """Seconds by which a part of the trainer's work may delay a user; no bound where no waits are known."""
-        alone = [percentile(waits.alone, 0.99) for waits in self.waits.values() if waits.alone]
-        return self._scale * self.cost / 2 * min(alone, default=float("inf"))
+    def share(self, took: float) -> float:
+        """Share of the time in which parts of so many seconds may run; all of it where no waits are known."""
+        known = [waits.share(took, self.cost) for waits in self.waits.values() if waits.alone]
+        return self._scale * min(known) if known else 1.0
 
-    @property
-    def limit(self) -> float:
-        """Seconds that a part of the trainer's work may take."""
-        return min(PART, self.bound)
+    def _planned(self, pace: Pace) -> int:
+        """Requests of the next part: of powers of 2, up to twice the most so far, those done fastest with all rests."""
+        sizes = [2**k for k in range((2 * pace.most).bit_length())] or [1]
+        took = {n: max(pace.seconds(n), 1e-6) for n in sizes}
+        share = self.share if self._users_about() else lambda seconds: 1.0
+        fitting = [n for n in sizes if took[n] <= PART and took[n] <= CYCLE * share(took[n])] or [1]
+        rates = {n: n * share(took[n]) / took[n] for n in fitting}
+        chosen = max(n for n in fitting if rates[n] >= ALIKE * max(rates.values()))
+        self.limit = took[chosen] if pace.most else PART
+        return chosen
 
-    def parts(self, n: int) -> Iterator[slice]:
-        """Slices of `n` requests of the trainer, each when there is room; it has run when the next is asked for."""
-        start = 0
+    def parts(self, n: int, kind: str = "") -> Iterator[slice]:
+        """Slices of `n` requests of the trainer, each when there is room; it has run when the next is asked for.
+
+        Args:
+            n: requests.
+            kind: of requests; those of one kind take alike.
+        """
+        start, pace = 0, self._paces[kind]
         while start < n:
             self._wait()
-            part = slice(start, min(n, start + self._size))
+            part = slice(start, min(n, start + self._planned(pace)))
             began = self.now()
             try:
                 yield part
             finally:
                 took = self._done(began)
-            sent = part.stop - part.start
-            fitting = sent * self.limit / max(took, 1e-6)  # requests that the limit would have had room for
-            if sent == 1 and self._users_about():
-                self._rested = self.now() + max(0.0, 100 * (took - self.bound) - took)
-            if fitting < sent or sent == self._size:
-                self._size = max(1, int(min(2 * self._size, fitting)))
+            pace.see(part.stop - part.start, took)
+            if self._users_about():
+                rest = took * (1 / max(self.share(max(took, 1e-6)), 1e-3) - 1)
+                # several requests rest longer only where they were not planned beside these users
+                self._rested = self.now() + (rest if part.stop - part.start == 1 else min(rest, CYCLE))
             start = part.stop
 
     def row(self) -> dict:
@@ -160,18 +236,19 @@ class Admission:
         now = self.now()
         if self._waiting or self._answering:
             self.seconds["users"] += now - self._since
-            self._credit = min(self._credit + self.cost / 2 * (now - self._since), max(self.limit, 0.0))
+            self._credit = min(self._credit + self.cost * (now - self._since), max(self.limit, 0.0))
         self._since = now
 
     def _check_bound(self, waits: Waits) -> None:
-        """Make parts shorter or longer where there are as many waits as tell whether the bound is held.
+        """Give the trainer a smaller or larger share where there are as many waits as tell whether the bound is held.
 
         Waits that it was checked by do not count again, as while training is paused: it would be lowered for ever.
         """
         if len(waits.alone) < FEW or len(waits.beside) < FEW:
             return
         latest = [percentile(list(values)[-LATEST:], 0.99) for values in (waits.beside, waits.alone)]
-        self._scale = min(1.0, self._scale * STEPS[latest[0] <= (1 + self.cost) * latest[1]])
+        held = latest[0] <= (1 + self.cost) * latest[1]
+        self._scale = min(1.0, max(TAIL, self._scale * STEPS[held]))
 
 
 class UserRequest:

@@ -16,7 +16,8 @@ from mezo.errors import RunError, UserError
 from mezo.method.batches import Batches
 from mezo.method.estimator import Losses
 from mezo.method.guard import StepGuard
-from mezo.method.objectives import mixture, standardised
+from mezo.method.objectives import centred, mixture, standardised
+from mezo.method.sampling import Sampling, text_seed
 from mezo.method.schedule import learning_rate
 from mezo.method.step import Step, Update
 from mezo.run.feedback import FILE, FeedbackLog
@@ -39,10 +40,11 @@ class BatchTotals:
         places: numbers of the perturbations in the step.
         judges: names of what judges generated text.
         size: examples that are measured under each perturbation.
+        groups: of each perturbation, the part of the batch that it is measured on.
     """
 
-    def __init__(self, places: Sequence[int], judges: Sequence[str], size: int):
-        self.judges, self.size = list(judges), size
+    def __init__(self, places: Sequence[int], judges: Sequence[str], size: int, groups: Sequence[int]):
+        self.judges, self.size, self.groups = list(judges), size, list(groups)
         self.row, count = {k: row for row, k in enumerate(places)}, len(places)
         self.sums = torch.zeros(count, 2, dtype=torch.float64)  # of losses by scores, both signs
         self.verdicts = torch.zeros(count, 2, len(self.judges), size, dtype=torch.float64)  # on each example's text
@@ -58,16 +60,18 @@ class BatchTotals:
         self.sums, self.verdicts = sums.view_as(self.sums), verdicts.view_as(self.verdicts)
         return self
 
-    def losses(self, weights: dict[str, float], z_score: bool) -> Losses:
+    def losses(self, weights: dict[str, float], z_score: bool, center: bool = False) -> Losses:
         """L = sum / n - sum_j w_j mean r_j of each perturbation, both signs, with n examples and judges j.
 
         Args:
             weights: w_j by name.
             z_score: rewards r_j are standardised over examples, perturbations and signs first.
+            center: before that, the mean over the texts of its prompt is taken from each.
         """
         losses = self.sums / self.size
         for name, verdicts in zip(self.judges, self.verdicts.unbind(2), strict=True):
-            rewards = standardised(verdicts) if z_score else verdicts
+            rewards = centred(verdicts, self.groups) if center else verdicts
+            rewards = standardised(rewards) if z_score else rewards
             losses = losses - weights[name] * rewards.mean(-1)
         plus, minus = losses.unbind(1)
         return Losses(tuple(plus.tolist()), tuple(minus.tolist()))
@@ -192,7 +196,13 @@ class Measurement:
             tried = self._try(step, update, batch, watch)
             update = self.rule.choose(update, tried)
         self.guard.see(update)
-        return StepRecord(step.number, update, losses, grads, tried, factor, fed)
+        sampling = self._sampling(step.number)
+        return StepRecord(step.number, update, losses, grads, tried, factor, fed, sampling and sampling.seed)
+
+    def _sampling(self, number: int) -> Sampling | None:
+        """How the texts of a step are sampled; None where they are not."""
+        method = self.method
+        return Sampling(method.temperature, text_seed(method.seed, number)) if method.temperature else None
 
     def _join(self, step: int) -> tuple[int, str] | tuple[()]:
         """Let an epoch that begins in a step's batch hold what the run was fed by then; returns `StepRecord.fed`."""
@@ -249,11 +259,11 @@ class Measurement:
             batch: indices of the examples.
             watch: compare what the runtime wrote with the reference, before any loss leaves this process.
         """
-        totals = BatchTotals(range(len(step)), self.judges, self.group_size)
+        totals = self._totals(range(len(step)))
         for n, places in enumerate(self._places(step)):
             if n:
                 self.runtime.perturb(step.part(places), watch=watch)
-            self._measure(totals, places, batch, self.mine)
+            self._measure(totals, places, batch, self.mine, step.number)
             if watch:
                 check_kernels(self.runtime, step.number)
         return self._mean(totals.unpack(self.ranks.gather(totals.pack())))
@@ -263,19 +273,23 @@ class Measurement:
         grads, batch = (), self.batches(step.number)
         for places in self._places(step):
             self.runtime.perturb(step.part(places))
-            grads += self.held_losses(places, batch).projected_grads(self.half_distance)
+            grads += self.held_losses(places, batch, step.number).projected_grads(self.half_distance)
         return [k for places in self._places(step) for k in places], grads
 
-    def held_losses(self, places: Sequence[int], batch: list[int]) -> Losses:
+    def held_losses(self, places: Sequence[int], batch: list[int], number: int = 0) -> Losses:
         """Mean losses at the copies that the runtime holds, all measured here.
 
         Args:
             places: numbers, in a step, of the perturbations that the copies are taken for.
             batch: indices of the examples.
+            number: of the step whose random numbers texts are sampled by.
         """
-        totals = BatchTotals(places, self.judges, self.group_size)
-        self._measure(totals, places, batch, range(len(batch)))
+        totals = self._totals(places)
+        self._measure(totals, places, batch, range(len(batch)), number)
         return self._mean(totals)
+
+    def _totals(self, places: Sequence[int]) -> BatchTotals:
+        return BatchTotals(places, self.judges, self.group_size, [self.group(k) for k in places])
 
     def example_grads(self) -> Iterator[torch.Tensor]:
         """projected_grad of each example, float64 (examples,), of every z that several examples had in the last calls.
@@ -293,10 +307,12 @@ class Measurement:
                     yield grads
 
     def _mean(self, totals: BatchTotals) -> Losses:
-        return totals.losses(self.method.objectives, self.method.z_score_rewards)
+        return totals.losses(self.method.objectives, self.method.z_score_rewards, self.method.center_rewards)
 
-    def _measure(self, totals: BatchTotals, places: Sequence[int], batch: list[int], mine: Sequence[int]) -> None:
-        """Add the examples at the places `mine` of a batch, at the copies that the runtime holds.
+    def _measure(
+        self, totals: BatchTotals, places: Sequence[int], batch: list[int], mine: Sequence[int], number: int
+    ) -> None:
+        """Add the examples at the places `mine` of a batch of step `number`, at the copies that the runtime holds.
 
         The same z for every micro-batch.
         """
@@ -311,7 +327,7 @@ class Measurement:
             if self.method.scores:
                 self._score(totals, at, batch, call)
             if self.judges:
-                self._judge(totals, at, batch, call)
+                self._judge(totals, at, batch, call, self._sampling(number))
 
     def _score(self, totals: BatchTotals, at: dict[int, list[int]], batch: list[int], call: tuple) -> None:
         """Add the losses by scores at the copies that the runtime holds.
@@ -332,11 +348,18 @@ class Measurement:
         if not self.judges and any(plus is not minus for _, (plus, minus) in scores):
             self.recent.append(scores)
 
-    def _judge(self, totals: BatchTotals, at: dict[int, list[int]], batch: list[int], call: tuple) -> None:
+    def _judge(
+        self,
+        totals: BatchTotals,
+        at: dict[int, list[int]],
+        batch: list[int],
+        call: tuple,
+        sampling: Sampling | None,
+    ) -> None:
         """Add what each judge says of the texts at the copies that the runtime holds. See `_score`."""
         split, indices, owned = call
         method = self.method
-        texts = self.runtime.generate_pairs(split, indices, method.max_new_tokens, method.stops, owned)
+        texts = self.runtime.generate_pairs(split, indices, method.max_new_tokens, method.stops, owned, sampling)
         for (k, places), pair in zip(at.items(), texts, strict=True):
             for sign, outputs in enumerate(pair):
                 for j, judge in enumerate(self.judges.values()):

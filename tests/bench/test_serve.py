@@ -13,7 +13,9 @@ def test_users_come_at_the_rate_that_was_asked_for_and_again_at_the_same_times()
 
 
 def row(share, on, p99, warm_up=False):
-    return {"share": share, "training_on": on, "warm_up": warm_up, "first": {"n": 50, "p50": 0.1, "p99": p99}}
+    first = {"n": 50, "p50": 0.1, "p90": 0.15, "p99": p99}
+    throughput = {"tokens_per_second": 9.0 if on else 10.0, "steps_per_second": 0.5 if on else 0.0}
+    return {"share": share, "training_on": on, "warm_up": warm_up, "first": first, **throughput}
 
 
 def test_a_bound_is_held_where_the_99th_percentile_is_within_it():
@@ -21,6 +23,7 @@ def test_a_bound_is_held_where_the_99th_percentile_is_within_it():
     (first,) = verdicts(rows, 0.1)
     assert (first["share"], first["held"], first["n"]) == (0.2, True, 50)
     assert first["raised_p99"] == pytest.approx(0.05)
+    assert (first["steps_per_second"], first["users_throughput"]) == (0.5, 0.9)
     rows.append(row(0.4, False, 0.4))
     assert [each["held"] for each in verdicts(rows, 0.1)] == [True, False]
     empty = row(0.7, False, 1) | {"first": waits([])}

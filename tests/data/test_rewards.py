@@ -114,6 +114,11 @@ def test_judges_of_a_run(source):
         ({"objective": "f1,f1:2"}, "f1 is there twice"),
         ({"objective": "f1,auto"}, "--objective must be one of auto, .*; got 'auto'"),
         ({"z_score_rewards": True}, "--z-score-rewards needs f1 or reward in --objective"),
+        ({"temperature": 0.7}, "--temperature needs f1 or reward in --objective"),
+        (
+            {"objective": "f1", "center_rewards": True},
+            "--center-rewards changes what --z-score-rewards divides by, else nothing: give both",
+        ),
         ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1, got 0"),
         ({"stop": ("",)}, "--stop must not be empty text"),
     ],

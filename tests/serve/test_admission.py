@@ -1,12 +1,13 @@
 """Users first: on a clock that the test moves."""
 
 import os
+import random
 import signal
 import threading
 
 import pytest
 
-from mezo.serve.admission import EVERY, FEW, PART, WINDOW, Admission, percentile
+from mezo.serve.admission import CYCLE, EVERY, FEW, LATEST, PART, TAIL, WINDOW, Admission, Waits, percentile
 from mezo.serve.signals import pausing
 
 
@@ -40,17 +41,28 @@ def test_parts_grow_to_the_limit_and_hold_every_request_once():
     made, clock = admission(0.1)
     found = sizes(made, clock, 100, PART / 10.5)
     assert sum(found) == 100
-    assert found[:5] == [1, 2, 4, 8, 10]
-    assert max(found) == 10
+    assert found[:5] == [1, 2, 4, 8, 8]
+    assert max(found) == 8
     slices = list(made.parts(7))
     assert [i for part in slices for i in range(part.start, part.stop)] == list(range(7))
 
 
-def test_parts_become_short_where_users_wait_little():
-    made, clock = admission(0.1, alone=[0.2] * FEW)
-    assert made.limit == pytest.approx(0.1 / 2 * 0.2)
-    sizes(made, clock, 50, 0.00099)
-    assert max(sizes(made, clock, 50, 0.00099)) == 10
+@pytest.mark.parametrize(("base", "each"), [(0.06, 0.0005), (0.001, 0.05)], ids=["a batch is cheaper", "none is"])
+def test_parts_are_as_large_as_gets_most_done_beside_users(base, each):
+    """A larger part rests longer, and does more where its requests share most of its time."""
+    made, clock = admission(0.1, alone=[0.05 + 0.001 * i for i in range(50)])
+    made._left = clock.time
+    sizes_seen = []
+    for _ in range(20):
+        sizes_seen.append(made._planned(made._paces[""]))
+        made._paces[""].see(sizes_seen[-1], base + each * sizes_seen[-1])
+    took = {2**k: base + each * 2**k for k in range(9)}
+    fitting = {n: seconds for n, seconds in took.items() if n == 1 or seconds <= min(PART, CYCLE * made.share(seconds))}
+    done = {n: n * made.share(seconds) / seconds for n, seconds in fitting.items()}
+    assert sizes_seen[0] == 1
+    assert done[sizes_seen[-1]] >= 0.95 * max(done.values())
+    assert (sizes_seen[-1] >= 8) == (each < 0.01)
+    assert made.limit == pytest.approx(took[sizes_seen[-1]])
 
 
 def test_nothing_begins_while_a_stream_waits_for_its_first_token():
@@ -64,7 +76,7 @@ def test_nothing_begins_while_a_stream_waits_for_its_first_token():
 
 
 def test_while_users_are_answered_training_gets_its_share_of_the_time():
-    made, clock = admission(0.2, alone=[100.0] * FEW)  # a limit of PART
+    made, clock = admission(0.1, alone=[100.0] * FEW)  # a limit of PART
     clock.time = EVERY * WINDOW + WINDOW  # nor is this a window in which it is held back
     with made.user(streamed=False):
         assert not made._room()
@@ -90,6 +102,30 @@ def test_without_a_cost_nothing_begins_while_anybody_is_answered():
         assert not made._room()
 
 
+def test_who_finds_a_part_running_may_be_late_as_seldom_as_the_bound_allows():
+    """The share, against users drawn at random."""
+    rng = random.Random(0)
+    waits = Waits(streamed=True)
+    waits.alone.extend(rng.gammavariate(8, 0.01) for _ in range(LATEST))
+    bound = 1.1 * percentile(waits.alone, 0.99)
+    shares = [waits.share(took, 0.1) for took in (0.02, 0.05, 0.1, 0.3)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.2
+    for took, share in zip((0.05, 0.1, 0.3), shares[1:], strict=True):
+        late = [
+            rng.choice(waits.alone) + (rng.random() * took if rng.random() < share else 0.0) > bound
+            for _ in range(100_000)
+        ]
+        assert sum(late) / len(late) == pytest.approx(TAIL, rel=0.12)
+
+
+def test_parts_that_keep_everybody_within_the_bound_may_always_run():
+    waits = Waits(streamed=True)
+    assert waits.share(1.0, 0.1) == 1.0, "no waits are known"
+    waits.alone.extend([0.2] * FEW)
+    assert waits.share(0.019, 0.1) == 1.0
+
+
 def test_training_rests_where_one_request_is_longer_than_the_bound():
     made, clock = admission(0.1, alone=[0.2] * FEW)
     made.waits[False].alone.extend([0.2] * FEW)
@@ -97,7 +133,8 @@ def test_training_rests_where_one_request_is_longer_than_the_bound():
     with made.user(streamed=True):
         pass
     sizes(made, clock, 1, 0.05)
-    rest = 100 * (0.05 - made.limit) - 0.05  # one user in a hundred comes while more than the limit of it is left
+    share = TAIL / (1 - 0.02 / 0.05)  # of users find it running, and one in a hundred more of it left than 0.02 s
+    rest = 0.05 * (1 / share - 1)
     clock.time += rest - 0.01
     assert not made._room() or made._held_back()
     clock.time += 0.02
@@ -115,17 +152,17 @@ def test_windows_without_training_come_while_there_are_users_alone():
         assert held() == [i % EVERY == 0 for i in range(2 * EVERY)]
 
 
-def test_a_bound_that_is_broken_makes_parts_shorter_and_longer_again():
+def test_a_bound_that_is_broken_makes_the_share_smaller_and_larger_again():
     made, _ = admission(0.1, alone=[0.2] * 100)
-    waits, before = made.waits[True], made.limit
+    waits, before = made.waits[True], made.share(0.05)
     waits.beside.extend([0.4] * 100)
     made._check_bound(waits)
-    assert made.limit == before / 2
+    assert made.share(0.05) == before / 2
     waits.beside.clear()
     waits.beside.extend([0.2] * 100)
     for _ in range(10):
         made._check_bound(waits)
-    assert made.limit == before
+    assert made.share(0.05) == before
 
 
 def test_pause_holds_and_an_interruption_lets_go():
@@ -172,7 +209,7 @@ def test_what_is_waited_for_while_training_is_paused_is_without_training():
 
 def test_a_broken_bound_is_lowered_once_and_not_again_while_training_is_paused():
     made, clock = admission(0.1, alone=[0.2] * 100)
-    clock.time, before = EVERY * WINDOW + WINDOW, made.limit
+    clock.time = EVERY * WINDOW + WINDOW
 
     def users(n):
         for _ in range(n):
@@ -183,7 +220,7 @@ def test_a_broken_bound_is_lowered_once_and_not_again_while_training_is_paused()
 
     made.waits[True].beside.extend([0.4] * 100)
     users(FEW)
-    assert made.limit == before / 2
+    assert made._scale == 0.5
     made.pause(True)
     users(10 * FEW)
     assert made._scale == 0.5

@@ -26,15 +26,25 @@ from mezo_kernels import lora_init
 from tests.log_by_formula import follows
 
 TUNINGS = ("lora-xs", "lora-b")
+CALIBRATED = {"lora_a": "calibrated"}
 R = {"lora-xs": 8, "lora-b": 4}
+
+
+def small(name, tiny_options, **more):
+    """12 steps, 4 directions each."""
+    options = {"tuning": name, "r": R[name], "directions": 4, "steps": 12, "eval_every": 6, "verify_every": 3}
+    return Config.of(**tiny_options | options | more)
 
 
 @pytest.fixture(params=TUNINGS)
 def config(request, tiny_options):
-    """12 steps, 4 directions each."""
-    name = request.param
-    options = {"tuning": name, "r": R[name], "directions": 4, "steps": 12, "eval_every": 6, "verify_every": 3}
-    return Config.of(**tiny_options | options)
+    return small(request.param, tiny_options)
+
+
+@pytest.fixture(params=TUNINGS)
+def calibrated(request, tiny_options):
+    """As `config`, with what stays made from a calibration batch."""
+    return small(request.param, tiny_options, **CALIBRATED)
 
 
 def run_of(config):
@@ -79,7 +89,54 @@ def test_the_factors_are_the_largest_singular_vectors(tiny_options):
     assert not start[f"{stem}.lora_R.weight"].any()
 
 
-def test_a_run_follows_the_formulas_resumes_and_replays_to_the_bit(config, tmp_path):
+def seen_by_q_proj(config, scored_alone):
+    """What q_proj of the last layer is given on the training examples, (tokens, inputs), and its weight."""
+    model = AutoModelForCausalLM.from_pretrained(config.model.base).eval()
+    layer, seen = model.model.layers[2].self_attn.q_proj, []
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args[0][0, -1:] if scored_alone else args[0][0]))
+    examples = load_splits(config, load_tokenizer(config.model.base))["train"]
+    assert len(examples) == 48, "fewer than a calibration batch has at most: all of them"
+    with torch.no_grad():
+        for example in examples:
+            model(input_ids=torch.tensor([example.prompt]))
+    return torch.cat(seen), layer.weight.detach()
+
+
+@pytest.mark.parametrize("scored_alone", [True, False], ids=["scored tokens", "all tokens"])
+def test_calibrated_factors_are_even_directions_of_what_a_layer_is_given(calibrated, scored_alone):
+    targets = ("q_proj", "o_proj", "up_proj") if scored_alone else ("q_proj", "v_proj")  # values reach other tokens
+    config = calibrated.replace(steps=1, lr=1e-9, target_modules=targets)
+    train(config)
+    start, r = read_adapter(run_of(config).path / INITIAL), config.model.tuning.r
+    x, weight = seen_by_q_proj(config, scored_alone)
+    stem = "base_model.model.model.layers.2.self_attn.q_proj"
+    a, y = start[f"{stem}.lora_A.weight"], x @ weight.T
+    seen = x @ a.T
+    sizes = seen.square().mean(0)
+    assert torch.allclose(sizes, sizes.mean().expand(r), rtol=1e-3)
+    mean = x.mean(0)
+    assert torch.allclose(a[0], mean * (a[0].norm() / mean.norm()), atol=1e-4 * a[0].abs().max().item())
+    given = r * sizes.mean() * (r if config.model.tuning.name == "lora-xs" else len(weight))
+    assert given.item() == pytest.approx(y.square().sum(1).mean().item(), rel=1e-3), "as large as the layer's own"
+    if config.model.tuning.name == "lora-xs":
+        u = torch.linalg.svd(weight)[0][:, :r]
+        b = start[f"{stem}.lora_B.weight"]
+        assert torch.allclose((u.T @ b).abs(), torch.eye(r), atol=1e-3)
+        assert not start[f"{stem}.lora_R.weight"].any()
+
+
+def test_what_is_calibrated_follows_from_data_and_model_alone(calibrated, tmp_path):
+    train(calibrated.replace(steps=1))
+    other = calibrated.replace(steps=1, seed=5, batch_size=4, output_dir=str(tmp_path / "other"))
+    train(other)
+    a, b = (run_of(each).path / INITIAL for each in (calibrated, other))
+    assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize("more", [{}, CALIBRATED], ids=["plain", "calibrated"])
+@pytest.mark.parametrize("name", TUNINGS)
+def test_a_run_follows_the_formulas_resumes_and_replays_to_the_bit(name, more, tiny_options, tmp_path):
+    config = small(name, tiny_options, **more)
     train(config)
     assert follows(config.machine.output_dir) == 12
     parted = config.replace(output_dir=str(tmp_path / "parted"))
@@ -94,6 +151,19 @@ def test_a_run_follows_the_formulas_resumes_and_replays_to_the_bit(config, tmp_p
     truncate(str(b.path), 6)
     resume(str(b.path))
     assert a.trajectory.read_bytes() == b.trajectory.read_bytes()
+
+
+def test_a_resumed_run_does_not_calibrate_again(calibrated, monkeypatch):
+    assert train(calibrated, until=5) is None
+    monkeypatch.setattr("mezo.models.calibration.Sketch.add", lambda sketch, x: pytest.fail("calibrated again"))
+    assert "test" in resume(calibrated.machine.output_dir)
+
+
+def test_a_calibrated_adapter_is_peft_s(calibrated):
+    result = train(calibrated.replace(lr=0.3, steps=30))
+    assert result["test"]["after"]["loss"] != pytest.approx(result["test"]["before"]["loss"], abs=1e-3)
+    scored = evaluate_target({}, Path(calibrated.machine.output_dir))
+    assert scored["test"]["loss"] == pytest.approx(result["test"]["after"]["loss"], abs=1e-5)
 
 
 def test_replay_needs_no_model(config, tmp_path):
@@ -171,4 +241,22 @@ def test_a_header_without_its_factors_is_refused(tiny_options):
 def test_what_lora_xs_cannot_be_is_refused(tiny_options, changes, message):
     with pytest.raises(UserError, match=message):
         train(Config.of(**tiny_options | {"tuning": "lora-xs"} | changes))
+    assert not Path(tiny_options["output_dir"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"tuning": "lora-b", "lora_a": "calibrated", "r": 49},
+            r"--lora-a calibrated: .*q_proj saw 48 tokens, which have no 49 directions; lower --r, or raise",
+        ),
+        ({"tuning": "lora-b", "lora_a": "svd"}, "lora_a must be one of plain, calibrated; got 'svd'"),
+        ({"tuning": "lora", "lora_a": "calibrated"}, "--lora-a calibrated belongs to --tuning lora-(b|xs)"),
+        ({"tuning": "lora-b", "calibration_examples": 0}, "--calibration-examples must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(tiny_options, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(Config.of(**tiny_options | changes))
     assert not Path(tiny_options["output_dir"]).exists()

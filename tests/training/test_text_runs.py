@@ -15,11 +15,12 @@ from mezo.config import Config
 from mezo.data.example import Example
 from mezo.errors import UserError
 from mezo.method.batches import Batches
-from mezo.method.objectives import cross_entropy, standardised
+from mezo.method.objectives import cross_entropy
+from mezo.method.sampling import Sampling, text_seed
 from mezo.method.step import Step
 from mezo.report import tables
-from mezo.run.adapter import load_adapter
-from mezo.run.header import initial_theta
+from mezo.run.adapter import load_adapter, read_adapter
+from mezo.run.header import INITIAL, initial_theta
 from mezo.run.trajectory import read_trajectory
 from mezo.runtimes.hf.runtime import HFRuntime
 from mezo.tasks import load_splits
@@ -87,6 +88,7 @@ def test_a_reward_rises(config, capfd):
 CONFIGURATIONS = {
     "reward": {},
     "z-scored": {"z_score_rewards": True, "num_perturbations": 2},
+    "sampled": {"temperature": 1.0, "z_score_rewards": True, "center_rewards": True, "directions": 4},
     "f1": {"objective": "f1", "reward": ""},
     "mixture": {"objective": "cross_entropy:1,reward:0.5,f1:0.25"},
     "mixture above a trunk": {"objective": "lm_cross_entropy,reward:2", "layers_to_transform": (2,)},
@@ -140,12 +142,14 @@ def test_what_a_reward_reads_is_of_the_data_hash(config, write):
     assert hashes[0] != hashes[1]
 
 
-@pytest.mark.parametrize("z_score", [False, True])
-def test_losses_are_those_of_the_formula(config, z_score):
+@pytest.mark.parametrize("way", ["plain", "z-scored", "sampled, centred, z-scored"])
+def test_losses_are_those_of_the_formula(config, way):
     """Two perturbations, a mixture: recomputed from scores and texts at the same theta."""
+    z_score, temperature = "z-scored" in way, 0.7 * ("sampled" in way)
     config = config.replace(
-        objective="cross_entropy:2,reward:0.5", z_score_rewards=z_score, num_perturbations=2, steps=1
-    )
+        objective="cross_entropy:2,reward:0.5", z_score_rewards=z_score, center_rewards="centred" in way,
+        temperature=temperature, num_perturbations=2, steps=1,
+    )  # fmt: skip
     train(config)
     first, (record,) = read_trajectory(Path(config.machine.output_dir) / "trajectory.jsonl")
     splits, runtime = load_splits(config, tokenizer()), HFRuntime(*config.for_runtime)
@@ -157,14 +161,31 @@ def test_losses_are_those_of_the_formula(config, z_score):
     for seed in record.update.seeds:
         runtime.perturb(Step([seed], config.method.eps))
         losses.append([cross_entropy(scores, labels).item() for scores in runtime.score_pairs("train", batch)[0]])
-        texts = runtime.generate_pairs("train", batch, NEW, ("\n",))[0]
+        sampling = Sampling(temperature, record.text_seed) if temperature else None
+        texts = runtime.generate_pairs("train", batch, NEW, ("\n",), sampling=sampling)[0]
         rewards.append([[text.split().count("great") / NEW for text in own] for own in texts])
     values = torch.tensor(rewards, dtype=torch.float64)
     assert len(values.unique()) > 1
-    values = standardised(values) if z_score else values
+    values = values - values.mean((0, 1)) if "centred" in way else values
+    values = (values - values.mean()) / values.std(correction=0) if z_score else values
     expected = 2 * torch.tensor(losses, dtype=torch.float64) - 0.5 * values.mean(-1)
     assert record.losses.plus == pytest.approx(expected[:, 0].tolist(), abs=1e-6)
     assert record.losses.minus == pytest.approx(expected[:, 1].tolist(), abs=1e-6)
+
+
+def test_the_seed_of_sampled_texts_is_checked(config, tmp_path):
+    train(config.replace(temperature=1.0, steps=3))
+    run = Path(config.machine.output_dir)
+    _, records = read_trajectory(run / "trajectory.jsonl")
+    assert [record.text_seed for record in records] == [text_seed(0, step) for step in range(3)]
+    assert main(["trajectory", "verify", str(run)]) == 0
+    log = (run / "trajectory.jsonl").read_text()
+    for wrong in ("5", ""):
+        field = f', "text_seed": {records[1].text_seed}'
+        changed = log.replace(field, f', "text_seed": {wrong}' if wrong else "")
+        (run / "trajectory.jsonl").write_text(changed)
+        assert changed != log
+        assert main(["trajectory", "verify", str(run)]) != 0
 
 
 def test_equal_rewards_move_nothing(config, tmp_path):
@@ -257,3 +278,12 @@ def test_the_run_says_what_it_cannot_do(config, tmp_path):
         train(
             config.replace(model=masked, prompt="{prompt}<mask>", target_modules=("query",), dev_file="", test_file="")
         )
+
+
+def test_lora_a_is_calibrated_on_prompts_that_are_to_be_continued(config):
+    config = config.replace(tuning="lora-b", lora_a="calibrated", r=4, steps=4, lr=0.01)
+    assert train(config)["test"]["after"]["reward"] is not None
+    for name, a in read_adapter(Path(config.machine.output_dir) / INITIAL).items():
+        if name.endswith("lora_A.weight"):
+            gram = a @ a.T
+            assert torch.allclose(gram, gram.diagonal().diag(), atol=1e-4 * gram.max().item()), name

@@ -11,6 +11,7 @@ import torch
 from mezo.config import HF, Machine, Model, Workload
 from mezo.data.example import Example
 from mezo.errors import UserError
+from mezo.method.sampling import Sampling, likeliest
 from mezo.method.step import Step, Update
 from mezo.models.full import save_model
 from mezo.models.linear import Product, add_adapters_in_place, choose, pack, run_by_onednn, tell, why_not_by, width_of
@@ -20,7 +21,8 @@ from mezo.models.parts import load_parts
 from mezo.models.quantization import library_of
 from mezo.models.spec import NONE
 from mezo.runtimes.base import TokenCount
-from mezo.runtimes.generation import Writing, decoder_of, greedy, greedy_by_decoder
+from mezo.runtimes.calibration import calibrate
+from mezo.runtimes.generation import Writing, decoder_of, written, written_by_decoder
 from mezo.runtimes.hf.rowwise import RowWise, why_not
 from mezo.runtimes.hf.scorer import Scorer
 from mezo.runtimes.reference import another_function, reference_log_probs
@@ -66,7 +68,7 @@ class HFRuntime:
         self.options: HF = machine.runtime
         self.params = list(self.parts.params.values())
         self.linear = self._with_product(product_of(model, machine, checkpoint))
-        self.whole = self.spec.peft is None
+        self.whole, self.calibrated = self.spec.peft is None, self.parts.attached.calibration is None
         start = [p.data.float() if self.whole else torch.zeros_like(p, dtype=torch.float32) for p in self.params]
         self.master = ParamLayout(dict(zip(self.spec.shapes, start, strict=True)))
         self.pairs = self._pairs_held()
@@ -169,6 +171,10 @@ class HFRuntime:
 
     def initial_theta(self, run_seed: int) -> dict[str, torch.Tensor]:
         """See `InitialTheta.initial_theta`."""
+        if not self.calibrated:
+            self._point([torch.zeros_like(p) for p in self.params])
+            calibrate(self.parts, self.scorer.rows.get("train", ()), self.pad)
+            self.calibrated = True
         return self.parts.attached.initial(run_seed)
 
     def theta(self) -> dict[str, torch.Tensor]:
@@ -262,13 +268,14 @@ class HFRuntime:
         max_new_tokens: int,
         stop: Sequence[str],
         shares: Sequence[Sequence[int]] | None = None,
+        sampling: Sampling | None = None,
     ) -> list[tuple[list[str], list[str]]]:
         """See `Runtime.generate_pairs`."""
-        write = lambda batch: self._write(split, batch, max_new_tokens, stop, self.tokens)  # noqa: E731
+        write = lambda batch: self._write(split, batch, max_new_tokens, stop, self.tokens, sampling)  # noqa: E731
         read = lambda names: self._with_each(names, lambda: write(indices))  # noqa: E731
         with self._timed("forward"):
             if shares is None:
-                return self.sides.pairs(self.held, ("texts", split, *indices), read)
+                return self.sides.pairs(self.held, ("texts", split, sampling, *indices), read)
             batches = [[indices[i] for i in share] for share in shares]
             if self.scorer.rowwise is None or self.parts.prefix:
                 return [self._pair(k, batch, write) for k, batch in enumerate(batches)]
@@ -288,16 +295,22 @@ class HFRuntime:
         return results
 
     def _write(
-        self, split: str, indices: Sequence[int], max_new_tokens: int, stop: Sequence[str], count: TokenCount
+        self,
+        split: str,
+        indices: Sequence[int],
+        max_new_tokens: int,
+        stop: Sequence[str],
+        count: TokenCount,
+        sampling: Sampling | None = None,
     ) -> list[str]:
         """Texts with the weights in use; a token of an answer is run to find the next, so the last one never is."""
         prompts = [self.scorer.examples[split][i].prompt for i in indices]
         ended = lambda ids: self.writing.ended(ids, stop)  # noqa: E731
-        parts = self.parts
+        parts, pick = self.parts, likeliest if sampling is None else sampling.pick(indices)
         if self.decoder:
-            answers = greedy_by_decoder(parts.base, self.decoder, prompts, max_new_tokens, ended, self.pad)
+            answers = written_by_decoder(parts.base, self.decoder, prompts, max_new_tokens, ended, self.pad, pick)
         else:
-            answers = greedy(parts.body, parts.logits, prompts, max_new_tokens, ended, self.pad, parts.prefix)
+            answers = written(parts.body, parts.logits, prompts, max_new_tokens, ended, self.pad, parts.prefix, pick)
         tokens = sum(len(prompt) + len(answer) - 1 for prompt, answer in zip(prompts, answers, strict=True))
         count.scored, count.computed = count.scored + tokens, count.computed + tokens
         return [self.writing.text(answer, stop) for answer in answers]

@@ -3,22 +3,37 @@
 from collections.abc import Sequence
 
 from mezo.errors import RunError
+from mezo.method.sampling import Sampling
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.rows import Row
 
 SCORE_ONLY = {"max_new_tokens": 0, "temperature": 0.0}
 
 
-def greedy_sampling(max_new_tokens: int, stop: Sequence[str], ends: frozenset[int]) -> dict:
-    """Sampling parameters of the most likely token each time.
+def sampling_of(
+    examples: Sequence[int],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    ends: frozenset[int],
+    sampling: Sampling | None = None,
+) -> dict | list[dict]:
+    """Sampling parameters of requests for texts.
 
     Args:
+        examples: number of each request's example in its split.
         max_new_tokens: most tokens of a text.
         stop: a text ends before the first of these.
         ends: token ids that end a text.
+        sampling: with the seed that `inside/sampling.py` draws a request's random numbers from; None takes the most
+            likely token each time.
+    Returns:
+        The same for all requests, or for each its own.
     """
-    stops = {"stop": list(stop), "stop_token_ids": sorted(ends)}
-    return {"max_new_tokens": max_new_tokens, "temperature": 0.0, **stops}
+    common = {"max_new_tokens": max_new_tokens, "stop": list(stop), "stop_token_ids": sorted(ends)}
+    if sampling is None:
+        return {**common, "temperature": 0.0}
+    drawn = {"temperature": sampling.temperature, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
+    return [{**common, **drawn, "sampling_seed": sampling.seed_of(i)} for i in examples]
 
 
 def count_tokens(ids: Sequence[int], answer: dict, count: TokenCount) -> None:

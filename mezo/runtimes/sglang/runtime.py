@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from safetensors.torch import load_file
@@ -16,6 +16,7 @@ from mezo.config import Machine, Model, SGLang, Workload
 from mezo.data.example import Example
 from mezo.data.large import CACHED, LargeExamples, looked_at
 from mezo.errors import RunError, UserError
+from mezo.method.sampling import Sampling
 from mezo.method.step import Step, Update
 from mezo.models.linear import Product, tell
 from mezo.models.load import Checkpoint
@@ -23,9 +24,10 @@ from mezo.models.parts import load_parts
 from mezo.models.spec import ENGINE, NONE
 from mezo.progress import log, waiting
 from mezo.runtimes.base import TokenCount
+from mezo.runtimes.calibration import calibrate
 from mezo.runtimes.generation import Writing, refuse_too_long
 from mezo.runtimes.rows import Row, measured, most_rows, most_tokens, padded, rows_by_example, scores_of
-from mezo.runtimes.sglang.answers import SCORE_ONLY, count_tokens, greedy_sampling, start_of, table_of
+from mezo.runtimes.sglang.answers import SCORE_ONLY, count_tokens, sampling_of, start_of, table_of
 from mezo.runtimes.sglang.arguments import (
     backend_of,
     call_tokens,
@@ -136,6 +138,8 @@ class SGLangRuntime:
         if self.runtime.follows:  # the first machine proves and scores
             self._launch()
             return
+        if "train" in self.rows and not self.work.done:  # a run that goes on has what it froze in a file
+            calibrate(self._parts, self.rows["train"], self.pad)
         began = time.perf_counter()
         frozen = {name: p.detach().float() for name, p in self._parts.attached.frozen.items()}
         quantised = self.spec.quantization != NONE or self.checkpoint.quantised
@@ -359,13 +363,14 @@ class SGLangRuntime:
         max_new_tokens: int,
         stop: Sequence[str],
         shares: Sequence[Sequence[int]] | None = None,
+        sampling: Sampling | None = None,
     ) -> list[tuple[list[str], list[str]]]:
         """See `Runtime.generate_pairs`. One batch of requests holds both signs of every perturbation."""
-        write = functools.partial(self._write, split, new=max_new_tokens, stop=stop)
-        return self._pairs("texts", split, indices, shares, write)
+        write = functools.partial(self._write, split, new=max_new_tokens, stop=stop, sampling=sampling)
+        return self._pairs(("texts", sampling), split, indices, shares, write)
 
     def _pairs(
-        self, kind: str, split: str, indices: Sequence[int], shares: Sequence[Sequence[int]] | None, ask: Callable
+        self, kind: Hashable, split: str, indices: Sequence[int], shares: Sequence[Sequence[int]] | None, ask: Callable
     ) -> list[tuple]:
         """What is read at both signs of every perturbation.
 
@@ -498,7 +503,13 @@ class SGLangRuntime:
         return {name: padded(parts) for name, parts in scores.items()}
 
     def _write(
-        self, split: str, asked: Asked, count: TokenCount, new: int, stop: Sequence[str]
+        self,
+        split: str,
+        asked: Asked,
+        count: TokenCount,
+        new: int,
+        stop: Sequence[str],
+        sampling: Sampling | None = None,
     ) -> dict[str, list[str]]:
         """Texts of at most `new` tokens after the prompts of the examples of each slot."""
         self._rows_at(split, asked)
@@ -506,8 +517,10 @@ class SGLangRuntime:
         rows = {i: [Row(prompts[i], (len(prompts[i]) - 1,), ())] for _, i in asked}
         for part in self._parts_of(asked, lambda i: len(prompts[i]) + new):
             self._warm(_grouped(part, rows), count)
-            requests = [(name, prompts[i]) for name, examples in _by_slot(part).items() for i in examples]
-            answers = self._generate(requests, count, greedy_sampling(new, stop, self.writing.ends))
+            each = [(name, i) for name, examples in _by_slot(part).items() for i in examples]
+            requests = [(name, prompts[i]) for name, i in each]
+            wanted = sampling_of([i for _, i in each], new, stop, self.writing.ends, sampling)
+            answers = self._generate(requests, count, wanted)
             for (name, _), answer in zip(requests, answers, strict=True):
                 texts[name].append(self.writing.text(answer["output_ids"], stop))
         self._call("report")
@@ -542,7 +555,11 @@ class SGLangRuntime:
             self._generate(wave, count)
 
     def _generate(
-        self, requests: Sequence[tuple[str, Sequence[int]]], count: TokenCount, sampling: dict = SCORE_ONLY, **wanted
+        self,
+        requests: Sequence[tuple[str, Sequence[int]]],
+        count: TokenCount,
+        sampling: dict | list[dict] = SCORE_ONLY,
+        **wanted,
     ) -> list[dict]:
         """Send (slot, token ids) as one batch of requests; count the tokens as the engine counts them."""
         began = time.perf_counter()

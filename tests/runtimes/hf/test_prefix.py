@@ -21,7 +21,7 @@ from mezo.errors import UserError
 from mezo.method.step import Step
 from mezo.models.prefix import PROMPT, Prefix, vocabulary_tokens
 from mezo.run.adapter import save_adapter
-from mezo.runtimes.generation import greedy
+from mezo.runtimes.generation import written
 from mezo_kernels import standard_normal
 from tests.runtimes.hf.test_runtime import ROUNDING, examples
 from tests.runtimes.hf.test_runtime import runtime as lora_runtime
@@ -162,7 +162,7 @@ def test_a_window_counts_no_padding_between_prefix_and_prompt(tmp_path):
     layers, heads, width = sizes["num_hidden_layers"], 2, sizes["hidden_size"] // sizes["num_attention_heads"]
     weight = torch.nn.Parameter(torch.randn(5, layers * 2 * heads * width, generator=torch.Generator().manual_seed(0)))
     prompts = [(3, 4, 5), tuple(range(3, 23))]
-    run = lambda own: greedy(body.model, body.lm_head, own, 8, lambda ids: False, 0, Prefix(weight, layers, heads))  # noqa: E731
+    run = lambda own: written(body.model, body.lm_head, own, 8, lambda ids: False, 0, Prefix(weight, layers, heads))  # noqa: E731
     assert run(prompts) == [run([prompt])[0] for prompt in prompts]
 
 

@@ -8,6 +8,7 @@ import pytest
 from mezo.api import train
 from mezo.config import Config
 from mezo.errors import RunError
+from mezo.method.sampling import Sampling, text_seed
 from mezo.method.step import Step, Update
 from mezo.run.trajectory import read_trajectory
 from mezo.runtimes.base import TokenCount
@@ -71,6 +72,40 @@ def test_both_signs_of_all_perturbations_are_one_batch(both, monkeypatch):
 
 
 @each
+def test_sampled_texts_are_those_of_transformers_and_alike_at_equal_copies(both):
+    """The same random numbers in both runtimes, at both signs, and along all directions."""
+    running, plain = both
+    sampling = Sampling(1.5, text_seed(0, 3))
+    running.perturb(Step([7, 8], 0.3))
+    pairs = running.generate_pairs("train", range(6), NEW, (), sampling=sampling)
+    expected = []
+    for seed in (7, 8):
+        plain.perturb(Step([seed], 0.3))
+        expected += plain.generate_pairs("train", range(6), NEW, (), sampling=sampling)
+    assert pairs == expected
+    assert pairs[0][0] != pairs[0][1] != pairs[1][0]
+    assert pairs != running.generate_pairs("train", range(6), NEW, ()), "they are sampled"
+    other = running.generate_pairs("train", range(6), NEW, (), sampling=Sampling(1.5, text_seed(0, 4)))
+    assert all(text != again for text, again in zip(pairs[0][0], other[0][0], strict=True)), "by another seed"
+    running.equalise()
+    ((plus, minus),) = running.generate_pairs("train", range(6), NEW, (), sampling=sampling)
+    assert plus == minus
+    assert len(set(plus)) > 1
+
+
+@each
+def test_groups_of_a_batch_are_sampled_as_in_transformers(both):
+    running, plain = both
+    sampling, shares = Sampling(1.0, 7), [[0, 3], [1, 2]]
+    running.perturb(Step([7, 8], 0.3))
+    got = running.generate_pairs("train", [4, 2, 9, 5], NEW, (), shares, sampling)
+    for seed, share, pair in zip((7, 8), shares, got, strict=True):
+        plain.perturb(Step([seed], 0.3))
+        batch = [[4, 2, 9, 5][i] for i in share]
+        assert [pair] == plain.generate_pairs("train", batch, NEW, (), sampling=sampling)
+
+
+@each
 def test_an_update_changes_the_texts_and_evaluation_leaves_the_slots(both):
     running, plain = both
     for one in (running, plain):
@@ -118,7 +153,10 @@ def test_texts_of_the_base_model_are_caught(both, monkeypatch):
 
 
 @everywhere
-def test_a_run_on_a_reward_is_the_hf_runtimes(model, tmp_path):
+@pytest.mark.parametrize(
+    "sampled", [{}, {"temperature": 1.0, "z_score_rewards": True, "center_rewards": True}], ids=["greedy", "sampled"]
+)
+def test_a_run_on_a_reward_is_the_hf_runtimes(model, tmp_path, sampled):
     """Losses of texts are exact numbers: the logs of both runtimes are the same, byte for byte."""
     rows = [{"prompt": f"the {noun} was {word}"} for noun in ("film", "plot", "story") for word in ("good", "poor")]
     for split in ("train", "dev"):
@@ -130,6 +168,7 @@ def test_a_run_on_a_reward_is_the_hf_runtimes(model, tmp_path):
             model=model("qwen2"), output_dir=str(tmp_path / runtime), runtime=runtime, objective="reward",
             train_file=str(tmp_path / "train.jsonl"), dev_file=str(tmp_path / "dev.jsonl"), batch_size=3, steps=3,
             reward=f"{tmp_path / 'mine.py'}:variety", max_new_tokens=NEW, lr=0.1, eps=0.3, target_modules=ALL,
+            **sampled,
         )  # fmt: skip
         result = train(config)
         logs[runtime] = (tmp_path / runtime / "trajectory.jsonl").read_bytes(), result["dev"]

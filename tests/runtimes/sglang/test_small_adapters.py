@@ -8,6 +8,7 @@ from mezo.errors import UserError
 from mezo.method.step import Step, Update
 from mezo.models.spec import CORE
 from mezo.run.replay import rebuild
+from mezo.run.trajectory import read_header
 from tests.log_by_formula import follows
 from tests.runtimes.sglang.conftest import ALL, LAST, engine, examples, noisy, reference, torch_equal, worst
 from tests.runtimes.sglang.test_runs import NOISE, common, losses
@@ -61,14 +62,25 @@ def test_two_ranks_score_as_transformers_do(model, tuning):
 
 
 @pytest.mark.engine("last")
-@pytest.mark.parametrize("tuning", ["lora-xs", pytest.param("lora-b", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        {"tuning": "lora-xs"},
+        {"tuning": "lora-b", "lora_a": "calibrated"},
+        pytest.param({"tuning": "lora-xs", "lora_a": "calibrated"}, marks=pytest.mark.slow),
+        pytest.param({"tuning": "lora-b"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda options: "-".join(options.values()),
+)
 def test_a_run_is_the_hf_runtimes_and_its_log_gives_the_adapter(common, tmp_path, tuning):
-    options = {**common, "tuning": tuning, "batch_size": 6, "directions": 3, "num_perturbations": 1, "steps": 8}
+    options = {**common, **tuning, "batch_size": 6, "directions": 3, "num_perturbations": 1, "steps": 8}
     options |= {"eval_every": 4, "verify_every": 1}
     for runtime in ("hf", "sglang"):
         config = Config.of(**options, runtime=runtime, output_dir=str(tmp_path / runtime))
         assert train(config, until=5) is None
         resume(config.machine.output_dir)
+    hf, sglang = (read_header(tmp_path / runtime / "trajectory.jsonl") for runtime in ("hf", "sglang"))
+    assert sglang["init"] == hf["init"], "the same factors, made once"
     assert losses(tmp_path / "sglang") == pytest.approx(losses(tmp_path / "hf"), abs=NOISE)
     assert follows(tmp_path / "sglang") == 8
     assert "checked_steps" in resume(str(tmp_path / "sglang"))

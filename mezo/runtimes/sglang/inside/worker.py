@@ -41,12 +41,13 @@ DERIVES = "on_lora_slots_updated"  # method of such a module (0.5.23: Inkling's)
 @dataclass
 class Seen:
     """What the hooks saw in this process: requests and loads of adapter slots by LoRA id, forward passes that began
-    requests by the set of ids in them, and ids that share KV."""
+    requests by the set of ids in them, ids that share KV, and ids of the trainer's own slots."""
 
     requests: Counter = field(default_factory=Counter)
     passes: Counter = field(default_factory=Counter)
     loads: Counter = field(default_factory=Counter)
     shared: set[str] = field(default_factory=set)
+    own: set[str] = field(default_factory=set)
 
 
 seen = Seen()
@@ -154,7 +155,8 @@ class Worker:
         refuse_derived(self.manager.lora_modules)
         pool = self.manager.memory_pool
         self.slots = {name: pool.uid_to_buffer_id[lora_id] for name, lora_id in self.ids.items()}
-        seen.shared = set(self.ids.values()) if share else set()
+        seen.own = set(self.ids.values())
+        seen.shared = set(seen.own) if share else set()
         seen.loads.clear()
         seen.requests.clear()
         seen.passes.clear()

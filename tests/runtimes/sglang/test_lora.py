@@ -1,0 +1,79 @@
+"""Products of adapters of the engine on a CPU: many adapters in one call, equal to the engine's own of one a call."""
+
+import dataclasses
+
+import pytest
+import torch
+
+SLOTS, RANK, INPUTS = 9, 4, 12
+RANKS = [0, 4, 4, 4, 4, 2, 4, 4, 4]  # slot 0 is the base's, one adapter is narrower
+BATCHES = {  # (slot, rows) of each segment
+    "decoding, every slot": [(slot, 1) for slot in (3, 1, 2, 4, 7, 6, 8)],
+    "decoding, several prompts each": [(slot, 3) for slot in (1, 2, 3, 4)],
+    "slots between them unused": [(1, 2), (3, 2), (4, 2), (6, 2)],
+    "prompts of any length": [(3, 5), (1, 2), (4, 5), (2, 7), (6, 1)],
+    "a slot comes again": [(1, 2), (2, 2), (1, 2), (3, 2), (1, 2), (2, 3)],
+    "the base among them": [(0, 2), (1, 2), (2, 2), (0, 1), (3, 2), (5, 2), (5, 0)],
+    "the base alone": [(0, 4)],
+}
+
+
+@pytest.fixture
+def info():
+    backend = pytest.importorskip("sglang.srt.lora.backend.torch_backend")
+    empty = torch.empty(0)
+
+    def made(segments):
+        slots, lengths = (torch.tensor(column, dtype=torch.int32) for column in zip(*segments, strict=True))
+        fields = {field.name: empty for field in dataclasses.fields(backend.TorchNativeLoRABatchInfo) if field.init} | {
+            "use_cuda_graph": False,
+            "num_segments": len(segments),
+        }
+        one = backend.TorchNativeLoRABatchInfo(**fields)
+        one.weight_indices_cpu, one.seg_lens_cpu = slots, lengths
+        one.lora_ranks_cpu = torch.tensor(RANKS, dtype=torch.int32)
+        one.scalings_cpu = torch.arange(1.0, SLOTS + 1) / 3
+        return one
+
+    return made
+
+
+def refused(*args, **kwargs):
+    pytest.fail("the engine's own was called")
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+@pytest.mark.parametrize("name", list(BATCHES))
+def test_adapters_together_are_each_alone(info, name, slices):
+    from sglang.srt.lora import torch_ops
+
+    from mezo.runtimes.sglang.inside import lora
+
+    draw = torch.Generator().manual_seed(0)
+    batch, rows = info(BATCHES[name]), sum(length for _, length in BATCHES[name])
+    ends = torch.tensor([0, 6, 10, 13][: slices + 1])
+    x = torch.randn(rows, INPUTS, generator=draw)
+    a = torch.randn(SLOTS, slices * RANK, INPUTS, generator=draw)
+    b = torch.randn(SLOTS, int(ends[-1]), RANK, generator=draw)
+    base = torch.randn(rows, int(ends[-1]), generator=draw)
+    shrunk = torch_ops.sgemm_lora_a_fwd(x, a, batch, slices)
+    ours = lora.shrink(refused, x, a, batch, num_slices=slices)
+    assert torch.allclose(ours, shrunk, atol=1e-5)
+    for output in (None, base):
+        expected = torch_ops.sgemm_lora_b_fwd(shrunk, b, batch, ends, None if output is None else output.clone())
+        given = None if output is None else output.clone()
+        got = lora.expand(refused, ours, b, batch, slice_offsets=ends, base_output=given)
+        assert torch.allclose(got, expected, atol=1e-4)
+        assert given is None or got is given
+
+
+def test_segments_of_one_length_are_one_product(info):
+    from mezo.runtimes.sglang.inside import lora
+
+    together = lora.plan_of(info(BATCHES["decoding, every slot"]))
+    assert (len(together.groups), len(together.alone)) == (1, 0)
+    apart = lora.plan_of(info(BATCHES["prompts of any length"]))
+    assert (len(apart.groups), len(apart.alone)) == (0, 5)
+    twice = lora.plan_of(info(BATCHES["a slot comes again"]))
+    assert sum(len(group.places) for group in twice.groups) + len(twice.alone) == 6
+    assert all(len(set(group.places.tolist())) == len(group.places) for group in twice.groups)
