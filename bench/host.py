@@ -1,4 +1,4 @@
-"""Host work of a step on 448 tensors and their copies: CPU time of a call whose kernel is left out, `step_` and `Plan`."""
+"""Host work of a step on 448 tensors and their copies: CPU time without the kernel, of `step_` and of a `Plan`."""
 
 import argparse
 import json

@@ -33,7 +33,7 @@ def of_cases(target: str) -> list:
 
 
 def of_texts(target: str, every: str = "") -> list:
-    """Hashes of the kernels' code without its header and the names of its sources, of the quick cases or of every one."""
+    """Hashes of the kernels' code without its header or where it comes from, of the quick cases or of every one."""
     texts = []
 
     def keep(text):
