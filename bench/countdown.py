@@ -165,7 +165,7 @@ def learnt(model: str, steps: int, options: dict, sizes: dict) -> dict:
 
 TINY = {
     "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    "num_perturbations": 8, "batch_size": 16, "lr": 0.02, "eps": 0.05,
+    "num_perturbations": 8, "batch_size": 16, "lr": 0.01, "eps": 0.1,
 }  # fmt: skip
 DEMO = {
     "num_perturbations": 8, "batch_size": 8, "tuning": "lora-xs", "r": 32, "lora_alpha": 32, "lr": 0.03, "eps": 0.02,
