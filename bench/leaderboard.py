@@ -331,7 +331,7 @@ def table(found: dict) -> Iterator[str]:
         f" {machine['cpu']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}; it was shared with"
         " much other work, so seconds are upper bounds and their ratios mean little. Rows that lose stay."
         " Made by `make leaderboard`, which does what is missing; `mezo leaderboard RUNS...` prints such a table from"
-        " run directories. AdamW, by backpropagation through the same adapter, is the line to reach: a row of it is a"
+        " run directories. The prompts that lora_A is calibrated on count as scored rows. AdamW, by backpropagation through the same adapter, is the line to reach: a row of it is a"
         " forward pass and a pass back."
     )
     if found["cells"]:
@@ -384,7 +384,7 @@ def _race(cells: dict) -> Iterator[str]:
     yield ""
     yield (
         "Mean over the seeds, of the budgets that were tried (each with its own lr and schedule). The ratios are those"
-        " of MeZO, with the better of its two schedules, to the row."
+        " of MeZO, with the better of its two schedules, to the row; they are coarse where the budgets are."
     )
     yield ""
     yield "| row | rows scored | steps | seconds | times fewer rows | times fewer steps | times faster |"
