@@ -8,7 +8,7 @@ RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-large-start bench-directions bench-waiting bench-serve bench-sass bench-quantization test-quantization leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day test-versions clean
+.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-large-start bench-directions bench-waiting bench-serve bench-serve-learning bench-countdown bench-engine bench-sass bench-quantization test-quantization leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day test-versions clean
 
 demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
@@ -71,6 +71,15 @@ bench-waiting: $(READY)  ## a step whose threads spin or sleep where they wait, 
 
 bench-serve: $(READY_SGLANG)  ## throughput and waits of users of mezo serve at three loads, training off and on; JSON under bench/results/
 	$(VENV)/bin/python bench/serve.py --output $(RESULTS)/serve.json $(ARGS)
+
+bench-serve-learning: $(READY_SGLANG)  ## a task learnt while users are served, each answer checked; and with two ranks; JSON under bench/results/
+	$(VENV)/bin/python bench/serve_learning.py --output $(RESULTS)/serve_learning.json $(ARGS)
+
+bench-countdown: $(READY_SGLANG)  ## a population of directions on a reward, in one batch and one after another; JSON under bench/results/
+	$(VENV)/bin/python bench/countdown.py --output $(RESULTS)/countdown.json $(ARGS)
+
+bench-engine: $(READY_SGLANG)  ## the engine on a CPU: packed weights, attention and adapters together; JSON under bench/results/
+	$(VENV)/bin/python bench/engine.py --output $(RESULTS)/engine.json $(ARGS)
 
 test-quantization: $(READY_QUANTIZATION)  ## the tests of quantised bases, bitsandbytes' formats included
 	$(VENV)/bin/python -m pytest -m "not gpu" tests/models/test_quantization.py

@@ -115,13 +115,13 @@ def together(runtime: SGLangRuntime, seeds: list[int], prompts: list[int], sampl
 
 
 def one_by_one(runtime: SGLangRuntime, seeds: list[int], prompts: list[int], sampling: Sampling) -> list[str]:
-    """One copy after another in one slot, which is written in place; a batch has the prompts alone."""
+    """One copy after another, in slots that are written in place; a batch has the prompts alone."""
     texts = []
     for seed in seeds:
-        for eps in (1e-2, -1e-2):
-            runtime.perturb(Step([seed], eps))
-            asked = [(("plus0",), i) for i in prompts]
-            texts += runtime._write("train", asked, runtime.tokens, NEW, ("\n",), sampling)["plus0"]
+        runtime.perturb(Step([seed], 1e-2))
+        for slot in ("plus0", "minus0"):
+            asked = [((slot,), i) for i in prompts]
+            texts += runtime._write("train", asked, runtime.tokens, NEW, ("\n",), sampling)[slot]
     return texts
 
 
@@ -165,7 +165,7 @@ def learnt(model: str, steps: int, options: dict, sizes: dict) -> dict:
 
 TINY = {
     "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    "num_perturbations": 8, "batch_size": 16, "lr": 0.02, "eps": 0.05,
+    "num_perturbations": 8, "batch_size": 16, "lr": 0.01, "eps": 0.1,
 }  # fmt: skip
 DEMO = {
     "num_perturbations": 8, "batch_size": 8, "tuning": "lora-xs", "r": 32, "lora_alpha": 32, "lr": 0.03, "eps": 0.02,

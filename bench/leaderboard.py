@@ -98,6 +98,8 @@ ROWS = {
     ),
     "adam-32": Row("a direction an example, batch 32, Adam", (5e-4, 1e-3, 2e-3),
                    {"directions": 32, "update_rule": "adam"}),
+    "subspace-32": Row("a direction an example, batch 32, Adam in a subspace of 10 steps", (2e-3, 4e-3, 8e-3),
+                       {"directions": 32, "update_rule": "subspace-adam", "refresh_every": 10, "beta2": 0.95}),
     "lora-b-32": Row("lora-b, a direction an example, batch 32", (8e-3, 16e-3),
                      {"directions": 32, "tuning": "lora-b"}),
     "xs-1": Row("lora-xs r 32, one direction a step, batch 32", (8e-3, 16e-3), XS),

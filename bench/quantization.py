@@ -30,6 +30,7 @@ from mezo.api import train
 from mezo.models.linear import PackedLinear
 from mezo.models.quantization import FORMATS, NONE, is_quantised, tensors_of
 from mezo.runtimes.hf.runtime import HFRuntime
+from mezo.studies import assets
 from mezo.studies.demo import demo_config
 
 BATCH, STEPS = 16, 2  # of the step through all layers
@@ -43,6 +44,8 @@ RUN = {
     "noise": False,
 }
 SHORT = {"steps": 90, "eval_every": 45, "num_train": 64, "num_dev": 20, "num_test": 20}  # of the run that is killed
+GGUF = "gguf"
+"""In place of a format: the file that the demo's model comes in, as it is."""
 MEZO = (sys.executable, "-m", "mezo", "train")
 ROWS = {  # --dtype and --quantization
     "float32": ("float32", NONE),
@@ -51,16 +54,25 @@ ROWS = {  # --dtype and --quantization
     "nf4": ("float32", "nf4"),
     "fp4": ("float32", "fp4"),
     "llm-int8": ("float32", "llm-int8"),
+    "float8": ("float32", "float8"),
+    "gguf": ("float32", GGUF),
     "int8, bfloat16": ("bfloat16", "int8"),
     "nf4, bfloat16": ("bfloat16", "nf4"),
 }
 
 
+def base_of(dtype: str, quantization: str) -> dict:
+    """Options of a row's base."""
+    if quantization != GGUF:
+        return {"dtype": dtype, "quantization": quantization}
+    return {"dtype": dtype, "model": str(assets.fetch_gguf())}
+
+
 def step(dtype: str, quantization: str) -> dict:
     """A step with adapters on all layers: bytes of the base, most resident bytes while it runs, CPU seconds."""
     data = examples(BATCH)
-    model = {"dtype": dtype, "quantization": quantization}
-    config = configs()["all layers"].replace(target_modules=ALL, batch_size=len(data), **model)
+    base = base_of(dtype, quantization)
+    config = configs()["all layers"].replace(target_modules=ALL, batch_size=len(data), **base)
     with tempfile.TemporaryDirectory() as folder:
         runtime = HFRuntime(*config.for_runtime)
         base = runtime.parts.base
@@ -91,7 +103,7 @@ def run(dtype: str, quantization: str) -> dict:
     began = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         config = demo_config("it-was", RUN["steps"], Path(folder) / "run")
-        result = train(config.replace(**RUN, dtype=dtype, quantization=quantization))
+        result = train(config.replace(**RUN, **base_of(dtype, quantization)))
     test = {when: {key: result["test"][when][key] for key in ("accuracy", "auc")} for when in ("before", "after")}
     return {"test": test, "best_step": result["best_step"], "run_cpu_seconds": time.process_time() - began}
 
@@ -102,7 +114,7 @@ def killed(dtype: str, quantization: str) -> dict:
         whole, other = (Path(folder) / name for name in ("whole", "killed"))
         for path in (whole, other):
             config = demo_config("it-was", SHORT["steps"], path)
-            config = config.replace(**RUN | SHORT, dtype=dtype, quantization=quantization)
+            config = config.replace(**RUN | SHORT, **base_of(dtype, quantization))
             path.with_suffix(".yaml").write_text(json.dumps(config.to_dict()))
         subprocess.run([*MEZO, "--config", f"{whole}.yaml"], check=True, stdout=sys.stderr)
         process = subprocess.Popen([*MEZO, "--config", f"{other}.yaml"], stdout=sys.stderr)
@@ -121,7 +133,7 @@ def killed(dtype: str, quantization: str) -> dict:
 
 PARTS = {"step": step, "run": run, "killed": killed}
 KNOWN = {"step": "step_cpu_seconds", "run": "run_cpu_seconds", "killed": "killed_at_step"}
-KILLED = ("int8",)  # rows that are killed and resumed too
+KILLED = ("int8", "gguf")  # rows that are killed and resumed too
 BETWEEN = re.compile("(<!-- quantization -->).*(<!-- end of quantization -->)", re.DOTALL)
 
 
@@ -136,7 +148,8 @@ def markdown(whole: dict) -> str:
         if not {"base_bytes", "test"} <= row.keys():  # measured in part
             continue
         dtype, quantization = ROWS[name]
-        flags = [f"--quantization {quantization}"] if quantization != NONE else []
+        flags = [f"--quantization {quantization}"] if quantization in FORMATS else []
+        flags += ["--model ... .Q4_1.gguf"] if quantization == GGUF else []
         flags += [f"--dtype {dtype}"] if dtype != "float32" or not flags else []
         before, after = row["test"]["before"], row["test"]["after"]
         lines.append(
@@ -176,7 +189,7 @@ def measure(output: Path, names: list[str]) -> None:
     known = json.loads(output.read_text())["rows"] if output.exists() else {}
     for name, part in itertools.product(names, PARTS):
         quantization = ROWS[name][1]
-        library = FORMATS[quantization].library if quantization != NONE else "torch"
+        library = FORMATS[quantization].library if quantization in FORMATS else "torch"
         if KNOWN[part] in known.get(name, {}) or not find_spec(library) or (part == "killed" and name not in KILLED):
             continue
         command, environment = [sys.executable, __file__, "--one", name, part], {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -60,7 +60,8 @@ class Server:
     def ask(self, path: str, body: dict | None = None) -> dict:
         """The answer of an endpoint."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=ANSWERING)
-        connection.request("GET" if body is None else "POST", path, body and json.dumps(body))
+        sent = None if body is None else json.dumps(body)
+        connection.request("GET" if body is None else "POST", path, sent, {"Content-Type": "application/json"})
         answer = json.loads(connection.getresponse().read())
         connection.close()
         return answer

@@ -166,7 +166,7 @@ def demo_part(folder: Path, steps: int) -> dict:
     config = config.replace(runtime="sglang", eval_every=10, noise=False, report=False, **XS, **LEARNING)
     tokenizer = load_tokenizer(config.model.base)
     rows = [json.loads(line) for line in Path(config.data.dev_file).read_text().splitlines()][:64]
-    return learnt(config, [tokenizer(row["text"])["input_ids"] for row in rows], cost=1.0, rate=0.5, limit=390)
+    return learnt(config, [tokenizer(row["text"])["input_ids"] for row in rows], cost=1.0, rate=0.5, limit=250)
 
 
 def tp2_part(folder: Path, steps: int) -> dict:

@@ -68,12 +68,17 @@ def _with_one_product(config: Config, ranks: Ranks) -> Config:
     from mezo.models.linear import SMALLEST, width_of
     from mezo.runtimes.hf.runtime import product_of
 
-    checkpoint = Checkpoint.of(config.model.base, config.model.tuning.head, config.model.quantization)
+    checkpoint = _checkpoint_of(config)
     if width_of(checkpoint.config) < SMALLEST:
         return config.replace(linear="torch")
     mine = product_of(config.model, config.machine, checkpoint).name
     agreed = all(found for (found,) in ranks.gather([float(mine != "torch")]))
     return config.replace(linear=mine if agreed else "torch")
+
+
+def _checkpoint_of(config: Config) -> Checkpoint:
+    model = config.model
+    return Checkpoint.of(model.base, model.tuning.head, model.quantization, model.trust_remote_code)
 
 
 def _with_product_of(config: Config, first_line: dict) -> Config:
@@ -443,8 +448,8 @@ def loaded(
     started = time.perf_counter()
     with waiting(f"loading the data and {config.model.base}"):
         config.data.refuse_missing_files()
-        tokenizer = load_tokenizer(config.model.base)
-        checkpoint = Checkpoint.of(config.model.base, config.model.tuning.head, config.model.quantization)
+        tokenizer = load_tokenizer(config.model.base, config.model.trust_remote_code)
+        checkpoint = _checkpoint_of(config)
         splits = load_splits(config, tokenizer, masked=checkpoint.masked)
         vocabulary = getattr(checkpoint.config.get_text_config(), "vocab_size", None)
         if vocabulary is not None:  # else it is no model of text, which is said where it is loaded

@@ -15,11 +15,13 @@ def follows(run: str | Path) -> int:
     """Assert that every line follows from its losses and config.json by the formulas; return the number of steps."""
     config = json.loads(Path(run, "config.json").read_text())
     header, *lines = [json.loads(line) for line in Path(run, "trajectory.jsonl").read_text().splitlines()]
+    moments = {}  # of subspace-adam
     before = []  # lengths of the steps that changed something
     for step, line in enumerate(lines):
         assert line["step"] == step
         n = len(line["seeds"])
-        assert line["seeds"] == [perturbation_seed(config["seed"], step, k) for k in range(n)]
+        drawn = step - step % config["refresh_every"] if config["update_rule"] == "subspace-adam" else step
+        assert line["seeds"] == [perturbation_seed(config["seed"], drawn, k) for k in range(n)]
         if line["skipped"]:
             assert (line["coefficients"], line["decay"]) == ([0.0] * n, 1.0)
             continue
@@ -29,7 +31,7 @@ def follows(run: str | Path) -> int:
         one_sided = config["update_rule"] in ("fzoo", "one-sided", "guided")
         distance = config["eps"] if one_sided else 2 * config["eps"]
         assert line["projected_grads"] == pytest.approx(list((plus - minus) / distance), rel=1e-12)
-        coefficients, decay = _expected(config, header, line)
+        coefficients, decay = _expected(config, header, line, moments)
         factor, length = 1.0, np.linalg.norm(coefficients)
         if config.get("max_step_ratio") and len(before) >= 20:
             factor = min(1.0, config["max_step_ratio"] * np.median(before[-100:]) / max(length, 1e-300))
@@ -42,7 +44,7 @@ def follows(run: str | Path) -> int:
     return len(lines)
 
 
-def _expected(config: dict, header: dict, line: dict) -> tuple[list[float], float]:
+def _expected(config: dict, header: dict, line: dict, moments: dict) -> tuple[list[float], float]:
     """Coefficients and decay of a step."""
     rule, lr, n = config["update_rule"], _rate(config, line["step"]), len(line["seeds"])
     grads, decay = np.array(line["projected_grads"]), 1 - lr * config["weight_decay"]
@@ -57,6 +59,8 @@ def _expected(config: dict, header: dict, line: dict) -> tuple[list[float], floa
         grads = n * slope * np.where(place <= elite, 1 / elite, -1 / (n - elite))
     elif config["clip"]:
         grads = np.clip(grads, -config["clip"], config["clip"])
+    if rule == "subspace-adam":
+        grads = n * _adam_step(config, line["step"], grads, moments)
     if config["normalise_z"]:
         grads = grads / [_length(header["shapes"], seed) for seed in line["seeds"]]
     if rule == "aligned":
@@ -75,6 +79,18 @@ def _expected(config: dict, header: dict, line: dict) -> tuple[list[float], floa
         return [lr * grads[0] if after < min(here, math.nextafter(against, math.inf)) else
                 -lr * grads[0] if against < here else 0.0], decay  # fmt: skip
     return list(lr * grads / n), decay
+
+
+def _adam_step(config: dict, step: int, grads: np.ndarray, moments: dict) -> np.ndarray:
+    """Adam's step of the slopes; first moments are of the subspace, second ones of all steps that changed theta."""
+    subspace = step // config["refresh_every"]
+    moments.setdefault("second", []).append(grads)
+    moments.setdefault(subspace, []).append(grads)
+    means = []
+    for kept, beta in ((np.array(moments[subspace]), config["beta1"]), (np.square(moments["second"]), config["beta2"])):
+        weights = beta ** np.arange(len(kept))[::-1]
+        means.append(weights @ kept / weights.sum())  # the bias correction makes it a weighted mean
+    return means[0] / (np.sqrt(means[1]) + config["adam_eps"])
 
 
 def _rate(config: dict, step: int) -> float:

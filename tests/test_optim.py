@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mezo import MeZO
+from mezo.method.rules import RULES
 from mezo_kernels import (
     ParamLayout,
     Rule,
@@ -65,6 +66,7 @@ def same(left, right):
         {"rule": "sign", "lr": 0.05},
         {"rule": "fzoo", "lr": 3e-5, "num_perturbations": 4},
         {"rule": "guided", "lr": 0.01, "num_perturbations": 4},
+        {"rule": "subspace-adam", "lr": 0.05, "num_perturbations": 4, "refresh_every": 10},
     ],
 )
 def test_descends_a_quadratic(options):
@@ -229,6 +231,53 @@ def test_guided_measures_the_slope_along_the_contrast_of_its_directions(dtype):
     torch.testing.assert_close(theta, (before.float() - 1e-2 * slope * v).to(dtype), rtol=1e-2, atol=1e-5)
     assert not other.any()
     assert mean.item() == pytest.approx(sum(losses) / n)
+
+
+def test_subspace_adam_keeps_directions_and_moments_over_its_steps_and_a_saved_state():
+    """Each group by its own betas, as the rule has it; a step that is skipped leaves the moments alone."""
+
+    def made():
+        torch.manual_seed(0)
+        model = make_model()
+        groups = [
+            {"params": list(model[0].named_parameters("first")), "betas": (0.5, 0.9)},
+            {"params": list(model[2].named_parameters("second"))},
+        ]
+        return model, MeZO(groups, lr=0.05, rule="subspace-adam", num_perturbations=2, refresh_every=4, seed=3)
+
+    model, optimizer = made()
+    rules = [RULES["subspace-adam"](0.5, 0.9, refresh_every=4), RULES["subspace-adam"](refresh_every=4)]
+    expected, names = (
+        [p.detach().clone() for p in model.parameters()],
+        [n for g in optimizer.param_groups for n in g["z_names"]],
+    )
+    moments = [[], []]
+    for step in range(7):
+        if step == 5:
+            optimizer.step(lambda: math.nan)
+            continue
+        train(model, optimizer, 1)
+        seeds = [perturbation_seed(3, step - step % 4, k) for k in range(2)]
+        steps = []
+        for i, rule in enumerate(rules):
+            moments[i], slopes = rule.remember(moments[i], step, optimizer.projected_grads)
+            steps.append([0.05 * a for a in slopes])
+        layout = [ParamLayout(dict(zip(names[j : j + 2], expected[j : j + 2], strict=True))) for j in (0, 2)]
+        for part, coefficients in zip(layout, steps, strict=True):
+            step_(part, list(zip(seeds, coefficients, strict=True)), backend="reference")
+        if step == 2:
+            state, (model, optimizer) = copy.deepcopy(optimizer.state_dict()), made()
+            optimizer.load_state_dict(state)
+    assert same(map(bits, expected), theta_of(model))
+    assert [group["moments"] for group in optimizer.param_groups] == moments
+
+
+def test_groups_of_a_subspace_share_its_directions():
+    groups = [{"params": [("a", torch.ones(2))]}, {"params": [("b", torch.ones(2))], "refresh_every": 5}]
+    with pytest.raises(
+        ValueError, match=r"a step has one refresh_every: give all param groups the same, got \[5, 50\]"
+    ):
+        MeZO(groups, lr=0.1, rule="subspace-adam")
 
 
 def test_guided_skips_where_a_loss_is_bad():

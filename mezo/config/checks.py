@@ -55,6 +55,8 @@ def _check_method(method: Method) -> None:
     why = f"--update-rule {name} measures one slope a step, which is not along a z; leave it out"
     require(not (method.true_gradient and method.rule.guides), f"--true-gradient: {why}")
     follows = method.follow_coherence
+    fixed = f"--follow-coherence: --update-rule {name} remembers each of its directions; leave it out"
+    require(not (follows and method.rule.remembers), fixed)
     require(not follows or directions > 1, "--follow-coherence chooses among up to --directions: give it, 2 or more")
     require(not follows or method.noise, "--follow-coherence needs --noise, which measures the coherence: leave it on")
     require(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from mezo.config.options import PATH, REQUIRED, Choice, Named
+from mezo.config.options import PATH, REQUIRED, RESUMABLE, Choice, Named
 from mezo.errors import require
 from mezo.ranges import AtLeastOne
 
@@ -174,13 +174,17 @@ class Model:
     """Model: where it comes from, and what is trained of it."""
 
     base: Annotated[str, Named("model"), REQUIRED, PATH] = ""
-    """Path or hub id of the model to start from, such as facebook/opt-125m."""
+    """Path or hub id of the model to start from, such as facebook/opt-125m; or path of a GGUF file."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the model's numbers; auto is float32 on a CPU and bfloat16 on a GPU. What is trained is kept in float32
     always."""
-    quantization: Literal["none", "int8", "int4", "nf4", "fp4", "llm-int8"] = "none"
+    quantization: Literal["none", "int8", "int4", "float8", "nf4", "fp4", "llm-int8"] = "none"
     """With --runtime hf: what the weights of the frozen linear layers are quantised to as they are loaded, to save
-    memory. int8, int4: weights alone, by torchao; int4 needs a GPU. nf4, fp4, llm-int8: by bitsandbytes; llm-int8
-    rounds what they are multiplied by, too. A checkpoint that is quantised already needs no option."""
+    memory. int8, int4, float8: weights alone, by torchao; int4 needs a GPU. nf4, fp4, llm-int8: by bitsandbytes;
+    llm-int8 rounds what they are multiplied by, too. A checkpoint that is quantised already, such as a GGUF file, needs
+    no option."""
+    trust_remote_code: Annotated[bool, RESUMABLE] = False
+    """Run the code that a model's repository brings, with your rights: only what you trust. Each command asks for it
+    anew, --resume too, since a run's config.json may be somebody else's."""
     tuning: Annotated[Lora | LoraB | LoraXS | Full | Prefix, Choice("tuning", TUNINGS)] = Lora()
     """What is trained."""

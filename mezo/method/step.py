@@ -43,7 +43,13 @@ class Step:
 
     @classmethod
     def of_run(
-        cls, run_seed: int, number: int, count: int, eps: float, norm: Callable[[int], float] | None = None
+        cls,
+        run_seed: int,
+        number: int,
+        count: int,
+        eps: float,
+        norm: Callable[[int], float] | None = None,
+        period: int = 1,
     ) -> "Step":
         """Step `number` of a run: a pure function of its arguments, so that a run can stop and resume anywhere.
 
@@ -53,10 +59,11 @@ class Step:
             count: perturbations, >= 1.
             eps: perturbation scale, > 0.
             norm: root mean square of z(seed), where every z is divided by its own (--normalise-z); else None.
+            period: steps in a row that have the seeds of the first of them, `Rule.period`.
         """
         from mezo_kernels import perturbation_seed  # torch: `mezo train --help` does without
 
-        seeds = tuple(perturbation_seed(run_seed, number, k) for k in range(count))
+        seeds = tuple(perturbation_seed(run_seed, number - number % period, k) for k in range(count))
         return cls(seeds, [eps / norm(seed) for seed in seeds] if norm else eps, number)
 
     def part(self, places: Sequence[int]) -> "Step":

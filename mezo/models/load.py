@@ -44,20 +44,22 @@ class Checkpoint:
         config: its config.json.
         head: with which it is loaded, as `--head` says.
         quantization: what its linear layers are quantised to as it is loaded, as `--quantization` says.
+        trusted: code that it brings is run, as `--trust-remote-code` says.
     """
 
     name: str
     config: PretrainedConfig
     head: str = "model"
     quantization: str = NONE
+    trusted: bool = False
 
     @classmethod
-    def of(cls, model: str, head: str = "model", quantization: str = NONE) -> "Checkpoint":
+    def of(cls, model: str, head: str = "model", quantization: str = NONE, trusted: bool = False) -> "Checkpoint":
         """Read the configuration of a model directory or hub id. Raises UserError if it cannot be read."""
         if Path(model, ADAPTER).is_file():
             raise _two_in_one(model)
         try:
-            return cls(model, AutoConfig.from_pretrained(model, trust_remote_code=False), head, quantization)
+            return cls(model, _config_of(model, trusted), head, quantization, trusted)
         except (OSError, ValueError) as error:
             raise _unloadable(model, error) from error
 
@@ -82,6 +84,11 @@ class Checkpoint:
         return quantised_by(self.config)
 
     @property
+    def is_file(self) -> bool:
+        """True if it is a GGUF file."""
+        return is_gguf(self.name)
+
+    @property
     def reads_images(self) -> bool:
         """True if it is a model of images and text, which text alone is given here."""
         return type(self.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -104,20 +111,39 @@ class Checkpoint:
         return {**dict.fromkeys(names, zero), "attention_mask": one}
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory or hub id. Raises UserError if there is none."""
-    if model.endswith(".gguf") and Path(model).is_file():
-        raise UserError(
-            f"--model {model}: a GGUF file is not read as it is: have mezo.models.gguf.convert_gguf(FILE, FOLDER) write"
-            " what its weights mean as floats, and give the folder"
-        )
-    if model.startswith((".", "/", "~")) and not Path(model).is_dir():  # no hub id begins so
+def load_tokenizer(model: str, trusted: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or hub id. Raises UserError if there is none.
+
+    Args:
+        model: path or hub id.
+        trusted: code that it brings is run.
+    """
+    if model.startswith((".", "/", "~")) and not (Path(model).is_dir() or is_gguf(model)):  # no hub id begins so
         raise UserError(f"--model {model}: no such directory; give one with a model in it, or a hub id like org/name")
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        if is_gguf(model):
+            from mezo.models.gguf import tokenizer_of_file  # it takes a while to import
+
+            return tokenizer_of_file(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trusted)
     except (OSError, ValueError) as error:
+        if "custom code" in str(error):
+            raise _unloadable(model, error) from error
         why = f"no tokenizer could be loaded ({_first_line(error)})"
         raise UserError(f"--model {model}: {why}; give a directory with a model in it, or a hub id") from error
+
+
+def is_gguf(model: str) -> bool:
+    """Whether a path is that of a GGUF file."""
+    return model.endswith(".gguf") and Path(model).is_file()
+
+
+def _config_of(model: str, trusted: bool) -> PretrainedConfig:
+    if not is_gguf(model):
+        return AutoConfig.from_pretrained(model, trust_remote_code=trusted)
+    from mezo.models.gguf import config_of_file  # it takes a while to import
+
+    return config_of_file(model)
 
 
 def load_base(
@@ -143,8 +169,9 @@ def load_with_new(
     _refuse_another_head(checkpoint)
     packing = config_of(checkpoint.quantization, dtype, device, checkpoint.config)
     auto = checkpoint.auto
+    own_code = checkpoint.trusted and auto.__name__ in (getattr(checkpoint.config, "auto_map", None) or {})
     try:
-        attention = _attention(auto._model_mapping[type(checkpoint.config)], checkpoint.config)
+        attention = None if own_code else _attention(auto._model_mapping[type(checkpoint.config)], checkpoint.config)
     except KeyError as error:
         kind = checkpoint.config.model_type
         if checkpoint.head == "classification":
@@ -154,7 +181,7 @@ def load_with_new(
             f"--model {checkpoint.name}: transformers has no head for text of {kind} ({auto.__name__}): use a model"
             " that continues text, fills masks or answers by a decoder"
         ) from error
-    options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+    options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": checkpoint.trusted}
     if checkpoint.head == "classification":  # a head of other classes is made anew
         options |= {"num_labels": classes or checkpoint.config.num_labels, "ignore_mismatched_sizes": True}
     if packing or checkpoint.quantised:  # packed weights are not moved afterwards
@@ -164,7 +191,7 @@ def load_with_new(
             options |= {"quantization_config": config}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You passed `quantization_config`")  # of a checkpoint that has one
-            base, seen = auto.from_pretrained(checkpoint.name, output_loading_info=True, **options)
+            base, seen = _from_pretrained(checkpoint, auto, options)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
@@ -180,6 +207,15 @@ def load_with_new(
     if packing:  # what was quantised lies in the mapped file still
         give_back((p for p in base.parameters() if p.device.type == "cpu" and type(p.data) is torch.Tensor), whole=True)
     return base.eval(), new
+
+
+def _from_pretrained(checkpoint: Checkpoint, auto: type, options: dict) -> tuple[nn.Module, dict]:
+    """What `from_pretrained` of a class of transformers loads, and what it says of that."""
+    if not checkpoint.is_file:
+        return auto.from_pretrained(checkpoint.name, output_loading_info=True, **options)
+    from mezo.models.gguf import load_file  # it takes a while to import
+
+    return load_file(auto, checkpoint.name, checkpoint.config, **options)
 
 
 def _refuse_another_head(checkpoint: Checkpoint) -> None:
@@ -276,8 +312,8 @@ def _two_in_one(model: str) -> UserError:
 def _unloadable(model: str, error: Exception) -> UserError:
     if "custom code" in str(error):
         return UserError(
-            f"--model {model}: it comes with code of its own, which is never run here: use a model of a family that"
-            " transformers has (mezo models lists some)"
+            f"--model {model}: it comes with code of its own: give --trust-remote-code if you trust that, or use a"
+            " model of a family that transformers has (mezo models lists some)"
         )
     if "ignore_mismatched_sizes" in str(error):
         return UserError(

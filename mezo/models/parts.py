@@ -119,7 +119,7 @@ def load_parts(
     Raises:
         UserError: the model cannot be loaded, or has no such layers or modules, or cannot be trained so.
     """
-    checkpoint = checkpoint or Checkpoint.of(model.base, model.tuning.head, model.quantization)
+    checkpoint = checkpoint or Checkpoint.of(model.base, model.tuning.head, model.quantization, model.trust_remote_code)
     base, sha256 = _load(checkpoint, device, dtype, classes)
     attached = TUNINGS[model.tuning.name](model.tuning, base)
     attached.model.requires_grad_(False)

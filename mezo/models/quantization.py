@@ -51,6 +51,7 @@ def _four_bits(kind: str) -> Callable[[torch.dtype], BitsAndBytesConfig]:
 FORMATS = {
     "int8": Format("torchao", _torchao("Int8WeightOnlyConfig")),
     "int4": Format("torchao", _torchao("Int4WeightOnlyConfig", group_size=32), gpu=True),
+    "float8": Format("torchao", _torchao("Float8WeightOnlyConfig")),
     "nf4": Format("bitsandbytes", _four_bits("nf4")),
     "fp4": Format("bitsandbytes", _four_bits("fp4")),
     "llm-int8": Format("bitsandbytes", lambda dtype: BitsAndBytesConfig(load_in_8bit=True)),

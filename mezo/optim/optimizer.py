@@ -53,6 +53,7 @@ class MeZO(torch.optim.Optimizer):
       -1, and divides lr by the sample standard deviation of the n perturbed losses.
     - conservative keeps the best of theta and a step either way, for three more calls of the closure.
     - guided takes n + 2: it measures the slope along the contrast of the directions of low and of high loss.
+    - subspace-adam keeps its directions for refresh_every steps and does Adam on the slopes along them.
 
     Theta lives in a float32 master copy, one for each parameter. A parameter is set to the single rounding of
     theta + eps z, theta - eps z or theta, and is never restored by arithmetic: a float32 parameter equals its master
@@ -96,6 +97,7 @@ class MeZO(torch.optim.Optimizer):
         module: whose buffers are kept from moving with every call; None leaves buffers alone. Where a call moves one,
             a step costs one more call, at theta (none more with fzoo and conservative, which make it anyway).
         average_losses: over the ranks of the default process group, if there are several.
+        refresh_every: of subspace-adam, >= 1, 50 by default: steps that share their directions.
         elite_share: of guided, in [0, 1), 0.5 by default: the share of directions that count as those of low loss.
     Raises:
         ValueError: a value outside its range; parameters that no `ParamLayout` accepts.
@@ -138,15 +140,18 @@ class MeZO(torch.optim.Optimizer):
         module: torch.nn.Module | None = None,
         average_losses: bool = True,
         elite_share: float | None = None,
+        refresh_every: int | None = None,
     ):
         self.backend, self.module, self.average_losses = backend, module, average_losses
         self._start_anew()
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "rule": rule, "updates": 0}
         # updates: those applied to the group so far, which Adam counts
         defaults |= {"seed": seed, "num_perturbations": num_perturbations, "normalise_z": normalise_z}
-        defaults |= {"distribution": distribution, "steps": 0, "skipped_steps": 0, "projected_grads": []}
+        defaults |= {"distribution": distribution, "steps": 0, "skipped_steps": 0, "projected_grads": [],
+                     "moments": []}  # fmt: skip
         # schedulers look here for what they may cycle
-        of_rule = {"momentum": momentum, "betas": betas, "adam_eps": adam_eps, "elite_share": elite_share}
+        of_rule = {"momentum": momentum, "betas": betas, "adam_eps": adam_eps}
+        of_rule |= {"elite_share": elite_share, "refresh_every": refresh_every}
         defaults |= {name: value for name, value in of_rule.items() if value is not None or name in defaults_of(rule)}
         super().__init__(params, defaults)
         rule = self._rule()
@@ -196,7 +201,7 @@ class MeZO(torch.optim.Optimizer):
         self._follow()
         rule, eps = self._rule(), float(self.param_groups[0]["eps"])
         norm = functools.cache(self._root_mean_square) if self.normalise_z else None
-        step = Step.of_run(self.seed, self.steps, self.num_perturbations, eps, norm)
+        step = Step.of_run(self.seed, self.steps, self.num_perturbations, eps, norm, rule.period)
         norms = tuple(map(norm, step.seeds)) if norm else ()
         buffers = Buffers(self.module)
         kept = buffers.before
@@ -206,15 +211,20 @@ class MeZO(torch.optim.Optimizer):
             products = self._inner_products(step.seeds) if rule.projects else []
             tried = self._tried_along(closure, step, losses, rule, buffers) if rule.guides else []
             slopes = rule.slopes(self.projected_grads, tried, eps)
-            updates = [self._plan(group, step, slopes, losses, norms, products) for group in self._groups]
+            remembered = [self._remember(group, slopes) for group in self._groups]
+            updates = [
+                self._plan(group, step, slopes, losses, norms, products)
+                for group, (_, slopes) in zip(self._groups, remembered, strict=True)
+            ]
             skipped = any(update.skipped for update in updates)
             if skipped:
                 self.skipped_steps += 1
             else:
                 if rule.compares:
                     updates, tried = self._chosen(closure, rule, updates, buffers)
-                for group, update in zip(self._groups, updates, strict=True):
+                for group, update, (moments, _) in zip(self._groups, updates, remembered, strict=True):
                     self._apply(group, update)
+                    group.options["moments"] = moments
                 kept = buffers.after
             self.steps += 1
         finally:
@@ -286,6 +296,10 @@ class MeZO(torch.optim.Optimizer):
 
     def _masters(self) -> list[torch.Tensor]:
         return [theta for group in self._groups for theta in group.theta.tensors]
+
+    def _remember(self, group: "_Group", slopes: Sequence[float]) -> tuple[list[float], Sequence[float]]:
+        """What the rule of a group remembers after this step, and what it plans by."""
+        return rule_of(group.options).remember(group.options["moments"], self.steps, slopes)
 
     def _plan(
         self, group: "_Group", step: Step, slopes: Sequence, losses: Losses, norms: Sequence, products: Sequence

@@ -9,9 +9,10 @@ from mezo_kernels.philox import STREAMS, check_seed
 
 OF_ALL = ("eps", "seed", "num_perturbations", "distribution", "normalise_z")
 """Options that all groups must have alike."""
-COUNTS = ("steps", "skipped_steps", "projected_grads")
+COUNTS = ("steps", "skipped_steps", "projected_grads", "moments")
 """What a step leaves. It stands in every group: whatever saves an optimizer carries its groups, and often no more."""
-_FIELD = {"momentum": "momentum", "betas": "beta1", "adam_eps": "adam_eps", "elite_share": "elite_share"}
+_FIELD = {"momentum": "momentum", "betas": "beta1", "adam_eps": "adam_eps", "elite_share": "elite_share",
+          "refresh_every": "refresh_every"}  # fmt: skip
 """Options that some rules have, and the field by which these are known."""
 
 
@@ -79,8 +80,10 @@ def rule_of_all(groups: list[dict]) -> Rule:
     """The rule that says what a step measures; groups may differ in rules that measure both signs and no more."""
     check_alike(groups)
     rules = {group["rule"]: rule_of(group) for group in groups}
+    if len(periods := {rule_of(group).period for group in groups}) > 1:
+        raise ValueError(f"a step has one refresh_every: give all param groups the same, got {sorted(periods)}")
     for rule in rules.values():
-        if len(rules) > 1 and (rule.one_sided or rule.compares or rule.guides):
+        if len(rules) > 1 and (rule.one_sided or rule.compares or rule.guides or rule.remembers):
             raise ValueError(
                 f"{rule.name} measures in its own way: give all param groups the same rule, got {sorted(rules)}"
             )

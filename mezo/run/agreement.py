@@ -9,6 +9,7 @@ from rich.progress import track
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.method.guard import StepGuard
+from mezo.method.rules.logged import LoggedRule
 from mezo.method.sampling import text_seed
 from mezo.method.schedule import learning_rate
 from mezo.method.step import Step, Update
@@ -44,10 +45,11 @@ def check_lines(run: RunDirectory, first: dict, records: Sequence[StepRecord], l
     if config is not None:
         _check_header(run, first, config)
     _check_fed(run, first, records)
-    guard = StepGuard(config.method.max_step_ratio if config else 0.0)
+    guard, moments = StepGuard(config.method.max_step_ratio if config else 0.0), []
+    period = LoggedRule.of_header(first).rule.period
     for record in track(records, "check", transient=True, disable=len(records) < 1e5 or not sys.stderr.isatty()):
         line = f"{run.trajectory}: line {record.step + 2}"
-        seeds = Step.of_run(first["run_seed"], record.step, len(record.update.seeds), 1.0).seeds
+        seeds = Step.of_run(first["run_seed"], record.step, len(record.update.seeds), 1.0, period=period).seeds
         if record.update.seeds != seeds:
             raise UserError(f"{line}: seeds {record.update.seeds} are not those of step {record.step}, {seeds}")
         if record.text_seed is not None and record.text_seed != text_seed(first["run_seed"], record.step):
@@ -56,7 +58,7 @@ def check_lines(run: RunDirectory, first: dict, records: Sequence[StepRecord], l
             sampled = bool(config.method.temperature)
             if (record.text_seed is not None) != sampled:
                 raise UserError(f"{line}: text_seed is {'missing' if sampled else 'there'}, unlike --temperature")
-            _check_line(line, record, config, first, lengths, guard)
+            moments = _check_line(line, record, config, first, lengths, guard, moments)
         guard.see(record.update)
 
 
@@ -126,13 +128,33 @@ def _check_adapter(run: RunDirectory, first: dict) -> None:
         raise UserError(f"{weights} has other parameters than the header of the log; {RESTORE}")
 
 
-def _check_line(line: str, record: StepRecord, config: Config, first: dict, lengths: bool, guard: StepGuard) -> None:
-    """Raise UserError unless the estimates and the update of a step follow from its losses and the configuration."""
+def _check_line(
+    line: str,
+    record: StepRecord,
+    config: Config,
+    first: dict,
+    lengths: bool,
+    guard: StepGuard,
+    moments: list[float],
+) -> list[float]:
+    """Raise UserError unless the estimates and the update of a step follow from its losses and the configuration.
+
+    Args:
+        line: where the step is, for the error.
+        record: of the step.
+        config: of the run.
+        first: header of the log.
+        lengths: see `check_run`.
+        guard: that has seen the steps before.
+        moments: of a rule that remembers, after the step before.
+    Returns:
+        The moments after this step.
+    """
     update, method = record.update, config.method
     if update.skipped:
         if any(update.coefficients) or update.decay != 1:
             raise UserError(f"{line}: a skipped step must change nothing")
-        return
+        return moments
     fault = UserError(f"{line}: the estimates or coefficients do not follow from the losses and the configuration")
     losses = record.losses.against_mean() if method.rule.guides else record.losses
     grads = losses.projected_grads(method.half_distance)
@@ -140,13 +162,14 @@ def _check_line(line: str, record: StepRecord, config: Config, first: dict, leng
         raise fault
     if method.rule.guides and len(record.tried) != 2:
         raise fault
+    slopes = method.rule.slopes(grads, record.tried, method.eps)
+    moments, slopes = method.rule.remember(moments, record.step, slopes, method.clip)
     if (method.normalise_z or method.rule.projects) and not lengths:
-        return
+        return moments
     norms = [root_mean_square(first["shapes"], seed) for seed in update.seeds] if method.normalise_z else []
     products = inner_products(first["shapes"], update.seeds).tolist() if method.rule.projects else []
     planned = planned_steps(first, record.step, method.steps)
     lr = learning_rate(record.step, planned, method.lr, method.lr_schedule, method.warmup_steps)
-    slopes = method.rule.slopes(grads, record.tried, method.eps)
     given = update.seeds, slopes, losses, lr, method.weight_decay, method.clip, norms, products
     expected = method.rule.plan(*given)
     slack = 1e-15 * method.lr / lr if lr else 0.0
@@ -154,6 +177,7 @@ def _check_line(line: str, record: StepRecord, config: Config, first: dict, leng
     expected = method.rule.choose(expected, record.tried) if method.rule.compares else expected
     if not math.isclose(record.shortened, factor, rel_tol=1e-12 + slack) or not _near(update, expected, slack):
         raise fault
+    return moments
 
 
 def _near(update: Update, expected: Update, slack: float) -> bool:

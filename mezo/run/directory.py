@@ -79,9 +79,9 @@ class RunDirectory:
         return run
 
     def read_config(self) -> Config:
-        """The configuration the run was started with."""
+        """The configuration the run was started with; each command says anew that it trusts code of the model."""
         try:
-            return Config.of_run(read_object(self.config))
+            return Config.of_run(read_object(self.config) | {"trust_remote_code": False})
         except UserError as error:
             raise UserError(f"{self.path}: not a run directory with a readable config.json ({error})") from error
 

@@ -34,7 +34,7 @@ class Writing:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Writing":
         """As a model says: its tokenizer, and every token that it calls the end of a text."""
-        tokenizer = load_tokenizer(checkpoint.name)
+        tokenizer = load_tokenizer(checkpoint.name, checkpoint.trusted)
         ends = {tokenizer.eos_token_id}
         sources = [checkpoint.config]
         with contextlib.suppress(OSError):  # not every model has one
@@ -94,7 +94,7 @@ def decoder_of(checkpoint: Checkpoint) -> Decoder:
     first = checkpoint.config.decoder_start_token_id
     if first is None:
         raise UserError(f"--model {checkpoint.name}: its config.json has no decoder_start_token_id: add it there")
-    tokenizer = load_tokenizer(checkpoint.name)
+    tokenizer = load_tokenizer(checkpoint.name, checkpoint.trusted)
     bare, full = (tuple(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
     at = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
     return Decoder(end=full[at + len(bare) :], start=(first, *full[:at]))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 LOOK = 0.5  # seconds between looks at whether the trainer was asked to stop
 PART = 0.25  # most seconds of one part of the trainer's work
+CYCLE = 3.0  # most seconds of a part of several requests and the rest after it
 KEPT = 1000  # waits of users that are remembered of each kind
 WINDOW = 5.0  # seconds
 EVERY = 10  # of so many windows the trainer is held back in one; in every other one until there are FEW waits
@@ -17,7 +18,7 @@ LATEST = 200  # waits that it is checked by
 RECENT = 60.0  # seconds for which users who are gone are reckoned with
 STEPS = (0.5, 1.25)  # the trainer's share changes by these factors where the bound is broken or held
 TAIL = 0.01  # of users may wait longer than the bound: their 99th percentile is then within it
-MEASURED = 8  # parts of a size whose median is what one takes
+MEASURED = 100  # parts that the next one is planned by; then sizes are tried again
 ALIKE = 0.95  # of two sizes of which one gets so much of the other's work done the larger is taken
 
 
@@ -77,22 +78,25 @@ class Pace:
     """
 
     def __init__(self):
-        self._seen: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=MEASURED))
+        self._seen: deque[tuple[int, float]] = deque(maxlen=MEASURED)
 
     def see(self, n: int, took: float) -> None:
         """A part of n requests took so many seconds."""
-        self._seen[n].append(took)
+        self._seen.append((n, took))
 
     @property
     def most(self) -> int:
         """The most requests of a part that was measured."""
-        return max(self._seen, default=0)
+        return max((n for n, _ in self._seen), default=0)
 
     def seconds(self, n: int) -> float:
         """What a part of n requests is expected to take; 0 where nothing is known."""
         if not self._seen:
             return 0.0
-        sizes, times = list(self._seen), [statistics.median(took) for took in self._seen.values()]
+        by_size: defaultdict[int, list[float]] = defaultdict(list)
+        for size, took in self._seen:
+            by_size[size].append(took)
+        sizes, times = list(by_size), [statistics.median(took) for took in by_size.values()]
         if len(sizes) == 1:  # hoped for: so another size is tried
             return times[0]
         at, mean = statistics.mean(sizes), statistics.mean(times)
@@ -108,7 +112,7 @@ class Admission:
     what they wait for without the trainer (`Waits.share`): most could wait a little longer and still be within the
     bound. The trainer rests after each part, so that parts run in that share of the time. A part has as many requests
     as gets most of them done so: more at once are cheaper, and longer parts have a smaller share. No part begins while
-    a stream waits for its first token, and while users are being answered parts get half of `cost` of the time.
+    a stream waits for its first token, and while users are being answered parts get `cost` of the time.
 
     What users wait for without the trainer is measured: while there are users it is held back in one window of
     `EVERY`. Where the waits in the other windows are longer than they may be all the same, the share is lowered.
@@ -125,7 +129,8 @@ class Admission:
         self.interrupted: Callable[[], bool] = lambda: False
         self._changed = threading.Condition()
         self._waiting = self._answering = 0  # streams before their first token, and all other requests of users
-        self._running, self._parts, self._scale, self._pace = False, 0, 1.0, Pace()
+        self._running, self._parts, self._scale = False, 0, 1.0
+        self._paces: defaultdict[str, Pace] = defaultdict(Pace)
         self.limit = PART  # seconds that the next part is expected to take
         self._credit, self._since, self._rested, self._left = 0.0, now(), 0.0, -RECENT
         self.paused, self.requests = False, 0
@@ -153,31 +158,38 @@ class Admission:
         known = [waits.share(took, self.cost) for waits in self.waits.values() if waits.alone]
         return self._scale * min(known) if known else 1.0
 
-    def _planned(self) -> int:
+    def _planned(self, pace: Pace) -> int:
         """Requests of the next part: of powers of 2, up to twice the most so far, those done fastest with all rests."""
-        sizes = [2**k for k in range((2 * self._pace.most).bit_length())] or [1]
-        took = {n: max(self._pace.seconds(n), 1e-6) for n in sizes}
-        fitting = [n for n in sizes if took[n] <= PART] or [1]
+        sizes = [2**k for k in range((2 * pace.most).bit_length())] or [1]
+        took = {n: max(pace.seconds(n), 1e-6) for n in sizes}
         share = self.share if self._users_about() else lambda seconds: 1.0
+        fitting = [n for n in sizes if took[n] <= PART and took[n] <= CYCLE * share(took[n])] or [1]
         rates = {n: n * share(took[n]) / took[n] for n in fitting}
         chosen = max(n for n in fitting if rates[n] >= ALIKE * max(rates.values()))
-        self.limit = took[chosen] if self._pace.most else PART
+        self.limit = took[chosen] if pace.most else PART
         return chosen
 
-    def parts(self, n: int) -> Iterator[slice]:
-        """Slices of `n` requests of the trainer, each when there is room; it has run when the next is asked for."""
-        start = 0
+    def parts(self, n: int, kind: str = "") -> Iterator[slice]:
+        """Slices of `n` requests of the trainer, each when there is room; it has run when the next is asked for.
+
+        Args:
+            n: requests.
+            kind: of requests; those of one kind take alike.
+        """
+        start, pace = 0, self._paces[kind]
         while start < n:
             self._wait()
-            part = slice(start, min(n, start + self._planned()))
+            part = slice(start, min(n, start + self._planned(pace)))
             began = self.now()
             try:
                 yield part
             finally:
                 took = self._done(began)
-            self._pace.see(part.stop - part.start, took)
+            pace.see(part.stop - part.start, took)
             if self._users_about():
-                self._rested = self.now() + took * (1 / max(self.share(max(took, 1e-6)), 1e-3) - 1)
+                rest = took * (1 / max(self.share(max(took, 1e-6)), 1e-3) - 1)
+                # several requests rest longer only where they were not planned beside these users
+                self._rested = self.now() + (rest if part.stop - part.start == 1 else min(rest, CYCLE))
             start = part.stop
 
     def row(self) -> dict:
@@ -224,7 +236,7 @@ class Admission:
         now = self.now()
         if self._waiting or self._answering:
             self.seconds["users"] += now - self._since
-            self._credit = min(self._credit + self.cost / 2 * (now - self._since), max(self.limit, 0.0))
+            self._credit = min(self._credit + self.cost * (now - self._since), max(self.limit, 0.0))
         self._since = now
 
     def _check_bound(self, waits: Waits) -> None:

@@ -75,8 +75,10 @@ class ServingRuntime(SGLangRuntime):
         **wanted,
     ) -> list[dict]:
         """As there, in parts that are sent when users leave room for them."""
+        # prompts that go ahead are computed whole, scored ones mostly found in the cache, texts written token by token
+        kind = "texts" if isinstance(sampling, list) else "scores" if wanted else f"{sampling['max_new_tokens']} new"
         answers = []
-        for part in self.admission.parts(len(requests)):
+        for part in self.admission.parts(len(requests), kind):
             of_part = {name: value[part] for name, value in wanted.items() if isinstance(value, list)}
             own = sampling[part] if isinstance(sampling, list) else sampling
             answers += super()._generate(requests[part], count, own, **wanted | of_part)

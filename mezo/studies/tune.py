@@ -349,7 +349,7 @@ def _check_options(config: Config, grid_lr: Sequence[float], grid_eps: Sequence[
         raise UserError(
             f"--update-rule {rule.name}: lr and eps are estimated for two-sided steps: give --grid-lr and --grid-eps"
         )
-    if not grid_lr and rule.kernel():
+    if not grid_lr and (rule.kernel() or rule.remembers):
         raise UserError(f"--update-rule {rule.name}: lr is estimated for steps of plain SGD: give --grid-lr")
     if config.machine.follows:
         raise UserError("--engine-arg node_rank: a sweep is run by the first machine; start the others with mezo train")

@@ -113,6 +113,7 @@ class Measurement:
         self.objective = mixture(method.objectives)
         self.judges = {name: judge for name, judge in judges.items() if name in method.objectives}
         self.recent: deque[Scores] = deque(maxlen=RECENT)
+        self.moments: list[float] = []  # of a rule that remembers
         self.guard = StepGuard(method.max_step_ratio)
         backend = None if machine.backend == "auto" else machine.backend
         length = lambda seed: root_mean_square(runtime.spec.shapes, seed, device=runtime.device, backend=backend)  # noqa: E731
@@ -126,6 +127,9 @@ class Measurement:
             UserError: it drew from feedback that is not there.
         """
         self.guard.see(record.update)
+        if not record.update.skipped:
+            grads = record.projected_grads
+            self.moments, _ = self.rule.remember(self.moments, record.step, grads, self.method.clip)
         if not record.fed:
             return
         if self.feedback is None or not self.feedback.holds(*record.fed):
@@ -136,7 +140,8 @@ class Measurement:
     def step(self, number: int) -> Step:
         """The perturbations of a step."""
         method = self.method
-        return Step.of_run(method.seed, number, self.directions * method.num_perturbations, method.eps, self.norm)
+        count = self.directions * method.num_perturbations
+        return Step.of_run(method.seed, number, count, method.eps, self.norm, self.rule.period)
 
     @property
     def group_size(self) -> int:
@@ -190,12 +195,14 @@ class Measurement:
         products = self.products(step.seeds)
         tried = self._try_along(step, losses, batch, watch) if self.rule.guides else ()
         slopes = self.rule.slopes(grads, tried, method.eps)
+        moments, slopes = self.rule.remember(self.moments, step.number, slopes, method.clip)
         update = self.rule.plan(step.seeds, slopes, losses, lr, method.weight_decay, method.clip, norms, products)
         update, factor = self.guard.shorten(update)
         if self.rule.compares and not update.skipped:
             tried = self._try(step, update, batch, watch)
             update = self.rule.choose(update, tried)
         self.guard.see(update)
+        self.moments = self.moments if update.skipped else moments
         sampling = self._sampling(step.number)
         return StepRecord(step.number, update, losses, grads, tried, factor, fed, sampling and sampling.seed)
 

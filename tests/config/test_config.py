@@ -148,7 +148,7 @@ def test_help_has_every_option_in_its_section(capsys):
     words = " ".join(out.split())
     assert words.startswith("usage: mezo train --model MODEL --output-dir OUTPUT_DIR [options]")
     assert words.count("(required)") == 2
-    assert "Belongs to --update-rule adam or adamw. (default: 0.999)" in words
+    assert "Belongs to --update-rule adam, adamw or subspace-adam. (default: 0.999)" in words
 
 
 def test_a_mistyped_flag_brings_the_nearest(capsys):

@@ -26,6 +26,7 @@ def test_every_kernel_rule_has_its_rule():
     assert kernels == {"momentum", "adam", "adamw", "sign"}
     assert set(RULES) == kernels | {
         "sgd", "fzoo", "conservative", "one-sided", "z-score", "ranks", "aligned", "guided",
+        "subspace-adam",
     }  # fmt: skip
 
 
@@ -157,6 +158,44 @@ def test_guided_clips_the_slope_that_it_measured():
     plan = lambda slope, **options: RULES["guided"]().plan(range(4), (slope,), losses, lr=0.5, **options).coefficients  # noqa: E731
     assert plan(8.0, clip=2.0) == plan(2.0) == (-0.5, 0.5, 0.5, -0.5)
     assert plan(2.0, norms=(1.0, 2.0, 4.0, 1.0)) == (-0.5, 0.25, 0.125, -0.5)
+
+
+def test_subspace_adam_is_adam_on_the_coordinates_of_the_subspace(quadratic):
+    """torch's own, in float64, on x with theta = theta_0 + sum_k x_k z_k: slopes on a quadratic are its derivatives."""
+    loss, theta, _ = quadratic
+    rule, lr, eps, n = RULES["subspace-adam"](beta1=0.8, beta2=0.9, refresh_every=100), 0.05, 0.5, 3
+    z, x, moments = directions(n, DIMENSION), torch.zeros(n, dtype=torch.float64, requires_grad=True), []
+    adam = torch.optim.Adam([x], lr=lr, betas=(0.8, 0.9), eps=1e-8)
+    here = theta.clone()
+    for step in range(60):
+        adam.zero_grad()
+        loss(theta + x @ z).backward()
+        adam.step()
+        losses = Losses(tuple(loss(here + eps * z).tolist()), tuple(loss(here - eps * z).tolist()))
+        moments, slopes = rule.remember(moments, step, losses.projected_grads(eps))
+        update = rule.plan(range(n), slopes, losses, lr)
+        here = here - torch.tensor(update.coefficients, dtype=torch.float64) @ z
+        torch.testing.assert_close(here, theta + x.detach() @ z, rtol=1e-9, atol=1e-9)
+    assert loss(here) < 0.9 * loss(theta)
+
+
+def test_subspace_adam_begins_its_first_moments_anew_with_the_directions():
+    """The second moments go on, and those of a number of directions that is another begin anew."""
+    rule = RULES["subspace-adam"](beta1=0.5, beta2=0.5, refresh_every=2)
+    moments, _ = rule.remember([], 0, [4.0, 2.0])
+    moments, _ = rule.remember(moments, 1, [4.0, 2.0])
+    assert moments == [0.0, 0.25, 0.25, 3.0, 1.5, 12.0, 3.0]
+    after, slopes = rule.remember(moments, 2, [4.0, -2.0])
+    assert after == [1.0, 0.5, 0.125, 2.0, -1.0, 14.0, 3.5]
+    assert slopes == pytest.approx([1.0, -1.0], rel=1e-7)
+    assert rule.remember(moments, 2, [4.0])[0] == [1.0, 0.5, 0.5, 2.0, 8.0]
+    assert rule.remember(moments, 1, [9.0, -9.0], clip=4.0) == rule.remember(moments, 1, [4.0, -4.0])
+
+
+def test_directions_of_a_subspace_stay_for_its_steps():
+    seeds = [Step.of_run(3, number, 2, 0.1, period=4).seeds for number in range(9)]
+    assert seeds[0] == seeds[3] != seeds[4] == seeds[7] != seeds[8]
+    assert seeds[4] == Step.of_run(3, 4, 2, 0.1).seeds
 
 
 def test_more_directions_than_parameters_decide_nothing():

@@ -41,6 +41,10 @@ RESUMED = {  # model, whether another one is there when the run goes on, options
         {"learning_rate": 1e-3, "mezo_options": {"rule": "momentum"}},
     ),
     "conservative": (lambda i: build("llama"), {"mezo_options": {"rule": "conservative"}}),
+    "subspace": (
+        lambda i: build("llama"),
+        {**DECAY, "mezo_options": {"rule": "subspace-adam", "refresh_every": 3, "betas": (0.9, 0.95)}},
+    ),
     "guided": (lambda i: build("llama"), {**DECAY, "mezo_options": {"rule": "guided", "num_perturbations": 3}}),
     "fzoo": (lambda i: build("llama"), {**DECAY, "mezo_options": {"rule": "fzoo", "num_perturbations": 2}}),
 }

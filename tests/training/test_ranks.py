@@ -28,6 +28,7 @@ EXACT = {
     "adam": {"update_rule": "adam", "weight_decay": 0.5},
     "fzoo": {"update_rule": "fzoo", "lr": 1e-4},
     "guided": {"update_rule": "guided", "lr": 1e-3},
+    "subspace": {"update_rule": "subspace-adam", "lr": 1e-3, "refresh_every": 5},
     "momentum": {"update_rule": "momentum", "normalise_z": True, "lr": 1e-3},
     "prefix": {"tuning": "prefix", "eps": 1e-1},
     # a perturbation at a time, as the ranks have them: in one pass of all of them sums are ordered otherwise

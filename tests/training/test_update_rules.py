@@ -36,6 +36,7 @@ OPTIONS = {
     "ranks": {"lr": 5e-2, "num_perturbations": 3},
     "aligned": {"num_perturbations": 3, "weight_decay": 0.5},
     "guided": {"lr": 1e-3, "num_perturbations": 4, "weight_decay": 0.5},
+    "subspace-adam": {"lr": 2e-3, "num_perturbations": 2, "directions": 2, "refresh_every": 7, "beta2": 0.95},
     "normalised": {"update_rule": "sgd", "normalise_z": True, "num_perturbations": 2},
 }
 each_rule = pytest.mark.parametrize("rule", OPTIONS)
@@ -172,10 +173,19 @@ def test_losses_tried_are_those_of_the_steps(tiny_config):
         ),
         (
             {"update_rule": "sign", "beta2": 0.5},
-            "--beta2 0.5 belongs to --update-rule adam or adamw, and this run has --update-rule sign",
+            "--beta2 0.5 belongs to --update-rule adam, adamw or subspace-adam, and this run has --update-rule sign",
         ),
         ({"update_rule": "adam", "beta1": 1.0}, "--beta1 must be at least 0 and below 1, got 1.0"),
         ({"update_rule": "adam", "adam_eps": 0.0}, "--adam-eps must be a float32 number above 0, got 0.0"),
+        (
+            {"refresh_every": 5},
+            "--refresh-every 5 belongs to --update-rule subspace-adam, and this run has --update-rule sgd",
+        ),
+        ({"update_rule": "subspace-adam", "refresh_every": 0}, "--refresh-every must be at least 1, got 0"),
+        (
+            {"update_rule": "subspace-adam", "directions": 2, "follow_coherence": True},
+            "--follow-coherence: --update-rule subspace-adam remembers each of its directions; leave it out",
+        ),
         ({"no_decay": ("*",)}, "--no-decay needs --weight-decay"),
         ({"update_rule": "conservative", "num_perturbations": 2}, "--num-perturbations must be 1, got 2"),
         (
@@ -226,6 +236,18 @@ def test_a_log_that_cannot_be_applied_is_refused(change, message, tiny_config):
     log_of(config).write_text("".join(json.dumps(values) + "\n" for values in (first, line, *rest)))
     with pytest.raises(UserError, match=message):
         rebuild(config.machine.output_dir, "last")
+
+
+def test_a_subspace_of_no_steps_is_refused(tiny_config):
+    config = of(tiny_config, "subspace-adam", steps=2)
+    train(config)
+    first, *lines = log_of(config).read_text().splitlines()
+    for period in (0, 1.5, "7"):
+        header = json.loads(first)
+        header["rule"]["refresh_every"] = period
+        log_of(config).write_text("\n".join([json.dumps(header), *lines]) + "\n")
+        with pytest.raises(UserError, match=r"the header is not what it must be \(rule\.refresh_every"):
+            rebuild(config.machine.output_dir, "last")
 
 
 def test_more_directions_than_parameters_are_refused_before_anything_is_written(tiny_config):

@@ -31,6 +31,7 @@ class Rule:
         compares: a step also scores theta and theta a step to either side, and `choose` keeps the best of the three.
         projects: `plan` needs the inner products of the z.
         guides: a step scores theta + eps z alone, and then both signs along the `contrast` of these directions.
+        remembers: `plan` takes what `remember` makes of the slopes of this step and those before.
         logged_as: option -> key of the log's header, for options that a replay needs.
     """
 
@@ -41,6 +42,7 @@ class Rule:
     compares: ClassVar[bool] = False
     projects: ClassVar[bool] = False
     guides: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
     logged_as: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls):
@@ -118,7 +120,8 @@ class Rule:
 
         Args:
             seeds: of z, one a perturbation.
-            projected_grads: the estimate along each; of a rule that `guides` one item, the estimate along its contrast.
+            projected_grads: the estimate along each; of a rule that `guides` one item, the estimate along its contrast;
+                of one that `remembers` what it makes of them.
             losses: of the step.
             lr: learning rate of the step.
             weight_decay: of the run.
@@ -134,6 +137,26 @@ class Rule:
             return Update.skip(seeds)
         decay = 1.0 if scale is None else self.decay(lr, weight_decay)
         return Update(tuple(seeds), coefficients, decay, lr if self.kernel() else None)
+
+    @property
+    def period(self) -> int:
+        """Steps in a row that have the same z."""
+        return 1
+
+    def remember(
+        self, moments: Sequence[float], number: int, projected_grads: Sequence[float], clip: float = 0.0
+    ) -> tuple[list[float], Sequence[float]]:
+        """(moments after a step, what `plan` takes of it), from the log alone: the same bits wherever they are made.
+
+        A step that is skipped leaves the moments of the step before.
+
+        Args:
+            moments: float64 numbers after the step before; empty at first.
+            number: of the step, from 0.
+            projected_grads: finite or not, along each z.
+            clip: each is first brought into [-clip, clip]; 0 leaves it as it is.
+        """
+        return [], projected_grads
 
     def slopes(self, projected_grads: Sequence[float], tried: Sequence[float], eps: float) -> Sequence[float]:
         """The estimates that `plan` takes: those along each z, or the one along the contrast of a rule that `guides`.

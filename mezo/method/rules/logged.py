@@ -50,7 +50,8 @@ class LoggedRule:
                 raise ValueError(f"unknown distribution {distribution!r}")
             if distribution != rule.distribution:
                 raise ValueError(f"{rule.name} along z of distribution {distribution!r}")
-            options = {option: constants[key] for option, key in rule.logged_as.items()}
+            own = {key: values.pop(key) for key in rule.logged_as.values() if key not in constants}
+            options = {option: (constants | own)[key] for option, key in rule.logged_as.items()}
             logged = cls(rule(**options), **{**values, "no_decay": tuple(values.get("no_decay", ()))})
             logged.kernel(True)
         except KeyError as error:

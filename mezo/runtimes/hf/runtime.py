@@ -61,7 +61,9 @@ class HFRuntime:
         self.dtype = _dtype(model.dtype, self.device)
         self.backend = None if machine.backend == "auto" else machine.backend
         _check_backend(self.backend, self.device)
-        checkpoint = checkpoint or Checkpoint.of(model.base, model.tuning.head, model.quantization)
+        checkpoint = checkpoint or Checkpoint.of(
+            model.base, model.tuning.head, model.quantization, model.trust_remote_code
+        )
         self.parts, self.spec = load_parts(model, self.device, self.dtype, work.classes, checkpoint)
         self.tokens, self.eval_tokens = TokenCount(), TokenCount()
         self.pad, self.work, self.source = self._padding(pad), work, model.base

@@ -94,7 +94,9 @@ class SGLangRuntime:
         self.machine, self.work, self.pad = machine, work, pad
         self.runtime: SGLang = machine.runtime
         self.options = engine_options(self.runtime)
-        self.checkpoint = checkpoint or Checkpoint.of(model.base)
+        if model.trust_remote_code:
+            self.options["trust_remote_code"] = True
+        self.checkpoint = checkpoint or Checkpoint.of(model.base, trusted=model.trust_remote_code)
         if self.checkpoint.masked:
             raise UserError(f"--model {model.base}: it fills masks, which SGLang does not score: use --runtime hf")
         self._served = model_class(self.checkpoint)

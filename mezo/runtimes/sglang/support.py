@@ -34,6 +34,8 @@ def model_class(checkpoint: Checkpoint) -> type:
             that does not run on this machine.
     """
     name = (checkpoint.config.architectures or ["no architecture"])[0]
+    if checkpoint.is_file:
+        raise UserError(f"--model {checkpoint.name}: a GGUF file has not been tried on SGLang: use --runtime hf")
     if checkpoint.reads_images:
         raise UserError(
             f"--model {checkpoint.name}: it reads images too, which SGLang serves otherwise: use --runtime hf"

@@ -19,11 +19,11 @@ STEP, SHARES, BATCH = Step([7, 8, 9], 1e-1), [[0, 3], [1], [4, 2, 5]], [0, 5, 13
 tunings = pytest.mark.parametrize("tuning", ["lora-xs", "lora-b"])
 
 
-def check_scores(served, **options):
+def check_scores(served, tp=1, **options):
     """The engine and transformers at one theta: perturbed, stepped once, and theta itself."""
     data = [*examples(12, prefix=tuple(range(3, 43)), low=3, high=9), *examples(12, several=True)]
     options = {"directions": 3, "batch_size": 6, **options}
-    with engine(served, data, **options) as running:
+    with engine(served, data, tp=tp, **options) as running:
         plain = reference(served, data, **options)
         start = running.initial_theta(5)
         for runtime in (running, plain):

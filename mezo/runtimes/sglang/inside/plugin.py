@@ -5,17 +5,23 @@ It does nothing unless a trainer started the engine; `handshake.py` has how that
 
 import functools
 import importlib
+import os
 import signal
 from collections.abc import Callable
 from types import ModuleType
 
 from mezo.runtimes.sglang.inside.handshake import started_by_trainer
 
+WITHOUT = "MEZO_ENGINE_WITHOUT"
+"""Environment variable: what an engine on a CPU leaves to SGLang's own code, of attention and lora, a comma between.
+`bench/engine.py` compares by it."""
+
 
 def activate() -> None:
     """Called by SGLang at the start of each of its processes."""
     if not started_by_trainer():
         return
+    without = os.environ.get(WITHOUT, "").split(",")
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from mezo.runtimes.sglang.inside import attention, head, linear, lora, sampling, worker
@@ -32,18 +38,20 @@ def activate() -> None:
     HookRegistry.register(f"{backend}.prepare_lora_batch", head.prune, HookType.AFTER)
     for factor in "ab":
         HookRegistry.register(f"{backend}.run_lora_{factor}_sgemm", head.use_pruned, HookType.AROUND)
-    products = "sglang.srt.lora.torch_ops"
-    HookRegistry.register(f"{products}.sgemm_lora_a_fwd", lora.shrink, HookType.AROUND)
-    HookRegistry.register(f"{products}.sgemm_lora_b_fwd", lora.expand, HookType.AROUND)
+    if "lora" not in without:
+        products = "sglang.srt.lora.torch_ops"
+        HookRegistry.register(f"{products}.sgemm_lora_a_fwd", lora.shrink, HookType.AROUND)
+        HookRegistry.register(f"{products}.sgemm_lora_b_fwd", lora.expand, HookType.AROUND)
     manager = "sglang.srt.lora.lora_manager.LoRAManager"
     HookRegistry.register(f"{manager}.prepare_lora_batch", head.divide, HookType.AFTER)
     logits = "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head"
     HookRegistry.register(logits, head.in_float32, HookType.AROUND)
     HookRegistry.register(logits, linear.head, HookType.AROUND)
-    native = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
-    HookRegistry.register(f"{native}.init_forward_metadata", attention.forget, HookType.AFTER)
-    HookRegistry.register(f"{native}._run_sdpa_forward_extend", attention.extend, HookType.AROUND)
-    HookRegistry.register(f"{native}._run_sdpa_forward_decode", attention.decode, HookType.AROUND)
+    if "attention" not in without:
+        native = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+        HookRegistry.register(f"{native}.init_forward_metadata", attention.forget, HookType.AFTER)
+        HookRegistry.register(f"{native}._run_sdpa_forward_extend", attention.extend, HookType.AROUND)
+        HookRegistry.register(f"{native}._run_sdpa_forward_decode", attention.decode, HookType.AROUND)
     _allow_unpinned_memory()
     # Ctrl-C in a terminal reaches every process of the group: the trainer alone decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
