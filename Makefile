@@ -8,7 +8,7 @@ RUNTIME ?= hf
 RESULTS ?= $(shell $(VENV)/bin/python bench/machine.py)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-large-start bench-directions bench-waiting bench-serve bench-serve-learning bench-countdown bench-engine bench-sass bench-quantization test-quantization leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day test-versions clean
+.PHONY: docs demo test test-slow families lint bench bench-compare bench-growth bench-training bench-forward bench-alternatives bench-trainer bench-large-start bench-directions bench-waiting bench-serve bench-serve-learning bench-countdown bench-engine bench-sass bench-host bench-quantization test-quantization leaderboard bench-figures bench-gpu reproduce-small dist crash-test verify-sglang test-gpu gpu-day test-versions clean
 
 demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a small model on film reviews; RUNTIME=sglang
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
@@ -65,6 +65,9 @@ bench-directions: $(READY)  ## cost and gain of a direction for each group of a 
 
 bench-sass: $(READY)  ## instructions, registers and limits of the kernels for an H100, counted in machine code; no GPU needed
 	$(VENV)/bin/python bench/sass.py --output bench/results/model/sass.json
+
+bench-host: $(READY)  ## CPU time of a step on 448 tensors before its kernel, step_ beside Plan; JSON under bench/results/
+	$(VENV)/bin/python bench/host.py --output $(RESULTS)/host.json
 
 bench-waiting: $(READY)  ## a step whose threads spin or sleep where they wait, beside busy processes; JSON under bench/results/
 	$(VENV)/bin/python bench/waiting.py --output $(RESULTS)/waiting.json

@@ -24,7 +24,7 @@ import machine
 import torch
 from gpu_steps import adapter, every_weight
 from gpu_steps import engine as engine_steps
-from gpu_times import ops_beside_peers
+from gpu_times import drawing, ops_beside_peers, tiles
 from kept import Kept
 
 import mezo_kernels as mk
@@ -65,6 +65,8 @@ def times(kept: Kept, rehearse: bool) -> dict:
     """Ops beside their peers: seconds of a call by wall clock, and of a replay of a captured graph by device events."""
     with _emulated(rehearse):
         ops_beside_peers(kept, rehearse)
+        drawing(kept, rehearse)
+        tiles(kept, rehearse)
     return {}
 
 

@@ -1,7 +1,9 @@
-"""The GPU day's times: ops beside their peers, by wall clock and by replays of a captured graph."""
+"""The GPU day's times: ops beside their peers and beside what bounds them, by wall clock and by replays of a graph."""
 
+import contextlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from unittest import mock
 
 import providers
 import rows
@@ -16,7 +18,13 @@ SIZES = {
     },
     True: {"flat": {"w": (4096,)}},
 }
-PEERS = ("ours", "original loop", "torch._foreach, stored z", "Triton tutorial")
+PEERS = (
+    "ours", "original loop", "torch._foreach, stored z", "torch.compile of the reference", "Triton tutorial",
+)  # fmt: skip
+# what was chosen by counting instructions and registers, to be chosen by time: elements of a program, and whether the
+# registers of rules are limited
+TILES = ((1024, True), (2048, True), (2048, False), (4096, True), (4096, False))
+TILED = {"perturb": "bfloat16", "step": "bfloat16", "momentum": "float32", "adamw": "float32", "sign": "float32"}
 
 
 def ops_beside_peers(kept: Kept, rehearse: bool) -> None:
@@ -30,7 +38,7 @@ def ops_beside_peers(kept: Kept, rehearse: bool) -> None:
     for shape, sizes in SIZES[rehearse].items():
         for dtype in ("float32", "bfloat16"):
             for op in providers.PASSES:
-                for name in PEERS[: 3 if rehearse else 4]:
+                for name in PEERS[: -1 if rehearse else None]:
                     row = {"op": op, "shape": shape, "dtype": dtype, "provider": name}
 
                     def measure(op=op, shape=shape, sizes=sizes, dtype=dtype, name=name, row=row):
@@ -39,6 +47,67 @@ def ops_beside_peers(kept: Kept, rehearse: bool) -> None:
                     kept.once(
                         " ".join(row.values()), measure, needed=name == "ours" and shape == next(iter(SIZES[rehearse]))
                     )
+
+
+def drawing(kept: Kept, rehearse: bool) -> None:
+    """A row for each size: z drawn and not kept, which no op that draws can be faster than.
+
+    Args:
+        kept: where the rows go.
+        rehearse: on the CPU, of nothing.
+    """
+    device = "cpu" if rehearse else "cuda"
+    for shape, sizes in SIZES[rehearse].items():
+        if shape.startswith("flat"):
+            (elements,) = sizes["w"]
+            kept.once(f"draw limit {shape}", lambda elements=elements: _drawn(elements, device))
+
+
+def _drawn(elements: int, device: str) -> dict:
+    from draw_limit import drawer  # Triton is imported where it is timed
+
+    run, sums = drawer(elements, device)
+    row = {"elements": elements} | _seconds(run, device)
+    # of so many z the sum is normal, with their number as its variance
+    return row | {"sum_by_its_deviation": sums.double().sum().item() / elements**0.5}
+
+
+def tiles(kept: Kept, rehearse: bool) -> None:
+    """A row for each op and size of a program, of one large parameter.
+
+    Args:
+        kept: where the rows go.
+        rehearse: on the CPU, of nothing.
+    """
+    device, elements = ("cpu", 4096) if rehearse else ("cuda", 1 << 28)
+    for op, dtype in TILED.items():
+        for size, limited in TILES:
+            if not limited and op != "momentum":
+                continue
+
+            def measure(op=op, dtype=dtype, size=size, limited=limited):
+                with _tile(size, limited):
+                    case = case_of("flat", {"w": (elements,)}, FLOATS[dtype], device)
+                    work = providers.by_rule(case, op) if op in providers.RULES else providers.ours(op, case)
+                    return {"elements": elements} | _seconds(work.run, device)
+
+            registers = "" if limited else ", registers not limited"
+            kept.once(f"{op} {dtype}, programs of {size}{registers}", measure)
+
+
+@contextlib.contextmanager
+def _tile(size: int, limited: bool) -> Iterator[None]:
+    from mezo_kernels.triton import rules, table
+
+    registers = rules.REGISTERS if limited else (None,) * len(rules.REGISTERS)
+    with mock.patch.object(table, "BLOCK_SIZE", size), mock.patch.object(rules, "REGISTERS", registers):
+        yield
+
+
+def _seconds(run: Callable, device: str) -> dict:
+    (times,) = rows.in_turn([run], device)
+    replayed = {"replay_seconds": _replayed(run)} if device == "cuda" else {}
+    return {"seconds": statistics.median(times)} | replayed
 
 
 def _timed(op: str, case, dtype: str, name: str, device: str) -> dict:

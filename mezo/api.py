@@ -48,7 +48,7 @@ def train(config: Config, until: int | None = None) -> dict | None:
     if config.data.num_demonstrations:
         raise UserError("--num-demonstrations is for mezo eval, training prompts have none: leave it out")
     if config.machine.follows:
-        return follow(with_objective(with_adapter_options(config).absolute()))
+        return follow(with_layers(with_objective(with_adapter_options(config).absolute())))
     ranks, config = Ranks(), with_objective(with_adapter_options(config).absolute())
     if ranks.restarted and _started_here(config):
         return resume(config.machine.output_dir, ranks, until=until, reward=config.method.reward)
@@ -56,6 +56,7 @@ def train(config: Config, until: int | None = None) -> dict | None:
         refuse_existing(config.machine.output_dir)
         dashboards.check(config.machine.report_to)
     _check_ranks(config, ranks)
+    config = with_layers(config, ranks)
     adapter = config.model.tuning.adapter
     with loaded(_with_one_product(config, ranks), need="train", adapter=adapter) as (runtime, splits, seconds):
         return start(config, runtime, splits, seconds, ranks, until)
@@ -177,11 +178,36 @@ def with_adapter_options(config: Config) -> Config:
     return config.replace(**fixed)
 
 
+def with_layers(config: Config, ranks: Ranks | None = None) -> Config:
+    """The configuration with the layer that --layers-to-transform auto stands for, the first process's on all.
+
+    Raises:
+        UserError: there is none.
+    """
+    if "auto" not in getattr(config.model.tuning, "layers_to_transform", ()):
+        return config
+    from mezo.models.outliers import first_outlier
+
+    with waiting(f"looking for the first activation outlier of {config.model.base}"):
+        model = config.model
+        checkpoint = Checkpoint.of(model.base, "model", model.quantization, model.trust_remote_code)
+        layer, ratios = first_outlier(checkpoint)
+    if ranks is not None and ranks.size > 1:
+        layer = int(ranks.gather([float(layer)])[0][0])
+    seen = ", ".join(f"{ratio:.0f}" for ratio in ratios)
+    say(f"layer {layer} has the first activation outlier and is trained (largest over median, layer by layer: {seen})")
+    return config.replace(layers_to_transform=(layer,))
+
+
 def _started_here(config: Config) -> bool:
     """True if this launch of torchrun made the run directory, before one of its ranks died."""
     run = RunDirectory(Path(config.machine.output_dir))
-    known = run.launch.is_file() and run.launch.read_text() == launch_id() != ""
-    return known and run.read_config() == config
+    if not run.launch.is_file() or run.launch.read_text() != launch_id() or not launch_id():
+        return False
+    saved = run.read_config()
+    if "auto" in getattr(config.model.tuning, "layers_to_transform", ()):  # the run has what was chosen for it
+        saved = saved.replace(layers_to_transform=("auto",))
+    return saved == config
 
 
 def resume(

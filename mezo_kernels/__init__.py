@@ -1,5 +1,6 @@
 """Fused zeroth-order parameter ops: z is regenerated from a counter, never stored, and the same bits everywhere."""
 
+from mezo_kernels.anchored import anchored_decay_
 from mezo_kernels.dispatch import available_backends
 from mezo_kernels.layout import ParamLayout, ParamSlot, canonical_name
 from mezo_kernels.ops import perturb_, rademacher, rule_step_, standard_normal, step_
@@ -20,6 +21,7 @@ __all__ = [
     "RulePlan",
     "RuleUpdate",
     "VerifyRow",
+    "anchored_decay_",
     "available_backends",
     "canonical_name",
     "inner_products",

@@ -19,8 +19,11 @@ class Options:
     """'{text} It was' with terrible / great, or 'Review: {text} Sentiment:' with negative / positive."""
     runtime: Literal["hf", "sglang"] = "hf"
     """What computes the losses."""
+    preset: Literal["none", "few-steps"] = "few-steps"
+    """few-steps: the options of `mezo train --preset few-steps`. none: MeZO as it was published, LoRA and one direction
+    a step, 4000 steps, or 1000 with sglang, whose engine is made for GPUs."""
     steps: int = 0
-    """Optimisation steps; 0 is 4000, or 1000 with sglang, whose engine is made for GPUs."""
+    """Optimisation steps; 0 is those that the preset has."""
     output_dir: str = "runs/demo"
     """Run directory; an unfinished one is resumed, a finished one is kept and a numbered one made beside it."""
 
@@ -31,4 +34,4 @@ def main(argv: list[str]) -> int:
     starting()
     from mezo.studies import demo
 
-    return demo.run(options.prompt, options.steps, Path(options.output_dir), options.runtime)
+    return demo.run(options.prompt, options.steps, Path(options.output_dir), options.runtime, options.preset)

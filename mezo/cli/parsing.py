@@ -5,11 +5,13 @@ argparse leaves out what is not given, so that a value is never taken for a defa
 
 import argparse
 import difflib
+import functools
 import textwrap
 from collections.abc import Mapping
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
 
@@ -144,6 +146,8 @@ def _reading(option: Option) -> dict[str, Any]:
         return read | {"action": argparse.BooleanOptionalAction}
     if get_origin(item) is Literal:
         read["choices"] = get_args(item)
+    elif get_origin(item) in (Union, UnionType):
+        read |= {"type": functools.partial(_number_or_word, *get_args(item)), "metavar": "INT"}
     else:
         read |= {"type": item, "metavar": {int: "INT", float: "NUMBER"}.get(item, "TEXT")}
     if get_origin(option.type) is tuple:
@@ -153,6 +157,15 @@ def _reading(option: Option) -> dict[str, Any]:
     if POSITIONAL in option.marks:
         read.pop("metavar", None)
     return read
+
+
+def _number_or_word(number: type, words: Any, text: str) -> Any:
+    """A number of a type, or one of the words of a Literal."""
+    try:
+        return text if text in get_args(words) else number(text)
+    except ValueError as error:
+        known = ", ".join(get_args(words))
+        raise argparse.ArgumentTypeError(f"expected a number or {known}, got {text!r}") from error
 
 
 def _help(option: Option) -> str:

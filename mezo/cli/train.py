@@ -23,8 +23,8 @@ class Options:
     config: str = ""
     """YAML file that may give any of the options below by name, such as batch_size: 8; flags win over it."""
     preset: Literal["none", "few-steps"] = "none"
-    """Begin with options that were measured together, which flags and --config win over. few-steps: lora-xs r 32 and a
-    direction for each example of a batch of 128, as in LEADERBOARD.md."""
+    """Begin with options that were measured together, which flags and --config win over. few-steps: lora-xs r 16
+    on a calibrated lora_A, and a direction for each example of a batch of 128, as in LEADERBOARD.md."""
     resume: str = ""
     """Directory of a run that was stopped: it goes on, to the same bits as if it had not been. Only options that say
     where, how or how far it is computed may be given beside it, and --reward; more --steps than it has lengthen a run,

@@ -21,6 +21,9 @@ def check(config) -> None:
     require(bool(config.machine.output_dir), "--output-dir is missing: give the run directory to create")
     for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
         pattern_of(getattr(config.model.tuning, name), flag_of(name), kind)
+    layers = getattr(config.model.tuning, "layers_to_transform", ())
+    alone = f"--layers-to-transform {shown(layers)}: give auto alone, or numbers"
+    require("auto" not in layers or len(layers) == 1, alone)
     _check_data(config.data)
     _check_method(config.method)
     size, micro = config.method.batch_size, config.machine.micro_batch_size
@@ -64,6 +67,10 @@ def _check_method(method: Method) -> None:
         f"--follow-coherence: --objective {method.objective} reads no scores",
     )
     require(bool(decay) or not method.no_decay, "--no-decay needs --weight-decay: give it, or leave both")
+    anchored = method.anchored_decay
+    require(bool(decay) or not anchored, "--anchored-decay needs --weight-decay: give it, or leave both")
+    in_gradient = "has decay in the gradient, towards zero; use --update-rule adamw"
+    require(not anchored or not method.rule.l2(decay), f"--anchored-decay: --update-rule {name} {in_gradient}")
     require(ratio == 0 or ratio > 1, f"--max-loss-ratio must be 0 or a finite number > 1, got {ratio}")
     longest = method.max_step_ratio
     require(longest == 0 or longest > 1, f"--max-step-ratio must be 0 or a finite number > 1, got {longest}")

@@ -49,6 +49,10 @@ class Step:
     instead."""
     no_decay: tuple[str, ...] = ()
     """Parameters that weight decay leaves alone: patterns of their names, such as '*lora_B*'."""
+    anchored_decay: bool = False
+    """Weight decay draws theta back to where the run began, theta_0, not to zero: theta - lr weight_decay (theta -
+    theta_0), as L2-SP does (Li et al. 2018, arXiv 1802.01483). For long runs on rewards, which wander far from what the
+    model was."""
     seed: Annotated[int, Ge(0), Lt(2**64)] = 0
     """Seed of the run: the fresh adapter, the batches and the directions z are functions of it."""
     rule: Annotated[Rule, Choice("update_rule", RULES)] = SGD()  # noqa: RUF009  frozen
@@ -67,7 +71,8 @@ class Step:
     @property
     def logged_rule(self) -> LoggedRule:
         """The update rule as the header of the log holds it."""
-        return LoggedRule(self.rule, self.rule.l2(self.weight_decay), self.no_decay, self.normalise_z)
+        l2 = self.rule.l2(self.weight_decay)
+        return LoggedRule(self.rule, l2, self.no_decay, self.normalise_z, self.anchored_decay)
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,9 @@ class Adapted(Tuning):
     target_modules: tuple[str, ...] = ()
     """Names of the linear layers that get an adapter, such as q_proj v_proj; by default query and value, as in the MeZO
     paper."""
-    layers_to_transform: tuple[int, ...] = ()
-    """Indices of the transformer layers that get an adapter, from 0; by default all."""
+    layers_to_transform: tuple[int | Literal["auto"], ...] = ()
+    """Indices of the transformer layers that get an adapter, from 0; by default all. auto: the one layer of the first
+    activation outlier, found by one forward pass before the run (arXiv 2606.05516)."""
 
 
 @dataclass(frozen=True)

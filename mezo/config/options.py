@@ -11,7 +11,8 @@ import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mezo.errors import UserError, require
 from mezo.ranges import outside
@@ -233,9 +234,12 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     Args:
         name: of the option, for the error.
         value: as it was read.
-        kind: str, int, float, bool, a Literal, or a tuple of any length of one of these.
+        kind: str, int, float, bool, a Literal, a number or a Literal, or a tuple of any length of one of these.
     """
     options = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):  # a number, or one of a few words
+        number, words = options
+        return value if value in get_args(words) else typed(name, value, number)
     if get_origin(kind) is Literal:
         require(value in options, f"{name} must be one of {', '.join(options)}; got {value!r}")
         return value

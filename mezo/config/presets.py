@@ -9,13 +9,14 @@ from mezo.config.options import over
 PRESETS: dict[str, dict[str, Any]] = {
     "few-steps": {
         "tuning": "lora-xs",
-        "r": 32,
-        "lora_alpha": 32,
+        "r": 16,
+        "lora_alpha": 16,
+        "lora_a": "calibrated",
         "batch_size": 128,
         "directions": 128,
-        "lr": 0.032,
+        "lr": 0.5,
         "lr_schedule": "cosine",
-        "steps": 234,
+        "steps": 77,
     }
 }
 """Flat options by the name that `--preset` takes."""

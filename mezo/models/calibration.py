@@ -9,6 +9,7 @@ from torch import nn
 from mezo.errors import UserError
 
 BESIDE = 16  # directions kept beside those wanted, so that what a part of the rows drops is small
+LEAST = 1e-5  # of the length of all rows: a direction below it is what rounding left
 TOGETHER = 256  # rows that are held before the sketch is made of them
 
 
@@ -19,17 +20,16 @@ class Pass:
     Args:
         run: runs the model on it, without padding.
         tokens: of it.
-        read: positions whose activations count; None counts all.
+        read: positions that are scored; None if all are.
     """
 
     run: Callable[[], object]
     tokens: int
     read: tuple[int, ...] | None = None
 
-    def counted(self, x: torch.Tensor) -> torch.Tensor:
-        """The rows that count of what a layer is given, (..., tokens, n); all, where it has other tokens."""
-        rows = x.reshape(-1, x.shape[-1])
-        return rows if self.read is None or len(rows) != self.tokens else rows[list(self.read)]
+    def scored(self, x: torch.Tensor) -> torch.Tensor:
+        """The scored ones of the rows that a layer is given, (tokens, n); all, where it has other tokens."""
+        return x if self.read is None or len(x) != self.tokens else x[list(self.read)]
 
 
 class Sketch:
@@ -77,11 +77,11 @@ class Sketch:
         """
         x = torch.cat(self.held)
         mean = (self.sum / self.sum.norm()).float()[None]
-        v = _decomposed(x - (x @ mean.T) * mean)[1]
+        s, v = _decomposed(x - (x @ mean.T) * mean)
+        if int((s > LEAST * x.norm()).sum()) < self.r - 1:
+            return None
         vectors = torch.cat([mean, v[: self.r - 1]])
-        size = (x @ vectors.T).square().sum(0).div(self.rows).sqrt()[:, None]
-        enough = len(vectors) == self.r and size.min() > size.max() * torch.finfo(torch.float32).eps * x.shape[1]
-        return (vectors / size).contiguous() if enough else None
+        return (vectors / (x @ vectors.T).square().sum(0).div(self.rows).sqrt()[:, None]).contiguous()
 
 
 def _decomposed(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,6 +107,9 @@ class Seen:
 def seen_by(layers: Mapping[str, nn.Module], r: int, passes: Iterable[Pass]) -> dict[str, Seen]:
     """What each linear layer is given and gives while a model runs, by name.
 
+    At the scored positions; where all prompts have the same there, as the first layer has if they end in one word, a
+    layer's directions are those of all positions.
+
     Args:
         layers: linear layers by name; outputs count without their bias.
         r: directions of each.
@@ -114,13 +117,16 @@ def seen_by(layers: Mapping[str, nn.Module], r: int, passes: Iterable[Pass]) -> 
     Raises:
         UserError: a layer saw fewer than r directions.
     """
-    sketches, squares = {name: Sketch(r) for name in layers}, dict.fromkeys(layers, 0.0)
+    scored, every = ({name: Sketch(r) for name in layers} for _ in range(2))
+    squares = dict.fromkeys(layers, 0.0)
 
     def see(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
-            bias = getattr(module, "bias", None)
-            sketches[name].add(now.counted(args[0]))
-            squares[name] += now.counted(out if bias is None else out - bias).double().square().sum().item()
+            x, bias = args[0].reshape(-1, args[0].shape[-1]), getattr(module, "bias", None)
+            y = (out if bias is None else out - bias).reshape(len(x), -1)
+            scored[name].add(now.scored(x))
+            every[name].add(x)
+            squares[name] += now.scored(y).double().square().sum().item()
 
         return hook
 
@@ -132,11 +138,20 @@ def seen_by(layers: Mapping[str, nn.Module], r: int, passes: Iterable[Pass]) -> 
     finally:
         for hook in hooks:
             hook.remove()
-    found = {name: sketch.even() if sketch.rows else None for name, sketch in sketches.items()}
-    for name, directions in found.items():
-        if directions is None:
-            raise UserError(
-                f"--lora-a calibrated: {name} saw {sketches[name].rows} tokens, which have no {r} directions; lower"
-                " --r, or raise --calibration-examples"
-            )
-    return {name: Seen(found[name], (squares[name] / sketches[name].rows) ** 0.5) for name in layers}
+    return {name: Seen(_enough(name, scored[name], every[name]), _mean(squares[name], scored[name])) for name in layers}
+
+
+def _enough(name: str, *sketches: Sketch) -> torch.Tensor:
+    """Directions of the first of some sketches that has as many as are wanted."""
+    for sketch in sketches:
+        if sketch.rows and (directions := sketch.even()) is not None:
+            return directions
+    raise UserError(
+        f"--lora-a calibrated: {name} saw {sketches[-1].rows} tokens, which have no {sketches[-1].r} directions; lower"
+        " --r, or raise --calibration-examples"
+    )
+
+
+def _mean(squares: float, sketch: Sketch) -> float:
+    """Root of the mean square of rows."""
+    return (squares / sketch.rows) ** 0.5

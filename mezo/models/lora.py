@@ -163,6 +163,8 @@ def _targets(tuning: Adapted, base: Base, adaptable_head: bool) -> tuple[list[st
         base: the model.
         adaptable_head: the head is one of the modules.
     """
+    if "auto" in tuning.layers_to_transform:
+        raise UserError("--layers-to-transform auto: a run that begins chooses; here name layers, or leave it out")
     layers = sorted(tuning.layers_to_transform)
     for number in layers:
         if not 0 <= number < len(base.layers):

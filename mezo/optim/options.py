@@ -61,6 +61,8 @@ def check_options(group: dict) -> None:
             raise ValueError(f"{name} must be a finite number {text}, got {group[name]}")
     for option, why in outside(rule_of(group)):
         raise ValueError(f"{option} {why}")
+    if group["anchored_decay"] and rule_of(group).l2(group["weight_decay"]):
+        raise ValueError(f"anchored_decay: {group['rule']} has decay in the gradient, towards zero; give rule='adamw'")
     check_seed(group["seed"])
     if not isinstance(group["num_perturbations"], int) or group["num_perturbations"] < 1:
         raise ValueError(f"num_perturbations must be an integer >= 1, got {group['num_perturbations']!r}")

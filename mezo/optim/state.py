@@ -131,7 +131,8 @@ def _joined(theirs: dict, group: dict, z_names: list[str]) -> dict:
 
 def _tensors(name: str, p: torch.Tensor, saved: Mapping, group: dict) -> dict[str, torch.Tensor]:
     """Master and moments of one parameter, checked and copied to its device."""
-    needed = ("master", *(moments_of(group) if group["updates"] else ()))
+    needed = ("master", *(["start"] if group["anchored_decay"] else []))
+    needed += moments_of(group) if group["updates"] else ()
     for key in needed:
         if key not in saved:
             raise ValueError(f"{name}: the state has no {key}, which the rule {group['rule']} needs: it is not whole")

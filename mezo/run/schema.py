@@ -113,6 +113,7 @@ class Rule(_Fields):
     no_decay: list[Text] = []
     distribution: Text = "normal"
     normalised: StrictBool = False
+    anchored: StrictBool = False
     refresh_every: Annotated[Count, Ge(1)] = 1
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mezo.models.calibration import Pass
 from mezo.models.parts import ModelParts
 from mezo.progress import waiting
-from mezo.runtimes.reference import reference_log_probs
+from mezo.runtimes.reference import model_log_probs
 from mezo.runtimes.rows import Row, RowBatch
 
 
@@ -15,8 +15,8 @@ def calibrate(parts: ModelParts, rows: Sequence[Sequence[Row]], pad: int) -> Non
     """Make what is frozen beside theta from what the model computes of some training examples, if it is made so.
 
     Which examples depends on their number alone, so the result follows from data and model, not from a run's seed. A
-    row is run at a time, without padding, by the model's own forward pass. Where no key or value depends on what is
-    trained, an adapter changes scores at the scored positions alone, and only these count.
+    row is run at a time, without padding, by the model's own forward pass. Only the scored positions count: at the
+    others, the first token above all, activations are far larger and tell little of a score.
 
     Args:
         parts: the model, at a theta at which it is the base: zeros.
@@ -35,8 +35,7 @@ def calibrate(parts: ModelParts, rows: Sequence[Sequence[Row]], pad: int) -> Non
 
 def _pass_of(row: Row, parts: ModelParts, pad: int) -> Pass:
     batch = RowBatch.of([row], pad, next(iter(parts.params.values())).device)
-    read = row.positions if parts.kv_depends is None else None
-    return Pass(functools.partial(reference_log_probs, parts.model, batch), len(row.ids), read)
+    return Pass(functools.partial(model_log_probs, parts.model, batch), len(row.ids), row.positions or None)
 
 
 def some_of(n: int, most: int) -> list[int]:

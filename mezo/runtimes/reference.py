@@ -21,13 +21,18 @@ def reference_log_probs(model: nn.Module, batch: RowBatch) -> torch.Tensor:
 
     Products are torch's own, whatever the runtime uses.
     """
+    with as_loaded():
+        return model_log_probs(model, batch)
+
+
+def model_log_probs(model: nn.Module, batch: RowBatch) -> torch.Tensor:
+    """As `reference_log_probs`, by the runtime's products."""
     tensors = [batch.ids, batch.mask, batch.positions, batch.targets]
     tensors += [] if batch.decoder is None else [batch.decoder]
     log_probs = []
     for ids, mask, positions, targets, *decoder in zip(*(t.split(REFERENCE_ROWS) for t in tensors), strict=True):
         more = {"decoder_input_ids": decoder[0]} if decoder else {}
-        with as_loaded():
-            out = model(input_ids=ids, attention_mask=mask, **more)
+        out = model(input_ids=ids, attention_mask=mask, **more)
         if hasattr(out, "logits"):  # those of classes are one vector a row
             logits = scored(out.logits, positions) if out.logits.dim() == 3 else out.logits[:, None]
         else:

@@ -9,7 +9,7 @@ import torch
 
 from mezo.method.rules.logged import LoggedRule
 from mezo.method.step import Step, Update
-from mezo_kernels import ParamLayout, Plan, RulePlan, RuleUpdate, step_
+from mezo_kernels import ParamLayout, Plan, RulePlan, RuleUpdate, anchored_decay_, step_
 
 Pairs = list[tuple[ParamLayout, ParamLayout]]
 
@@ -43,30 +43,45 @@ class PerturbedTheta:
         moments = self.rule.state_bytes // 4
         self.state = [master.like([torch.zeros_like(t) for t in master.tensors]) for _ in range(moments)]
         self.count = 0  # updates applied, as Adam counts them
-        self._groups = self._grouped()
-        self._plans: dict[tuple, Plan | RulePlan] = {}
+        self._begin_here()
         self.watched, self._watched, self._watches = watched, None, 0
         self._held: Step | None = None
         self._moved: ParamLayout | None = None  # theta + eps v before it is rounded, of a rule that guides
 
-    def _grouped(self) -> list[tuple[bool, ParamLayout, list[ParamLayout], Pairs]]:
-        """(whether they decay, master, state, pairs) of the parameters that decay, and of the others: a pass each."""
-        decays = [self.logged.decays(name) for name in self.master.names]
-        if len(set(decays)) == 1:
-            return [(decays[0], self.master, self.state, self.pairs)]
+    def _begin_here(self, start: dict[str, torch.Tensor] | None = None) -> None:
+        """Take theta_0, by default the master as it is, for what it decays towards, and group parameters accordingly.
 
-        def part(layout: ParamLayout, kind: bool) -> ParamLayout:
-            return ParamLayout(slot for slot, decaying in zip(layout.slots, decays, strict=True) if decaying == kind)
+        Anchored decay towards zero is plain decay, so theta_0 is held of parameters that do not start there alone.
+        """
+        if start is None and self.logged.anchored:
+            tensors = zip(self.master.names, self.master.tensors, strict=True)
+            start = {name: t.clone() for name, t in tensors if self.logged.decays(name) and t.any()}
+        self.start = start or {}
+        self._groups = self._grouped()
+        self._plans: dict[tuple, Plan | RulePlan] = {}
+
+    def _grouped(self) -> list[tuple[str, ParamLayout, list[ParamLayout], Pairs]]:
+        """(decay, master, state, pairs) of the parameters that decay to zero ("zero"), to theta_0 ("start"), and not at
+        all ("none"): a pass each."""
+        decays = self.logged.decays
+        kinds = ["start" if n in self.start else "zero" if decays(n) else "none" for n in self.master.names]
+        if len(set(kinds)) == 1:
+            return [(kinds[0], self.master, self.state, self.pairs)]
+
+        def part(layout: ParamLayout, kind: str) -> ParamLayout:
+            return ParamLayout(slot for slot, own in zip(layout.slots, kinds, strict=True) if own == kind)
 
         return [
             (kind, part(self.master, kind), [part(s, kind) for s in self.state],
              [(part(plus, kind), part(minus, kind)) for plus, minus in self.pairs])
-            for kind in (True, False)
+            for kind in ("zero", "start", "none") if kind in kinds
         ]  # fmt: skip
 
     def forget(self) -> None:
-        """Set the rule's state to that of a new run: what belongs to another theta means nothing here."""
+        """Begin anew: state of a rule, and what decay goes towards, belong to another theta and mean nothing here."""
         self.count = 0
+        if self.logged.anchored:
+            self._begin_here()
         for layout in self.state:
             torch._foreach_zero_(layout.tensors)
 
@@ -118,29 +133,51 @@ class PerturbedTheta:
         windows = _windows(self.master, self.watched, self._watches)
         before = [_within(layout, windows) for layout in (self.master, *self.state)]
         before = [layout.like([t.clone() for t in layout.tensors]) for layout in before]
-        self._watched = windows, before, self.count, list(updates), then
+        of = dict(zip(self.master.names, windows, strict=True))
+        start = {name: _part(tensor, of[name]) for name, tensor in self.start.items()}
+        self._watched = windows, before, self.count, list(updates), then, start
         self._watches += 1
 
     def _pass(self, updates: Sequence[Update], step: Step | None = None, places: slice = slice(0)) -> None:
         """One fused pass: updates, then the pairs at `places`, whose perturbations have one eps."""
         following = (list(step.seeds), step.eps[0]) if step else ()
-        for i, (decays, *_) in enumerate(self._groups):
-            applied = updates if decays else [dataclasses.replace(update, decay=1.0) for update in updates]
-            kernel = self.logged.kernel(decays)
-            if kernel is None:
-                directions = [direction for update in applied for direction in update.directions()]
-                self._plan(i, places).step_(directions, 1.0, *following)
+        for i, (decay, *_) in enumerate(self._groups):
+            if decay == "start":
+                self._pass_anchored(i, updates, following, places)
                 continue
-            numbered = enumerate(applied, self.count + 1)
-            steps = [RuleUpdate(u.seeds, u.coefficients, u.lr, t, u.decay) for t, u in numbered]
-            self._plan(i, places).step_(steps, *following)
+            applied = updates if decay == "zero" else [_without_decay(update) for update in updates]
+            self._step(i, applied, self.count, following, places)
+
+    def _pass_anchored(self, group: int, updates: Sequence[Update], following: tuple, places: slice) -> None:
+        """As `_pass`, of parameters that decay towards theta_0: each update is a pass after its decay."""
+        master = self._groups[group][1]
+        start = [self.start[name] for name in master.names]
+        for n, update in enumerate(updates):
+            anchored_decay_(master.tensors, start, update.decay)
+            last = n == len(updates) - 1
+            self._step(
+                group, [_without_decay(update)], self.count + n, following if last else (), places if last else slice(0)
+            )
+        if not updates:
+            self._step(group, [], self.count, following, places)
+
+    def _step(self, group: int, updates: Sequence[Update], count: int, following: tuple, places: slice) -> None:
+        """One fused pass over one group, after so many updates."""
+        kernel = self.logged.kernel(self._groups[group][0] != "none")
+        if kernel is None:
+            directions = [direction for update in updates for direction in update.directions()]
+            self._plan(group, places).step_(directions, 1.0, *following)
+            return
+        numbered = enumerate(updates, count + 1)
+        steps = [RuleUpdate(u.seeds, u.coefficients, u.lr, t, u.decay) for t, u in numbered]
+        self._plan(group, places).step_(steps, *following)
 
     def _plan(self, group: int, places: slice) -> Plan | RulePlan:
         """Of the steps of one group, which write the pairs at `places`."""
         key = group, places.start, places.stop
         if key not in self._plans:
-            decays, master, state, pairs = self._groups[group]
-            kernel, targets = self.logged.kernel(decays), _signs(pairs[places])
+            decay, master, state, pairs = self._groups[group]
+            kernel, targets = self.logged.kernel(decay != "none"), _signs(pairs[places])
             options = {"distribution": self.rule.distribution, "backend": self.backend}
             if kernel is None:
                 self._plans[key] = Plan(master, *targets, **options)
@@ -165,7 +202,7 @@ class PerturbedTheta:
         Args:
             used: tensors that the model reads, two lists for each pair; by default those that were written to.
         """
-        windows, (master, *state), count, updates, then = self._watched
+        windows, (master, *state), count, updates, then, start = self._watched
         n = len(then) if then else 0
         copies = [copy for pair in self.pairs[:n] for copy in pair]
         fresh = [_within(copy, windows) for copy in copies]
@@ -173,6 +210,7 @@ class PerturbedTheta:
         master = master.like([t.clone() for t in master.tensors])
         again = PerturbedTheta(master, list(zip(fresh[::2], fresh[1::2], strict=True)), "reference", self.logged)
         again.count = count
+        again._begin_here(start)
         for layout, before in zip(again.state, state, strict=True):
             layout.copy_(before)
         again.update(updates, then)
@@ -190,6 +228,10 @@ class PerturbedTheta:
                     at = i + window.start * (a[0].numel() if a.dim() else 1)
                     return f"{kind} of {name} at index {at}: expected {a.flatten()[i]:.9g}, got {b.flatten()[i]:.9g}"
         return None
+
+
+def _without_decay(update: Update) -> Update:
+    return dataclasses.replace(update, decay=1.0)
 
 
 def _windows(layout: ParamLayout, watched: int | None, turn: int) -> list[slice]:

@@ -5,7 +5,7 @@ import os
 import socket
 from dataclasses import dataclass
 
-from mezo.api import begin, loaded, longer, reopen, with_adapter_options
+from mezo.api import begin, loaded, longer, reopen, with_adapter_options, with_layers
 from mezo.config import Config
 from mezo.data.rewards import trusted_reward
 from mezo.errors import UserError, require
@@ -90,6 +90,7 @@ def serve(config: Config, serving: Serving) -> int:
     _refuse(config)
     config = with_objective(with_adapter_options(config).absolute())
     refuse_existing(config.machine.output_dir)
+    config = with_layers(config)
     adapter = config.model.tuning.adapter
     admission = Admission(serving.max_latency_cost)
     with (

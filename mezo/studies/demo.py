@@ -7,6 +7,7 @@ from rich.table import Table
 
 from mezo.api import resume, train
 from mezo.config import Config
+from mezo.config.presets import PRESETS
 from mezo.progress import console as new_console
 from mezo.run import outcome
 from mezo.run.directory import RunDirectory
@@ -21,21 +22,29 @@ PROMPTS = {
 
 
 STEPS = {"hf": 4000, "sglang": 1000}
+"""Of the demo without a preset."""
 
 
-def run(prompt: str = "it-was", steps: int = 0, output_dir: Path = Path("runs/demo"), runtime: str = "hf") -> int:
+def run(
+    prompt: str = "it-was",
+    steps: int = 0,
+    output_dir: Path = Path("runs/demo"),
+    runtime: str = "hf",
+    preset: str = "few-steps",
+) -> int:
     """Run or resume the demo and print its table.
 
     Args:
         prompt: a key of PROMPTS.
-        steps: optimisation steps; 0 is STEPS of the runtime.
+        steps: optimisation steps; 0 is those of the preset, or STEPS of the runtime.
         output_dir: run directory; an unfinished one is resumed, beside a finished one a numbered one is made.
         runtime: what computes the losses.
+        preset: a key of PRESETS, or "none" for MeZO as it was published.
     Returns:
         Exit code: 0, 1 if the log does not replay to the adapter, 130 after Ctrl-C.
     """
-    wanted = demo_config(prompt, steps or STEPS[runtime], output_dir)
-    config = _free_or_unfinished(wanted.replace(runtime=runtime))
+    wanted = demo_config(prompt, STEPS[runtime], output_dir).replace(runtime=runtime, **PRESETS.get(preset, {}))
+    config = _free_or_unfinished(wanted.replace(steps=steps) if steps else wanted)
     directory = Path(config.machine.output_dir)
     result = resume(str(directory)) if directory.exists() else train(config)
     if result is None:
@@ -48,7 +57,7 @@ def run(prompt: str = "it-was", steps: int = 0, output_dir: Path = Path("runs/de
 
 
 def demo_config(prompt: str, steps: int, output_dir: Path) -> Config:
-    """The demo's run: LoRA on the last layer's query, output and MLP projections, 69,120 parameters.
+    """The demo's task, by MeZO as it was published: LoRA on the last layer's query, output and MLP projections.
 
     Args:
         prompt: a key of PROMPTS.

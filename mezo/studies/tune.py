@@ -18,7 +18,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
-from mezo.api import carry_on, loaded, start, with_adapter_options
+from mezo.api import carry_on, loaded, start, with_adapter_options, with_layers
 from mezo.config import Config
 from mezo.config.options import flag_of
 from mezo.data.example import Example
@@ -72,6 +72,7 @@ def tune(
     for lr in grid_lr or (config.method.lr,):  # values that cannot be are refused before the model is loaded
         for eps in grid_eps or (config.method.eps,):
             trial_config(config, steps, "trial", lr, eps)
+    config = with_layers(config)
     with loaded(trial_config(config, steps, "trial", config.method.lr, config.method.eps), need="train") as (
         runtime,
         splits,

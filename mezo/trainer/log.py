@@ -92,9 +92,9 @@ class Logged(MeZO):
 
     @property
     def follows_from_parameters(self) -> bool:
-        """Whether theta and state are the parameters alone: float32 ones, under a rule without moments."""
+        """Whether theta and state are the parameters alone: float32 ones, under a rule without moments or theta_0."""
         groups = self.param_groups
-        return not any(rule_of(group).kernel() for group in groups) and all(
+        return not any(rule_of(group).kernel() or group["anchored_decay"] for group in groups) and all(
             p.dtype == torch.float32 for _, _, p in self._trainable()
         )
 
@@ -108,7 +108,8 @@ class Logged(MeZO):
         """The rule as a header has it."""
         rule, decay = rule_of(self.param_groups[0]), max(group["weight_decay"] for group in self.param_groups)
         spared = (group["z_names"] for group in self.param_groups if decay and not group["weight_decay"])
-        return LoggedRule(rule, rule.l2(decay), tuple(itertools.chain(*spared)), self.normalise_z)
+        anchored = any(group["anchored_decay"] for group in self.param_groups if group["weight_decay"])
+        return LoggedRule(rule, rule.l2(decay), tuple(itertools.chain(*spared)), self.normalise_z, anchored)
 
     @torch.no_grad()
     def replay(self, start: dict[str, torch.Tensor], records: Sequence[StepRecord]) -> None:
@@ -149,6 +150,8 @@ def first_line(model: transformers.PreTrainedModel, optimizer: Logged, data: obj
     rule, wanted = optimizer.rule, optimizer.distribution
     if wanted != rule.rule.distribution:
         raise ValueError(f"{rule.rule.name} along z of distribution {wanted}")
+    if len({group["anchored_decay"] for group in optimizer.param_groups if group["weight_decay"]}) > 1:
+        raise ValueError("decay to theta_0 of some parameters and to zero of others")
     shapes = {name: tuple(p.shape) for name, p in optimizer.theta.items()}
     adapter, trained = getattr(model, "peft_config", None), {id(p) for p in model.parameters() if p.requires_grad}
     if adapter:

@@ -7,7 +7,7 @@ import triton.language as tl
 from mezo_kernels.philox import STREAMS
 from mezo_kernels.triton.philox import draw, key
 from mezo_kernels.triton.table import int32_halves, tables
-from mezo_kernels.triton.tile import BY_ROW, FLAT, GENERAL, load, locate, parts, store, tensor_id, tile_of
+from mezo_kernels.triton.tile import BY_ROW, FLAT, GENERAL, load, locate, parts, storage, store, tensor_id, tile_of
 
 
 @triton.jit
@@ -17,12 +17,13 @@ def _perturb_tile(
 ):  # fmt: skip
     quad, at = locate(slot_ptr, row, unit, part, MODE, WIDTH, BLOCK_SIZE)
 
-    theta = load(slot_ptr, 0, at, THETA, MODE, WIDTH)
+    theta_at = storage(slot_ptr, 0)
+    theta = load(theta_at, at, THETA, MODE, WIDTH)
 
     # theta <- theta + (scale * z)
     theta = theta + scale * draw(quad, tensor_id(slot_ptr), k0, k1, STREAM, WIDTH)
 
-    store(slot_ptr, 0, theta, at, THETA, MODE, WIDTH)
+    store(theta_at, theta, at, THETA, MODE, WIDTH)
 
 
 @triton.jit(do_not_specialize=["columns", "seed_low", "seed_high"])

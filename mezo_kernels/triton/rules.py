@@ -12,12 +12,15 @@ import triton.language as tl
 from mezo_kernels.layout import AddressCache
 from mezo_kernels.philox import STREAMS
 from mezo_kernels.triton import table
-from mezo_kernels.triton.step import draw_of
-from mezo_kernels.triton.tile import BY_ROW, FLAT, GENERAL, load, locate, parts, store, tensor_id, tile_of
+from mezo_kernels.triton.step import decayed, draw_of
+from mezo_kernels.triton.tile import BY_ROW, FLAT, GENERAL, load, locate, parts, storage, store, tensor_id, tile_of
 
 MOMENTUM, ADAM = tl.constexpr(0), tl.constexpr(1)
 # int64 a row: seed, (weight, last), (rate, decay), (root, -), as bits of float32; of a pair seed, (eps, -), -, -
 COLUMNS = tl.constexpr(4)
+# of a thread at most, by rule (momentum, Adam, sign): the fewest at which no supported assembler spills. By itself it
+# takes 126 for momentum, for one instruction of a hundred less, and then a third fewer warps find room
+REGISTERS = (80, None, None)
 
 
 @triton.jit
@@ -38,13 +41,14 @@ def _rule_tile(
 ):  # fmt: skip
     quad, at = locate(slot_ptr, row, unit, part, MODE, WIDTH, BLOCK_SIZE)
     tag = tensor_id(slot_ptr)
-    theta = load(slot_ptr, 0, at, 0, MODE, WIDTH)
+    theta_at = storage(slot_ptr, 0)
+    theta = load(theta_at, at, 0, MODE, WIDTH)
     g = tl.zeros_like(theta)
     m, v = g, g
     if STATES > 0:
-        m = load(slot_ptr, 1, at, 0, MODE, WIDTH)
+        m = load(storage(slot_ptr, 1), at, 0, MODE, WIDTH)
     if STATES > 1:
-        v = load(slot_ptr, 2, at, 0, MODE, WIDTH)
+        v = load(storage(slot_ptr, 2), at, 0, MODE, WIDTH)
 
     for k in range(n_rows):
         row_ptr = values_ptr + COLUMNS * k
@@ -64,23 +68,25 @@ def _rule_tile(
             else:
                 step = tl.where(g > 0.0, 1.0, tl.where(g < 0.0, -1.0, 0.0))
             if decay != 1.0:
-                theta = theta * decay
+                theta = decayed(theta, decay)
             theta = theta - rate * step
             g = tl.zeros_like(theta)
     if n_rows > 0:
-        store(slot_ptr, 0, theta, at, 0, MODE, WIDTH)
+        # addresses of the state are loaded again: kept since its load, they would cost Adam 30 registers
+        store(theta_at, theta, at, 0, MODE, WIDTH)
         if STATES > 0:
-            store(slot_ptr, 1, m, at, 0, MODE, WIDTH)
+            store(storage(slot_ptr, 1), m, at, 0, MODE, WIDTH)
         if STATES > 1:
-            store(slot_ptr, 2, v, at, 0, MODE, WIDTH)
+            store(storage(slot_ptr, 2), v, at, 0, MODE, WIDTH)
 
     FIRST: tl.constexpr = 3 if STATES > 0 else 1
     for k in range(n_pairs):
         # plus, minus <- theta +- (eps * z)
         row_ptr = values_ptr + COLUMNS * (n_rows + k)
         move = _low(row_ptr + 1) * draw_of(row_ptr, quad, tag, STREAM, WIDTH)
-        store(slot_ptr, FIRST + 2 * k, theta + move, at, TARGET, MODE, WIDTH)
-        store(slot_ptr, FIRST + 1 + 2 * k, theta - move, at, TARGET, MODE, WIDTH)
+        plus_at, minus_at = storage(slot_ptr, FIRST + 2 * k), storage(slot_ptr, FIRST + 1 + 2 * k)
+        store(plus_at, theta + move, at, TARGET, MODE, WIDTH)
+        store(minus_at, theta - move, at, TARGET, MODE, WIDTH)
 
 
 @triton.jit(do_not_specialize=["columns", "n_rows", "n_pairs"])
@@ -149,7 +155,7 @@ def _rule_step(made: table.Table, kind, states, constants, updates, next_seeds, 
     values = table.values_on(_values(updates, next_seeds, eps), made.slots.device)
     made.launch(
         _rule_step_kernel, values, len(updates), len(next_seeds), *constants,
-        RULE=kind, STATES=states, STREAM=STREAMS[distribution], TARGET=made.target,
+        registers=REGISTERS[kind], RULE=kind, STATES=states, STREAM=STREAMS[distribution], TARGET=made.target,
     )  # fmt: skip
 
 

@@ -5,9 +5,11 @@ import triton
 import triton.language as tl
 
 from mezo_kernels.philox import STREAMS
-from mezo_kernels.triton.philox import draw
+from mezo_kernels.triton.philox import INTERPRETED, draw
 from mezo_kernels.triton.table import Table, step_values, tables, values_on
-from mezo_kernels.triton.tile import BY_ROW, FLAT, GENERAL, load, locate, parts, store, tensor_id, tile_of
+from mezo_kernels.triton.tile import BY_ROW, FLAT, GENERAL, load, locate, parts, storage, store, tensor_id, tile_of
+
+PRODUCT = tl.constexpr("mul.rn.f32 $0, $1, $2;")
 
 
 @triton.jit
@@ -15,6 +17,19 @@ def draw_of(value_ptr, quad, tag, STREAM: tl.constexpr, WIDTH: tl.constexpr):
     """`draw` under the seed at an address, for the parameter whose tensor_id is `tag`."""
     seed = tl.load(value_ptr)
     return draw(quad, tag, seed.to(tl.uint32), (seed >> 32).to(tl.uint32), STREAM, WIDTH)
+
+
+@triton.jit
+def decayed(theta, decay):
+    """theta * decay, for a branch that is taken where decay is not 1.
+
+    The compiler computes what has no effect in any case, and chooses afterwards. It must take this for an effect.
+    """
+    if not INTERPRETED and tl.target_info.is_cuda():
+        theta = tl.inline_asm_elementwise(PRODUCT, "=f,f,f", [theta, decay], dtype=tl.float32, is_pure=False, pack=1)
+    else:
+        theta = theta * decay
+    return theta
 
 
 @triton.jit
@@ -26,7 +41,8 @@ def _step_tile(
     quad, at = locate(slot_ptr, row, unit, part, MODE, WIDTH, BLOCK_SIZE)
 
     tag = tensor_id(slot_ptr)
-    theta = load(slot_ptr, 0, at, THETA, MODE, WIDTH)
+    theta_at = storage(slot_ptr, 0)
+    theta = load(theta_at, at, THETA, MODE, WIDTH)
 
     for k in range(n_updates):
         # theta <- theta * decay, then theta - (c * z); a decay of 1 and a coefficient of 0 change no bit
@@ -34,19 +50,20 @@ def _step_tile(
         coefficient = numbers.to(tl.int32).to(tl.float32, bitcast=True)
         decay = (numbers >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         if decay != 1.0:
-            theta = theta * decay
+            theta = decayed(theta, decay)
         if coefficient != 0.0:
             theta = theta - coefficient * draw_of(values_ptr + 2 * k, quad, tag, STREAM, WIDTH)
     if n_updates > 0:
-        store(slot_ptr, 0, theta, at, THETA, MODE, WIDTH)
+        store(theta_at, theta, at, THETA, MODE, WIDTH)
 
     for k in range(n_pairs):
         # plus, minus <- theta +- (eps * z)
         pair_ptr = values_ptr + 2 * (n_updates + k)
         eps = tl.load(pair_ptr + 1).to(tl.int32).to(tl.float32, bitcast=True)
         move = eps * draw_of(pair_ptr, quad, tag, STREAM, WIDTH)
-        store(slot_ptr, 1 + 2 * k, theta + move, at, TARGET, MODE, WIDTH)
-        store(slot_ptr, 2 + 2 * k, theta - move, at, TARGET, MODE, WIDTH)
+        plus_at, minus_at = storage(slot_ptr, 1 + 2 * k), storage(slot_ptr, 2 + 2 * k)
+        store(plus_at, theta + move, at, TARGET, MODE, WIDTH)
+        store(minus_at, theta - move, at, TARGET, MODE, WIDTH)
 
 
 @triton.jit(do_not_specialize=["columns", "n_updates", "n_pairs"])

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from triton.runtime.driver import driver
 
 from mezo_kernels import layout
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 # 16 elements a lane: enough loads in flight, few enough registers. The interpreter pays 8 ms a program instead
 BLOCK_SIZE = 8192 if INTERPRETED else 2048
 PART = BLOCK_SIZE if INTERPRETED else 512  # elements of a GENERAL tile at a time: addresses take registers too
@@ -76,12 +78,13 @@ class Table:
     target: int  # dtype code of plus and minus
     compiled: dict = field(default_factory=dict, compare=False)
 
-    def launch(self, kernel: Callable, *arguments: Any, **constants: int) -> None:
+    def launch(self, kernel: Callable, *arguments: Any, registers: int | None = None, **constants: int) -> None:
         """Run one program a tile: kernel(slots, tiles, columns of slots, *arguments, **constants).
 
         Args:
             kernel: a `triton.jit` function.
             arguments: tensors and numbers, which may differ from step to step.
+            registers: of a thread at most, where all tiles are FLAT.
             constants: what the kernel is compiled for, beside the mode and width of the tiles; in its own order.
         Raises:
             ValueError: this Triton would change the bits of z on this device.
@@ -96,8 +99,16 @@ class Table:
                         # what Triton would find again: no argument but these constants chooses another kernel
                         compiled[(len(tiles), 1, 1)](self.slots, tiles, columns, *arguments, *own.values())
                     else:
-                        run = kernel[(len(tiles),)]
-                        self.compiled[key] = run(self.slots, tiles, columns, *arguments, **own, **LAUNCH)
+                        options = own | LAUNCH | (_limit(registers) if one.mode == FLAT else {})
+                        self.compiled[key] = kernel[(len(tiles),)](self.slots, tiles, columns, *arguments, **options)
+
+
+def _limit(registers: int | None) -> dict[str, int]:
+    """The option of a launch that limits registers, on NVIDIA's GPUs before Blackwell, where they would not suffice."""
+    if not registers or INTERPRETED:
+        return {}
+    target = driver.active.get_current_target()
+    return {"maxnreg": registers} if target.backend == "cuda" and target.arch < 100 else {}
 
 
 def on_device(device: torch.device):
@@ -111,8 +122,7 @@ def on_device(device: torch.device):
 @functools.cache
 def _check_compiler(device: torch.device) -> None:
     """Raise ValueError where the assembler of this Triton would change the bits of z."""
-    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-    if old and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (10, 0):
+    if TRITON < (3, 7) and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (10, 0):
         # its ptxas 12.9 contracts mul.rn.f32x2 and add.rn.f32x2, whatever --fmad says; 13.1 does not
         raise ValueError(
             f"Triton {triton.__version__} fuses multiplications and additions on {torch.cuda.get_device_name(device)}, "

@@ -91,10 +91,21 @@ def _locate_in_rows(slot_ptr, row, unit, lane, units_per_row, MODE: tl.constexpr
 
 
 @triton.jit
-def _pointers(storage_ptr, kind, at, MODE: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+def storage(slot_ptr, number):
+    """Where the slot's storage `number` (0 is theta) is: (its columns of the table, its address).
+
+    Called ahead of a draw: what it loads is there when the draw ends, and a store after it need not wait.
+    """
+    storage_ptr = slot_ptr + HEADER + number * STORAGE
+    return storage_ptr, tl.load(storage_ptr + ADDRESS)
+
+
+@triton.jit
+def _pointers(storage, kind, at, MODE: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
     """Pointers [units, COUNT] to the first COUNT of each unit's WIDTH elements, of type `kind`."""
+    storage_ptr, address = storage
     origin, row, col, _ = at
-    base = tl.load(storage_ptr + ADDRESS).to(tl.pointer_type(kind))
+    base = address.to(tl.pointer_type(kind))
     element = tl.arange(0, COUNT)[None, :]
     # the table promises the alignment: it calls everything else GENERAL
     if MODE == FLAT:
@@ -120,17 +131,17 @@ def _widen_bf16(x):
 
 
 @triton.jit
-def _load_as(storage_ptr, at, DTYPE: tl.constexpr, MODE: tl.constexpr, WIDTH: tl.constexpr):
+def _load_as(storage, at, DTYPE: tl.constexpr, MODE: tl.constexpr, WIDTH: tl.constexpr):
     if DTYPE == FP32 and WIDTH == 8:
         # two accesses of 128 bits, so that a unit stays with its lane beside 16-bit storage
-        pointers = _pointers(storage_ptr, tl.float32, at, MODE, WIDTH, 4)
+        pointers = _pointers(storage, tl.float32, at, MODE, WIDTH, 4)
         value = concat(tl.load(pointers, mask=at[3]), tl.load(pointers + 4, mask=at[3]))
     elif DTYPE == FP32:
-        value = tl.load(_pointers(storage_ptr, tl.float32, at, MODE, WIDTH, WIDTH), mask=at[3])
+        value = tl.load(_pointers(storage, tl.float32, at, MODE, WIDTH, WIDTH), mask=at[3])
     elif DTYPE == BF16:
-        value = _widen_bf16(tl.load(_pointers(storage_ptr, tl.bfloat16, at, MODE, WIDTH, WIDTH), mask=at[3]))
+        value = _widen_bf16(tl.load(_pointers(storage, tl.bfloat16, at, MODE, WIDTH, WIDTH), mask=at[3]))
     else:
-        value = tl.load(_pointers(storage_ptr, tl.float16, at, MODE, WIDTH, WIDTH), mask=at[3]).to(tl.float32)
+        value = tl.load(_pointers(storage, tl.float16, at, MODE, WIDTH, WIDTH), mask=at[3]).to(tl.float32)
     return value
 
 
@@ -148,48 +159,46 @@ def _round_to_bf16(x):
 
 
 @triton.jit
-def _store_as(storage_ptr, value, at, DTYPE: tl.constexpr, MODE: tl.constexpr, WIDTH: tl.constexpr):
+def _store_as(storage, value, at, DTYPE: tl.constexpr, MODE: tl.constexpr, WIDTH: tl.constexpr):
     if DTYPE == FP32 and WIDTH == 8:
         left, right = halves(value)
-        pointers = _pointers(storage_ptr, tl.float32, at, MODE, WIDTH, 4)
+        pointers = _pointers(storage, tl.float32, at, MODE, WIDTH, 4)
         tl.store(pointers, left, mask=at[3])
         tl.store(pointers + 4, right, mask=at[3])
     elif DTYPE == FP32:
-        tl.store(_pointers(storage_ptr, tl.float32, at, MODE, WIDTH, WIDTH), value, mask=at[3])
+        tl.store(_pointers(storage, tl.float32, at, MODE, WIDTH, WIDTH), value, mask=at[3])
     elif DTYPE == BF16:
-        tl.store(_pointers(storage_ptr, tl.bfloat16, at, MODE, WIDTH, WIDTH), _round_to_bf16(value), mask=at[3])
+        tl.store(_pointers(storage, tl.bfloat16, at, MODE, WIDTH, WIDTH), _round_to_bf16(value), mask=at[3])
     else:
-        tl.store(_pointers(storage_ptr, tl.float16, at, MODE, WIDTH, WIDTH), value.to(tl.float16), mask=at[3])
+        tl.store(_pointers(storage, tl.float16, at, MODE, WIDTH, WIDTH), value.to(tl.float16), mask=at[3])
 
 
 @triton.jit
-def load(slot_ptr, storage, at, KIND: tl.constexpr, MODE: tl.constexpr, WIDTH: tl.constexpr):
+def load(storage, at, KIND: tl.constexpr, MODE: tl.constexpr, WIDTH: tl.constexpr):
     """A tile's elements as float32 [units, WIDTH], from the slot's storage number `storage` (0 is theta)."""
-    storage_ptr = slot_ptr + HEADER + storage * STORAGE
     if KIND == MIXED:
-        kind = tl.load(storage_ptr + DTYPE)
+        kind = tl.load(storage[0] + DTYPE)
         if kind == FP32:
-            value = _load_as(storage_ptr, at, FP32, MODE, WIDTH)
+            value = _load_as(storage, at, FP32, MODE, WIDTH)
         elif kind == BF16:
-            value = _load_as(storage_ptr, at, BF16, MODE, WIDTH)
+            value = _load_as(storage, at, BF16, MODE, WIDTH)
         else:
-            value = _load_as(storage_ptr, at, FP16, MODE, WIDTH)
+            value = _load_as(storage, at, FP16, MODE, WIDTH)
     else:
-        value = _load_as(storage_ptr, at, KIND, MODE, WIDTH)
+        value = _load_as(storage, at, KIND, MODE, WIDTH)
     return value
 
 
 @triton.jit
-def store(slot_ptr, storage, value, at, KIND: tl.constexpr, MODE: tl.constexpr, WIDTH: tl.constexpr):
+def store(storage, value, at, KIND: tl.constexpr, MODE: tl.constexpr, WIDTH: tl.constexpr):
     """Round float32 values once, to nearest even, and write them to the slot's storage number `storage`."""
-    storage_ptr = slot_ptr + HEADER + storage * STORAGE
     if KIND == MIXED:
-        kind = tl.load(storage_ptr + DTYPE)
+        kind = tl.load(storage[0] + DTYPE)
         if kind == FP32:
-            _store_as(storage_ptr, value, at, FP32, MODE, WIDTH)
+            _store_as(storage, value, at, FP32, MODE, WIDTH)
         elif kind == BF16:
-            _store_as(storage_ptr, value, at, BF16, MODE, WIDTH)
+            _store_as(storage, value, at, BF16, MODE, WIDTH)
         else:
-            _store_as(storage_ptr, value, at, FP16, MODE, WIDTH)
+            _store_as(storage, value, at, FP16, MODE, WIDTH)
     else:
-        _store_as(storage_ptr, value, at, KIND, MODE, WIDTH)
+        _store_as(storage, value, at, KIND, MODE, WIDTH)

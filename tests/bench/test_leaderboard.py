@@ -29,6 +29,7 @@ def make(tmp_path, monkeypatch):
     monkeypatch.setattr(Trunk, "_capture", Trunk._capture)  # which the command replaces
     monkeypatch.setattr(leaderboard, "ROWS", ROWS)
     monkeypatch.setattr(leaderboard, "GROWTH", 0)
+    monkeypatch.setattr(leaderboard, "BUDGETS", (128,))
 
     def run(*options):
         json_file, table = tmp_path / "out.json", tmp_path / "table.md"

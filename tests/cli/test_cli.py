@@ -412,7 +412,7 @@ def test_a_preset_is_below_what_is_given(tiny_options, as_flags, tmp_path):
     assert {name: saved[name] for name in ("lr", "r", "batch_size", "steps")} == {
         "lr": 0.01, "r": 8, "batch_size": 8, "steps": 2
     }  # fmt: skip
-    for name in ("tuning", "lora_alpha", "lr_schedule"):
+    for name in ("tuning", "lora_alpha", "lora_a", "lr_schedule"):
         assert saved[name] == PRESETS["few-steps"][name]
 
 

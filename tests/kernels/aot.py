@@ -117,8 +117,8 @@ VARIANTS = {
             4 + 4 * rules.STATES[kind],
             4 + 4 * rules.STATES[kind] + 2 * d.itemsize,
         )
-        # rules compute in float32 whatever the targets are: one rule with both kinds of target will do
-        for kind, d in (("momentum", BF16), ("adam", FP32), ("adam", BF16), ("sign", BF16))
+        # sign has the least to hold
+        for kind, d in (("momentum", FP32), ("momentum", BF16), ("adam", FP32), ("adam", BF16), ("sign", BF16))
     },
     "any_adam_bf16": (lambda: rule_step(ragged(FP32), [BF16], mk.Rule("adam")), None, None),
     "standard_normal": (lambda: normal(0), 0, 4),
@@ -151,6 +151,7 @@ def _nvidia(kernel) -> dict:
     # a branch to itself ends the kernel; subroutines (the square root of a subnormal) stand behind it
     end = next(i for i, (at, op, to) in enumerate(code) if op == "BRA" and int(at, 16) == int(to.split()[-1], 16))
     opcodes = Counter(op for _, op, _ in code[:end] if op != "NOP")
+    decays = _decays(code[:end])
     lanes = LAUNCH["num_warps"] * 32
     inline = re.findall(r"// begin inline asm(.*?)// end inline asm", kernel.asm["ptx"], re.S)
     ptx = re.sub(r"// begin inline asm.*?// end inline asm", "", kernel.asm["ptx"], flags=re.S)
@@ -162,7 +163,8 @@ def _nvidia(kernel) -> dict:
         "registers": resources["REG"],
         "stack": resources["STACK"] + resources["LOCAL"],
         "spills": sum(op.startswith(("LDL", "STL")) for _, op, _ in code),
-        "slots": sum(opcodes.values()) / (BLOCK_SIZE / lanes),
+        "slots": (sum(opcodes.values()) - decays) / (BLOCK_SIZE / lanes),
+        "decays": decays,
         "loads": _widths(opcodes, "LDG"),
         "stores": _widths(opcodes, "STG"),
         "lanes": lanes,
@@ -177,6 +179,13 @@ def _nvidia(kernel) -> dict:
         "roots": roots + sum("rsqrt" in text for text in inline),
         "inexact": len(re.findall(r"\.ftz|\.approx|\bsin\.|\bcos\.", ptx)),
     }
+
+
+def _decays(code: list[tuple[str, str, str]]) -> int:
+    """Products by decay, which stand behind branches of their own: a step without decay passes them over."""
+    at = {int(address, 16): i for i, (address, _, _) in enumerate(code)}
+    blocks = (code[i + 1 : at.get(int(to.split()[-1], 16), 0)] for i, (_, op, to) in enumerate(code) if op == "BRA")
+    return sum(len(block) for block in blocks if all(op == "FMUL" for _, op, _ in block))
 
 
 def _dump(path: str, flag: str) -> str:

@@ -11,7 +11,18 @@ import pytest
 import torch
 
 import mezo_kernels
-from mezo_kernels import ParamLayout, cases, dispatch, perturb_, reference, standard_normal, step_
+from mezo_kernels import (
+    ParamLayout,
+    Rule,
+    RuleUpdate,
+    cases,
+    dispatch,
+    perturb_,
+    reference,
+    rule_step_,
+    standard_normal,
+    step_,
+)
 
 cpu = pytest.importorskip("mezo_kernels.numba.step")
 OPS = torch.ops.mezo_kernels
@@ -112,24 +123,72 @@ def test_fake_tensors_have_the_shapes():
     assert OPS.standard_normal(1, 2, 3, 0, 0, "normal", torch.device("cpu"), None).shape == (0,)
 
 
+THERE = torch.device("cuda:1")
+
+
+def on_cuda(mode, value):
+    """An argument of an op, its tensors of numbers as fake ones of a GPU, which need not be there."""
+    if isinstance(value, list):
+        return [on_cuda(mode, one) for one in value]
+    if isinstance(value, torch.Tensor):
+        return mode.from_tensor(value).to(THERE) if value.is_floating_point() else value
+    return THERE if isinstance(value, torch.device) else value
+
+
 @pytest.mark.parametrize("name", dispatch.OPS)
 def test_a_tracer_sees_every_op_on_cuda(name):
-    """On fake tensors of a GPU, which need not be there: in-place ops return nothing, z has its shape and place."""
+    """In-place ops return nothing, z has its shape and place."""
     _, arguments = next(iter(dispatch.OPS[name].cases("cpu")))
-    there = torch.device("cuda:1")
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-
-        def move(value):
-            if isinstance(value, list):
-                return [move(one) for one in value]
-            if isinstance(value, torch.Tensor):
-                return mode.from_tensor(value).to(there) if value.is_floating_point() else value
-            return there if isinstance(value, torch.device) else value
-
-        result = getattr(OPS, name)(*map(move, arguments), None)
+        result = getattr(OPS, name)(*on_cuda(mode, list(arguments)), None)
     assert (result is None) == name.endswith("_")
     if result is not None:
-        assert (result.shape, result.device) == ((3001,), there)
+        assert (result.shape, result.device) == ((3001,), THERE)
+
+
+def opcheck_on_cuda(name):
+    _, arguments = next(iter(dispatch.OPS[name].cases("cpu")))
+    # the last of torch's checks compares results, and fake ones hold no numbers
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    checks += ("test_aot_dispatch_dynamic",) if name.endswith("_") else ()
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        torch.library.opcheck(
+            getattr(OPS, name).default, (*on_cuda(mode, list(arguments)), None), test_utils=checks
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", dispatch.OPS)
+def test_opcheck_on_cuda(name):
+    opcheck_on_cuda(name)
+
+
+def test_a_function_on_cuda_compiles_to_one_graph_of_ops():
+    """The contracts, the validation and the choice of a backend break no graph and need no device."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes if "mezo_kernels" in str(node.target)])
+        return graph.forward
+
+    def train(theta, plus, minus, state, x):
+        perturb_(theta, 0.5, 2**63 + 1)
+        step_(theta, [(3, 0.25), (4, 0.5, 0.9)], 0.99, 5, 1e-2, plus, minus)
+        rule_step_(theta, Rule("adam"), state, [RuleUpdate([9, 10], [0.1, -0.2], 1e-3, 1)], 6, 1e-2, plus, minus)
+        z = OPS.standard_normal(1, 0, 7, 0, 600, "normal", x.device, None)
+        return theta.tensors[0] * 2 + plus.tensors[0].float() + x + z.view(30, 20)
+
+    theta = make_layout()
+    plus, minus = targets_of(theta)
+    state = [theta.like([torch.zeros_like(t) for t in theta.tensors]) for _ in range(2)]
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for layout in (theta, plus, minus, *state):
+            layout.tensors[:] = on_cuda(mode, layout.tensors)
+        x = torch.ones(30, 20, device=THERE)
+        result = torch.compile(train, backend=keep, fullgraph=True)(theta, plus, minus, state, x)
+    assert (result.shape, result.device) == ((30, 20), THERE)
+    (graph,) = graphs
+    assert [str(target).split(".")[1] for target in graph] == ["perturb_", "step_", "rule_step_", "standard_normal"]
+    assert {str(target).split(".")[1] for target in graph} == set(dispatch.OPS)
 
 
 def test_per_step_values_compile_nothing():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from mezo.errors import UserError
 from mezo.models.calibration import BESIDE, TOGETHER, Pass, Sketch, seen_by
 
 
@@ -79,3 +80,13 @@ def test_positions_that_are_not_read_do_not_count():
     other = Pass(lambda: layer(x[:9]), 40, (0,))  # tokens of an expert: which is where is not known
     found = seen_by({"layer": layer}, 2, [read, other])["layer"]
     assert alike(found.directions, directions_of(torch.cat([x[7:20], x[:9]]), 2), 1e-4)
+
+
+def test_all_positions_count_where_the_scored_ones_are_alike():
+    layer, x = nn.Linear(6, 5), decaying(40, 6)
+    same = [torch.cat([part, torch.full((1, 6), 2.0)]) for part in x.split(4)]
+    passes = [Pass(lambda rows=rows: layer(rows), 5, (4,)) for rows in same]
+    found = seen_by({"layer": layer}, 2, passes)["layer"]
+    assert alike(found.directions, directions_of(torch.cat(same), 2), 1e-4)
+    with pytest.raises(UserError, match="layer saw 50 tokens, which have no 7 directions"):
+        seen_by({"layer": layer}, 7, passes)

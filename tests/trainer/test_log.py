@@ -40,6 +40,10 @@ RESUMED = {  # model, whether another one is there when the run goes on, options
         lambda i: with_adapter(build("llama"), i),
         {"learning_rate": 1e-3, "mezo_options": {"rule": "momentum"}},
     ),
+    "anchored decay": (
+        lambda i: with_adapter(build("llama"), i),
+        {"weight_decay": 5.0, "learning_rate": 1e-2, "mezo_options": {"anchored_decay": True}},
+    ),
     "conservative": (lambda i: build("llama"), {"mezo_options": {"rule": "conservative"}}),
     "subspace": (
         lambda i: build("llama"),

@@ -26,6 +26,7 @@ class LoggedRule:
         no_decay: patterns of canonical names that weight decay leaves alone, as a shell has them.
         normalised: coefficients are over the root mean square of z, as the perturbations were; replay takes them as
             they are.
+        anchored: decay goes towards theta_0, not zero.
 
     >>> LoggedRule(RULES["momentum"](0.5)).header()["beta1"], LoggedRule().header()
     (0.5, None)
@@ -35,6 +36,7 @@ class LoggedRule:
     l2: float = 0.0
     no_decay: tuple[str, ...] = ()
     normalised: bool = False
+    anchored: bool = False
 
     @classmethod
     def of_header(cls, first_line: dict) -> "LoggedRule":
@@ -62,13 +64,13 @@ class LoggedRule:
 
     def header(self) -> dict | None:
         """What the header of a log holds of it; None of plain descent, whose logs are those of version 1."""
-        if isinstance(self.rule, SGD) and not (self.no_decay or self.normalised):
+        if isinstance(self.rule, SGD) and not (self.no_decay or self.normalised or self.anchored):
             return None
         constants = CONSTANTS | {key: getattr(self.rule, option) for option, key in self.rule.logged_as.items()}
         values = {"name": self.rule.name, **constants, "l2": self.l2, "no_decay": list(self.no_decay)}
         if self.rule.distribution != "normal":
             values["distribution"] = self.rule.distribution
-        return values | ({"normalised": True} if self.normalised else {})
+        return values | {key: True for key in ("normalised", "anchored") if getattr(self, key)}
 
     def kernel(self, decays: bool) -> "Kernel | None":
         """The fused op's rule, None where `step_` does it all; `decays`: for parameters that weight decay acts on."""

@@ -55,8 +55,8 @@ TILE_MORE = [
     Mutant("an element's stride forgotten", "tile.py", "+ element * col_stride", "+ element"),
     Mutant("a promise of 32 elements", "tile.py", "+ col, WIDTH)", "+ col, WIDTH) // 32 * 32"),
     Mutant("the second half is the first", "tile.py", "tl.load(pointers + 4,", "tl.load(pointers,"),
-    Mutant("bfloat16 for float16", "tile.py", "value = _load_as(storage_ptr, at, FP16, MODE, WIDTH)",
-           "value = _load_as(storage_ptr, at, BF16, MODE, WIDTH)"),
+    Mutant("bfloat16 for float16", "tile.py", "value = _load_as(storage, at, FP16, MODE, WIDTH)",
+           "value = _load_as(storage, at, BF16, MODE, WIDTH)"),
 ]  # fmt: skip
 TABLE = [
     Mutant("4 bytes called aligned", "table.py", "address % 16 == 0", "address % 4 == 0"),

@@ -33,9 +33,14 @@ def of_cases(target: str) -> list:
 
 
 def of_texts(target: str, every: str = "") -> list:
-    """Hashes of the kernels' code without its header, of the quick cases or of every one."""
+    """Hashes of the kernels' code without its header or where it comes from, of the quick cases or of every one."""
     texts = []
-    with emulated(target, edit=lambda text: texts.append(text[text.index(".visible .entry") :]) or text):
+
+    def keep(text):
+        texts.append(text[text.index(".visible .entry") :].partition("\t.file")[0])
+        return text
+
+    with emulated(target, edit=keep):
         for name, check in verify._comparisons():
             if every or name in QUICK:
                 check("triton", "cpu")

@@ -87,6 +87,18 @@ def test_a_run_is_the_hf_runtimes_and_its_log_gives_the_adapter(common, tmp_path
     assert rebuild(str(tmp_path / "sglang"), until="last")[2] == 8
 
 
+@pytest.mark.slow  # that workers decay to what was loaded last: test_loading_theta_draws_to_that_theta
+@pytest.mark.engine("last")
+def test_decay_goes_towards_the_start_on_an_engine_too(common, tmp_path):
+    options = {**common, "weight_decay": 50.0, "anchored_decay": True, "steps": 8, "eval_every": 4, "verify_every": 1}
+    for runtime in ("hf", "sglang"):
+        config = Config.of(**options, runtime=runtime, output_dir=str(tmp_path / runtime))
+        assert train(config, until=5) is None
+        resume(config.machine.output_dir)
+    assert losses(tmp_path / "sglang") == pytest.approx(losses(tmp_path / "hf"), abs=NOISE)
+    assert "checked_steps" in resume(str(tmp_path / "sglang"))
+
+
 @pytest.mark.engine("last")
 def test_a_product_that_is_not_what_was_trained_is_found(model):
     data = examples(4)
