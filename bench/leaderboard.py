@@ -331,7 +331,8 @@ def table(found: dict) -> Iterator[str]:
         f" {machine['cpu']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}; it was shared with"
         " much other work, so seconds are upper bounds and their ratios mean little. Rows that lose stay."
         " Made by `make leaderboard`, which does what is missing; `mezo leaderboard RUNS...` prints such a table from"
-        " run directories. The prompts that lora_A is calibrated on count as scored rows. AdamW, by backpropagation through the same adapter, is the line to reach: a row of it is a"
+        " run directories. The prompts that lora_A is calibrated on count as scored rows. AdamW, by backpropagation"
+        " through the same adapter, is the line to reach: a row of it is a"
         " forward pass and a pass back."
     )
     if found["cells"]:

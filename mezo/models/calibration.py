@@ -1,6 +1,6 @@
 """What linear layers are given on a calibration batch: directions of which none drowns the others."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,21 +15,23 @@ TOGETHER = 256  # rows that are held before the sketch is made of them
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward pass of one sequence.
+    """A forward pass of some sequences.
 
     Args:
-        run: runs the model on it, without padding.
-        tokens: of it.
-        read: positions that are scored; None if all are.
+        run: runs the model on them.
+        tokens: of them, padding included.
+        real: which of these are no padding.
+        scored: which of these are scored.
     """
 
     run: Callable[[], object]
     tokens: int
-    read: tuple[int, ...] | None = None
+    real: tuple[int, ...]
+    scored: tuple[int, ...]
 
-    def scored(self, x: torch.Tensor) -> torch.Tensor:
-        """The scored ones of the rows that a layer is given, (tokens, n); all, where it has other tokens."""
-        return x if self.read is None or len(x) != self.tokens else x[list(self.read)]
+    def counted(self, x: torch.Tensor, scored: bool) -> torch.Tensor:
+        """The real or the scored ones of what a layer is given, (tokens, n); all, where it has other tokens."""
+        return x if len(x) != self.tokens else x[list(self.scored if scored else self.real)]
 
 
 class Sketch:
@@ -104,7 +106,7 @@ class Seen:
     output: float
 
 
-def seen_by(layers: Mapping[str, nn.Module], r: int, passes: Iterable[Pass]) -> dict[str, Seen]:
+def seen_by(layers: Mapping[str, nn.Module], r: int, passes: Sequence[Pass]) -> dict[str, Seen]:
     """What each linear layer is given and gives while a model runs, by name.
 
     At the scored positions; where all prompts have the same there, as the first layer has if they end in one word, a
@@ -117,16 +119,34 @@ def seen_by(layers: Mapping[str, nn.Module], r: int, passes: Iterable[Pass]) -> 
     Raises:
         UserError: a layer saw fewer than r directions.
     """
-    scored, every = ({name: Sketch(r) for name in layers} for _ in range(2))
-    squares = dict.fromkeys(layers, 0.0)
+    found, tokens = {}, 0
+    for scored in (True, False):
+        sketches, squares = _run({n: m for n, m in layers.items() if n not in found}, r, passes, scored)
+        for name, sketch in sketches.items():
+            if sketch.rows and (directions := sketch.even()) is not None:
+                found[name] = Seen(directions, (squares[name] / sketch.rows) ** 0.5)
+            tokens = sketch.rows
+        if len(found) == len(layers):
+            return {name: found[name] for name in layers}
+    name = next(name for name in layers if name not in found)
+    raise UserError(
+        f"--lora-a calibrated: {name} saw {tokens} tokens, which have no {r} directions; lower --r, or raise"
+        " --calibration-examples"
+    )
+
+
+def _run(
+    layers: Mapping[str, nn.Module], r: int, passes: Sequence[Pass], scored: bool
+) -> tuple[dict[str, Sketch], dict[str, float]]:
+    """Sketches of what each layer is given, and sums of the squares of what it gives."""
+    sketches, squares = {name: Sketch(r) for name in layers}, dict.fromkeys(layers, 0.0)
 
     def see(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
-            x, bias = args[0].reshape(-1, args[0].shape[-1]), getattr(module, "bias", None)
-            y = (out if bias is None else out - bias).reshape(len(x), -1)
-            scored[name].add(now.scored(x))
-            every[name].add(x)
-            squares[name] += now.scored(y).double().square().sum().item()
+            bias = getattr(module, "bias", None)
+            y = out if bias is None else out - bias
+            sketches[name].add(now.counted(args[0].reshape(-1, args[0].shape[-1]), scored))
+            squares[name] += now.counted(y.reshape(-1, y.shape[-1]), scored).double().square().sum().item()
 
         return hook
 
@@ -138,20 +158,4 @@ def seen_by(layers: Mapping[str, nn.Module], r: int, passes: Iterable[Pass]) -> 
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: Seen(_enough(name, scored[name], every[name]), _mean(squares[name], scored[name])) for name in layers}
-
-
-def _enough(name: str, *sketches: Sketch) -> torch.Tensor:
-    """Directions of the first of some sketches that has as many as are wanted."""
-    for sketch in sketches:
-        if sketch.rows and (directions := sketch.even()) is not None:
-            return directions
-    raise UserError(
-        f"--lora-a calibrated: {name} saw {sketches[-1].rows} tokens, which have no {sketches[-1].r} directions; lower"
-        " --r, or raise --calibration-examples"
-    )
-
-
-def _mean(squares: float, sketch: Sketch) -> float:
-    """Root of the mean square of rows."""
-    return (squares / sketch.rows) ** 0.5
+    return sketches, squares

@@ -1,6 +1,6 @@
 """LoRA of which lora_B alone is trained: half of the parameters, and the estimate is linear in what they do."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -32,7 +32,7 @@ def attach(tuning: LoraB, base: Base) -> Attached:
         p.data.copy_(lora_init(START, name, shapes[name]))
     calibrated: dict[str, torch.Tensor] = {}
 
-    def calibrate(passes: Iterable[Pass]) -> None:
+    def calibrate(passes: Sequence[Pass]) -> None:
         modules = whole.model.named_modules()
         layers = {canonical_name(path): m.get_base_layer() for path, m in modules if isinstance(m, LoraLayer)}
         for name, seen in seen_by(layers, tuning.r, passes).items():

@@ -5,7 +5,7 @@ trained, R, has r * r elements whatever the size of the weight, and the variance
 A calibrated A has the directions of what a layer is given instead, each as large as the others.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -67,7 +67,7 @@ def attach(tuning: LoraXS, base: Base) -> Attached:
     factors = {name: p.detach().float().cpu() for name, p in frozen.items()}
     shapes = {name: tuple(p.shape) for name, p in params.items()}
 
-    def calibrate(passes: Iterable[Pass]) -> None:
+    def calibrate(passes: Sequence[Pass]) -> None:
         layers = {name: module.get_base_layer() for name, (module, _) in adapted.items()}
         for name, seen in seen_by(layers, tuning.r, passes).items():
             factors[f"{name}.lora_A.weight"] = (seen.directions * (seen.output / tuning.r)).cpu()

@@ -3,7 +3,7 @@
 `lora.py`, `lora_b.py`, `lora_xs.py`, `prefix.py` and `full.py` are one tuning each; `parts.py` has the table of them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,7 +47,7 @@ class Calibration:
     """
 
     examples: int
-    run: Callable[[Iterable[Pass]], None]
+    run: Callable[[Sequence[Pass]], None]
 
 
 @dataclass(frozen=True)

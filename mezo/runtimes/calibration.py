@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from mezo.models.calibration import Pass
 from mezo.models.parts import ModelParts
 from mezo.progress import waiting
-from mezo.runtimes.reference import model_log_probs
+from mezo.runtimes.reference import REFERENCE_ROWS, model_log_probs
 from mezo.runtimes.rows import Row, RowBatch
 
 
 def calibrate(parts: ModelParts, rows: Sequence[Sequence[Row]], pad: int) -> None:
     """Make what is frozen beside theta from what the model computes of some training examples, if it is made so.
 
-    Which examples depends on their number alone, so the result follows from data and model, not from a run's seed. A
-    row is run at a time, without padding, by the model's own forward pass. Only the scored positions count: at the
-    others, the first token above all, activations are far larger and tell little of a score.
+    Which examples depends on their number alone, so the result follows from data and model, not from a run's seed. Rows
+    of like length are run together by the model's own forward pass. Only the scored positions count: at the others, the
+    first token above all, activations are far larger and tell little of a score.
 
     Args:
         parts: the model, at a theta at which it is the base: zeros.
         rows: of each training example.
-        pad: token id of padding, of which there is none.
+        pad: token id of padding.
     Raises:
         UserError: these rows have too few directions.
     """
@@ -30,12 +30,23 @@ def calibrate(parts: ModelParts, rows: Sequence[Sequence[Row]], pad: int) -> Non
         return
     chosen = [row for i in some_of(len(rows), calibration.examples) for row in rows[i]]
     with waiting(f"calibrating lora_A on {len(chosen)} prompts"):
-        calibration.run(_pass_of(row, parts, pad) for row in chosen)
+        calibration.run([_pass_of(group, parts, pad) for group in _groups(chosen)])
 
 
-def _pass_of(row: Row, parts: ModelParts, pad: int) -> Pass:
-    batch = RowBatch.of([row], pad, next(iter(parts.params.values())).device)
-    return Pass(functools.partial(model_log_probs, parts.model, batch), len(row.ids), row.positions or None)
+def _groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of like length; each by itself where a decoder reads on, whose tokens are others."""
+    size = 1 if any(row.decoder for row in rows) else REFERENCE_ROWS
+    ordered = sorted(rows, key=lambda row: len(row.ids))
+    return [ordered[first : first + size] for first in range(0, len(ordered), size)]
+
+
+def _pass_of(rows: Sequence[Row], parts: ModelParts, pad: int) -> Pass:
+    batch = RowBatch.of(rows, pad, next(iter(parts.params.values())).device)
+    length = batch.ids.shape[1]
+    real = [i * length + at for i, row in enumerate(rows) for at in range(len(row.ids))]
+    scored = [i * length + at for i, row in enumerate(rows) for at in row.positions if not row.decoder]
+    run = functools.partial(model_log_probs, parts.model, batch)
+    return Pass(run, len(rows) * length, tuple(real), tuple(scored) or tuple(real))
 
 
 def some_of(n: int, most: int) -> list[int]:

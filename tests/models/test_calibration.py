@@ -7,6 +7,8 @@ from torch import nn
 from mezo.errors import UserError
 from mezo.models.calibration import BESIDE, TOGETHER, Pass, Sketch, seen_by
 
+ALL = tuple(range(40))
+
 
 def decaying(rows, n, shared=5.0):
     """Rows whose directions are ever smaller and that share a large mean, as activations do."""
@@ -67,7 +69,7 @@ def test_fewer_directions_than_wanted_are_none():
 def test_outputs_are_without_their_bias_and_hooks_are_gone():
     layer, x = nn.Linear(6, 5), decaying(40, 6)
     nn.init.constant_(layer.bias, 100.0)
-    found = seen_by({"layer": layer}, 2, [Pass(lambda: layer(x), 40)])["layer"]
+    found = seen_by({"layer": layer}, 2, [Pass(lambda: layer(x), 40, ALL, ALL)])["layer"]
     length = (x.double() @ layer.weight.detach().double().T).square().sum(1).mean().sqrt()
     assert found.output == pytest.approx(length.item(), rel=1e-5)
     assert alike(found.directions, directions_of(x, 2), 1e-4)
@@ -76,8 +78,8 @@ def test_outputs_are_without_their_bias_and_hooks_are_gone():
 
 def test_positions_that_are_not_read_do_not_count():
     layer, x = nn.Linear(6, 5), decaying(40, 6)
-    read = Pass(lambda: layer(x[None]), 40, tuple(range(7, 20)))
-    other = Pass(lambda: layer(x[:9]), 40, (0,))  # tokens of an expert: which is where is not known
+    read = Pass(lambda: layer(x[None]), 40, ALL, tuple(range(7, 20)))
+    other = Pass(lambda: layer(x[:9]), 40, ALL, (0,))  # tokens of an expert: which is where is not known
     found = seen_by({"layer": layer}, 2, [read, other])["layer"]
     assert alike(found.directions, directions_of(torch.cat([x[7:20], x[:9]]), 2), 1e-4)
 
@@ -85,8 +87,15 @@ def test_positions_that_are_not_read_do_not_count():
 def test_all_positions_count_where_the_scored_ones_are_alike():
     layer, x = nn.Linear(6, 5), decaying(40, 6)
     same = [torch.cat([part, torch.full((1, 6), 2.0)]) for part in x.split(4)]
-    passes = [Pass(lambda rows=rows: layer(rows), 5, (4,)) for rows in same]
+    passes = [Pass(lambda rows=rows: layer(rows), 5, tuple(range(5)), (4,)) for rows in same]
     found = seen_by({"layer": layer}, 2, passes)["layer"]
     assert alike(found.directions, directions_of(torch.cat(same), 2), 1e-4)
     with pytest.raises(UserError, match="layer saw 50 tokens, which have no 7 directions"):
         seen_by({"layer": layer}, 7, passes)
+
+
+def test_padding_does_not_count():
+    layer, x = nn.Linear(6, 5), decaying(40, 6)
+    padded = torch.cat([x, torch.full((40, 6), 1e3)])
+    found = seen_by({"layer": layer}, 2, [Pass(lambda: layer(padded), 80, ALL, ALL)])["layer"]
+    assert alike(found.directions, directions_of(x, 2), 1e-4)
