@@ -285,7 +285,7 @@ def test_without_the_library_it_says_what_to_install(tmp_path, monkeypatch):
     [
         ({"tuning": "full"}, "--quantization int8: --tuning full trains the weights themselves"),
         ({"runtime": "sglang"}, "--quantization int8: the engine quantises by itself: use --engine-arg quantization="),
-        ({"quantization": "int3"}, "quantization must be one of none, int8, int4, nf4, fp4, llm-int8"),
+        ({"quantization": "int3"}, "quantization must be one of none, int8, int4, float8, nf4, fp4, llm-int8"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(options, message):
@@ -297,7 +297,9 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(options, message):
 def test_four_bits_of_torchao_are_for_a_gpu(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(UserError, match="--quantization int4: torchao has no kernel for a CPU; use int8 or nf4 or fp4"):
+    with pytest.raises(
+        UserError, match="--quantization int4: torchao has no kernel for a CPU; use int8 or float8 or nf4 or fp4"
+    ):
         load_base(Checkpoint.of(save("llama", tmp_path), quantization="int4"), torch.float32)
 
 

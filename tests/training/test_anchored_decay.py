@@ -48,6 +48,18 @@ def test_it_is_the_formula_in_float32(decay):
     assert np.array_equal(theta.numpy(), expected if decay != 1 else t)
 
 
+@pytest.mark.parametrize(
+    "start",
+    [[torch.zeros(3)], [torch.zeros(2, dtype=torch.float64)], [], [torch.zeros(2)] * 2],
+    ids=["shape", "dtype", "none", "two"],
+)
+def test_a_start_of_another_kind_is_refused(start):
+    theta = torch.ones(2)
+    with pytest.raises(ValueError, match=r"parameter 0 must be float32 of one shape|argument 2 is (shorter|longer)"):
+        anchored_decay_([theta], start, 0.5)
+    assert theta.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("rule", RULES_OF)
 def test_a_run_is_its_log_and_goes_on_from_any_line(rule, config, tmp_path):
     config = config.replace(**RULES_OF[rule])
