@@ -177,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON to write, or to add parts to")
     parser.add_argument("--parts", nargs="+", default=["population", "tiny", "demo"])
-    parser.add_argument("--prompts", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--prompts", nargs="+", type=int, default=[1, 4, 16], help="that a population answers at once")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=40, help="of the demo's model")
     args = parser.parse_args()
