@@ -35,8 +35,9 @@ from mezo_kernels import ParamLayout, perturb_
 
 TOKENS = 6  # that a user is written
 TOLERANCE = 1e-3  # of log-probabilities in float32, on another way through the layers
-XS = {"tuning": "lora-xs", "r": 32, "lora_alpha": 32}
-LEARNING = {"batch_size": 64, "directions": 64, "lr": 0.03, "num_train": 512, "num_dev": 200, "eval_test": False}
+XS = {"tuning": "lora-xs", "r": 8, "lora_alpha": 8, "lora_a": "calibrated"}
+LEARNING = {"batch_size": 64, "directions": 64, "lr": 0.5, "lr_schedule": "cosine"}
+LEARNING |= {"num_train": 512, "num_dev": 200, "eval_test": False}
 
 
 class Versions:
@@ -163,7 +164,7 @@ def learnt(config: Config, prompts: list[list[int]], cost: float, rate: float, l
 def demo_part(folder: Path, steps: int) -> dict:
     """The demo's task, an adapter of 5 small matrices on the last layer."""
     config = demo.demo_config("it-was", steps, folder / "run")
-    config = config.replace(runtime="sglang", eval_every=10, noise=False, report=False, **XS, **LEARNING)
+    config = config.replace(runtime="sglang", eval_every=5, noise=False, report=False, **XS, **LEARNING)
     tokenizer = load_tokenizer(config.model.base)
     rows = [json.loads(line) for line in Path(config.data.dev_file).read_text().splitlines()][:64]
     return learnt(config, [tokenizer(row["text"])["input_ids"] for row in rows], cost=1.0, rate=0.5, limit=250)
@@ -185,9 +186,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON to write, or to add parts to")
     parser.add_argument("--parts", nargs="+", default=["demo", "tp2"])
-    parser.add_argument("--steps", type=int, default=0, help="in place of 100 and 40")
+    parser.add_argument("--steps", type=int, default=0, help="in place of 30 and 40")
     args = parser.parse_args()
-    parts = {"demo": (demo_part, 100), "tp2": (tp2_part, 40)}
+    parts = {"demo": (demo_part, 30), "tp2": (tp2_part, 40)}
     found = json.loads(args.output.read_text()) if args.output.is_file() else {}
     for name in args.parts:
         part, steps = parts[name]
