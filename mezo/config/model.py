@@ -118,7 +118,7 @@ class WithFrozenA(Adapted):
 
 @dataclass(frozen=True)
 class LoraB(WithFrozenA):
-    """A LoRA adapter whose A stays as it was drawn; B is trained (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303)."""
+    """A LoRA adapter whose A is not trained; B is (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303)."""
 
     name: ClassVar[str] = "lora-b"
     summary: ClassVar[str] = "a LoRA adapter of which lora_B alone is trained"
@@ -126,7 +126,8 @@ class LoraB(WithFrozenA):
 
 @dataclass(frozen=True)
 class LoraXS(WithFrozenA):
-    """W + lora_alpha / r B R A; A and B stay: the largest singular vectors of W (Balazy et al. 2024, arXiv 2405.17604).
+    """W + lora_alpha / r B R A; A and B stay, by default the largest singular vectors of W (Balazy et al. 2024, arXiv
+    2405.17604).
 
     R, r by r, is trained from zero. What a run leaves is the LoRA adapter with lora_B = B R and lora_A = A.
     """
@@ -134,7 +135,7 @@ class LoraXS(WithFrozenA):
     name: ClassVar[str] = "lora-xs"
     summary: ClassVar[str] = (
         "an r by r matrix between factors of each weight that stay, r * r parameters a module: few, which a direction"
-        " finds its way in sooner; try --r 32 --lora-alpha 32"
+        " finds its way in sooner; try --r 16 --lora-alpha 16 --lora-a calibrated"
     )
 
 

@@ -93,9 +93,7 @@ class SGLangRuntime:
         check_device(machine.device)
         self.machine, self.work, self.pad = machine, work, pad
         self.runtime: SGLang = machine.runtime
-        self.options = engine_options(self.runtime)
-        if model.trust_remote_code:
-            self.options["trust_remote_code"] = True
+        self.options = engine_options(self.runtime) | ({"trust_remote_code": True} if model.trust_remote_code else {})
         self.checkpoint = checkpoint or Checkpoint.of(model.base, trusted=model.trust_remote_code)
         if self.checkpoint.masked:
             raise UserError(f"--model {model.base}: it fills masks, which SGLang does not score: use --runtime hf")
