@@ -119,6 +119,38 @@ def test_who_finds_a_part_running_may_be_late_as_seldom_as_the_bound_allows():
         assert sum(late) / len(late) == pytest.approx(TAIL, rel=0.12)
 
 
+def test_what_a_part_costs_beyond_its_end_makes_the_share_smaller():
+    """As where a batch that is done has to be answered before the next one begins."""
+    made, clock = admission(0.1, alone=[0.1] * FEW)
+    waits, before = made.waits[True], made.share(0.03)
+    assert waits.more() == 0.0
+    for number in range(1, FEW + 1):
+        clock.time = WINDOW * (1 + EVERY * number)  # the part before has been rested after
+        with made.part("scores"):
+            clock.time += 0.01
+            user = made.user(streamed=True)
+            request = user.__enter__()
+            clock.time += 0.02
+        clock.time += 0.108  # from the part's end
+        request.saw()
+        user.__exit__(None, None, None)
+    assert waits.more() == pytest.approx(0.008)
+    late = 1 - (0.11 - 0.1 - 0.008) / 0.03
+    assert made.share(0.03) < before
+    assert waits.share(0.03, 0.1) == pytest.approx(TAIL / late)
+    assert made.row()["seconds_more_after_a_part"]["first_token"] == pytest.approx(0.008)
+
+
+def test_who_found_no_part_running_says_nothing_of_parts():
+    made, clock = admission(0.1, alone=[0.1] * FEW)
+    with made.part("scores"):
+        clock.time += 0.01
+    for _ in range(FEW):
+        with made.user(streamed=True):
+            clock.time += 0.5
+    assert not made.waits[True].met
+
+
 def test_parts_that_keep_everybody_within_the_bound_may_always_run():
     waits = Waits(streamed=True)
     assert waits.share(1.0, 0.1) == 1.0, "no waits are known"
