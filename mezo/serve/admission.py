@@ -17,6 +17,7 @@ FEW = 20  # waits that the bound is first checked by
 LATEST = 200  # waits that it is checked by
 RECENT = 60.0  # seconds for which users who are gone are reckoned with
 STEPS = (0.5, 1.25)  # the trainer's share changes by these factors where the bound is broken or held
+AIM = 0.5  # of the allowed growth is planned for: a percentile of LATEST waits is uncertain by about as much
 TAIL = 0.01  # of users may wait longer than the bound: their 99th percentile is then within it
 MEASURED = 100  # parts that the next one is planned by; then sizes are tried again
 ALIKE = 0.95  # of two sizes of which one gets so much of the other's work done the larger is taken
@@ -42,9 +43,9 @@ class Waits:
         """The largest share of users who may find a part of the trainer's running that takes so long.
 
         Such a user waits for what is left of it, a uniform part u of `took`, and then as long as without it, and a
-        little more, e, which is measured. A share f of them raises those who wait longer than x = (1 + cost) p99 from
-        P(w > x) to (1 - f) P(w > x) + f P(w + u + e > x), which is to be at most TAIL. The w are the waits that were
-        seen without the trainer.
+        little more, e, which is measured. A share f of them raises those who wait longer than x = (1 + AIM cost) p99
+        from P(w > x) to (1 - f) P(w > x) + f P(w + u + e > x), which is to be at most TAIL. The w are the waits that
+        were seen without the trainer.
 
         Args:
             took: seconds, > 0.
@@ -53,7 +54,7 @@ class Waits:
         if not self.alone:
             return 1.0
         alone = list(self.alone)[-LATEST:]
-        x = (1 + cost) * percentile(alone, 0.99)
+        x = (1 + AIM * cost) * percentile(alone, 0.99)
         late = sum(wait > x for wait in alone) / len(alone)
         more = self.more()
         caught = sum(min(1.0, max(0.0, 1 - (x - wait - more) / took)) for wait in alone) / len(alone)
