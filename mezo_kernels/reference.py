@@ -116,8 +116,8 @@ def step_(
 
 
 def _write_pairs(plus, minus, at, value, eps, draws) -> None:
-    """theta +- eps z to a block of one parameter's copies, a z for each pair."""
-    for above, below, z in zip(plus, minus, draws, strict=True):
+    """theta +- eps z to a block of one parameter's copies, a z for each pair; without z they stay as they are."""
+    for above, below, z in zip(plus, minus, draws, strict=False):
         _matrix(above)[at] = value + eps * z
         _matrix(below)[at] = value - eps * z
 
