@@ -50,15 +50,15 @@ def halves(seeds: Sequence[int]) -> list[int]:
     return [half for seed in seeds for half in (seed & _MASK, seed >> 32)]
 
 
-def philox_4x32(c0: Word, c1: Word, c2: Word, c3: Word, k0: int, k1: int) -> tuple[Word, Word, Word, Word]:
+def philox_4x32(c0: Word, c1: Word, c2: Word, c3: Word, k0: Word, k1: Word) -> tuple[Word, Word, Word, Word]:
     """Philox4x32-10: four random words of a counter of four words, under a key of two.
 
     Args:
         c0, c1, c2, c3: words of the counter, in [0, 2**32): integers, or int64 tensors of one shape. A product of two
             words wraps around in int64, which keeps both of its halves exact.
-        k0, k1: words of the key, in [0, 2**32).
+        k0, k1: words of the key, in [0, 2**32): integers, or int64 tensors that broadcast with the counter's.
     Returns:
-        Four words, of the kind and shape of the counter's.
+        Four words, of the kind and shape of the counter's and the key's.
 
     >>> [hex(word) for word in philox_4x32(0, 0, 0, 0, 0, 0)]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
@@ -70,10 +70,12 @@ def philox_4x32(c0: Word, c1: Word, c2: Word, c3: Word, k0: int, k1: int) -> tup
     return c0, c1, c2, c3
 
 
-def _words(seed: int, tensor_id: int, group: torch.Tensor, stream: int):
+def _words(seeds: Sequence[int], tensor_id: int, group: torch.Tensor, stream: int):
+    """Four words of each seed and block, (len(seeds), *group.shape) each."""
     tag = torch.full_like(group, tensor_id)
     counter = (group & _MASK, (group >> 32) & _MASK, tag, torch.full_like(group, stream))
-    return philox_4x32(*counter, seed & _MASK, seed >> 32)
+    keys = torch.tensor(halves(seeds), dtype=torch.int64, device=group.device).view(-1, 2)
+    return philox_4x32(*counter, *keys.T.view(2, -1, *(1 for _ in group.shape)))
 
 
 def box_muller(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,33 +112,33 @@ def box_muller(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return r * cosine, r * sine
 
 
-def normal_at(seed: int, tensor_id: int, index: torch.Tensor) -> torch.Tensor:
+def normal_at(seeds: Sequence[int], tensor_id: int, index: torch.Tensor) -> torch.Tensor:
     """z ~ N(0, 1) of some elements of one parameter; arguments and result as in `z_at`."""
-    w0, w1, w2, w3 = _words(seed, tensor_id, index >> 2, NORMAL)
+    w0, w1, w2, w3 = _words(seeds, tensor_id, index >> 2, NORMAL)
     second_pair = (index & 2) != 0
     even, odd = box_muller(torch.where(second_pair, w2, w0), torch.where(second_pair, w3, w1))
     return torch.where((index & 1) == 1, odd, even)
 
 
-def rademacher_at(seed: int, tensor_id: int, index: torch.Tensor) -> torch.Tensor:
+def rademacher_at(seeds: Sequence[int], tensor_id: int, index: torch.Tensor) -> torch.Tensor:
     """z uniform on {-1, +1}: a bit an element, 128 to a Philox block, a set bit means -1; arguments as in `z_at`."""
-    word = torch.stack(_words(seed, tensor_id, index >> 7, RADEMACHER), -1)
-    word = word.gather(-1, ((index >> 5) & 3).unsqueeze(-1)).squeeze(-1)
+    word = torch.stack(_words(seeds, tensor_id, index >> 7, RADEMACHER), -1)
+    word = word.gather(-1, ((index >> 5) & 3).expand(word.shape[:-1]).unsqueeze(-1)).squeeze(-1)
     return 1 - 2 * ((word >> (index & 31)) & 1).to(torch.float32)
 
 
-def z_at(seed: int, tensor_id: int, index: torch.Tensor, distribution: str) -> torch.Tensor:
-    """z of some elements of one parameter.
+def z_at(seeds: Sequence[int], tensor_id: int, index: torch.Tensor, distribution: str) -> torch.Tensor:
+    """z of some elements of one parameter, of several seeds at once: a few large operations for many small ones.
 
     Args:
-        seed: 0 <= seed < 2**64.
+        seeds: each in [0, 2**64).
         tensor_id: number of the parameter, 0 <= tensor_id < 2**32; see `tensor_id`.
         index: row-major indices of the elements in the full parameter, int64, any shape.
         distribution: "normal" or "rademacher".
     Returns:
-        float32 tensor of the shape of `index`.
+        float32 tensor (len(seeds), *index.shape).
     """
-    return (normal_at if distribution == "normal" else rademacher_at)(seed, tensor_id, index)
+    return (normal_at if distribution == "normal" else rademacher_at)(seeds, tensor_id, index)
 
 
 def lora_init(
@@ -168,7 +170,7 @@ def lora_init(
     fan_in = full_shape[1]
     rows, cols = full_shape[0] if rows is None else rows, fan_in if cols is None else cols
     index = (torch.arange(row_start, row_start + rows) * fan_in)[:, None] + torch.arange(col_start, col_start + cols)
-    word = torch.stack(_words(check_seed(run_seed), tensor_id(name), index >> 2, UNIFORM), -1)
+    word = torch.stack(_words([check_seed(run_seed)], tensor_id(name), index >> 2, UNIFORM), -1)[0]
     word = word.gather(-1, (index & 3).unsqueeze(-1)).squeeze(-1)
     bound = torch.tensor(math.sqrt(6 / ((1 + 5) * fan_in)), dtype=torch.float32)
     return ((word >> 8).to(torch.float32) * 2.0**-23 - 1) * bound

@@ -1,6 +1,6 @@
 """Every op in eager PyTorch: the specification the compiled backends are tested against, on any device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -8,6 +8,7 @@ from mezo_kernels.layout import FIRST_INDEX, TENSOR_ID
 from mezo_kernels.philox import z_at
 
 CHUNK = 1 << 20  # elements drawn at a time; bounds the int64 temporaries at about 100 MB
+TOGETHER = 1 << 15  # of several seeds: their temporaries stay in a core's cache
 
 
 def standard_normal(
@@ -26,7 +27,7 @@ def standard_normal(
         float32 tensor (n_elements,).
     """
     index = torch.arange(start, start + n_elements, dtype=torch.int64, device=device)
-    return torch.cat([z_at(seed, tensor_id, chunk, distribution) for chunk in index.split(CHUNK)])
+    return torch.cat([z_at([seed], tensor_id, chunk, distribution)[0] for chunk in index.split(CHUNK)])
 
 
 def _blocks(tensor: torch.Tensor, geometry: list[int]) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
@@ -39,6 +40,13 @@ def _blocks(tensor: torch.Tensor, geometry: list[int]) -> Iterator[tuple[tuple[s
         for col in range(0, cols, step_cols):
             c = torch.arange(col, min(cols, col + step_cols), dtype=torch.int64, device=tensor.device)
             yield (slice(row, row + len(r)), slice(col, col + len(c))), first_index + r[:, None] * full_cols + c
+
+
+def _draws(seeds: Sequence[int], tensor_id: int, index: torch.Tensor, distribution: str) -> Iterator[torch.Tensor]:
+    """z of a block under each seed, in order; of a small block many are drawn at a time."""
+    at_once = max(1, TOGETHER // index.numel())
+    for i in range(0, len(seeds), at_once):
+        yield from z_at(seeds[i : i + at_once], tensor_id, index, distribution)
 
 
 def _matrix(tensor: torch.Tensor) -> torch.Tensor:
@@ -65,7 +73,7 @@ def perturb_(
     for tensor, row in zip(theta, geometry[0].tolist(), strict=True):
         matrix = _matrix(tensor)
         for at, index in _blocks(tensor, row):
-            z = z_at(seed, row[TENSOR_ID], index, distribution)
+            (z,) = _draws([seed], row[TENSOR_ID], index, distribution)
             matrix[at] = matrix[at].float() + _scalar(scale, tensor.device) * z
 
 
@@ -95,20 +103,23 @@ def step_(
     for i, (tensor, row) in enumerate(zip(theta, geometry[0].tolist(), strict=True)):
         matrix = _matrix(tensor)
         for at, index in _blocks(tensor, row):
-            value = matrix[at].float()
-            for seed, coefficient, decay in updates:
+            value, block = matrix[at].float(), (row[TENSOR_ID], index, distribution)
+            z = _draws([seed for seed, coefficient, _ in updates if coefficient != 0], *block)
+            for _, coefficient, decay in updates:
                 # theta <- theta * decay, then theta - (c * z)
                 if decay != 1:
                     value = value * _scalar(decay, tensor.device)
                 if coefficient != 0:
-                    value = value - _scalar(coefficient, tensor.device) * z_at(
-                        seed, row[TENSOR_ID], index, distribution
-                    )
+                    value = value - _scalar(coefficient, tensor.device) * next(z)
             matrix[at] = value
-            for k, seed in enumerate(next_seeds):
-                z = _scalar(eps, tensor.device) * z_at(seed, row[TENSOR_ID], index, distribution)
-                _matrix(plus[k * n + i])[at] = value + z
-                _matrix(minus[k * n + i])[at] = value - z
+            _write_pairs(plus[i::n], minus[i::n], at, value, _scalar(eps, tensor.device), _draws(next_seeds, *block))
+
+
+def _write_pairs(plus, minus, at, value, eps, draws) -> None:
+    """theta +- eps z to a block of one parameter's copies, a z for each pair; without z they stay as they are."""
+    for above, below, z in zip(plus, minus, draws, strict=False):
+        _matrix(above)[at] = value + eps * z
+        _matrix(below)[at] = value - eps * z
 
 
 @torch.no_grad()
@@ -145,20 +156,18 @@ def rule_step_(
         matrix, kept = _matrix(tensor), [_matrix(state[k]) for k in range(i, len(state), n)]
         for at, index in _blocks(tensor, row):
             value, moments = matrix[at].clone(), [part[at].clone() for part in kept]
-            g = torch.zeros_like(value)
-            for seed, weight, last, *numbers in updates:
+            g, block = torch.zeros_like(value), (row[TENSOR_ID], index, distribution)
+            draws = _draws([seed for seed, *_ in updates], *block)
+            for (_, weight, last, *numbers), z in zip(updates, draws, strict=True):
                 # g <- g + (w * z)
-                g = g + _scalar(weight, tensor.device) * z_at(seed, row[TENSOR_ID], index, distribution)
+                g = g + _scalar(weight, tensor.device) * z
                 if last:
                     value, moments = _apply_rule(kind, constants, value, moments, g, *numbers)
                     g = torch.zeros_like(value)
             matrix[at] = value
             for part, moment in zip(kept, moments, strict=True):
                 part[at] = moment
-            for k, seed in enumerate(next_seeds):
-                z = _scalar(eps, tensor.device) * z_at(seed, row[TENSOR_ID], index, distribution)
-                _matrix(plus[k * n + i])[at] = value + z
-                _matrix(minus[k * n + i])[at] = value - z
+            _write_pairs(plus[i::n], minus[i::n], at, value, _scalar(eps, tensor.device), _draws(next_seeds, *block))
 
 
 def _apply_rule(kind, constants, theta, moments, g, rate, decay, root):

@@ -1,7 +1,8 @@
 """Losses and metrics as pure functions of option scores.
 
 Scores are the mean log-probability of each option's tokens, float64 (batch, options); where an example has fewer
-options than the widest one its row ends in -inf. Labels are the indices of the right options, int64 (batch,).
+options than the widest one its row ends in -inf. Labels are the indices of the right options, int64 (batch,). A
+`reduction` is "mean", or "none" for the loss of each example, (batch,): as of that example by itself, to the bit.
 """
 
 import math
@@ -10,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 
-def cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def cross_entropy(scores: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """L = -1/B sum_b log softmax(scores_b)[labels_b], over the options.
 
     Args:
         scores: (batch, options), -inf where an example has no such option.
         labels: (batch,), int64.
+        reduction: "mean" or "none".
 
     Returns:
         The loss, a float64 scalar.
@@ -25,10 +27,10 @@ def cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     >>> cross_entropy(torch.tensor([[0.0, 0.0], [1.0, -torch.inf]]), torch.tensor([1, 0])).item()
     0.34657359027997264
     """
-    return -_right(scores.double().log_softmax(-1), labels).mean()
+    return -_reduced(_right(scores.double().log_softmax(-1), labels), reduction)
 
 
-def lm_cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def lm_cross_entropy(scores: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """L = -1/B sum_b scores_b[labels_b]: the language model's loss on the right option, examples weighed alike.
 
     A mean over all tokens of a batch, as transformers' own loss is, would weigh an example by its answer's length.
@@ -36,6 +38,7 @@ def lm_cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
     Args:
         scores: (batch, options).
         labels: (batch,), int64.
+        reduction: "mean" or "none".
 
     Returns:
         The loss, a float64 scalar.
@@ -43,10 +46,10 @@ def lm_cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
     >>> lm_cross_entropy(torch.tensor([[-1.0, -2.0], [-4.0, -3.0]]), torch.tensor([0, 1])).item()
     2.0
     """
-    return -_right(scores.double(), labels).mean()
+    return -_reduced(_right(scores.double(), labels), reduction)
 
 
-def negative_accuracy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def negative_accuracy(scores: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """L = -1/B sum_b [argmax scores_b = labels_b]; of equal scores the first is the prediction.
 
     A sum of steps: most small perturbations leave it as it is, and the projected gradient is then 0.
@@ -54,6 +57,7 @@ def negative_accuracy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     Args:
         scores: (batch, options).
         labels: (batch,), int64.
+        reduction: "mean" or "none".
 
     Returns:
         The loss, a float64 scalar in [-1, 0]; nan if a score is nan.
@@ -63,10 +67,12 @@ def negative_accuracy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     """
     # A nan score must not count as a wrong answer: it would hide a broken forward pass.
     broken = torch.where(scores.isnan().any(-1), torch.nan, 0.0).double()
-    return -((predictions(scores) == labels).double() + broken).mean()
+    return -_reduced((predictions(scores) == labels).double() + broken, reduction)
 
 
-OBJECTIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+Objective = Callable[..., torch.Tensor]
+"""Of scores, labels and, "mean" by default, a reduction."""
+OBJECTIVES: dict[str, Objective] = {
     "cross_entropy": cross_entropy,
     "lm_cross_entropy": lm_cross_entropy,
     "accuracy": negative_accuracy,
@@ -74,21 +80,21 @@ OBJECTIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 """By the name that the configuration takes; every one is minimised. f1 and reward are of text: `mezo.data.rewards`."""
 
 
-def mixture(weights: Mapping[str, float]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def mixture(weights: Mapping[str, float]) -> Objective:
     """L = sum_i w_i L_i over those of the named objectives that are functions of option scores.
 
     Args:
         weights: by name; names that are not in OBJECTIVES are left out.
 
     Returns:
-        A function of scores and labels, as the objectives are.
+        A function of scores, labels and a reduction, as the objectives are.
 
     >>> scores, labels = torch.tensor([[-1.0, -2.0]]), torch.tensor([0])
     >>> mixture({"lm_cross_entropy": 1.0, "accuracy": 0.5, "reward": 9.0})(scores, labels).item()
     0.5
     """
     terms = [(weight, OBJECTIVES[name]) for name, weight in weights.items() if name in OBJECTIVES]
-    return lambda scores, labels: sum(weight * objective(scores, labels) for weight, objective in terms)
+    return lambda scores, labels, reduction="mean": sum(w * loss(scores, labels, reduction) for w, loss in terms)
 
 
 def standardised(values: torch.Tensor) -> torch.Tensor:
@@ -192,6 +198,10 @@ def _auc(scores: torch.Tensor, labels: torch.Tensor) -> float | None:
     if labels.unique().numel() < 2:
         return None
     return float(roc_auc_score(labels.cpu().numpy(), (scores[:, 1] - scores[:, 0]).cpu().numpy()))
+
+
+def _reduced(values: torch.Tensor, reduction: str) -> torch.Tensor:
+    return values.mean() if reduction == "mean" else values
 
 
 def _right(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -247,14 +247,17 @@ def _windows(layout: ParamLayout, watched: int | None, turn: int) -> list[slice]
 
 def _within(layout: ParamLayout, windows: Sequence[slice]) -> ParamLayout:
     """The elements in the windows, in the same storage, with the z that they have in the whole."""
+    parts = [_part(tensor, window) for tensor, window in zip(layout.tensors, windows, strict=True)]
+    if sum(part.numel() for part in parts) == layout.n_elements:
+        return layout
     return ParamLayout(
         dataclasses.replace(
             slot,
-            tensor=_part(slot.tensor, window),
+            tensor=part,
             full_shape=slot.full_shape or tuple(slot.tensor.shape),
             row_start=slot.row_start + window.start,
         )
-        for slot, window in zip(layout.slots, windows, strict=True)
+        for slot, part, window in zip(layout.slots, parts, windows, strict=True)
     )
 
 

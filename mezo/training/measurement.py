@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -303,14 +304,12 @@ class Measurement:
 
         Those that are not finite are left out.
         """
-        for scores in self.recent:
-            for indices, pair in scores:
-                losses = [
-                    [self.objective(s[i : i + 1], self.labels[[n]]).item() for i, n in enumerate(indices)] for s in pair
-                ]
-                half = self.method.eps if self.rule.guides else self.half_distance
-                grads = torch.tensor(losses, dtype=torch.float64).diff(dim=0)[0] / (2 * half)
-                if len(indices) > 1 and grads.isfinite().all():
+        half = self.method.eps if self.rule.guides else self.half_distance
+        for indices, pair in itertools.chain.from_iterable(self.recent):
+            if len(indices) > 1:
+                losses = torch.stack([self.objective(s, self.labels[indices], "none") for s in pair])
+                grads = losses.diff(dim=0)[0] / (2 * half)
+                if grads.isfinite().all():
                     yield grads
 
     def _mean(self, totals: BatchTotals) -> Losses:
@@ -328,7 +327,10 @@ class Measurement:
         size = self.machine.micro_batch_size or len(mine)
         for start in range(0, len(mine), size):
             part = mine[start : start + size]
-            owned = [[i for i, at in enumerate(part) if at // self.group_size == self.group(k)] for k in places]
+            owners = {group: [] for group in groups}
+            for i, at in enumerate(part):
+                owners[at // self.group_size].append(i)
+            owned = [owners[self.group(k)] for k in places]
             call = ("train", [batch[at] for at in part], None if len(groups) == 1 else owned)
             at = {k: [part[i] for i in each] for k, each in zip(places, owned, strict=True)}
             if self.method.scores:
@@ -345,15 +347,23 @@ class Measurement:
             batch: indices of the examples.
             call: arguments of the runtime that ask for these.
         """
-        scores: Scores = []
-        for (k, places), pair in zip(at.items(), self.runtime.score_pairs(*call), strict=True):
-            indices = [batch[place] for place in places]
-            scores.append((indices, pair))
-            for sign, option_scores in enumerate(pair if indices else ()):
-                loss = self.objective(option_scores, self.labels[indices]).item()
-                totals.sums[totals.row[k], sign] += loss * len(indices)
+        indices = [[batch[place] for place in places] for places in at.values()]
+        scores: Scores = list(zip(indices, self.runtime.score_pairs(*call), strict=True))
+        totals.sums[[totals.row[k] for k in at]] += self._losses_of(scores)
         if not self.judges and any(plus is not minus for _, (plus, minus) in scores):
             self.recent.append(scores)
+
+    def _losses_of(self, scores: Scores) -> torch.Tensor:
+        """Sums over its examples of the loss at both signs, by perturbation, float64 (perturbations, 2)."""
+        if all(len(indices) == 1 for indices, _ in scores) and len({s.shape for _, pair in scores for s in pair}) == 1:
+            labels = self.labels[[i for (i,), _ in scores]]
+            sides = zip(*(pair for _, pair in scores), strict=True)
+            return torch.stack([self.objective(torch.cat(side), labels, "none") for side in sides], -1)
+        sums = torch.zeros(len(scores), 2, dtype=torch.float64)
+        for row, (indices, pair) in enumerate(scores):
+            for sign, side in enumerate(pair if indices else ()):
+                sums[row, sign] = self.objective(side, self.labels[indices]).item() * len(indices)
+        return sums
 
     def _judge(
         self,

@@ -29,8 +29,9 @@ from mezo_kernels.numba.draw import (
 )
 from mezo_kernels.philox import STREAMS
 
-# elements drawn by one call; a second thread saves 0.1 ms here where its core is idle, and costs 10 ms where it is not
-PARALLEL_FROM = 200_000
+# elements drawn by one call. A second thread saves 0.2 ms here where its core is idle, and costs 10 ms where it is not;
+# and the first parallel call on a machine is compiled for four seconds
+PARALLEL_FROM = 1_000_000
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 THETA, PAIR = 6, 6  # columns of an item before its targets, and of a pair of them
 COEFFICIENT, DECAY = range(2)  # columns of an update's numbers

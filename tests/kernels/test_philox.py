@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mezo_kernels import available_backends, lora_init, perturbation_seed, rademacher, standard_normal, tensor_id
-from mezo_kernels.philox import box_muller, check_seed, philox_4x32
+from mezo_kernels.philox import box_muller, check_seed, philox_4x32, z_at
+from mezo_kernels.reference import TOGETHER, _draws
 
 # stated by the definition of the stream; reached where u -> 1, that is r near 0
 MAX_ERROR = 1.1e-5
@@ -49,6 +50,21 @@ def test_philox_of_tensors_is_philox_of_integers():
 )
 def test_normal_vectors(seed, name, start, expected, backend):
     assert hexadecimal(standard_normal(seed, name, start, 4, backend=backend)) == expected
+
+
+@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+def test_z_of_several_seeds_is_that_of_each(distribution):
+    seeds, index = [0, 7, 2**32 + 7, 2**63, 2**64 - 1], torch.arange(2**34, 2**34 + 300).view(20, 15)
+    each = [z_at([seed], 5, index, distribution)[0] for seed in seeds]
+    assert torch.equal(z_at(seeds, 5, index, distribution), torch.stack(each))
+    assert len({tuple(z.flatten().tolist()) for z in each}) == len(seeds)
+
+
+@pytest.mark.parametrize("size", [TOGETHER // 3, TOGETHER, TOGETHER + 1])
+def test_the_reference_draws_seeds_in_order(size):
+    seeds, index = [3, 1, 4, 1, 5, 9, 2], torch.arange(size)
+    drawn = list(_draws(seeds, 5, index, "normal"))
+    assert torch.equal(torch.stack(drawn), torch.stack([z_at([seed], 5, index, "normal")[0] for seed in seeds]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

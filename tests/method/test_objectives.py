@@ -74,6 +74,18 @@ def test_objectives_are_float64_and_show_a_nan(name):
     assert OBJECTIVES[name](scores, torch.tensor([0, 1])).isnan()
 
 
+@pytest.mark.parametrize("options", [1, 2, 3, 9])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_losses_of_each_example_are_those_of_it_alone(name, options):
+    """To the bit: a run with a direction for each example logs them, however many examples are scored at once."""
+    scores = 3 * torch.randn(129, options, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.randint(0, options, (129,), generator=torch.Generator().manual_seed(1))
+    loss = OBJECTIVES[name]
+    alone = torch.stack([loss(scores[i : i + 1], labels[i : i + 1]) for i in range(129)])
+    assert torch.equal(loss(scores, labels, "none"), alone)
+    assert loss(scores, labels).item() == pytest.approx(alone.mean().item(), rel=1e-12)
+
+
 def test_evaluate_two_classes():
     # Differences 2, -1, 1, -3 for labels 1, 1, 0, 0: of the four pairs of a positive and a negative, 3 are in order.
     scores = torch.tensor([[0.0, 2.0], [0.0, -1.0], [0.0, 1.0], [0.0, -3.0]], dtype=torch.float64)
