@@ -341,9 +341,10 @@ def _unloadable(model: str, error: Exception, quantised: str | None = None) -> U
     if isinstance(error, SafetensorError):
         return UserError(f"--model {model}: a file of its weights is damaged ({_first_line(error)}): fetch it again")
     if quantised and not isinstance(error, OSError):
+        install = "install what that names, or " if isinstance(error, ImportError) else ""
         return UserError(
             f"--model {model}: its weights are quantised ({quantised}), and transformers does not load them here"
-            f" ({_first_line(error)}): use the model in floats with --quantization int8, or as a GGUF file"
+            f" ({_first_line(error)}): {install}use the model in floats with --quantization int8, or as a GGUF file"
         )
     return UserError(f"--model {model}: it could not be loaded ({_first_line(error)})")
 

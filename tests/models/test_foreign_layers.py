@@ -230,7 +230,7 @@ def test_what_cannot_be_had_here_is_one_line_and_nothing_else(
         assert "--quantization int4: torchao has no kernel for a CPU; use int8 or float8 or nf4 or fp4" in line
     else:
         assert f"its weights are quantised ({case}), and transformers does not load them here (" in line
-        assert line.endswith("): use the model in floats with --quantization int8, or as a GGUF file")
+        assert line.endswith("use the model in floats with --quantization int8, or as a GGUF file")
     assert captured.err.splitlines()[-1] == line
     assert captured.out == ""
     assert sorted(tmp_path.rglob("*")) == before

@@ -23,7 +23,8 @@ def test_a_quantised_checkpoint_without_its_library_is_one_line(tmp_path):
     path.write_text(
         json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}})
     )
-    with pytest.raises(UserError, match=r"--model .*: it could not be loaded") as caught:
+    wanted = r"its weights are quantised .*: install what that names, or use the model"
+    with pytest.raises(UserError, match=wanted) as caught:
         load_base(Checkpoint.of(str(path.parent)), torch.float32)
     assert len(str(caught.value).splitlines()) == 1
 
