@@ -65,7 +65,7 @@ class _Stack:
         return self.packed.to_dense().split(self.sizes)[place]
 
     def dense_in_turn(self, place: int) -> torch.Tensor:
-        """The same of layers that are called one after the other: the stack is unpacked once, and gone when all have it."""
+        """The same of layers that are called one after the other: the stack is unpacked once for all of them."""
         if place not in self.unpacked:
             self.unpacked = dict(enumerate(self.packed.to_dense().split(self.sizes)))
         return self.unpacked.pop(place)
