@@ -1,10 +1,11 @@
 """What training costs users of `mezo serve`: their throughput and waits at three loads, training off and on.
 
-One server, so the arguments of the engine are the same; training is off where it is paused. Users come at random times
-(Poisson) whether or not earlier ones have been answered, and read a stream; the same ones in both rows of a load. Rates
-are shares of what one user after another is served at. The first minutes with training let the server learn what users
-wait for without it; they are a row of their own. Each --max-latency-cost is measured by a call of its own, which adds
-to the JSON.
+One server, so the arguments of the engine are the same; training is off where it is paused. It is paused in every other
+block of some seconds, so that whatever else the machine does meets both alike; both blocks of a pair have the same
+users, and the order within a pair changes from pair to pair. Users come at random times (Poisson) whether or not
+earlier ones have been answered, and read a stream. Rates are shares of what one user after another is served at. The
+first minutes with training let the server learn what users wait for without it; they are a row of their own. Each
+--max-latency-cost is measured by a call of its own, which adds to the JSON.
 
 Run: make bench-serve, or python bench/serve.py --output bench/results/MACHINE/serve.json
 """
@@ -32,6 +33,8 @@ from mezo.studies import demo
 SHARES = (0.2, 0.4, 0.7)
 STARTING, ANSWERING = 600.0, 120.0  # most seconds
 ALONE = 8  # requests, one after another, that the rates follow from
+SETTLING = 1.0  # seconds of a block whose users do not count: a part of the block before may still run
+DRAWS = 1000  # of the bootstrap
 
 
 class Server:
@@ -99,40 +102,51 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     return times
 
 
-def load(server: Server, prompts: Sequence[str], rate: float, seconds: float, tokens: int, seed: int) -> dict:
-    """What users saw, and what training did, under a load."""
+def block(server: Server, prompts: Sequence[str], rate: float, seconds: float, tokens: int, seed: int) -> dict:
+    """What users saw, and what training did, in some seconds under a load."""
     seen: list[dict] = []
     faults: list[str] = []
 
-    def user(prompt: str) -> None:
+    def user(prompt: str, counts: bool) -> None:
         try:
-            seen.append(server.stream(prompt, tokens))
+            wait = server.stream(prompt, tokens)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             faults.append(str(error))
+        else:
+            seen.append(wait | {"counts": counts})
 
-    times, threads = arrivals(rate, seconds, seed), []
-    rng = random.Random(seed)
+    threads, rng = [], random.Random(seed)
     before, began = server.ask("/mezo/status"), time.monotonic()
-    for at in times:
+    for at in arrivals(rate, seconds, seed):
         time.sleep(max(0.0, began + at - time.monotonic()))
-        threads.append(threading.Thread(target=user, args=(rng.choice(prompts),)))
+        threads.append(threading.Thread(target=user, args=(rng.choice(prompts), at > SETTLING)))
         threads[-1].start()
     time.sleep(max(0.0, began + seconds - time.monotonic()))
     for thread in threads:
         thread.join()
     took, after = time.monotonic() - began, server.ask("/mezo/status")
-    spent = {name: after["training"][name] - before["training"][name] for name in ("seconds", "seconds_held_back")}
+    training = after["training"]["seconds"] - before["training"]["seconds"]
+    told = {"seconds": took, "seen": seen, "failed": len(faults), "training_seconds": training}
+    told |= {"parts": after["training"]["parts"], "more": after["users"]["seconds_more_after_a_part"]["first_token"]}
+    return told | {"steps": after["step"] - before["step"]}
+
+
+def joined(blocks: Sequence[dict], tokens: int) -> dict:
+    """What users saw, and what training did, in several blocks."""
+    took, seen = sum(each["seconds"] for each in blocks), [wait for each in blocks for wait in each["seen"]]
+    counted = [wait for wait in seen if wait["counts"]]
     return {
-        "rate": rate,
         "seconds": took,
-        "requests": len(times),
-        "failed": len(faults),
+        "requests": len(seen),
+        "failed": sum(each["failed"] for each in blocks),
         "requests_per_second": len(seen) / took,
         "tokens_per_second": tokens * len(seen) / took,
-        **{name: waits([each[name] for each in seen]) for name in ("first", "whole")},
-        "steps_per_second": (after["step"] - before["step"]) / took,
-        "training": spent,
-        "seconds_of_a_part": after["training"]["seconds_of_a_part"],
+        **{name: waits([each[name] for each in counted]) for name in ("first", "whole")},
+        "first_seconds": [round(each["first"], 4) for each in counted],
+        "steps_per_second": sum(each["steps"] for each in blocks) / took,
+        "training_seconds": sum(each["training_seconds"] for each in blocks),
+        "seconds_more_after_a_part": blocks[-1]["more"],
+        "parts": blocks[-1]["parts"],
         "load_average": os.getloadavg()[0],
     }
 
@@ -142,21 +156,26 @@ def waits(seconds: Sequence[float]) -> dict:
     return {"n": len(seconds)} | {f"p{p}": percentile(seconds, p / 100) for p in (50, 90, 99) if seconds}
 
 
-def verdicts(rows: Sequence[dict], cost: float) -> list[dict]:
-    """Of each load, by how much training raised the 99th percentile of the first token, and whether that was held."""
-    found = []
-    for share in dict.fromkeys(row["share"] for row in rows if not row["warm_up"]):
-        of_load = {row["training_on"]: row for row in rows if row["share"] == share and not row["warm_up"]}
-        if len(of_load) == 2 and all(row["first"]["n"] for row in of_load.values()):
-            on, off = (of_load[state]["first"] for state in (True, False))
-            raised = on["p99"] / off["p99"] - 1
-            others = {f"raised_p{p}": on[f"p{p}"] / off[f"p{p}"] - 1 for p in (90, 50)}
-            found.append({"share": share, "raised_p99": raised, **others})
-            found[-1] |= {"held": raised <= cost, "n": min(on["n"], off["n"])}
-            found[-1] |= {"steps_per_second": of_load[True]["steps_per_second"]}
-            on, off = (of_load[state]["tokens_per_second"] for state in (True, False))
-            found[-1] |= {"users_throughput": on / off}
-    return found
+def raised(on: Sequence[float], off: Sequence[float], p: float) -> dict:
+    """By how much a percentile is larger with training, and an interval that holds it with 90 % (bootstrap)."""
+    rng = random.Random(0)
+    drawn = sorted(
+        percentile(rng.choices(on, k=len(on)), p) / percentile(rng.choices(off, k=len(off)), p) - 1
+        for _ in range(DRAWS)
+    )
+    by = percentile(on, p) / percentile(off, p) - 1
+    return {"by": by, "from": percentile(drawn, 0.05), "to": percentile(drawn, 0.95)}
+
+
+def verdict(row: dict, cost: float) -> dict:
+    """By how much training raised what users of a load wait for, and whether the bound was held."""
+    on, off = (row[state]["first_seconds"] for state in ("on", "off"))
+    found = {"share": row["share"], "n": min(len(on), len(off))}
+    found |= {f"raised_p{p}": raised(on, off, p / 100) for p in (99, 90, 50)}
+    found["held"] = found["raised_p99"]["by"] <= cost
+    found["users_throughput"] = row["on"]["tokens_per_second"] / row["off"]["tokens_per_second"]
+    share = row["on"]["training_seconds"] / row["on"]["seconds"]
+    return found | {"steps_per_second": row["on"]["steps_per_second"], "training_share_of_time": share}
 
 
 def measured(server: Server, prompts: Sequence[str], args: argparse.Namespace, keep) -> None:
@@ -165,18 +184,27 @@ def measured(server: Server, prompts: Sequence[str], args: argparse.Namespace, k
     alone = [server.stream(prompts[i % len(prompts)], args.tokens)["whole"] for i in range(ALONE)]
     capacity = 1 / percentile(alone[1:], 0.5)
     server.ask("/mezo/resume", {})
-    keep({"warm_up": True, "training_on": True, "share": SHARES[1]}, capacity * SHARES[1], args.warm_up, 0)
-    for number, share in enumerate(SHARES, 1):
-        for on in (False, True) if number % 2 else (True, False):  # neither is always the later one
-            server.ask("/mezo/resume" if on else "/mezo/pause", {})
-            keep({"warm_up": False, "training_on": on, "share": share}, capacity * share, args.seconds, number)
+    rate = capacity * SHARES[1]
+    warm_up = block(server, prompts, rate, args.warm_up, args.tokens, 0)
+    keep({"warm_up": True, "share": SHARES[1], "rate": rate, "on": joined([warm_up], args.tokens)})
+    for number, share in enumerate(args.shares, 1):
+        rate, blocks = capacity * share, {"off": [], "on": []}
+        for pair in range(max(1, round(args.users / rate / args.block))):
+            for state in ("off", "on") if pair % 2 else ("on", "off"):
+                server.ask("/mezo/resume" if state == "on" else "/mezo/pause", {})
+                seed = 1000 * number + pair
+                blocks[state].append(block(server, prompts, rate, args.block, args.tokens, seed))
+            rows = {state: joined(of_state, args.tokens) for state, of_state in blocks.items()}
+        keep({"warm_up": False, "share": share, "rate": rate, **rows})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="where to write the JSON")
-    parser.add_argument("--seconds", type=float, default=120, help="of a row")
+    parser.add_argument("--users", type=int, default=200, help="about so many without training, and with it, a load")
+    parser.add_argument("--block", type=float, default=20, help="seconds")
     parser.add_argument("--warm-up", type=float, default=120, help="seconds")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of what the engine can serve: loads")
     parser.add_argument("--tokens", type=int, default=16, help="that a user is written")
     parser.add_argument("--max-latency-cost", type=float, default=0.1)
     parser.add_argument("--options", type=json.loads, default={}, help="JSON of options in place of the demo's")
@@ -194,12 +222,13 @@ def main() -> None:
         found.setdefault("by_cost", {})
         server, kept = Server(config, args.max_latency_cost), []
 
-        def keep(row: dict, rate: float, seconds: float, seed: int) -> None:
-            kept.append(row | load(server, prompts, rate, seconds, args.tokens, seed))
-            print(json.dumps(kept[-1]), flush=True)
+        def keep(row: dict) -> None:
+            kept.append(row)
             told = {"machine": describe(), "model": Path(config.model.base).name, "tokens": args.tokens}
             told |= {"batch_size": config.method.batch_size, "num_train": config.data.num_train}
-            told |= {"verdicts": verdicts(kept, args.max_latency_cost), "rows": kept}
+            told["verdicts"] = [verdict(row, args.max_latency_cost) for row in kept if not row["warm_up"]]
+            print(json.dumps(told["verdicts"][-1:]), flush=True)
+            told["rows"] = kept
             found["by_cost"][str(args.max_latency_cost)] = told
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,14 +1,16 @@
 """A task learnt while users are served: the curve of dev, versions, and each answer checked against its version.
 
-`demo`: the demo's film reviews. `tp2`: Countdown's reward (examples/countdown.py) with a population of directions, on a
-tiny model and an engine of two tensor-parallel ranks. Meanwhile users ask for the base, the promoted version and steps
-by number. Each answer is computed again by transformers and PEFT in this process, under the version that the answer
-names, rebuilt from the log. At the end the log is replayed, and compared with the adapter that the engine's ranks left.
+`demo`: the demo's film reviews. `tp2`: the same on an engine of two tensor-parallel ranks; the model has a key head of
+zeros more there, since its three cannot be divided by two. `reward`: Countdown's reward (examples/countdown.py) with a
+population of directions, on a tiny model and two ranks. Meanwhile users ask for the base, the promoted version and
+steps by number. Each answer is computed again by transformers and PEFT in this process, under the version that the
+answer names, rebuilt from the log. At the end the log is replayed, and compared with the adapter that the engine left.
 
 Run: make bench-serve-learning, or python bench/serve_learning.py --output bench/results/MACHINE/serve_learning.json
 """
 
 import argparse
+import copy
 import json
 import random
 import tempfile
@@ -21,6 +23,7 @@ import countdown
 import torch
 from machine import describe
 from serve import Server, arrivals
+from transformers import AutoModelForCausalLM
 
 from mezo.config import Config
 from mezo.models.load import load_tokenizer
@@ -30,7 +33,7 @@ from mezo.run.directory import RunDirectory
 from mezo.run.header import INITIAL, frozen_part
 from mezo.run.replay import rebuild, theta_after
 from mezo.run.trajectory import read_trajectory
-from mezo.studies import demo
+from mezo.studies import assets, demo
 from mezo_kernels import ParamLayout, perturb_
 
 TOKENS = 6  # that a user is written
@@ -161,16 +164,50 @@ def learnt(config: Config, prompts: list[list[int]], cost: float, rate: float, l
     }
 
 
-def demo_part(folder: Path, steps: int) -> dict:
+def with_key_heads(base: str, heads: int, folder: Path) -> str:
+    """A Llama model with key heads of zeros at the end, and their query heads: the same function of its inputs.
+
+    The columns of o_proj for them are zero, so whatever they attend to is multiplied by zero.
+    """
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config, weights = copy.deepcopy(model.config), model.state_dict()
+    size, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    config.num_key_value_heads, config.num_attention_heads = heads, heads * group
+    rows = {"q_proj": heads * group * size, "k_proj": heads * size, "v_proj": heads * size}
+    for name, weight in weights.items():
+        kind = name.split(".")[-2]
+        if kind in rows:
+            weights[name] = torch.nn.functional.pad(weight, (0, 0, 0, rows[kind] - len(weight)))
+        elif kind == "o_proj":
+            weights[name] = torch.nn.functional.pad(weight, (0, rows["q_proj"] - weight.shape[1]))
+    wider = type(model)(config)
+    wider.load_state_dict(weights)
+    wider.tie_weights()
+    ids = torch.arange(100, 132)[None]
+    with torch.no_grad():
+        difference = (wider(ids).logits - model(ids).logits).abs().max()
+    if not difference <= TOLERANCE:
+        raise SystemExit(f"the wider model is another one: its logits differ by {difference:.2g}")
+    wider.save_pretrained(folder / "wider")
+    load_tokenizer(base).save_pretrained(folder / "wider")
+    return str(folder / "wider")
+
+
+def demo_part(folder: Path, steps: int, **options) -> dict:
     """The demo's task, an adapter of 5 small matrices on the last layer."""
-    config = demo.demo_config("it-was", steps, folder / "run")
+    config = demo.demo_config("it-was", steps, folder / "run").replace(**options)
     config = config.replace(runtime="sglang", eval_every=5, noise=False, report=False, **XS, **LEARNING)
     tokenizer = load_tokenizer(config.model.base)
     rows = [json.loads(line) for line in Path(config.data.dev_file).read_text().splitlines()][:64]
-    return learnt(config, [tokenizer(row["text"])["input_ids"] for row in rows], cost=1.0, rate=0.5, limit=250)
+    return learnt(config, [tokenizer(row["text"])["input_ids"] for row in rows], cost=1.0, rate=0.5, limit=390)
 
 
 def tp2_part(folder: Path, steps: int) -> dict:
+    """The demo's task on two ranks."""
+    return demo_part(folder, steps, model=with_key_heads(str(assets.fetch_model()), 4, folder), tp=2)
+
+
+def reward_part(folder: Path, steps: int) -> dict:
     """Two ranks, a reward, a population, sampled texts."""
     model = countdown.tiny_model(folder)
     data = countdown.example().write(folder, sizes={"train": 64, "dev": 32, "test": 16})
@@ -185,10 +222,10 @@ def main() -> None:
     """Measure and write the JSON after every part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON to write, or to add parts to")
-    parser.add_argument("--parts", nargs="+", default=["demo", "tp2"])
-    parser.add_argument("--steps", type=int, default=0, help="in place of 30 and 40")
+    parser.add_argument("--parts", nargs="+", default=["demo", "tp2", "reward"])
+    parser.add_argument("--steps", type=int, default=0, help="in place of 30, 30 and 40")
     args = parser.parse_args()
-    parts = {"demo": (demo_part, 30), "tp2": (tp2_part, 40)}
+    parts = {"demo": (demo_part, 30), "tp2": (tp2_part, 30), "reward": (reward_part, 40)}
     found = json.loads(args.output.read_text()) if args.output.is_file() else {}
     for name in args.parts:
         part, steps = parts[name]

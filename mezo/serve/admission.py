@@ -17,6 +17,7 @@ FEW = 20  # waits that the bound is first checked by
 LATEST = 200  # waits that it is checked by
 RECENT = 60.0  # seconds for which users who are gone are reckoned with
 STEPS = (0.5, 1.25)  # the trainer's share changes by these factors where the bound is broken or held
+AIM = 0.5  # of the allowed growth is planned for: a percentile of LATEST waits is uncertain by about as much
 TAIL = 0.01  # of users may wait longer than the bound: their 99th percentile is then within it
 MEASURED = 100  # parts that the next one is planned by; then sizes are tried again
 ALIKE = 0.95  # of two sizes of which one gets so much of the other's work done the larger is taken
@@ -35,14 +36,16 @@ class Waits:
         self.streamed = streamed
         self.alone: deque[float] = deque(maxlen=KEPT)  # while the trainer was held back
         self.beside: deque[float] = deque(maxlen=KEPT)
+        self.met: deque[float] = deque(maxlen=LATEST)  # of who found a part running, from its end on
         self.fresh = 0  # waits beside training since the bound was last checked by them
 
     def share(self, took: float, cost: float) -> float:
         """The largest share of users who may find a part of the trainer's running that takes so long.
 
-        Such a user waits for what is left of it, a uniform part of `took`, and then as long as without it. A share f of
-        them raises those who wait longer than x = (1 + cost) p99 from P(w > x) to (1 - f) P(w > x) + f P(w + u > x),
-        which is to be at most TAIL. The w are the waits that were seen without the trainer.
+        Such a user waits for what is left of it, a uniform part u of `took`, and then as long as without it, and a
+        little more, e, which is measured. A share f of them raises those who wait longer than x = (1 + AIM cost) p99
+        from P(w > x) to (1 - f) P(w > x) + f P(w + u + e > x), which is to be at most TAIL. The w are the waits that
+        were seen without the trainer.
 
         Args:
             took: seconds, > 0.
@@ -51,10 +54,17 @@ class Waits:
         if not self.alone:
             return 1.0
         alone = list(self.alone)[-LATEST:]
-        x = (1 + cost) * percentile(alone, 0.99)
+        x = (1 + AIM * cost) * percentile(alone, 0.99)
         late = sum(wait > x for wait in alone) / len(alone)
-        caught = sum(min(1.0, max(0.0, 1 - (x - wait) / took)) for wait in alone) / len(alone)
+        more = self.more()
+        caught = sum(min(1.0, max(0.0, 1 - (x - wait - more) / took)) for wait in alone) / len(alone)
         return min(1.0, (TAIL - late) / (caught - late)) if caught > TAIL else 1.0
+
+    def more(self) -> float:
+        """Seconds that who found a part running waits longer, from its end on, than without it; 0 until FEW did."""
+        if len(self.met) < FEW or not self.alone:
+            return 0.0
+        return max(0.0, statistics.mean(self.met) - statistics.mean(list(self.alone)[-LATEST:]))
 
     def row(self) -> dict:
         """What status shows."""
@@ -129,7 +139,7 @@ class Admission:
         self.interrupted: Callable[[], bool] = lambda: False
         self._changed = threading.Condition()
         self._waiting = self._answering = 0  # streams before their first token, and all other requests of users
-        self._running, self._parts, self._scale = False, 0, 1.0
+        self._running, self._parts, self._scale, self._ended = False, 0, 1.0, 0.0
         self._paces: defaultdict[str, Pace] = defaultdict(Pace)
         self.limit = PART  # seconds that the next part is expected to take
         self._credit, self._since, self._rested, self._left = 0.0, now(), 0.0, -RECENT
@@ -176,27 +186,48 @@ class Admission:
             n: requests.
             kind: of requests; those of one kind take alike.
         """
-        start, pace = 0, self._paces[kind]
+        start = 0
         while start < n:
-            self._wait()
-            part = slice(start, min(n, start + self._planned(pace)))
-            began = self.now()
-            try:
-                yield part
-            finally:
-                took = self._done(began)
-            pace.see(part.stop - part.start, took)
-            if self._users_about():
-                rest = took * (1 / max(self.share(max(took, 1e-6)), 1e-3) - 1)
-                # several requests rest longer only where they were not planned beside these users
-                self._rested = self.now() + (rest if part.stop - part.start == 1 else min(rest, CYCLE))
-            start = part.stop
+            with self.part(kind, n - start) as size:
+                yield slice(start, start + size)
+            start += size
+
+    @contextmanager
+    def part(self, kind: str, most: int = 1) -> Iterator[int]:
+        """Work of the trainer that the engine does nothing else beside; it begins when there is room.
+
+        Args:
+            kind: of work; parts of one kind take alike.
+            most: requests that it may have.
+
+        Yields:
+            How many requests it is to have.
+        """
+        self._wait()
+        pace = self._paces[kind]
+        n, began = min(most, self._planned(pace)), self.now()
+        try:
+            yield n
+        finally:
+            took = self._done(began)
+        pace.see(n, took)
+        if self._users_about():
+            rest = took * (1 / max(self.share(max(took, 1e-6)), 1e-3) - 1)
+            # several requests rest longer only where they were not planned beside these users
+            self._rested = self.now() + (rest if n == 1 else min(rest, CYCLE))
 
     def row(self) -> dict:
         """What status shows."""
         with self._changed:
             kinds = {"first_token": self.waits[True].row(), "whole_answer": self.waits[False].row()}
-            return {"requests": self.requests, "seconds_waited": kinds}
+            more = {"first_token": self.waits[True].more(), "whole_answer": self.waits[False].more()}
+            return {"requests": self.requests, "seconds_waited": kinds, "seconds_more_after_a_part": more}
+
+    def parts_row(self) -> dict:
+        """Of each kind of part: how many requests were in the largest one, and the seconds that such a one takes."""
+        with self._changed:
+            paces = {kind: pace for kind, pace in self._paces.items() if pace.most}
+            return {kind: {"requests": pace.most, "seconds": pace.seconds(pace.most)} for kind, pace in paces.items()}
 
     def _wait(self) -> None:
         began = self.now()
@@ -211,7 +242,7 @@ class Admission:
         with self._changed:
             self._account()
             took = self.now() - began
-            self._running = False
+            self._running, self._ended = False, self.now()
             self.seconds["training"] += took
             if self._waiting or self._answering:
                 self._credit -= took
@@ -264,7 +295,7 @@ class UserRequest:
         with admission._changed:
             admission._account()
             self._count(1)
-            self.began, self.parts = admission.now(), admission._parts
+            self.began, self.parts, self.met = admission.now(), admission._parts, admission._running
             self.alone = (admission.paused or admission._held_back()) and not admission._running
 
     def saw(self) -> None:
@@ -280,6 +311,8 @@ class UserRequest:
             waits = own.waits[self.streamed]
             alone = self.alone and self.parts == own._parts
             (waits.alone if alone else waits.beside).append(own.now() - self.began)
+            if self.met and self.parts == own._parts and own._ended >= self.began:
+                waits.met.append(own.now() - own._ended)
             waits.fresh += not alone
             if waits.fresh >= FEW:
                 waits.fresh = 0

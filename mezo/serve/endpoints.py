@@ -87,6 +87,7 @@ class Endpoints:
                 "seconds": own.seconds["training"],
                 "seconds_held_back": own.seconds["held"],
                 "seconds_of_a_part": own.limit,
+                "parts": own.parts_row(),
             },
             "fed": session.fed,
             "seconds_up": time.monotonic() - session.began,

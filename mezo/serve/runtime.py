@@ -84,6 +84,11 @@ class ServingRuntime(SGLangRuntime):
             answers += super()._generate(requests[part], count, own, **wanted | of_part)
         return answers
 
+    def _call(self, method: str, **parameters) -> list[dict]:
+        """As there, when users leave room for it: the engine does nothing else meanwhile."""
+        with self.admission.part(method):
+            return super()._call(method, **parameters)
+
     def warm_up(self) -> None:
         """Have the engine write a few tokens: what it compiles for that is not waited for by a user."""
         for sampling in ({"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 20}):

@@ -1,7 +1,7 @@
 """What bench/serve.py makes of what it saw."""
 
 import pytest
-from serve import arrivals, verdicts, waits
+from serve import arrivals, joined, raised, verdict
 
 
 def test_users_come_at_the_rate_that_was_asked_for_and_again_at_the_same_times():
@@ -12,19 +12,33 @@ def test_users_come_at_the_rate_that_was_asked_for_and_again_at_the_same_times()
     assert 0 < times[0] < times[-1] < 1000.0
 
 
-def row(share, on, p99, warm_up=False):
-    first = {"n": 50, "p50": 0.1, "p90": 0.15, "p99": p99}
-    throughput = {"tokens_per_second": 9.0 if on else 10.0, "steps_per_second": 0.5 if on else 0.0}
-    return {"share": share, "training_on": on, "warm_up": warm_up, "first": first, **throughput}
+def block(first, steps=0, training=0.0):
+    seen = [{"first": each, "whole": 2 * each, "counts": i > 0} for i, each in enumerate(first)]
+    told = {"steps": steps, "training_seconds": training, "parts": {}, "more": 0.0}
+    return {"seconds": 10.0, "seen": seen, "failed": 0, **told}
+
+
+def test_blocks_are_joined_without_the_users_that_the_block_before_may_have_met():
+    row = joined([block([9.0, 0.1, 0.2], 1, 2.0), block([9.0, 0.3], 2, 1.0)], tokens=8)
+    assert row["first_seconds"] == [0.1, 0.2, 0.3]
+    assert (row["first"]["n"], row["first"]["p99"], row["whole"]["p99"]) == (3, 0.3, 0.6)
+    assert (row["requests"], row["tokens_per_second"]) == (5, 2.0)  # everyone was served
+    assert (row["steps_per_second"], row["training_seconds"]) == (0.15, 3.0)
 
 
 def test_a_bound_is_held_where_the_99th_percentile_is_within_it():
-    rows = [row(0.2, True, 9.0, warm_up=True), row(0.2, False, 0.2), row(0.2, True, 0.21), row(0.4, True, 0.5)]
-    (first,) = verdicts(rows, 0.1)
-    assert (first["share"], first["held"], first["n"]) == (0.2, True, 50)
-    assert first["raised_p99"] == pytest.approx(0.05)
-    assert (first["steps_per_second"], first["users_throughput"]) == (0.5, 0.9)
-    rows.append(row(0.4, False, 0.4))
-    assert [each["held"] for each in verdicts(rows, 0.1)] == [True, False]
-    empty = row(0.7, False, 1) | {"first": waits([])}
-    assert verdicts([empty, row(0.7, True, 1)], 0.1) == []
+    waits = [0.1 + 0.001 * i for i in range(101)]
+    off = joined([block(waits)], 8)
+    row = {"share": 0.2, "off": off, "on": joined([block([1.05 * each for each in waits], 1, 2.5)], 8)}
+    told = verdict(row, 0.1)
+    assert told["held"]
+    assert not verdict(row, 0.04)["held"]
+    assert told["raised_p99"]["by"] == pytest.approx(0.05, abs=1e-3)
+    assert told["raised_p99"]["from"] < 0.05 < told["raised_p99"]["to"]
+    assert (told["n"], told["training_share_of_time"], told["users_throughput"]) == (100, 0.25, 1.0)
+
+
+def test_few_users_leave_a_wide_interval():
+    few, many = ([0.1 + 0.1 * (i % 7) for i in range(n)] for n in (7, 700))
+    width = [each["to"] - each["from"] for each in (raised(few, few, 0.5), raised(many, many, 0.5))]
+    assert width[0] > 4 * width[1]

@@ -106,6 +106,8 @@ def test_versions_that_are_promoted_are_the_best_on_dev(server):
     assert status["promoted"] == best[-1] > 0
     assert [row["step"] for row in status["dev"]] == list(range(0, STEPS + 1, 4))
     assert min(status["users"]["requests"], status["training"]["tokens"]["steps"]) > 10
+    # whatever else the engine does for the trainer waits for users too
+    assert {"scores", "update", "report", "verify"} <= status["training"]["parts"].keys()
 
 
 def test_what_users_said_is_kept_and_learnt_from(server):
