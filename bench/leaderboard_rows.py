@@ -112,7 +112,8 @@ TASKS = {
     "product": Task("product reviews", "{text} It was", (" terrible", " great")),
     "tweet": Task("tweets", "{text} I am", (" sad", " happy")),
 }
-"""Beside the demo's, by the kind of their sentences."""
+"""Beside the demo's, by the kind of their sentences. Of four prompts each these leave most room: on 200 sentences of
+dev the model's AUC without training is 0.826 and 0.828, while `Tweet: {text} Sentiment:` begins at 0.941."""
 
 
 FEWER = (

@@ -89,6 +89,16 @@ def _further(task: Task, cells: dict) -> Iterator[str]:
             for name, factor, digits in (("accuracy", 100, 1), ("auc", 1, 3), ("dev_auc", 1, 3))
         ]
         yield "| " + " | ".join([best(own)["title"], str(len(best(own)["auc"]["of"])), *figures]) + " |"
+    ends = [
+        f"{each['title']} ({int(budget):,} rows)"
+        for own in cells.values()
+        for budget, each in own.items()
+        if each["lr_at_end_of_grid"]
+    ]
+    yield ""
+    yield "Steps, learning rates and seconds are in the JSON." + (
+        f" The best lr lies at the end of what was tried: {'; '.join(ends)}." if ends else ""
+    )
 
 
 def _shown(value: dict, factor: int, digits: int) -> str:
