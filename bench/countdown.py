@@ -168,7 +168,8 @@ TINY = {
     "num_perturbations": 8, "batch_size": 16, "lr": 0.01, "eps": 0.1,
 }  # fmt: skip
 DEMO = {
-    "num_perturbations": 8, "batch_size": 8, "tuning": "lora-xs", "r": 32, "lora_alpha": 32, "lr": 0.03, "eps": 0.02,
+    "num_perturbations": 8, "batch_size": 16, "tuning": "lora-xs", "r": 8, "lora_alpha": 8, "lora_a": "calibrated",
+    "lr": 0.25, "lr_schedule": "cosine", "eps": 0.3,
 }  # fmt: skip
 
 
@@ -179,14 +180,14 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["population", "tiny", "demo"])
     parser.add_argument("--prompts", nargs="+", type=int, default=[1, 4, 16], help="that a population answers at once")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=40, help="of the demo's model")
+    parser.add_argument("--steps", type=int, default=60, help="of the demo's model")
     args = parser.parse_args()
     found = json.loads(args.output.read_text()) if args.output.is_file() else {}
     fetched = str(assets.fetch_model())
     parts = {
         "population": lambda: population(args.prompts, args.rounds, DIRECTIONS, fetched, adapted()),
         "tiny": lambda: learnt(tiny_model(Path(tempfile.mkdtemp())), 150, TINY, {"train": 64, "dev": 32, "test": 64}),
-        "demo": lambda: learnt(fetched, args.steps, adapted() | DEMO, {"train": 64, "dev": 32, "test": 64}),
+        "demo": lambda: learnt(fetched, args.steps, adapted() | DEMO, {"train": 96, "dev": 48, "test": 64}),
     }
     for name in args.parts:
         found |= {"machine": describe(), name: parts[name]()}
