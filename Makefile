@@ -90,7 +90,7 @@ test-quantization: $(READY_QUANTIZATION)  ## the tests of quantised bases, bitsa
 bench-quantization: $(READY_QUANTIZATION)  ## memory, accuracy and CPU seconds by the base's format; JSON under bench/results/
 	$(VENV)/bin/python bench/quantization.py --output $(RESULTS)/quantization.json $(ARGS)
 
-leaderboard: $(READY)  ## accuracy at equal forward passes, what is missing of it; RUNS=folder ARGS="--rows mezo xs-32 --budgets 5000"
+leaderboard: $(READY)  ## accuracy at equal forward passes, what is missing of it; RUNS=folder ARGS="--task tweet --rows mezo xs-32 --budgets 5000"
 	$(VENV)/bin/python bench/leaderboard.py --runs $(or $(RUNS),runs/leaderboard) --output $(RESULTS)/leaderboard.json \
 		--markdown LEADERBOARD.md $(ARGS)
 

@@ -165,11 +165,10 @@ def main() -> int:
     if (folder / "alternatives.json").is_file():
         methods = read(folder / "alternatives.json", "make bench-alternatives")
         draw_alternatives(methods["rows"], methods["machine"], folder / "alternatives.svg")
-    if (folder / "leaderboard.json").is_file():
-        board = read(folder / "leaderboard.json", "make leaderboard")
-        draw_leaderboard(
-            {n: own for n, own in board["cells"].items() if own}, board["machine"], folder / "leaderboard.svg"
-        )
+    for file in sorted(folder.glob("leaderboard*.json")):
+        board = read(file, "make leaderboard")
+        cells = {name: own for name, own in board["cells"].items() if own}
+        draw_leaderboard(cells, board["machine"], file.with_suffix(".svg"))
     if (folder / "reproduce_small.json").is_file():
         parts = read(folder / "reproduce_small.json", "make reproduce-small")
         if "accuracy objective" in parts:

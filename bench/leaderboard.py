@@ -1,23 +1,27 @@
-"""Accuracy at equal forward passes: ways to estimate and to step, each with its own lr, on the demo's film reviews.
+"""Accuracy at equal forward passes: ways to estimate and to step, each with its own lr, on three tasks.
 
-A cell is a row of the table at a budget of scored rows. Its learning rate is chosen by dev loss on one seed, from a
-grid of factors of two that grows at an end that wins; other seeds are then reported. Every run is an ordinary run
-directory under --runs, whose log replays; a cell that is there is not run again, so the table can be made in parts.
-AdamW, which has gradients, is the line to reach; its runs are a file each.
+The film reviews are the demo's; --task product and --task tweet are sentences of the same study, for fewer rows. A cell
+is a row of the table at a budget of scored rows. Its learning rate is chosen by dev loss on one seed, from a grid of
+factors of two that grows at an end that wins; other seeds are then reported. Every run is an ordinary run directory
+under --runs, whose log replays; a cell that is there is not run again, so the table can be made in parts. AdamW, which
+has gradients, is the line to reach; its runs are a file each.
 
-Run: make leaderboard, or python bench/leaderboard.py --runs RUNS --output JSON --markdown LEADERBOARD.md [--rows ...]
+Run: make leaderboard, or python bench/leaderboard.py --runs RUNS --output JSON --markdown LEADERBOARD.md [--task ...]
+[--rows ...]
 """
 
 import argparse
 import copy
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import figures
 import torch
+from leaderboard_rows import FEWER, FILMS, ROWS, TASKS, Row
+from leaderboard_text import page
 from machine import describe
 
 from mezo.api import carry_on, start
@@ -27,13 +31,13 @@ from mezo.method.batches import Batches
 from mezo.method.objectives import cross_entropy
 from mezo.method.schedule import learning_rate
 from mezo.models.load import load_tokenizer
-from mezo.report.leaderboard import FIGURES, mean, rows_scored
+from mezo.report.leaderboard import FIGURES, mean
 from mezo.run import outcome
 from mezo.run.directory import RunDirectory
 from mezo.runtimes.hf.runtime import HFRuntime
 from mezo.runtimes.hf.trunk import Trunk
 from mezo.runtimes.rows import RowBatch
-from mezo.studies import demo
+from mezo.studies import assets, demo
 from mezo.tasks import load_splits
 from mezo.training.evaluation import evaluate_split
 from mezo_kernels import lora_init
@@ -43,94 +47,17 @@ BUDGETS = (5_000, 20_000, 100_000)
 EVALUATIONS = 5  # of a run, on dev; the best one is kept
 GROWTH = 3  # times that a grid may grow at its end
 HELD = 3  # models in memory
-REACHED = 0.912  # the demo's AUC of dev, see demo.json
-MEZO = ("mezo", "mezo-constant")  # rows that the others are held against
-XS = {"tuning": "lora-xs", "r": 32, "lora_alpha": 32}
-XS16 = {"tuning": "lora-xs", "r": 16, "lora_alpha": 16}
-XS8 = {"tuning": "lora-xs", "r": 8, "lora_alpha": 8}
-CALIBRATED = {**XS8, "lora_a": "calibrated"}
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the table.
-
-    Args:
-        title: for people.
-        lrs: grid that the search begins with, in order.
-        options: flat options that differ from the demo's.
-        gradients: AdamW by backpropagation; a row scored is a forward pass and the pass back, which costs more.
-    """
-
-    title: str
-    lrs: tuple[float, ...]
-    options: dict = field(default_factory=dict)
-    gradients: bool = False
-
-    def scored(self, config: Config) -> int:
-        """Rows that a run of this row scores in training."""
-        return config.method.steps * config.method.batch_size if self.gradients else rows_scored(config)
-
-
-ROWS = {
-    "adamw": Row("AdamW with gradients, batch 32", (1e-3, 2e-3, 4e-3), gradients=True),
-    "mezo": Row("MeZO: one direction a step, batch 32", (8e-3, 16e-3)),
-    "mezo-constant": Row("MeZO, constant lr", (4e-3, 8e-3), {"lr_schedule": "constant"}),
-    "n-spsa": Row("n-SPSA: 4 directions for all of a batch of 8", (8e-3, 16e-3),
-                  {"batch_size": 8, "num_perturbations": 4}),
-    "fzoo": Row("FZOO: 7 one-sided directions for all of a batch of 8", (1e-4, 2e-4, 4e-4),
-                {"batch_size": 8, "num_perturbations": 7, "update_rule": "fzoo"}),
-    "directions-8": Row("8 directions, batch 32", (8e-3, 16e-3), {"directions": 8}),
-    "directions-32": Row("a direction an example, batch 32", (8e-3, 16e-3), {"directions": 32}),
-    "directions-128": Row("a direction an example, batch 128", (8e-3, 16e-3, 32e-3),
-                          {"batch_size": 128, "directions": 128}),
-    "one-sided": Row(
-        "one-sided: 7 directions for all of a batch of 8",
-        (8e-3, 16e-3),
-        {"batch_size": 8, "num_perturbations": 7, "update_rule": "one-sided"},
-    ),
-    "guided": Row("guided: a vector from 6 directions for all of a batch of 8, a pair along it", (2e-3, 4e-3, 8e-3),
-                  {"batch_size": 8, "num_perturbations": 6, "update_rule": "guided"}),
-    "ranks-32": Row(
-        "a direction an example, batch 32, ranks of the losses",
-        (1e-2, 2e-2, 4e-2),
-        {"directions": 32, "update_rule": "ranks"},
-    ),
-    "adam-32": Row("a direction an example, batch 32, Adam", (5e-4, 1e-3, 2e-3),
-                   {"directions": 32, "update_rule": "adam"}),
-    "subspace-32": Row("a direction an example, batch 32, Adam in a subspace of 10 steps", (2e-3, 4e-3, 8e-3),
-                       {"directions": 32, "update_rule": "subspace-adam", "refresh_every": 10, "beta2": 0.95}),
-    "lora-b-32": Row("lora-b, a direction an example, batch 32", (8e-3, 16e-3),
-                     {"directions": 32, "tuning": "lora-b"}),
-    "xs-1": Row("lora-xs r 32, one direction a step, batch 32", (8e-3, 16e-3), XS),
-    "xs-32": Row("lora-xs r 32, a direction an example, batch 32", (4e-3, 8e-3, 16e-3), {**XS, "directions": 32}),
-    "xs-128": Row("lora-xs r 32, a direction an example, batch 128", (16e-3, 32e-3),
-                  {**XS, "batch_size": 128, "directions": 128}),
-    "xs8-1": Row("lora-xs r 8, one direction a step, batch 32", (16e-3, 32e-3), XS8),
-    "xs8-32": Row("lora-xs r 8, a direction an example, batch 32", (16e-3, 32e-3, 64e-3), {**XS8, "directions": 32}),
-    "xs16-128": Row("lora-xs r 16, a direction an example, batch 128", (32e-3, 64e-3),
-                    {**XS16, "batch_size": 128, "directions": 128}),
-    "xs8-128": Row("lora-xs r 8, a direction an example, batch 128", (64e-3, 128e-3),
-                   {**XS8, "batch_size": 128, "directions": 128}),
-    "calibrated-b-32": Row("lora-b r 8, calibrated, a direction an example, batch 32", (0.125, 0.25),
-                           {"tuning": "lora-b", "r": 8, "lora_alpha": 8, "lora_a": "calibrated", "directions": 32}),
-    "calibrated-1": Row("lora-xs r 8, calibrated, one direction a step, batch 32", (0.125, 0.25), CALIBRATED),
-    "calibrated-32": Row("lora-xs r 8, calibrated, a direction an example, batch 32", (0.125, 0.25),
-                         {**CALIBRATED, "directions": 32}),
-    "calibrated-64": Row("lora-xs r 8, calibrated, a direction an example, batch 64", (0.25, 0.5),
-                         {**CALIBRATED, "batch_size": 64, "directions": 64}),
-    "calibrated-128": Row("lora-xs r 8, calibrated, a direction an example, batch 128", (0.25, 0.5),
-                          {**CALIBRATED, "batch_size": 128, "directions": 128}),
-    "calibrated16-128": Row("lora-xs r 16, calibrated, a direction an example, batch 128", (0.25, 0.5),
-                            {**XS16, "lora_a": "calibrated", "batch_size": 128, "directions": 128}),
-}  # fmt: skip
-
-
-def config_of(row: Row, budget: int) -> Config:
+def config_of(row: Row, budget: int, task: str = FILMS) -> Config:
     """The run of a row that scores at most so many rows, its lr and directory aside."""
     base = demo.demo_config("it-was", 1, Path("unused")).replace(
         noise=False, report=False, best_metric="loss", **({"lr_schedule": "cosine"} | row.options)
     )
+    if task != FILMS:
+        files = assets.write_demo_data(assets.cache_root() / f"{task}-data", kind=task)
+        files = {f"{split}_file": str(path) for split, path in files.items()}
+        base = base.replace(prompt=TASKS[task].prompt, label_words=TASKS[task].label_words, **files)
     each = row.scored(base.replace(steps=2)) - row.scored(base)
     steps = (budget - (row.scored(base) - each)) // each  # less what it calibrates with
     # the kernels are compared with the reference at the start and the end alone, which costs more than short runs do
@@ -193,17 +120,17 @@ class Made:
         return min(self.dev, key=lambda line: line["loss"])
 
 
-def cell(row: Row, budget: int, folder: Path, seeds: int, runtimes: Runtimes, lrs: Sequence[float]) -> dict:
+def cell(row: Row, config: Config, folder: Path, seeds: int, runtimes: Runtimes, lrs: Sequence[float]) -> dict:
     """The lr of a row at a budget, and its runs.
 
     Args:
-        row, budget: which cell.
+        row, config: which cell, see `config_of`.
         folder: of its runs.
         seeds: runs that are reported.
         runtimes: what they run on.
         lrs: that the search begins with, each twice the one before.
     """
-    config, tried = config_of(row, budget), {}
+    tried = {}
     make = by_gradients if row.gradients else by_forward_passes
 
     def dev_loss(lr: float) -> None:
@@ -318,86 +245,23 @@ def _scored(config: Config, runtime: HFRuntime, splits: dict, split: str) -> dic
     return {name: found[name] for name in FIGURES}
 
 
-def table(found: dict) -> Iterator[str]:
-    """LEADERBOARD.md."""
-    machine = found["machine"]
-    yield "# Leaderboard: accuracy at equal forward passes"
-    yield ""
-    yield (
-        "What a budget of scored rows (an example under one copy of the weights is a row) buys on the demo's film"
-        " reviews: SmolLM2-135M-Instruct restored from a 4-bit file, the last layer's query, output and MLP projections"
-        " adapted, 512 examples to train on. Test accuracy and AUC as mean (standard deviation) over seeds; cosine"
-        " schedule; lr by dev loss on another seed, from a grid of factors of two that grows at an end that wins. CPU:"
-        f" {machine['cpu']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}; it was shared with"
-        " much other work, so seconds are upper bounds and their ratios mean little. Rows that lose stay."
-        " Made by `make leaderboard`, which does what is missing; `mezo leaderboard RUNS...` prints such a table from"
-        " run directories. The prompts that lora_A is calibrated on count as scored rows. AdamW, by backpropagation"
-        " through the same adapter, is the line to reach: a row of it is a"
-        " forward pass and a pass back."
-    )
-    if found["cells"]:
-        yield ""
-        yield from _race(found["cells"])
-    for budget in sorted({int(b) for cells in found["cells"].values() for b in cells}):
-        rows = {name: cells[str(budget)] for name, cells in found["cells"].items() if str(budget) in cells}
-        yield ""
-        yield f"## {budget:,} scored rows"
-        yield ""
-        before = next(iter(rows.values()))["before"]
-        yield "| row | parameters | steps | lr | runs | test accuracy, % | test AUC | dev AUC | seconds |"
-        yield "|---|---|---|---|---|---|---|---|---|"
-        yield f"| zero-shot | 0 | 0 | | | {100 * before['accuracy']:.1f} | {before['auc']:.3f} | | |"
-        for row in sorted(rows.values(), key=lambda row: row["auc"]["mean"]):
-            lr = f"{row['lr']:g}{' (end of grid)' if row['lr_at_end_of_grid'] else ''}"
-            figures = [_shown(row["accuracy"], 100, 1), _shown(row["auc"], 1, 3), _shown(row["dev_auc"], 1, 3)]
-            facts = [row["title"], f"{row['parameters']:,}", f"{row['steps']:,}", lr, str(len(row["auc"]["of"]))]
-            yield "| " + " | ".join([*facts, *figures, f"{row['seconds']['mean']:.1f}"]) + " |"
-        missing = [row.title for name, row in ROWS.items() if name not in rows]
-        if missing and budget in BUDGETS:  # others are a few rows alone
-            yield ""
-            yield f"Not made yet: {'; '.join(missing)}."
-    made = {int(budget) for cells in found["cells"].values() for budget in cells}
-    if missing := [f"{budget:,}" for budget in BUDGETS if budget not in made]:
-        yield ""
-        yield f"Budgets not made yet: {' and '.join(missing)} scored rows."
+def write(options: argparse.Namespace, task: str, found: dict) -> None:
+    """The task's JSON and figure, and the table of all tasks that there are."""
+    file = file_of(options.output, task)
+    file.write_text(json.dumps(found, indent=1))
+    figures.draw_leaderboard(found["cells"], found["machine"], file.with_suffix(".svg"))
+    if options.markdown:
+        made = {
+            name: json.loads(path.read_text())
+            for name in (FILMS, *TASKS)
+            if (path := file_of(options.output, name)).exists()
+        }
+        options.markdown.write_text("\n".join(page(made, ROWS, BUDGETS)) + "\n")
 
 
-def _shown(value: dict, factor: int, digits: int) -> str:
-    std = "" if value["std"] is None else f" ({factor * value['std']:.{digits}f})"
-    return f"{factor * value['mean']:.{digits}f}{std}"
-
-
-def reached(cells: dict) -> dict[str, dict]:
-    """By name, the cell of the smallest budget with which a row's mean AUC of dev is that of the demo."""
-    found = {}
-    for name, own in cells.items():
-        good = [int(budget) for budget, each in own.items() if each["dev_auc"]["mean"] >= REACHED]
-        if good:
-            found[name] = own[str(min(good))]
-    return found
-
-
-def _race(cells: dict) -> Iterator[str]:
-    """The smallest budgets that reach the demo, beside that of MeZO."""
-    found = reached(cells)
-    mezo = min((found[n] for n in found if n in MEZO), key=lambda each: each["rows"], default=None)
-    yield f"## The smallest budget that reaches the demo's dev AUC of {REACHED}"
-    yield ""
-    yield (
-        "Mean over the seeds, of the budgets that were tried (each with its own lr and schedule). The ratios are those"
-        " of MeZO, with the better of its two schedules, to the row; they are coarse where the budgets are."
-    )
-    yield ""
-    yield "| row | rows scored | steps | seconds | times fewer rows | times fewer steps | times faster |"
-    yield "|---|---|---|---|---|---|---|"
-    for each in sorted(found.values(), key=lambda each: (each["rows"], each["steps"])):
-        values = (each["rows"], each["steps"], each["seconds"]["mean"])
-        of_mezo = (mezo["rows"], mezo["steps"], mezo["seconds"]["mean"]) if mezo else ()
-        ratios = [f"{theirs / ours:.1f}" for theirs, ours in zip(of_mezo, values, strict=False)] or [""] * 3
-        yield f"| {each['title']} | {values[0]:,} | {values[1]:,} | {values[2]:.1f} | {' | '.join(ratios)} |"
-    if others := [row.title for name, row in ROWS.items() if name in cells and name not in found]:
-        yield ""
-        yield f"Not reached by the budgets that were tried: {'; '.join(others)}."
+def file_of(output: Path, task: str) -> Path:
+    """The JSON of a task."""
+    return output if task == FILMS else output.with_name(f"{output.stem}-{task}.json")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -406,29 +270,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, required=True, help="directory of the run directories")
     parser.add_argument("--output", type=Path, required=True, help="JSON to write; cells that are there stay")
     parser.add_argument("--markdown", type=Path, help="LEADERBOARD.md to write")
-    parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS), help="rows to make")
-    parser.add_argument("--budgets", nargs="*", type=int, default=list(BUDGETS), help="scored rows of a run")
+    parser.add_argument("--task", choices=(FILMS, *TASKS), default=FILMS, help="another has a JSON of its own")
+    parser.add_argument("--rows", nargs="*", choices=ROWS, help="rows to make; of a further task fewer by default")
+    parser.add_argument("--budgets", nargs="*", type=int, help="scored rows of a run")
     parser.add_argument("--lrs", nargs="*", type=float, help="where searches begin, each twice the one before")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each cell")
     options = parser.parse_args(argv)
-    found = {"machine": describe(), "cells": {}}
-    if options.output.exists():
-        found["cells"] = json.loads(options.output.read_text())["cells"]
-    if options.markdown:
-        options.markdown.write_text("\n".join(table(found)) + "\n")
-    options.runs.mkdir(parents=True, exist_ok=True)
-    runtimes = Runtimes(options.runs / "trunk.pt")
-    for budget in options.budgets:
-        for name in options.rows:
+    task, found = options.task, {"machine": describe(), "cells": {}}
+    runs, file = options.runs if task == FILMS else options.runs / task, file_of(options.output, task)
+    if file.exists():
+        found["cells"] = json.loads(file.read_text())["cells"]
+    if found["cells"]:
+        write(options, task, found)
+    runs.mkdir(parents=True, exist_ok=True)
+    runtimes = Runtimes(runs / "trunk.pt")
+    budgets, rows = (BUDGETS, tuple(ROWS)) if task == FILMS else (BUDGETS[:2], FEWER)
+    for budget in budgets if options.budgets is None else options.budgets:
+        for name in rows if options.rows is None else options.rows:
             cells = found["cells"].setdefault(name, {})
             if len(cells.get(str(budget), {}).get("auc", {}).get("of", ())) < options.seeds:
-                folder = options.runs / name / str(budget)
                 lrs = options.lrs or first_lrs(ROWS[name], budget, cells)
-                cells[str(budget)] = cell(ROWS[name], budget, folder, options.seeds, runtimes, lrs)
-            options.output.write_text(json.dumps(found, indent=1))
-            figures.draw_leaderboard(found["cells"], found["machine"], options.output.with_suffix(".svg"))
-            if options.markdown:
-                options.markdown.write_text("\n".join(table(found)) + "\n")
+                config = config_of(ROWS[name], budget, task)
+                cells[str(budget)] = cell(ROWS[name], config, runs / name / str(budget), options.seeds, runtimes, lrs)
+            write(options, task, found)
             print(json.dumps({"row": name, "budget": budget, **cells[str(budget)]}), flush=True)
 
 

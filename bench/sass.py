@@ -18,6 +18,7 @@ GPUS = {  # NVIDIA's data sheets of the SXM boards: multiprocessors, boost clock
     "H100": (132, 1.755e9, 3.35e12),
     "H200": (132, 1.755e9, 4.8e12),
 }
+ELEMENTS = (1024, 4096)  # of a program, beside those of runs
 LANES, WARPS, REGISTERS = 128, 64, 16384  # threads' instructions a clock, warps of an SM, registers of a fourth of it
 
 
@@ -44,17 +45,30 @@ def limits(slots: float, nbytes: int) -> dict[str, dict[str, float]]:
     }
 
 
+def counted(*options: str) -> list[dict]:
+    """What tests/kernels/aot.py reports of the kernels for sm_90."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, ROOT / "tests" / "kernels" / "aot.py", "sm_90", *options]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env | {"PYTHONPATH": str(ROOT)}, check=True)
+    return json.loads(run.stdout)["reports"]
+
+
+def _figures(kernel: dict) -> dict:
+    spilled = {"spills": kernel["spills"]} if kernel["spills"] else {}
+    row = {"slots": round(kernel["slots"], 1), "registers": kernel["registers"]}
+    return row | {"occupancy": occupancy(kernel["registers"])} | spilled
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     output = parser.parse_args().output
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, ROOT / "tests" / "kernels" / "aot.py", "sm_90"]
-    run = subprocess.run(command, capture_output=True, text=True, env=env | {"PYTHONPATH": str(ROOT)}, check=True)
+    others = {n: {kernel["variant"]: kernel for kernel in counted("--elements", str(n))} for n in ELEMENTS}
     rows = []
-    for kernel in json.loads(run.stdout)["reports"]:
-        row = {"kernel": kernel["variant"], "slots": round(kernel["slots"], 1), "registers": kernel["registers"]}
-        row["occupancy"] = occupancy(kernel["registers"])
+    for kernel in counted():
+        name = kernel["variant"]
+        row = {"kernel": name} | _figures(kernel)
+        row |= {f"programs_of_{n}": _figures(others[n][name]) for n in ELEMENTS if name in others[n]}
         if kernel["read"] is not None:
             row["limits"] = limits(kernel["slots"], kernel["read"] + kernel["written"])
         rows.append(row)

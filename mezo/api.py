@@ -370,7 +370,8 @@ def evaluate(config: Config, adapter: Path | None, examples: bool = False) -> di
         raise UserError("--engine-arg node_rank: only mezo train runs on several machines; use one, or --runtime hf")
     with loaded(config, adapter=str(adapter or "")) as (runtime, splits, _):
         if adapter is not None:
-            check_base(adapter, config.model.base, head, runtime.spec.base)
+            trusted = config.model.trust_remote_code
+            check_base(adapter, config.model.base, head, runtime.spec.base, trusted)
             runtime.load(load_adapter(adapter, runtime.spec.shapes))
             runtime.prove_adapter()
         elif head == "classification":  # the checkpoint's own
@@ -537,7 +538,8 @@ def _runtime(
 
 def _same_run(logged: dict, now: dict, path: str) -> None:
     same = ("run_seed", "data_hash", "reward_hash", "rule", "dtype", "quantization", "peft", "shapes", "frozen")
-    for key in (*same, "model_hash"):
+    code = ("code_hash",) if "code_hash" in logged else ()  # older programs wrote none
+    for key in (*same, "model_hash", *code):
         a, b = logged.get(key), now.get(key)
         if key in ("shapes", "frozen"):
             a, b = ({name: tuple(shape) for name, shape in shapes.items()} for shapes in (a or {}, b or {}))

@@ -61,15 +61,18 @@ class Run:
             return rebuild(self.path)[0]
         return read_adapter(self._directory.adapter)
 
-    def save(self, output_dir: str | Path, format: str = "peft", dtype: str = "auto") -> Path:
+    def save(
+        self, output_dir: str | Path, format: str = "peft", dtype: str = "auto", trust_remote_code: bool = False
+    ) -> Path:
         """Write what it kept for others, as `mezo export` does.
 
         Args:
             output_dir: directory to create.
             format: "peft", "sglang" or "merged".
             dtype: of a merged model.
+            trust_remote_code: run the code that the base brings.
         """
-        export(str(self.path), str(output_dir), format, dtype)
+        export(str(self.path), str(output_dir), format, dtype, trust_remote_code)
         return Path(output_dir)
 
     def replay(self, output_dir: str | Path, until: str | int = "best") -> int:

@@ -20,6 +20,8 @@ class Options:
     the model that --tuning full trained."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the merged model; auto is that of the base checkpoint."""
+    trust_remote_code: bool = False
+    """Run the code that the base brings, with your rights."""
 
 
 def main(argv: list[str]) -> int:
@@ -28,6 +30,6 @@ def main(argv: list[str]) -> int:
     starting()
     from mezo.run.export import export
 
-    export(options.run, options.output_dir, options.format, options.dtype)
+    export(options.run, options.output_dir, options.format, options.dtype, options.trust_remote_code)
     print(f"exported {options.run} to {options.output_dir}")
     return 0

@@ -72,17 +72,20 @@ class Sketch:
 
         The first is that of the mean row; the others are the principal directions of what is left of X without it, the
         largest first. Rows share their mean, so a random direction moves all of them alike and by far more than it
-        moves them apart; here it has one direction of r.
+        moves them apart; here it has one direction of r. Rows whose mean is zero have principal directions alone.
 
         Returns:
             (r, n) float32; None where X has fewer directions.
         """
         x = torch.cat(self.held)
-        mean = (self.sum / self.sum.norm()).float()[None]
-        s, v = _decomposed(x - (x @ mean.T) * mean)
-        if int((s > LEAST * x.norm()).sum()) < self.r - 1:
+        length = self.sum.norm()
+        # |sum of the rows| <= sqrt(rows) |X|: what is far below it is what rounding left of a mean of zero
+        mean = (self.sum / length).float()[None][: int(length > LEAST * self.rows**0.5 * x.norm())]
+        s, v = _decomposed(x - (x @ mean.T) @ mean)
+        others = self.r - len(mean)
+        if int((s > LEAST * x.norm()).sum()) < others:
             return None
-        vectors = torch.cat([mean, v[: self.r - 1]])
+        vectors = torch.cat([mean, v[:others]])
         return (vectors / (x @ vectors.T).square().sum(0).div(self.rows).sqrt()[:, None]).contiguous()
 
 

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from mezo.atomic import replacing
 from mezo.config import Full
 from mezo.errors import UserError
-from mezo.models.load import Checkpoint, load_base, load_tokenizer, weights_hash
+from mezo.models.load import Checkpoint, code_hash, load_base, load_tokenizer, weights_hash
 from mezo.models.tuning import Attached, Base
 from mezo_kernels import ParamLayout, perturb_
 
@@ -53,19 +53,20 @@ def write_parameters(theta: dict[str, torch.Tensor], model: str, dtype: str, dir
     save_model(base, model, directory)
 
 
-def save_model(model: nn.Module, source: str, directory: Path) -> None:
+def save_model(model: nn.Module, source: str, directory: Path, trusted: bool = False) -> None:
     """Write a model and its tokenizer as `from_pretrained` takes them, whole or not at all.
 
     Args:
         model: of transformers.
         source: path or hub id whose tokenizer is written beside it.
         directory: created; a model that is there already gives way once the new one is on the disk.
+        trusted: code that the tokenizer brings is run.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with replacing(directory, old=True) as part:
         with _without_bars(), _valid_generation_config(model):
             model.save_pretrained(part)
-        load_tokenizer(source).save_pretrained(part)
+        load_tokenizer(source, trusted).save_pretrained(part)
 
 
 @contextmanager
@@ -110,6 +111,9 @@ def attach(tuning: Full, base: Base) -> Attached:
     if base.checkpoint.quantised:
         how = base.checkpoint.quantised
         why = f"it is quantised ({how}), and a step changes weights by less than they are rounded to"
+        raise UserError(f"--tuning full: {base.checkpoint.name}: {why}; use --tuning lora")
+    if code_hash(base.model):
+        why = "it comes with code of its own, without which what a run leaves could not be loaded"
         raise UserError(f"--tuning full: {base.checkpoint.name}: {why}; use --tuning lora")
     if base.checkpoint.reads_images:
         why = "it has layers for images, which text would move at random"

@@ -1,6 +1,7 @@
 """Base models and tokenizers from transformers."""
 
 import hashlib
+import sys
 import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from mezo.errors import UserError
 from mezo.models.attention import ATTENTION
@@ -196,7 +199,7 @@ def load_with_new(
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         # ImportError: a quantised checkpoint without its library; RuntimeError: weights of other shapes
-        raise _unloadable(checkpoint.name, error) from error
+        raise _unloadable(checkpoint.name, error, checkpoint.quantised) from error
     if base._hf_peft_config_loaded:  # of a hub id, whose files are not looked at before
         raise _two_in_one(checkpoint.name)
     lacking = {*seen["missing_keys"], *(name for name, *_ in seen["mismatched_keys"])}
@@ -258,9 +261,24 @@ def _attention(model: type, config: PretrainedConfig) -> str | None:
     return ATTENTION if model._supports_attention_backend and model._supports_sdpa else None
 
 
-def checkpoint_hash(model: str, dtype: str, head: str = "model", quantization: str = NONE) -> str:
+def code_hash(model: nn.Module) -> str:
+    """SHA-256 over names and bytes of the Python files of a model that brings code of its own; "" of any other."""
+    module = type(model).__module__
+    if not module.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
+        return ""
+    main = Path(sys.modules[module].__file__)
+    files = {main, *map(Path, get_relative_import_files(main))}
+    digest = hashlib.sha256()
+    for name, file in sorted((file.relative_to(main.parent).as_posix(), file) for file in files):
+        digest.update(f"{name} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def checkpoint_hash(
+    model: str, dtype: str, head: str = "model", quantization: str = NONE, trusted: bool = False
+) -> str:
     """`base_hash` of a path or hub id loaded in a dtype with a head and in a format that options name."""
-    checkpoint, device = Checkpoint.of(model, head, quantization), quantising_device(quantization)
+    checkpoint, device = Checkpoint.of(model, head, quantization, trusted), quantising_device(quantization)
     return base_hash(*load_with_new(checkpoint, getattr(torch, dtype), device=device), head)
 
 
@@ -309,7 +327,7 @@ def _two_in_one(model: str) -> UserError:
     )
 
 
-def _unloadable(model: str, error: Exception) -> UserError:
+def _unloadable(model: str, error: Exception, quantised: str | None = None) -> UserError:
     if "custom code" in str(error):
         return UserError(
             f"--model {model}: it comes with code of its own: give --trust-remote-code if you trust that, or use a"
@@ -322,6 +340,11 @@ def _unloadable(model: str, error: Exception) -> UserError:
         )
     if isinstance(error, SafetensorError):
         return UserError(f"--model {model}: a file of its weights is damaged ({_first_line(error)}): fetch it again")
+    if quantised and not isinstance(error, OSError):
+        return UserError(
+            f"--model {model}: its weights are quantised ({quantised}), and transformers does not load them here"
+            f" ({_first_line(error)}): use the model in floats with --quantization int8, or as a GGUF file"
+        )
     return UserError(f"--model {model}: it could not be loaded ({_first_line(error)})")
 
 

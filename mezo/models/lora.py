@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from mezo.config.model import Adapted, pattern_of
 from mezo.errors import UserError
 from mezo.models.head import module_named
+from mezo.models.quantization import is_foreign, is_quantised, quantised_by
 from mezo.models.tuning import Attached, Base
 from mezo.progress import say
 from mezo_kernels import canonical_name, lora_init
@@ -52,8 +53,9 @@ def attach(tuning: Adapted, base: Base) -> Attached:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out")  # each module has what is right for it
             model = get_peft_model(base.model, lora, autocast_adapter_dtype=False).eval()
-    except ValueError as error:  # modules that PEFT knows to be read without being called
-        why = " ".join(str(error).split())
+    except ValueError as error:
+        _refuse_foreign(base, targets, error)
+        why = " ".join(str(error).split())  # of modules that PEFT knows to be read without being called
         raise UserError(f"--target-modules: {why} Leave it out, or use {ALL_LINEAR}") from error
     params = {canonical_name(name): p for name, p in model.named_parameters() if ".lora_" in name}
     whole = {n.replace(SAVED, "."): p for n, p in model.named_parameters() if SAVED in n}  # as PEFT's state dict has it
@@ -70,6 +72,18 @@ def attach(tuning: Adapted, base: Base) -> Attached:
         _beginning(params, whole, base) if base.checkpoint.head == "classification" else None,
         above=frozenset(whole),
     )
+
+
+def _refuse_foreign(base: Base, targets: Iterable[str], error: ValueError) -> None:
+    """Raise UserError if some of the targets are layers of a library that PEFT has no LoRA for."""
+    named = [m for n, m in base.model.named_modules() if any(_matches(n, target) for target in targets)]
+    foreign = sorted({type(module).__name__ for module in named if is_foreign(module)})
+    if foreign and is_quantised(base.model):
+        held = quantised_by(base.model.config)
+        raise UserError(
+            f"--model {base.checkpoint.name}: its weights are quantised ({held}), in layers of {', '.join(foreign)},"
+            " beside which PEFT has no LoRA: use the model in floats with --quantization int8, or as a GGUF file"
+        ) from error
 
 
 def _beginning(
@@ -222,8 +236,9 @@ def _linear_modules(base: Base, layers: list[int], adaptable_head: bool) -> list
     inside = {id(module) for part in within for module in part.modules()}
     inside -= {id(module) for name in base.whole for module in module_named(base.model, name).modules()}
     head = _head_name(base)
+    others = is_foreign if is_quantised(base.model) else lambda module: False
     adaptable = lambda name, module: (  # noqa: E731
-        isinstance(module, (nn.Linear, Conv1D)) and id(module) in inside and name != head
+        (isinstance(module, (nn.Linear, Conv1D)) or others(module)) and id(module) in inside and name != head
     )
     names = [name for name, module in base.model.named_modules() if adaptable(name, module)]
     return names + ([head] if adaptable_head and head and base.model.get_submodule(head) is base.head else [])

@@ -1,5 +1,6 @@
 """A model to hand on: an adapter merged into its base model, or a trained model in another dtype."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def merge(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     quantization: str = NONE,
     quantised_in: str = "float32",
+    trusted: bool = False,
 ) -> None:
     """Write base + (lora_alpha / r) B A as a transformers model: added in float32 and cast once.
 
@@ -36,19 +38,21 @@ def merge(
         shapes: of the adapter's tensors by canonical name, which say how many classes there are.
         quantization: what the adapter's base was quantised to: the result has what these weights mean, as floats.
         quantised_in: dtype of all else of that base, which scales are rounded to.
+        trusted: code that the base brings is run.
     """
-    checkpoint = Checkpoint.of(model, head, quantization)
+    checkpoint = Checkpoint.of(model, head, quantization, trusted)
     loaded = torch.float32 if quantization == NONE else getattr(torch, quantised_in)
     base = load_base(checkpoint, loaded, device=quantising_device(quantization))
     if is_quantised(base):
         base = dequantise(base).cpu()
-    wanted = load_base(Checkpoint.of(model, head), "auto").dtype if dtype == "auto" else getattr(torch, dtype)
+    plain = dataclasses.replace(checkpoint, quantization=NONE)
+    wanted = load_base(plain, "auto").dtype if dtype == "auto" else getattr(torch, dtype)
     own = {f"base_model.model.{name}": tuple(p.shape) for name, p in base.named_parameters()}
     others = {shape[0] for name, shape in (shapes or {}).items() if name in own and own[name] != shape}
     if others:  # the head of the base has other classes
         base = load_base(checkpoint, torch.float32, min(others))
     merged = _untied(PeftModel.from_pretrained(base, str(adapter))).merge_and_unload()
-    save_model(merged.to(wanted), model, output_dir)
+    save_model(merged.to(wanted), model, output_dir, trusted)
 
 
 def cast(model: Path, base: str, output_dir: Path, dtype: str = "auto") -> None:

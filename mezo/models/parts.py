@@ -11,7 +11,7 @@ from mezo.models import full, lora, lora_b, lora_xs, prefix
 from mezo.models.attention import Prefix
 from mezo.models.families import Family, why_kv_depends
 from mezo.models.head import add_linear_head, check_encoder, is_encoder, some_logits, trained_whole
-from mezo.models.load import Checkpoint, base_hash, load_with_new
+from mezo.models.load import Checkpoint, base_hash, code_hash, load_with_new
 from mezo.models.spec import LINEAR_HEAD, TrainedSpec
 from mezo.models.tuning import Attached, Base
 from mezo.progress import say
@@ -140,7 +140,8 @@ def load_parts(
     )
     shapes, frozen = ({name: tuple(p.shape) for name, p in part.items()} for part in (params, attached.frozen))
     name, quantization, dtype_name = checkpoint.name, checkpoint.quantization, str(dtype).split(".")[1]
-    return parts, TrainedSpec(attached.peft, shapes, name, sha256, dtype_name, frozen, quantization)
+    code = code_hash(base.model)
+    return parts, TrainedSpec(attached.peft, shapes, name, sha256, dtype_name, frozen, quantization, code)
 
 
 def _lowest_trained(base: Base, attached: Attached) -> int:

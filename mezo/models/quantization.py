@@ -162,6 +162,16 @@ def is_packed(module: nn.Module) -> bool:
     return type(module) is not nn.Linear or type(module.weight.data) is not torch.Tensor
 
 
+def is_foreign(module: nn.Module) -> bool:
+    """Whether a module is what a library has in the place of a linear layer, of no class of torch's.
+
+    Args:
+        module: of a quantised model.
+    """
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return not isinstance(module, nn.Linear) and all(isinstance(size, int) for size in sizes)
+
+
 def settle(model: nn.Module, quantization: str, dtype: torch.dtype) -> None:
     """See to it that a model that was just loaded is quantised, and that float32 means float32.
 
@@ -189,6 +199,8 @@ def dequantise(model: nn.Module) -> nn.Module:
         UserError: see `plain_weight`.
     """
     for name, module in list(model.named_modules()):
+        if is_foreign(module):
+            raise UserError(f"layers of {type(module).__name__} cannot be written as floats: use --format peft")
         if not is_packed(module):
             continue
         weight = plain_weight(module).float()

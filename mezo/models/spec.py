@@ -25,6 +25,7 @@ class TrainedSpec:
         frozen: full shape of each tensor that belongs to the adapter and stays as it was at the start of the run.
         quantization: what the base's linear layers are quantised to, as --quantization names it, or `ENGINE` and what
             the engine calls it; "none" if the weights are those of the checkpoint.
+        code_hash: SHA-256 of the code that the base brings, "" if it is of transformers' own.
     """
 
     peft: dict | None
@@ -34,6 +35,7 @@ class TrainedSpec:
     dtype: str
     frozen: dict[str, tuple[int, ...]] = field(default_factory=dict)
     quantization: str = NONE
+    code_hash: str = ""
 
     def logged(self) -> dict[str, object]:
         """Its fields as the header of a log has them: the later ones where they say something."""
@@ -42,9 +44,10 @@ class TrainedSpec:
 
     @property
     def base(self) -> dict[str, str]:
-        """What tells the base from others: its hash, dtype, and what it is quantised to, if it is."""
+        """What tells the base from others: its hash, dtype, and what it is quantised to and its own code, if any."""
         packed = {} if self.quantization == NONE else {"quantization": self.quantization}
-        return {"model_hash": self.model_hash, "dtype": self.dtype} | packed
+        code = {"code_hash": self.code_hash} if self.code_hash else {}
+        return {"model_hash": self.model_hash, "dtype": self.dtype} | packed | code
 
     @property
     def adapter(self) -> dict[str, tuple[int, ...]]:

@@ -12,14 +12,19 @@ LEFT_OUT = {"seed", "output_dir", "report", "noise"}
 """Options in which the runs of one row may differ, beside those that a resumed run may have otherwise."""
 
 
-def rows_scored(config: Config) -> int:
+def rows_scored(config: Config, trained_on: int | None = None) -> int:
     """Rows that the forward passes of a run score in training, of examples with one row each, and calibrate with.
+
+    Args:
+        config: the run's.
+        trained_on: examples of its training set; None: no fewer than it calibrates with at most.
 
     >>> rows_scored(Config.of(model="m", output_dir="o", task="sst2", batch_size=32, directions=8, steps=100))
     6400
     """
     method, tuning = config.method, config.model.tuning
     calibrated = tuning.calibration_examples if getattr(tuning, "lora_a", "") == "calibrated" else 0
+    calibrated = calibrated if trained_on is None else min(calibrated, trained_on)
     return calibrated + method.steps * method.batch_size * method.rule.passes(method.num_perturbations)
 
 
@@ -56,7 +61,7 @@ def _row(options: dict, members: list, differing: set[str]) -> dict:
     values["dev_auc"] = [found[0] for found in dev if found]
     row = {
         "options": {name: value for name, value in options.items() if name in differing},
-        "rows": rows_scored(config),
+        "rows": rows_scored(config, members[0][1].get("examples", {}).get("train")),
         "steps": config.method.steps,
         "seeds": sorted(config.method.seed for config, _, _ in members),
         "seconds": statistics.mean(result["seconds_training"] for _, result, _ in members),

@@ -181,10 +181,12 @@ def quantised_here(base: dict) -> str:
 
 def base_in(first_line: dict) -> dict:
     """`TrainedSpec.base` of a header, or of a file with more beside it."""
-    return {key: first_line[key] for key in ("model_hash", "dtype", "quantization") if key in first_line}
+    return {key: first_line[key] for key in ("model_hash", "dtype", "quantization", "code_hash") if key in first_line}
 
 
-def check_base(adapter: Path, model: str, head: str = "model", loaded: dict | None = None) -> None:
+def check_base(
+    adapter: Path, model: str, head: str = "model", loaded: dict | None = None, trusted: bool = False
+) -> None:
     """Raise UserError if an adapter was trained on other weights than those of a model; one made elsewhere passes.
 
     Args:
@@ -192,13 +194,14 @@ def check_base(adapter: Path, model: str, head: str = "model", loaded: dict | No
         model: path or hub id of the base at hand.
         head: which it has, as `--head` names it.
         loaded: `TrainedSpec.base` of the model as it is loaded, if it is.
+        trusted: code that it brings is run.
     """
     known = base_of(adapter)
     if known is None:
         return
     packed = quantised_here(known)
     if loaded is None or (loaded["dtype"], quantised_here(loaded)) != (known["dtype"], packed):
-        sha256 = checkpoint_hash(model, known["dtype"], head, packed)
+        sha256 = checkpoint_hash(model, known["dtype"], head, packed, trusted)
     else:
         sha256 = loaded["model_hash"]
     if sha256 != known["model_hash"]:

@@ -22,7 +22,7 @@ from mezo.run.adapter import (
 from mezo.run.directory import RunDirectory
 
 
-def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -> None:
+def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto", trusted: bool = False) -> None:
     """Write what a run kept for others to use.
 
     Args:
@@ -32,6 +32,7 @@ def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -
             trained ones; "merged", the base model with the adapter added in float32 and cast once, or the model that
             was trained as a whole.
         dtype: of the merged model; auto is that of the base checkpoint.
+        trusted: code that the base brings is run.
     """
     refuse_output(output_dir)
     if (model := RunDirectory(Path(run)).model).is_dir():
@@ -49,15 +50,15 @@ def export(run: str, output_dir: str, form: str = "peft", dtype: str = "auto") -
     if form == "sglang" and (peft.get("rank_pattern") or peft.get("alpha_pattern")):
         raise UserError("--format sglang: the adapter has ranks or scales of single modules; use peft or merged")
     if form == "merged":
-        check_base(adapter, model, head)
+        check_base(adapter, model, head, trusted=trusted)
         check_weights(adapter / WEIGHTS)
         base = base_of(adapter) or {"dtype": "float32"}
         packed = quantised_here(base), base["dtype"]
-        merge(model, adapter, Path(output_dir), dtype, head, shapes_in(adapter / WEIGHTS), *packed)
+        merge(model, adapter, Path(output_dir), dtype, head, shapes_in(adapter / WEIGHTS), *packed, trusted)
         return
     tensors = read_adapter(adapter)
     if form == "sglang":
-        tensors = complete_stacks(Checkpoint.of(model).config, tensors)
+        tensors = complete_stacks(Checkpoint.of(model, trusted=trusted).config, tensors)
         peft = complete_fields(peft, tensors)
     save_adapter(Path(output_dir), peft, tensors, base_of(adapter))
 

@@ -59,7 +59,8 @@ def starting_file(config: Config, runtime: Runtime) -> Path | bytes | None:
     """
     tuning = config.model.tuning
     if tuning.adapter:
-        check_base(Path(tuning.adapter), config.model.base, tuning.head, runtime.spec.base)
+        trusted = config.model.trust_remote_code
+        check_base(Path(tuning.adapter), config.model.base, tuning.head, runtime.spec.base, trusted)
         return Path(tuning.adapter) / WEIGHTS
     if not tuning.from_model and tuning.head != "classification":
         return None

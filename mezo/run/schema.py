@@ -142,6 +142,7 @@ class Header(_Fields):
     model_hash: Text
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")]
     quantization: Text = NONE
+    code_hash: Hash | None = None
 
     @validates(mode="after")
     def _has_one_rank(self) -> "Header":

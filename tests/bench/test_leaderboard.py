@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import leaderboard
 import pytest
+from leaderboard_text import reached
 
 from mezo.config import Config
 from mezo.run import logbook
@@ -63,10 +64,35 @@ def test_a_table_is_made_in_parts_of_what_its_runs_measured(make, tmp_path):
     assert {mezo["lr"] / 2, mezo["lr"]} <= set(map(float, again["mezo"]["256"]["dev_loss_by_lr"]))
 
 
+def test_a_further_task_has_a_file_of_its_own_and_a_part_of_the_table(make, tmp_path, monkeypatch):
+    def written(output_dir, kind):
+        asked.append(kind)
+        return {split: write_jsonl(tmp_path / f"{kind}-{split}.jsonl", 16, 5) for split in ("train", "dev", "test")}
+
+    asked = []
+    monkeypatch.setattr(leaderboard.assets, "write_demo_data", written)
+    words = replace(leaderboard.TASKS["tweet"], label_words=(" terrible", " great"))  # which the tiny tokenizer knows
+    monkeypatch.setitem(leaderboard.TASKS, "tweet", words)
+    monkeypatch.setattr(leaderboard, "FEWER", ("directions-8", "mezo"))
+    make("--rows", "mezo")
+    assert not asked
+    films, table = make("--task", "tweet", "--budgets", "64", "128")
+    tweets = json.loads((tmp_path / "out-tweet.json").read_text())["cells"]
+    assert list(films) == ["mezo"]
+    assert set(asked) == {"tweet"}
+    assert {name: list(own) for name, own in tweets.items()} == {n: ["64", "128"] for n in ("directions-8", "mezo")}
+    run = RunDirectory(tmp_path / f"runs/tweet/mezo/128/seed-1-lr-{tweets['mezo']['128']['lr']:g}")
+    assert run.read_config().data.prompt == leaderboard.TASKS["tweet"].prompt
+    part = table[table.index("## Tweets: 64 and 128 scored rows") : table.index("## 128 scored rows")]
+    accuracy = 100 * tweets["mezo"]["64"]["accuracy"]["mean"]
+    assert f"| {ROWS['mezo'].title} | 2 | {accuracy:.1f} (" in part
+    assert (tmp_path / "out-tweet.svg").exists()
+
+
 def test_the_first_budget_that_reaches_the_demo_is_named(make):
     def found(auc):
         return {"title": "a row", "dev_auc": {"mean": auc}, "rows": 10, "steps": 5, "seconds": {"mean": 2.0}}
 
     cells = {"mezo": {"100": found(0.8), "200": found(0.92), "400": found(0.95)}, "adamw": {"100": found(0.9)}}
-    assert list(leaderboard.reached(cells)) == ["mezo"]
-    assert leaderboard.reached(cells)["mezo"] == cells["mezo"]["200"]
+    assert list(reached(cells)) == ["mezo"]
+    assert reached(cells)["mezo"] == cells["mezo"]["200"]

@@ -1,14 +1,17 @@
 """Compiles every kernel ahead of time, without a GPU, and reports what the compiler made of it as JSON.
 
 Run as a script, without TRITON_INTERPRET: `python tests/kernels/aot.py [TARGET ...] > report.json`; all targets where
-none is named. The ops are called as always, on CPU tensors, under a driver that names a target and a launch that stops
+none is named. With `--elements 4096` programs are of that many elements, and those of the flat kernels alone are
+counted. The ops are called as always, on CPU tensors, under a driver that names a target and a launch that stops
 after compiling: signatures, alignments and constants are those of a real run. Counts of NVIDIA code are of the machine
 code (SASS), of AMD code of the assembly.
 """
 
+import argparse
 import concurrent.futures
 import functools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -25,7 +28,8 @@ from triton.runtime.jit import JITFunction
 import mezo_kernels as mk
 from mezo_kernels import dispatch, rules
 from mezo_kernels import triton as ops
-from mezo_kernels.triton.table import BLOCK_SIZE, LAUNCH
+from mezo_kernels.triton import table
+from mezo_kernels.triton.table import LAUNCH
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -163,7 +167,7 @@ def _nvidia(kernel) -> dict:
         "registers": resources["REG"],
         "stack": resources["STACK"] + resources["LOCAL"],
         "spills": sum(op.startswith(("LDL", "STL")) for _, op, _ in code),
-        "slots": (sum(opcodes.values()) - decays) / (BLOCK_SIZE / lanes),
+        "slots": (sum(opcodes.values()) - decays) / (table.BLOCK_SIZE / lanes),
         "decays": decays,
         "loads": _widths(opcodes, "LDG"),
         "stores": _widths(opcodes, "STG"),
@@ -222,7 +226,7 @@ def _amd(kernel) -> dict:
         "stack": metadata("private_segment_fixed_size"),
         "spills": metadata("vgpr_spill_count") + sum(op.startswith("scratch_") * n for op, n in opcodes.items()),
         "slots": sum(n for op, n in opcodes.items() if op.startswith(("v_", "s_", "ds_", "global_", "buffer_")))
-        / (BLOCK_SIZE / lanes),
+        / (table.BLOCK_SIZE / lanes),
         "loads": widths("load"),
         "stores": widths("store"),
         "lanes": lanes,
@@ -264,13 +268,24 @@ def kernels_of_ops() -> dict[str, list[str]]:
     return found
 
 
-def main(targets: list[str]) -> None:
-    jobs = [(target, variant) for target in targets or TARGETS for variant in VARIANTS]
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-        reports = list(pool.map(compile_variant, *zip(*jobs, strict=True)))
-    found = {"reports": reports, "variants_of_a_run": variants_of_a_run(), "kernels_of_ops": kernels_of_ops()}
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; all where none is named"
+    )
+    parser.add_argument("--elements", type=int, help="of a program, in place of what runs have; of flat kernels alone")
+    options = parser.parse_args()
+    variants = list(VARIANTS)
+    if options.elements:
+        table.BLOCK_SIZE = options.elements  # processes that are forked have it too
+        variants = [name for name, (_, read, _) in VARIANTS.items() if read]
+    jobs = [(target, variant) for target in options.targets or TARGETS for variant in variants]
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("fork")) as pool:
+        found = {"reports": list(pool.map(compile_variant, *zip(*jobs, strict=True)))}
+    if not options.elements:
+        found |= {"variants_of_a_run": variants_of_a_run(), "kernels_of_ops": kernels_of_ops()}
     json.dump(found, sys.stdout, indent=1)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

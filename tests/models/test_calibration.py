@@ -66,6 +66,16 @@ def test_fewer_directions_than_wanted_are_none():
     assert sketch.even().shape == (3, 4)
 
 
+@pytest.mark.parametrize("r", [1, 2])
+def test_rows_without_a_mean_have_principal_directions_alone(r):
+    x, sketch = torch.tensor([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), Sketch(r)
+    sketch.add(torch.cat([x, -x]))
+    assert torch.allclose(sketch.even(), torch.tensor([[2**0.5 / 3, 0.0, 0.0], [0.0, 2**0.5 / 2, 0.0]])[:r])
+    nothing = Sketch(r)
+    nothing.add(torch.zeros(4, 3))
+    assert nothing.even() is None
+
+
 def test_outputs_are_without_their_bias_and_hooks_are_gone():
     layer, x = nn.Linear(6, 5), decaying(40, 6)
     nn.init.constant_(layer.bias, 100.0)

@@ -205,7 +205,9 @@ def pin(monkeypatch, name, content):
 
 def test_demo_data_from_the_sdist_to_the_files(tmp_path, monkeypatch):
     lines = "".join(f"{i}\t{(-1) ** i * 1.5}\tsentence number {i}\r\n" for i in range(1600))
-    pin(monkeypatch, "SENTENCES", tar_bytes({assets._ARCHIVE: tar_bytes({assets._RATINGS: lines.encode()}), "x": b"x"}))
+    tweets = lines.replace("sentence", "tweet")
+    files = {assets._RATINGS["movie"]: lines.encode(), assets._RATINGS["tweet"]: tweets.encode()}
+    pin(monkeypatch, "SENTENCES", tar_bytes({assets._ARCHIVE: tar_bytes(files), "x": b"x"}))
     paths = assets.write_demo_data(tmp_path / "data", cache_dir=tmp_path / "cache")
     rows = {split: [json.loads(line) for line in path.read_text().splitlines()] for split, path in paths.items()}
     assert {split: len(split_rows) for split, split_rows in rows.items()} == {"train": 512, "dev": 400, "test": 500}
@@ -215,6 +217,8 @@ def test_demo_data_from_the_sdist_to_the_files(tmp_path, monkeypatch):
     written = {split: path.read_bytes() for split, path in paths.items()}
     assets.write_demo_data(tmp_path / "data", cache_dir=tmp_path / "cache")
     assert written == {split: path.read_bytes() for split, path in paths.items()}
+    others = assets.write_demo_data(tmp_path / "tweets", cache_dir=tmp_path / "cache", kind="tweet")
+    assert {json.loads(line)["text"].split()[0] for line in others["dev"].read_text().splitlines()} == {"tweet"}
 
 
 def test_model_comes_from_the_wheel(tmp_path, monkeypatch):

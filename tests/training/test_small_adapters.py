@@ -13,6 +13,7 @@ from mezo.api import evaluate_target, replay, resume, train
 from mezo.config import Config
 from mezo.errors import UserError
 from mezo.models.load import load_tokenizer
+from mezo.report.leaderboard import leaderboard, rows_scored
 from mezo.run import outcome
 from mezo.run.adapter import THETA, WEIGHTS, as_lora, read_adapter, same_bits
 from mezo.run.directory import RunDirectory
@@ -163,6 +164,14 @@ def test_a_calibrated_adapter_is_peft_s(calibrated):
     assert result["test"]["after"]["loss"] != pytest.approx(result["test"]["before"]["loss"], abs=1e-3)
     scored = evaluate_target({}, Path(calibrated.machine.output_dir))
     assert scored["test"]["loss"] == pytest.approx(result["test"]["after"]["loss"], abs=1e-5)
+
+
+def test_a_leaderboard_counts_what_a_run_calibrated_with(calibrated):
+    train(calibrated)
+    (row,) = leaderboard([calibrated.machine.output_dir])
+    assert row["rows"] == 48 + 12 * 2 * calibrated.method.batch_size, "48 examples, fewer than the 256 at most"
+    fewer = calibrated.replace(calibration_examples=10)
+    assert rows_scored(fewer, 48) == rows_scored(fewer) == 10 + 12 * 2 * calibrated.method.batch_size
 
 
 def test_replay_needs_no_model(config, tmp_path):

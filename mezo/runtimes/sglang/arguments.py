@@ -33,7 +33,7 @@ OWN = {  # arguments that an option of ours decides
     "model_path": "--model", "model": "--model", "tp_size": "--tp", "tp": "--tp", "dtype": "--dtype",
     "disable_radix_cache": "--radix off", "enable_deterministic_inference": "--deterministic",
     "lora_paths": "--r, --target-modules", "max_lora_rank": "--r", "lora_target_modules": "--target-modules",
-    "enable_lora": "--r", "device": "the machine", "random_seed": "--seed",
+    "trust_remote_code": "--trust-remote-code", "enable_lora": "--r", "device": "the machine", "random_seed": "--seed",
     "disable_cuda_graph": "--engine-graphs", "disable_decode_cuda_graph": "--engine-graphs",
     "disable_prefill_cuda_graph": "--engine-graphs",
 }  # fmt: skip

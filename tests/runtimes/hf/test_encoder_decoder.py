@@ -7,6 +7,7 @@ from tokenizers.processors import TemplateProcessing
 from mezo.config import Config
 from mezo.data.example import Example
 from mezo.errors import UserError
+from mezo.models.calibration import Sketch
 from mezo.runtimes.hf.runtime import HFRuntime
 from mezo_kernels import lora_init
 from tests import tiny_families
@@ -14,6 +15,12 @@ from tests.runtimes.hf.test_runtime import ROUNDING, examples
 from tests.tiny_models import tokenizer
 
 NEW = 4
+T5, BART = "decoder.block.1.layer", "model.decoder.layers.1"
+READ = {
+    "t5": ("encoder.block.1.layer.0.SelfAttention.q", f"{T5}.0.SelfAttention.q", f"{T5}.1.EncDecAttention.v"),
+    "bart": ("model.encoder.layers.1.self_attn.q_proj", f"{BART}.self_attn.q_proj", f"{BART}.encoder_attn.v_proj"),
+}
+"""Adapted layers of the encoder, the decoder, and from one to the other."""
 SPECIAL = {"t5": ("$A </s>", (1,), (0,)), "bart": ("<s> $A </s>", (1,), (2, 3))}  # template, what follows, start
 
 
@@ -79,6 +86,26 @@ def test_texts_are_those_of_transformers(model):
             num_beams=1,
         )
         assert text == built.writing.tokenizer.decode(ids[0, len(start) :], skip_special_tokens=True).strip()
+
+
+def test_lora_a_is_calibrated_on_what_each_side_reads(model):
+    """Encoder layers on the prompts, those of the decoder on the options, attention across on the encoder's output."""
+    name, path = model
+    _, end, start = SPECIAL[name]
+    data = examples(6, several=True)
+    built = runtime(path, data, objective="lm_cross_entropy", tuning="lora-b", lora_a="calibrated", r=2)
+    found, base, seen = built.initial_theta(0), tiny_families.build(name), {module: [] for module in READ[name]}
+    for module, parts in seen.items():
+        base.get_submodule(module).register_forward_pre_hook(lambda _, args, parts=parts: parts.append(args[0][0]))
+    for prompt, option in ((e.prompt + end, option) for e in data for option in e.options):
+        with torch.no_grad():
+            base(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([start + option[:-1]]))
+    for module, parts in seen.items():
+        sketch = Sketch(2)
+        sketch.add(torch.cat(parts))
+        a = found[f"base_model.model.{module}.lora_A.weight"]
+        cosines = torch.nn.functional.cosine_similarity(a, sketch.even()).abs()
+        assert torch.allclose(cosines, torch.ones(2), atol=1e-4), module
 
 
 def test_a_decoder_without_a_start_and_a_prefix_are_refused(model, tmp_path):
