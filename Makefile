@@ -69,6 +69,9 @@ bench-sass: $(READY)  ## instructions, registers and limits of the kernels for a
 bench-host: $(READY)  ## CPU time of a step on 448 tensors before its kernel, step_ beside Plan; JSON under bench/results/
 	$(VENV)/bin/python bench/host.py --output $(RESULTS)/host.json
 
+bench-distributions: $(READY)  ## CPU time of perturb_ along normal and Rademacher z, beside a copy; JSON under bench/results/
+	$(VENV)/bin/python bench/distributions.py --output $(RESULTS)/distributions.json
+
 bench-waiting: $(READY)  ## a step whose threads spin or sleep where they wait, beside busy processes; JSON under bench/results/
 	$(VENV)/bin/python bench/waiting.py --output $(RESULTS)/waiting.json
 

@@ -79,6 +79,23 @@ def _pointer(typingctx, address):
     return kind, lambda context, builder, sig, args: builder.inttoptr(args[0], ir.IntType(8).as_pointer())
 
 
+@intrinsic
+def _store_signs(typingctx, address, word):
+    """Write 32 numbers of z, the bits of a word from the lowest on; vectors, since LLVM leaves such a loop scalar."""
+
+    def build(context, builder, sig, args):
+        vector = ir.VectorType(ir.IntType(32), 32)
+        of = lambda numbers: ir.Constant(vector, list(numbers))  # noqa: E731
+        one = builder.insert_element(ir.Constant(vector, ir.Undefined), args[1], ir.Constant(ir.IntType(32), 0))
+        words = builder.shuffle_vector(one, one, of([0] * 32))
+        signs = builder.and_(builder.shl(words, of(31 - k for k in range(32))), of([0x80000000] * 32))
+        place = builder.inttoptr(args[0], vector.as_pointer())
+        builder.store(builder.or_(signs, of([0x3F800000] * 32)), place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint32), build
+
+
 @njit(inline="always")
 def _philox(c0, c1, c2, c3, k0, k1):
     for _ in range(10):
@@ -218,9 +235,8 @@ def _draw(scratch, index, n_elements, tensor_id, stream, k0, k1):
         while j < n_elements:
             word = words[((i >> 5) & 3) * GROUPS + (i >> 7)]
             n = min(32 - (i & 31), n_elements - j)
-            if n == 32:  # a loop of known length is vectorised
-                for k in range(32):
-                    z[j + k] = _sign(word >> uint32(k))
+            if n == 32:
+                _store_signs(address + 4 * j, word)
             else:
                 for k in range(n):
                     z[j + k] = _sign(word >> uint32((i & 31) + k))
