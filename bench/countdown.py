@@ -3,8 +3,7 @@
 `population`: 32 directions at both signs write answers to the same Countdown puzzles (examples/countdown.py), in one
 batch of requests, and one copy after another through one adapter that is written anew, as public code for evolution
 strategies does. The engine, prompts and random numbers are the same, and so are the texts.
-`tiny`, `demo`: the dev reward of a run on sampled answers, of a tiny model that was taught the form of an answer with
-random signs, and of the demo's model.
+`demo`: the reward of a run on sampled answers of the demo's model.
 
 Run: make bench-countdown, or python bench/countdown.py --output bench/results/MACHINE/countdown.json
 """
@@ -168,7 +167,8 @@ TINY = {
     "num_perturbations": 8, "batch_size": 16, "lr": 0.01, "eps": 0.1,
 }  # fmt: skip
 DEMO = {
-    "num_perturbations": 8, "batch_size": 8, "tuning": "lora-xs", "r": 32, "lora_alpha": 32, "lr": 0.03, "eps": 0.02,
+    "num_perturbations": 8, "batch_size": 16, "tuning": "lora-xs", "r": 8, "lora_alpha": 8, "lora_a": "calibrated",
+    "lr": 0.25, "lr_schedule": "cosine", "eps": 0.3,
 }  # fmt: skip
 
 
@@ -176,17 +176,16 @@ def main() -> None:
     """Measure and write the JSON after every part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON to write, or to add parts to")
-    parser.add_argument("--parts", nargs="+", default=["population", "tiny", "demo"])
+    parser.add_argument("--parts", nargs="+", default=["population", "demo"])
     parser.add_argument("--prompts", nargs="+", type=int, default=[1, 4, 16], help="that a population answers at once")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=40, help="of the demo's model")
+    parser.add_argument("--steps", type=int, default=60, help="of the demo's model")
     args = parser.parse_args()
     found = json.loads(args.output.read_text()) if args.output.is_file() else {}
     fetched = str(assets.fetch_model())
     parts = {
         "population": lambda: population(args.prompts, args.rounds, DIRECTIONS, fetched, adapted()),
-        "tiny": lambda: learnt(tiny_model(Path(tempfile.mkdtemp())), 150, TINY, {"train": 64, "dev": 32, "test": 64}),
-        "demo": lambda: learnt(fetched, args.steps, adapted() | DEMO, {"train": 64, "dev": 32, "test": 64}),
+        "demo": lambda: learnt(fetched, args.steps, adapted() | DEMO, {"train": 96, "dev": 48, "test": 64}),
     }
     for name in args.parts:
         found |= {"machine": describe(), name: parts[name]()}

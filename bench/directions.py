@@ -95,14 +95,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
     parser.add_argument("--steps", type=int, default=500, help="of a run")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each number of directions")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each number of directions; 0: costs alone")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each number of directions that are timed")
     options = parser.parse_args()
     found = {"machine": describe(), "batch": BATCH, "cost": {}, "learnt": []}
     for layers in LAYERS:
         found["cost"][layers] = costs(layers, options.rounds)
         options.output.write_text(json.dumps(found, indent=1))
-    for row in learnt(options.steps, options.seeds):
+    for row in learnt(options.steps, options.seeds) if options.seeds else ():
         found["learnt"].append(row)
         options.output.write_text(json.dumps(found, indent=1))
         print(json.dumps(row))

@@ -123,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), help="of engines, in this order")
     parser.add_argument(
         "--layers", nargs="*", default=["all layers", "last layer"], help="that engines have adapters on"
     )
@@ -138,7 +139,8 @@ def main() -> None:
             config = demo_run(directions=BATCH, max_new_tokens=NEW, generate="on", **options)
             config = config.replace(runtime="sglang", output_dir=f"{folder}/run")
             rows = found["cpu_seconds"][layers] = {}
-            for name, (linear, without) in ROWS.items():
+            for name in args.rows:
+                linear, without = ROWS[name]
                 rows[name] = row(config, linear, without, args.rounds)
                 print(layers, name, json.dumps(rows[name]), flush=True)
                 args.output.write_text(json.dumps(found, indent=1) + "\n")

@@ -256,7 +256,9 @@ def write(options: argparse.Namespace, task: str, found: dict) -> None:
             for name in (FILMS, *TASKS)
             if (path := file_of(options.output, name)).exists()
         }
-        options.markdown.write_text("\n".join(page(made, ROWS, BUDGETS)) + "\n")
+        files = [options.output.with_name(f"{name}.json") for name in ("encoder_head", "reproduce_small")]
+        encoder = tuple(json.loads(path.read_text()) for path in files) if all(map(Path.exists, files)) else None
+        options.markdown.write_text("\n".join(page(made, ROWS, BUDGETS, encoder)) + "\n")
 
 
 def file_of(output: Path, task: str) -> Path:

@@ -68,6 +68,28 @@ def fetch_encoder() -> Path:
     return cached(root, f"minilm-l6-{ENCODER.sha256[:8]}", build)
 
 
+def config_of(
+    scratch: Path,
+    sample: Sample = Sample(),  # noqa: B008
+    model: Callable[[], str | Path] = fetch_encoder,
+    options: Mapping[str, Any] = MEZO,
+) -> Config:
+    """The run of an encoder with a linear head, its examples and directory aside; arguments as of `encoder`."""
+    return Config.of(
+        model=str(model()),
+        output_dir="unused",
+        head="linear",
+        label_words=("negative", "positive"),
+        num_test=sample.num_test,
+        objective="cross_entropy",
+        best_metric="accuracy",
+        noise=False,
+        report=False,
+        **write_pools(scratch, sample),
+        **options,
+    )
+
+
 def encoder(
     scratch: Path,
     sample: Sample = Sample(),  # noqa: B008
@@ -86,19 +108,7 @@ def encoder(
         options: of the `Config` of MeZO's runs.
         peer: steps, lr and eval_every of AdamW.
     """
-    base = Config.of(
-        model=str(model()),
-        output_dir="unused",
-        head="linear",
-        label_words=("negative", "positive"),
-        num_test=sample.num_test,
-        objective="cross_entropy",
-        best_metric="accuracy",
-        noise=False,
-        report=False,
-        **write_pools(scratch, sample),
-        **options,
-    )
+    base = config_of(scratch, sample, model, options)
     shots = {}
     for k, shot in sample.shots.items():
         rows = []

@@ -183,7 +183,7 @@ def with_key_heads(base: str, heads: int, folder: Path) -> str:
     wider = type(model)(config)
     wider.load_state_dict(weights)
     wider.tie_weights()
-    ids = torch.arange(100, 132)[None]
+    ids = torch.arange(config.vocab_size)[None, -32:]
     with torch.no_grad():
         difference = (wider(ids).logits - model(ids).logits).abs().max()
     if not difference <= TOLERANCE:
@@ -195,8 +195,8 @@ def with_key_heads(base: str, heads: int, folder: Path) -> str:
 
 def demo_part(folder: Path, steps: int, **options) -> dict:
     """The demo's task, an adapter of 5 small matrices on the last layer."""
-    config = demo.demo_config("it-was", steps, folder / "run").replace(**options)
-    config = config.replace(runtime="sglang", eval_every=5, noise=False, report=False, **XS, **LEARNING)
+    config = demo.demo_config("it-was", steps, folder / "run")
+    config = config.replace(runtime="sglang", eval_every=5, noise=False, report=False, **XS, **LEARNING, **options)
     tokenizer = load_tokenizer(config.model.base)
     rows = [json.loads(line) for line in Path(config.data.dev_file).read_text().splitlines()][:64]
     return learnt(config, [tokenizer(row["text"])["input_ids"] for row in rows], cost=1.0, rate=0.5, limit=390)

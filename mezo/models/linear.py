@@ -58,10 +58,17 @@ class _Stack:
         self.packed = lay_out(torch.cat(weights))
         self.x: torch.Tensor | None = None
         self.version, self.outputs = -1, {}
+        self.unpacked: dict[int, torch.Tensor] = {}
 
     def dense(self, place: int) -> torch.Tensor:
         """One of the weights as it was, to the bit."""
         return self.packed.to_dense().split(self.sizes)[place]
+
+    def dense_in_turn(self, place: int) -> torch.Tensor:
+        """The same of layers that are called one after the other: the stack is unpacked once for all of them."""
+        if place not in self.unpacked:
+            self.unpacked = dict(enumerate(self.packed.to_dense().split(self.sizes)))
+        return self.unpacked.pop(place)
 
     def product(self, x: torch.Tensor, place: int, bias: torch.Tensor | None) -> torch.Tensor:
         """x times one of the weights; the others' outputs are kept for those that are given the same x next."""
@@ -101,7 +108,7 @@ class PackedLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See `nn.Linear`; with autograd by torch's own product, since the packed one has no derivative."""
         if _as_loaded or (torch.is_grad_enabled() and x.requires_grad):
-            return nn.functional.linear(x, self.stack.dense(self.place).to(x.dtype), self.bias)
+            return nn.functional.linear(x, self.stack.dense_in_turn(self.place).to(x.dtype), self.bias)
         return self.stack.product(x, self.place, self.bias)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from mezo.models.calibration import Pass
 from mezo.models.parts import ModelParts
 from mezo.progress import waiting
+from mezo.runtimes.hf.reading import ByModel
 from mezo.runtimes.reference import REFERENCE_ROWS, model_log_probs
 from mezo.runtimes.rows import Row, RowBatch
 
@@ -15,8 +16,8 @@ def calibrate(parts: ModelParts, rows: Sequence[Sequence[Row]], pad: int) -> Non
     """Make what is frozen beside theta from what the model computes of some training examples, if it is made so.
 
     Which examples depends on their number alone, so the result follows from data and model, not from a run's seed. Rows
-    of like length are run together by the model's own forward pass. Only the scored positions count: at the others, the
-    first token above all, activations are far larger and tell little of a score.
+    of like length are run together by the model's own forward pass, which takes no logits but of the scored positions.
+    Only these count: at the others, the first token above all, activations are far larger and tell little of a score.
 
     Args:
         parts: the model, at a theta at which it is the base: zeros.
@@ -45,8 +46,17 @@ def _pass_of(rows: Sequence[Row], parts: ModelParts, pad: int) -> Pass:
     length = batch.ids.shape[1]
     real = [i * length + at for i, row in enumerate(rows) for at in range(len(row.ids))]
     scored = [i * length + at for i, row in enumerate(rows) for at in row.positions if not row.decoder]
-    run = functools.partial(model_log_probs, parts.model, batch)
+    if parts.scored_by == "model" and not parts.encoder_decoder and _below_head(parts):
+        read = ByModel(parts).outputs
+        run = functools.partial(read, batch.ids, batch.positions, attention_mask=batch.mask)
+    else:
+        run = functools.partial(model_log_probs, parts.model, batch)
     return Pass(run, len(rows) * length, tuple(real), tuple(scored) or tuple(real))
+
+
+def _below_head(parts: ModelParts) -> bool:
+    """Whether all that is trained lies in the body, whose inputs do not depend on which logits are taken."""
+    return set(map(id, parts.params.values())) <= set(map(id, parts.body.parameters()))
 
 
 def some_of(n: int, most: int) -> list[int]:

@@ -1,5 +1,7 @@
 """--tuning lora-xs and lora-b: theta is a part of an adapter that PEFT and engines see as an ordinary one."""
 
+import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from mezo.api import evaluate_target, replay, resume, train
 from mezo.config import Config
 from mezo.errors import UserError
+from mezo.models.calibration import seen_by
 from mezo.models.load import load_tokenizer
 from mezo.report.leaderboard import leaderboard, rows_scored
 from mezo.run import outcome
@@ -22,6 +25,10 @@ from mezo.run.header import INITIAL, frozen_part
 from mezo.run.logbook import truncate
 from mezo.run.replay import rebuild
 from mezo.run.trajectory import read_header
+from mezo.runtimes.calibration import _groups, _pass_of
+from mezo.runtimes.hf.runtime import HFRuntime
+from mezo.runtimes.reference import model_log_probs
+from mezo.runtimes.rows import rows_of
 from mezo.tasks import load_splits
 from mezo_kernels import lora_init
 from tests.log_by_formula import follows
@@ -123,6 +130,27 @@ def test_calibrated_factors_are_even_directions_of_what_a_layer_is_given(calibra
         b = start[f"{stem}.lora_B.weight"]
         assert torch.allclose((u.T @ b).abs(), torch.eye(r), atol=1e-3)
         assert not start[f"{stem}.lora_R.weight"].any()
+
+
+@torch.no_grad()
+def test_calibration_sees_what_layers_are_given_in_the_whole_model(tiny_options):
+    """To the bit, although logits of the scored positions alone are computed."""
+    config = Config.of(**tiny_options)
+    runtime = HFRuntime(*config.for_runtime)
+    data = load_splits(config, load_tokenizer(config.model.base))["train"][:20]
+    layers = {
+        n: m for n, m in runtime.parts.body.named_modules() if n.endswith(("2.self_attn.q_proj", "2.mlp.up_proj"))
+    }
+    passes = [_pass_of(group, runtime.parts, 0) for group in _groups([row for e in data for row in rows_of(e)])]
+    assert all(each.run.func is not model_log_probs for each in passes)
+    whole = [
+        dataclasses.replace(each, run=functools.partial(runtime.parts.model, ids, attention_mask=mask))
+        for each in passes
+        for ids, mask, *_ in [(each.run.args[0], each.run.keywords["attention_mask"])]
+    ]
+    for got, expected in zip(*(seen_by(layers, 4, some).values() for some in (passes, whole)), strict=True):
+        assert torch.equal(got.directions, expected.directions)
+        assert got.output == expected.output
 
 
 def test_what_is_calibrated_follows_from_data_and_model_alone(calibrated, tmp_path):

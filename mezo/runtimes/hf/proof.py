@@ -1,6 +1,6 @@
 """The proof at every start that the hf runtime scores as the model's own forward pass does."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -38,9 +38,12 @@ class StartProof:
         self.rows = [row for i in self.indices for row in rows[self.split][i]]
         self.pad, self.device, self.dtype, self.quantised = pad, device, dtype, quantised
         self.batch = RowBatch.of(self.rows, pad, device)
+        self.known: dict[Hashable, tuple[torch.Tensor, float, str]] = {}
 
     @torch.no_grad()
-    def why_wrong(self, model: nn.Module, log_probs: torch.Tensor, by_itself: bool = False) -> str | None:
+    def why_wrong(
+        self, model: nn.Module, log_probs: torch.Tensor, by_itself: bool = False, weights: Hashable = None
+    ) -> str | None:
         """What differs from the model's own forward pass, under the weights that are in use; None if nothing does.
 
         In 16 bits no difference is small by itself. What is right is known all the same, float32 of the same weights:
@@ -53,23 +56,17 @@ class StartProof:
             log_probs: what the runtime says of `batch`, float64 (rows, scored, candidates), normalised.
             by_itself: it is the model's own forward pass that says so, of all rows at once: allow what batches of other
                 sizes differ by in float32, too.
+            weights: names those in use; what is right under them is computed once. None: each time.
         Raises:
             UserError: the model's own log-probabilities are NaN.
         """
-        expected, allowed = reference_log_probs(model, self.batch), TOLERANCE
-        if expected[self.batch.valid.cpu()].isnan().any():
-            remedy = "use --dtype bfloat16" if self.dtype == torch.float16 else "its weights may be damaged"
-            raise UserError(f"--model: its own log-probabilities are NaN in {self.dtype}: {remedy}")
-        valid, own = self.batch.valid.cpu(), ""
+        if weights is None or weights not in self.known:
+            self.known[weights] = self._what_is_right(model)
+        expected, allowed, own = self.known[weights]
         if self.dtype != torch.float32:
-            if log_probs[valid].isnan().any():
+            if log_probs[self.batch.valid.cpu()].isnan().any():
                 return f"option log-probabilities are NaN in {self.dtype}, the model's own are not"
-            right, allowed = self._in_16_bits(model, expected)
-            if right is not expected:
-                expected, own = right, " in float32"
-        elif self.quantised:
-            allowed = max(allowed, MARGIN * self._largest_error(model, expected))
-        elif by_itself:
+        elif by_itself and not self.quantised:
             allowed = max(allowed, 2 * self._error(model, expected, 1))
         worst = largest_difference(log_probs, expected, self.batch.valid)
         if worst <= allowed:
@@ -78,6 +75,19 @@ class StartProof:
             f"option log-probabilities are not exact on this model, they differ by {worst:.2g} from its full forward"
             f" pass{own} (allowed {allowed:.2g})"
         )
+
+    def _what_is_right(self, model: nn.Module) -> tuple[torch.Tensor, float, str]:
+        """Log-probabilities under the weights in use, how far from them scores may be, and what they are beside the
+        model's own forward pass, for people."""
+        expected = reference_log_probs(model, self.batch)
+        if expected[self.batch.valid.cpu()].isnan().any():
+            remedy = "use --dtype bfloat16" if self.dtype == torch.float16 else "its weights may be damaged"
+            raise UserError(f"--model: its own log-probabilities are NaN in {self.dtype}: {remedy}")
+        if self.dtype != torch.float32:
+            right, allowed = self._in_16_bits(model, expected)
+            return right, allowed, "" if right is expected else " in float32"
+        error = MARGIN * self._largest_error(model, expected) if self.quantised else 0.0
+        return expected, max(TOLERANCE, error), ""
 
     def _in_16_bits(self, model: nn.Module, expected: torch.Tensor) -> tuple[torch.Tensor, float]:
         """What is right of a 16-bit model, and how far from it scores may be.

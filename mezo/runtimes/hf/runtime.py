@@ -20,6 +20,7 @@ from mezo.models.lora import as_peft_loads
 from mezo.models.parts import load_parts
 from mezo.models.quantization import library_of
 from mezo.models.spec import NONE
+from mezo.runtimes.allocator import keep_freed_memory
 from mezo.runtimes.base import TokenCount
 from mezo.runtimes.calibration import calibrate
 from mezo.runtimes.generation import Writing, decoder_of, written, written_by_decoder
@@ -61,6 +62,8 @@ class HFRuntime:
         self.dtype = _dtype(model.dtype, self.device)
         self.backend = None if machine.backend == "auto" else machine.backend
         _check_backend(self.backend, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         checkpoint = checkpoint or Checkpoint.of(
             model.base, model.tuning.head, model.quantization, model.trust_remote_code
         )

@@ -380,10 +380,10 @@ class Scorer:
             raise UserError(f"--model: {refusals[-1]}; rows change each other's scores in it, unsupported")
         if refusals:
             say(f"{refusals[0]}: {self._given_up(ways[0])}")
-        if self.trunk:
-            self.trunk.clear()
         if self.rowwise:
             self._prove_rowwise(proof, use)
+        if self.trunk:
+            self.trunk.clear()
         self.seconds_proving = time.perf_counter() - began
 
     def proof(self) -> StartProof:
@@ -421,7 +421,7 @@ class Scorer:
             if plain:
                 raise
             return _why_not_run(error)
-        return proof.why_wrong(self.parts.model, log_probs, plain)
+        return proof.why_wrong(self.parts.model, log_probs, plain, weights=0)
 
     def _prove_rowwise(self, proof: StartProof, use: Use) -> None:
         """Give up passes of rows with copies of their own, in favour of one for each copy, if scores change."""
@@ -435,7 +435,7 @@ class Scorer:
             refusals = []
             for copy, scores in zip(used, log_probs.chunk(2), strict=True):
                 use(copy)
-                refusals.append(proof.why_wrong(self.parts.model, scores))
+                refusals.append(proof.why_wrong(self.parts.model, scores, weights=copy))
         except RowsLost as error:
             refusals = [str(error)]
         except Exception as error:

@@ -18,6 +18,7 @@ import torch
 import zmq
 
 from mezo.errors import RunError, Terminated, UserError
+from mezo.runtimes.allocator import VARIABLES
 from mezo.runtimes.sglang.inside.handshake import ENDED, METHOD, handshake
 from mezo.runtimes.sglang.scratch import Scratch
 
@@ -243,7 +244,7 @@ def _environment(arguments: dict) -> dict[str, str | None]:
     threads = min(share, int(os.environ.get("OMP_NUM_THREADS") or share))
     # a thread that waits must sleep: one that spins takes the core of the process it waits for (8.8 s for ten tiny
     # steps on two busy cores, 0.5 s asleep)
-    wanted = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    wanted = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **VARIABLES}
     hidden["GOMP_SPINCOUNT"] = None  # the command's, for its own threads, which would win over the policy
     if tp > 1:
         groups = [cores[i * share : (i + 1) * share] or cores[-1:] for i in range(tp)]

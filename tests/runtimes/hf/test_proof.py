@@ -61,6 +61,19 @@ def test_an_error_of_the_models_own_size_is_allowed_and_a_larger_one_is_not(llam
     assert "are NaN in torch.bfloat16, the model's own are not" in why_wrong(exact * torch.nan)
 
 
+@torch.no_grad()
+def test_what_is_right_is_computed_once_for_weights_of_a_name(llama):
+    built = runtime(llama, "float32", linear="torch")
+    proof = StartProof(PROOF_ROWS, 0, built.device, built.dtype)
+    right = reference_log_probs(built.parts.model, proof.batch)
+    model = built.parts.model
+    assert proof.why_wrong(model, right, weights="plus") is None
+    built._use(built.minus)  # other weights, whose name says so
+    assert proof.why_wrong(model, right, weights="plus") is None
+    assert "differ by" in proof.why_wrong(model, right, weights="minus")
+    assert "differ by" in proof.why_wrong(model, right)
+
+
 @pytest.mark.parametrize("options", [{}, {"tuning": "prefix"}, {"layers_to_transform": (2,)}, {"directions": 2}])
 def test_every_way_of_scoring_is_proved_in_bfloat16(llama, options):
     built = runtime(llama, "bfloat16", batch_size=4, **options)
