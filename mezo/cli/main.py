@@ -94,6 +94,9 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), 2)
     except RunError as error:
         return _fail(str(error), 1)
+    except BrokenPipeError:  # whoever read the output has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python writes what is left as it ends
+        return 128 + signal.SIGPIPE
     except OSError as error:
         return _fail(f"{error}; nothing that was logged is lost, `mezo train --resume RUN` continues a run", 1)
     except KeyboardInterrupt:

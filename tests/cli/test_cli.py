@@ -427,3 +427,12 @@ def test_presets_are_runs_that_can_be_and_help_names_them(capsys):
 def test_a_resumed_run_has_no_preset(tmp_path, capfd):
     assert main(["train", "--resume", str(tmp_path), "--preset", "few-steps"]) == 2
     assert "--preset few-steps is of a new run" in capfd.readouterr().err
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    """As in `mezo models | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "mezo", "models"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
