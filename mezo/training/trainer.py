@@ -18,7 +18,7 @@ from mezo.run.feedback import FeedbackLog
 from mezo.run.files import replace_file
 from mezo.run.stopping import WARNED, WINDOW, loss_ratio, stalled
 from mezo.run.trajectory import StepRecord, TrajectoryWriter
-from mezo.runtimes.base import Runtime
+from mezo.runtimes.base import Runtime, Serves
 from mezo.training.clock import Clock
 from mezo.training.evaluation import TENTHS, Evaluations
 from mezo.training.measurement import Measurement, check_kernels
@@ -132,9 +132,12 @@ class Trainer:
         self._say_slow()
 
     def _say_slow(self) -> None:
-        """Say, once, that steps take many times as long as they did: a busy machine looks like a slow program."""
+        """Say, once, that steps take many times as long as they did: a busy machine looks like a slow program.
+
+        Where others use the engine too, steps wait for them, and nothing is said.
+        """
         slowdown, step = self.clock.slowdown(), len(self.records)
-        if slowdown is not None and slowdown >= SLOW and not self.slow:
+        if slowdown is not None and slowdown >= SLOW and not self.slow and not isinstance(self.runtime, Serves):
             self.slow = True
             self.monitor.say(
                 f"step {step:>6}  steps take {slowdown:.0f} times as long as the fastest of this run: other work may"
