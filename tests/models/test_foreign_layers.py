@@ -5,7 +5,6 @@ in the registry, and pins another torch. Their checkpoints are packed here, by t
 """
 
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from mezo.models.load import Checkpoint, checkpoint_hash, load_base
 from mezo.models.quantization import is_foreign
 from mezo.run.export import export
 from mezo.runtimes.hf.runtime import HFRuntime
+from tests.killed import killed_in_step
 from tests.models.test_families import difference, log_odds
 from tests.runtimes.hf.test_runtime import examples
 from tests.tiny_models import save
@@ -184,11 +184,7 @@ def test_a_run_beside_it_resumes_and_replays_to_the_bit(method, tiny_options, tm
     assert json.loads(log.splitlines()[0])["model_hash"] == checkpoint_hash(path, "float32")
     replay(str(run), str(tmp_path / "replayed"))
     assert (tmp_path / "replayed/adapter_model.safetensors").read_bytes() == weights
-    lines = log.splitlines(keepends=True)
-    os.truncate(run / "trajectory.jsonl", len(b"".join(lines[:9])) + 20)  # killed while it wrote step 8
-    (run / "result.json").unlink()
-    metrics = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_bytes(b"".join(metrics[:2]))
+    killed_in_step(8, run, evaluations=2)
     assert resume(str(run))["test"] == result["test"]
     assert (run / "trajectory.jsonl").read_bytes() == log
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

@@ -1,7 +1,6 @@
 """A GGUF file as a model: its blocks stay as they are, and a run beside them is one beside the floats they mean."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from mezo.models.quantization import is_quantised
 from mezo.run.export import export
 from mezo.run.trajectory import read_header, read_trajectory
 from mezo.runtimes.hf.runtime import HFRuntime
+from tests.killed import killed_in_step
 from tests.models.test_families import difference, log_odds
 from tests.runtimes.hf.test_runtime import examples
 from tests.tiny_gguf import save
@@ -112,10 +112,7 @@ def test_a_run_by_a_file_is_the_run_by_its_floats(tiny_options, tmp_path):
     log, weights = (run / "trajectory.jsonl").read_bytes(), (run / "adapter/adapter_model.safetensors").read_bytes()
     replay(str(run), str(tmp_path / "replayed"))
     assert (tmp_path / "replayed/adapter_model.safetensors").read_bytes() == weights
-    os.truncate(run / "trajectory.jsonl", len(b"".join(log.splitlines(keepends=True)[:9])) + 20)  # killed at step 8
-    (run / "result.json").unlink()
-    metrics = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_bytes(b"".join(metrics[:2]))
+    killed_in_step(8, run, evaluations=2)
     assert resume(str(run))["test"] == result["test"]
     assert (run / "trajectory.jsonl").read_bytes() == log
 

@@ -4,7 +4,6 @@ Formats whose library is not installed are skipped; those that have no kernel fo
 """
 
 import json
-import os
 import re
 from importlib.util import find_spec
 from typing import get_args, get_type_hints
@@ -24,6 +23,7 @@ from mezo.run.export import export
 from mezo.run.trajectory import read_header
 from mezo.runtimes.hf.runtime import HFRuntime
 from tests import tiny_families
+from tests.killed import killed_in_step
 from tests.models.test_families import difference, log_odds
 from tests.runtimes.hf.test_runtime import examples
 from tests.tiny_models import save
@@ -133,11 +133,7 @@ def test_a_run_leaves_an_adapter_resumes_and_replays_to_the_bit(finished, tmp_pa
     known = json.loads((tmp_path / "replayed/mezo_base.json").read_text())
     assert known["quantization"] == name
 
-    lines = log.splitlines(keepends=True)
-    os.truncate(run / "trajectory.jsonl", len(b"".join(lines[:9])) + 20)  # killed while it wrote step 8
-    (run / "result.json").unlink()
-    metrics = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_bytes(b"".join(metrics[:2]))
+    killed_in_step(8, run, evaluations=2)
     assert resume(str(run))["test"] == result["test"]
     assert (run / "trajectory.jsonl").read_bytes() == log
     assert (run / "adapter/adapter_model.safetensors").read_bytes() == weights

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from mezo.run.trajectory import read_trajectory
 from mezo.studies.protocols import PROTOCOLS
 from mezo.studies.reproduce import configs
 from mezo.tasks import load_splits
+from tests.killed import killed_in_step
 from tests.log_by_formula import follows
 from tests.tiny_models import build, save
 
@@ -103,11 +103,9 @@ def test_a_log_cut_anywhere_resumes_to_the_same_bytes(finished, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     whole = (run / "trajectory.jsonl").read_bytes()
-    lines = whole.splitlines(keepends=True)
-    (copy / "result.json").unlink()
+    killed_in_step(8, copy)
     if result["best_step"] > 8:
         shutil.rmtree(copy / "model")
-    os.truncate(copy / "trajectory.jsonl", len(b"".join(lines[:9])) + 20)  # killed while it wrote step 8
     assert resume(str(copy))["test"] == result["test"]
     assert (copy / "trajectory.jsonl").read_bytes() == whole
     assert same_bits(weights(copy / "model"), weights(run / "model"))

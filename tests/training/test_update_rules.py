@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from mezo.run.replay import rebuild
 from mezo.run.trajectory import read_trajectory
 from mezo.runtimes.theta import PerturbedTheta
 from mezo_kernels import ParamLayout
+from tests.killed import killed_in_step
 from tests.log_by_formula import follows
 
 OPTIONS = {
@@ -71,9 +71,7 @@ def test_a_run_is_its_log_and_goes_on_from_any_line(rule, tiny_config):
         assert same_bits(rebuild(config.machine.output_dir, "best", backend)[0], kept) is None
     last = rebuild(config.machine.output_dir, "last")[0]
 
-    lines = whole.splitlines(keepends=True)
-    Path(config.machine.output_dir, "result.json").unlink()
-    os.truncate(log_of(config), len(b"".join(lines[:18])) + 20)  # killed while it wrote step 17
+    killed_in_step(17, config.machine.output_dir)
     resume(config.machine.output_dir)
     assert log_of(config).read_bytes() == whole
     assert same_bits(rebuild(config.machine.output_dir, "last")[0], last) is None
