@@ -197,5 +197,7 @@ def test_what_benches_and_examples_import_is_there(path):
     """Anywhere in a file: an import inside a function fails only when a measurement is under way."""
     for other in sorted(imports(path.stem, path.read_text())):
         module, _, name = other.rpartition(".")
+        if inside(other, "mezo.runtimes.sglang"):
+            pytest.importorskip("sglang")
         if other.partition(".")[0] in PACKAGES and module:
             assert other in IMPORTS or hasattr(importlib.import_module(module), name), other
