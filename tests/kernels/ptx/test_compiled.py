@@ -85,20 +85,13 @@ def test_more_planted_bugs_are_found():
     assert_found(report("mutants", "TILE_MORE"))
 
 
-def pytest_on(target: str, *files: Path, triton: Path | None = None) -> None:
+def pytest_on(target: str, *files: Path) -> None:
     options = ["-p", "tests.kernels.ptx.plugin", "-p", "no:cacheprovider", "-m", "not gpu"]
-    compiled("-m", "pytest", *options, *files, MEZO_PTX=target, triton=triton)
+    compiled("-m", "pytest", *options, *files, MEZO_PTX=target)
 
 
 def test_launch_path():
     pytest_on("sm_90", HERE / "launches.py")
-
-
-@pytest.mark.slow  # as above, of the installed version
-@pytest.mark.parametrize("version", VERSIONS)
-def test_launch_path_of_other_versions_of_triton(version, tmp_path):
-    """A kernel's second call is made past Triton's own lookup."""
-    pytest_on("sm_90", HERE / "launches.py", triton=install(version, tmp_path))
 
 
 @pytest.mark.slow  # test_every_case_of_every_op runs the same kernels on fewer shapes
