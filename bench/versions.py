@@ -1,7 +1,7 @@
 """`make test-versions`: the tests by the oldest and the newest versions of other libraries.
 
 python bench/versions.py --output versions.json [--ends oldest newest] [--tests gates kernels families hf]
-python bench/versions.py --output versions.json --whole python3.12 --ends oldest [--tests ...] [--failed] [--keep FOLDER]
+python bench/versions.py --output versions.json --whole python3.12 --ends oldest [--failed] [--keep FOLDER]
 
 The first runs the tests that meet other libraries, with this machine's torch: each set of versions is an environment of
 its own in a temporary folder, which sees the libraries of this one beneath its own. The second runs every quick test in
