@@ -187,20 +187,32 @@ def test_forced_sharing_gives_wrong_losses(llama, data, trusting, unguarded, mon
         assert max(worst(a, b) for a, b in zip(got, want, strict=True)) > 100 * ROUNDING
 
 
-@pytest.mark.slow  # an engine of its own, kernels interpreted
-def test_radix_off_reuses_nothing_and_the_triton_backend_scores_the_same(llama, monkeypatch):
-    """SGLang's Triton kernels for LoRA, interpreted, on weights of ours; each request is computed anew."""
+@pytest.mark.slow  # engines of their own, kernels interpreted
+@pytest.mark.parametrize("backend", ["triton", "csgmv"])
+def test_the_lora_kernels_of_gpus_score_the_same(llama, monkeypatch, backend):
+    """SGLang's Triton kernels for LoRA, interpreted, on weights of ours; each request is computed anew.
+
+    csgmv is the default on a GPU. Under a scale that changes no bit all slots are equal, and so must both signs be.
+    """
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    data, adapted = examples(2, low=5, high=6), {"layers_to_transform": (2,), "target_modules": ("q_proj", "o_proj")}
-    plain = reference(llama, data, **adapted)
-    with engine(llama, data, radix="off", engine_arg=("lora_backend=triton",), **adapted) as runtime:
+    data = examples(2, low=5, high=6)
+    plain = reference(llama, data, **ADAPTED)
+    with engine(llama, data, radix="off", engine_arg=(f"lora_backend={backend}",), **ADAPTED) as runtime:
+        assert "radix cache off" in runtime.describe()
+        assert runtime.batch_noise < ROUNDING
         for one in (runtime, plain):
             one.load(noisy(one))
+        runtime.perturb(Step([7], 1e-30))
+        plus, minus = runtime.score_pairs("train", range(2))[0]
+        assert worst(plus, minus) < ROUNDING
+        for one in (runtime, plain):
             one.perturb(Step([7], 1e-2))
         want = plain.score_pairs("train", range(2))[0]
-        for _ in range(2):
+        for step in range(2):
             runtime.tokens = TokenCount()
             got = runtime.score_pairs("train", range(2))[0]
             assert runtime.tokens.reused == 0
             assert max(worst(a, b) for a, b in zip(got, want, strict=True)) < ROUNDING
-        assert "radix cache off" in runtime.describe()
+            for one in (runtime, plain):
+                one.update([Update([7], [0.02])], Step([100 + step], 1e-2))
+            want = plain.score_pairs("train", range(2))[0]

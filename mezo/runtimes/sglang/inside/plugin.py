@@ -52,20 +52,25 @@ def activate() -> None:
         HookRegistry.register(f"{native}.init_forward_metadata", attention.forget, HookType.AFTER)
         HookRegistry.register(f"{native}._run_sdpa_forward_extend", attention.extend, HookType.AROUND)
         HookRegistry.register(f"{native}._run_sdpa_forward_decode", attention.decode, HookType.AROUND)
-    _allow_unpinned_memory()
+    _allow_kernels_without_accelerator()
     # Ctrl-C in a terminal reaches every process of the group: the trainer alone decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _allow_unpinned_memory() -> None:
-    """Without an accelerator memory cannot be pinned, and SGLang's LoRA modules ask for it unconditionally."""
+def _allow_kernels_without_accelerator() -> None:
+    """Without an accelerator memory cannot be pinned, and SGLang's LoRA modules ask for it unconditionally.
+
+    csgmv asks for sizes tuned for the device by its name too, and a CPU has none.
+    """
     import torch
 
     if torch.accelerator.is_available():
         return
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
-    for module in ("layers", "backend.torch_backend", "backend.triton_backend"):
+    for module in ("layers", "backend.torch_backend", "backend.triton_backend", "backend.chunked_backend"):
         importlib.import_module(f"sglang.srt.lora.{module}").torch = _UnpinnedTorch(torch)
+    tuning = importlib.import_module("sglang.kernels.ops.lora.dense.lora_tuning_config")
+    tuning.get_device_name = lambda: "CPU"
 
 
 class _UnpinnedTorch:
