@@ -28,7 +28,7 @@ families: $(READY_SGLANG)  ## write what `mezo models` and README say of each mo
 	MEZO_RECORD_FAMILIES=1 $(VENV)/bin/python -m pytest -m "slow or not slow" tests/runtimes/sglang/test_every_family.py
 	MEZO_RECORD_FAMILIES=1 $(VENV)/bin/python -m pytest tests/models/test_every_family.py
 
-test-versions: $(READY)  ## tests by the oldest and the newest transformers and Triton; JSON under bench/results/, an hour
+test-versions: $(READY)  ## tests by the oldest and the newest transformers and Triton, an hour; ARGS="--whole python3.13 --ends newest": every quick test, torch too, half an hour an end
 	$(VENV)/bin/python bench/versions.py --output $(RESULTS)/versions.json $(ARGS)
 
 lint: $(READY)  ## style, without changing anything

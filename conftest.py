@@ -1,3 +1,12 @@
-"""Import the ops once, before doctest collection imports each module by its path and registers them again."""
+"""Import the ops once, before doctest collection imports each module by its path and registers them again. Modules that
+import SGLang are not collected without it, unless it is required; other tests of it say that they are skipped."""
+
+import importlib.util
+import os
 
 import mezo_kernels  # noqa: F401
+
+if importlib.util.find_spec("sglang") is None and not os.environ.get("MEZO_REQUIRE_SGLANG"):
+    names = ("shared", "test_others", "test_remote_code", "test_support")
+    collect_ignore = ["mezo/runtimes/sglang", "mezo/serve", "tests/bench/test_serve_learning.py"]
+    collect_ignore += [f"tests/runtimes/sglang/{name}.py" for name in names]

@@ -25,7 +25,7 @@ from transformers import AutoModel
 from mezo import MeZO
 from mezo.config import Config
 from mezo.data.example import Example
-from mezo.models.linear import as_loaded, measured_gain, pack
+from mezo.models.linear import as_loaded, choose, lay_out, measured_gain, pack, packed_product, why_not_by
 from mezo.models.load import load_tokenizer
 from mezo.runtimes.hf.runtime import HFRuntime
 from mezo.runtimes.rows import RowBatch, rows_of
@@ -64,13 +64,25 @@ def openvino_pair(model: str, data: list[Example]) -> Callable:
     return lambda: [compiled(arrays) for _ in range(2)]
 
 
+def product_errors(rows: int = 64, width: int = 576) -> dict[str, float]:
+    """Largest error of a float32 product, relative to its largest element; bfloat16 on the way would make it 2e-3."""
+    x, weight = torch.randn(rows, width), torch.randn(2 * width, width)
+    exact = x.double() @ weight.double().T
+    error = lambda product: ((product - exact).abs().max() / exact.abs().max()).item()  # noqa: E731
+    errors = {"torch": error(torch.nn.functional.linear(x, weight))}
+    errors["packed"] = error(packed_product(x, lay_out(weight), None))
+    with medium():
+        errors['torch, precision "medium"'] = error(torch.nn.functional.linear(x, weight))
+    return errors
+
+
 def product_rates(rows: int = 1024, width: int = 576) -> dict[str, float]:
     """GFLOP/s of one float32 product here, by torch and packed, best of a few calls."""
     x, weight = torch.randn(rows, width), torch.randn(2 * width, width)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    packed = lay_out(weight)
     runs = {
         "torch": lambda: torch.nn.functional.linear(x, weight),
-        "packed": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""),
+        "packed": lambda: packed_product(x, packed, None),
     }
     flops = 4 * rows * width * width
     return {name: flops / min(cpu_seconds(run) for _ in range(9)) / 1e9 for name, run in runs.items()}
@@ -223,11 +235,11 @@ def fill(runtime: HFRuntime) -> None:
 
 
 def every_parameter(steps: Steps, rounds: int) -> dict:
-    """All weights trained: none can be packed."""
-    kinds = {name: steps.runtime(linear=name) for name in ("onednn", "torch")}
+    """All weights trained: none can be packed, and the trial says whose product they have."""
+    kinds = {name: steps.runtime(linear=name) for name in ("auto", "torch")}
     original = OriginalStep(kinds["torch"], steps.config, steps.data, everywhere=True)
     runs = {
-        "ours": steps.ours(kinds["onednn"]),
+        "ours": steps.ours(kinds["auto"]),
         "ours, torch's product": steps.ours(kinds["torch"]),
         "original": original,
         'original, precision "medium"': with_line(original),
@@ -277,6 +289,8 @@ def measured(batch: int, rounds: int) -> dict:
         }
         tables = {"all layers": table} | {name: make(name) for name, make in makers.items()}
     body = AutoModel.from_pretrained(every.model.base)
+    cpu, kinds_of_base = torch.device("cpu"), {"frozen": True, "every parameter trained": False}
+    refusal = {name: why_not_by(name, torch.float32, cpu) for name in ("packed", "onednn")}
     weights = sum(m.weight.numel() for m in body.modules() if isinstance(m, torch.nn.Linear))
     return {
         "examples": batch,
@@ -286,7 +300,12 @@ def measured(batch: int, rounds: int) -> dict:
         "gflops_of_ours_at_best": 2 * weights * tokens / best / 1e9,
         "tokens_per_second_at_best": tokens / best,
         "product_gflops": product_rates(),
-        "gain_by_the_trial": {name: measured_gain(576, torch.float32, name) for name in ("packed", "onednn")},
+        "product_errors": product_errors(),
+        "gain_by_the_trial": {
+            name: measured_gain(576, torch.float32, name) for name in ("packed", "onednn") if not refusal[name]
+        },
+        "refused": {name: why for name, why in refusal.items() if why},
+        "chosen": {name: choose("auto", 576, torch.float32, cpu, frozen).why for name, frozen in kinds_of_base.items()},
     }
 
 

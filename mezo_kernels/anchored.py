@@ -15,11 +15,11 @@ def anchored_decay_(theta: Sequence[torch.Tensor], start: Sequence[torch.Tensor]
     point, L2-SP (Li et al. 2018, arXiv 1802.01483), decoupled.
 
     Args:
-        theta, start: float32 tensors of equal shapes, one a parameter; `start` is theta_0.
+        theta, start: float32 tensors of equal shapes and devices, one a parameter; `start` is theta_0.
         decay: a float32 number; a Python float is rounded to float32, as those of `step_` are.
     Raises:
-        ValueError: there is not a `start` of the same shape for each theta, or one of them is not float32. Nothing has
-            been changed then.
+        ValueError: there is not a `start` of the same shape, on the same device, for each theta, or one of them is not
+            float32. Nothing has been changed then.
 
     >>> theta, start = torch.tensor([1.0, 3.0]), torch.tensor([1.0, -1.0])
     >>> anchored_decay_([theta], [start], 0.75)
@@ -28,9 +28,10 @@ def anchored_decay_(theta: Sequence[torch.Tensor], start: Sequence[torch.Tensor]
     """
     pairs = list(zip(theta, start, strict=True))
     for n, (tensor, anchor) in enumerate(pairs):
-        if tensor.shape != anchor.shape or {tensor.dtype, anchor.dtype} != {torch.float32}:
-            found = " and ".join(f"{t.dtype} {tuple(t.shape)}" for t in (tensor, anchor))
-            raise ValueError(f"theta and start of parameter {n} must be float32 of one shape, got {found}")
+        same = tensor.shape == anchor.shape and tensor.device == anchor.device
+        if not same or {tensor.dtype, anchor.dtype} != {torch.float32}:
+            found = " and ".join(f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (tensor, anchor))
+            raise ValueError(f"theta and start of parameter {n} must be float32 of one shape and device, got {found}")
     decay = float32(decay)
     for tensor, anchor in pairs if decay != 1 else ():
         tensor.mul_(decay).add_(anchor * float32(1 - decay))

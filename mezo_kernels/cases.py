@@ -43,7 +43,7 @@ def layout(device: str, *dtypes: torch.dtype, written: bool = True, aligned: boo
         if not written:
             return torch.full(shape, torch.nan, dtype=dtype, device=device)
         # exact in every dtype, and the same on every machine
-        count = torch.arange(math.prod(shape), dtype=torch.float32)
+        count = torch.arange(math.prod(shape), dtype=torch.float32, device="cpu")
         return (((count * 37) % 256 - 128) / 64).view(shape).to(dtype).to(device)
 
     if aligned:

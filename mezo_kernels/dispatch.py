@@ -128,14 +128,21 @@ def call(op: str, *arguments: Any) -> Any:
     return OPS[op](*arguments)
 
 
-@functools.cache
 def _default(kind: str) -> str | None:
-    """The backend of a type of device, such as "cpu"; looked up at every call, which costs a microsecond uncached."""
-    return next((name for name, backend in BACKENDS.items() if backend.default_on == kind), None)
+    """The backend of a type of device, such as "cpu". No cache: torch.compile would warn that it looks past one."""
+    for name, backend in BACKENDS.items():
+        if backend.default_on == kind:
+            return name
+    return None
 
 
 def _module(backend: str | None, device: torch.device):
-    return importlib.import_module(BACKENDS[backend or _default(device.type)].module)
+    name = backend or _default(device.type)
+    try:
+        return importlib.import_module(BACKENDS[name].module)
+    except ModuleNotFoundError as error:
+        reason = f"the package {error.name} is not installed; install it, or pass backend='reference'"
+        raise ValueError(f"backend {name!r} is not available on {device}: {reason}") from error
 
 
 def _function(op: str, backend: str | None, device: torch.device) -> Callable:

@@ -58,6 +58,8 @@ class ParamLayout:
         if not slots:
             raise ValueError("a ParamLayout needs at least one parameter, got none")
         for slot in slots:
+            if not isinstance(slot, ParamSlot):
+                raise ValueError(f"expected a mapping {{name: tensor}} or ParamSlots, got a {type(slot).__name__}")
             _check_tensor(slot.name, slot.tensor)
         self.slots = tuple(slots)
         self.names = tuple(slot.name for slot in slots)
@@ -67,7 +69,8 @@ class ParamLayout:
         self.serial = next(_serial)
         self.elements = tuple(_geometry(slot) for slot in slots)
         strided = any(not tensor.is_contiguous() for tensor in self.tensors)
-        self.geometry = torch.tensor([(strided, *row) for row in self.elements], dtype=torch.int64)
+        # on the host whatever the default device: backends read it there
+        self.geometry = torch.tensor([(strided, *row) for row in self.elements], dtype=torch.int64, device="cpu")
         self.checked_targets: set[tuple[int, ...]] = set()
         _check_ids(self.names)
         _check_devices(slots)
@@ -77,10 +80,18 @@ class ParamLayout:
     def from_module(cls, module: torch.nn.Module) -> "ParamLayout":
         """Layout of the trainable parameters of `module` under their canonical names; tied weights appear once.
 
+        It holds their storage of now: after `module.to(...)`, which moves them to another, make a new one.
+
+        Raises:
+            ValueError: no parameter of `module` requires a gradient; as `ParamLayout`.
+
         >>> ParamLayout.from_module(torch.nn.Linear(10, 2)).names
         ('weight', 'bias')
         """
-        return cls({canonical_name(name): p.detach() for name, p in module.named_parameters() if p.requires_grad})
+        trainable = {canonical_name(name): p.detach() for name, p in module.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ValueError("no parameter of the module requires a gradient; call requires_grad_() on those to train")
+        return cls(trainable)
 
     def like(self, tensors: Iterable[torch.Tensor]) -> "ParamLayout":
         """The same parameters and blocks in other storage (other dtype or strides), e.g. engine buffers.
@@ -176,6 +187,9 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
     if is_traceable_wrapper_subclass(tensor):
         raise ValueError(f"{name}: expected plain storage, got a {type(tensor).__name__}; pass its local tensor")
+    if tensor.layout != torch.strided or tensor.is_neg():
+        kind = "negated view" if tensor.layout == torch.strided else f"tensor of layout {tensor.layout}"
+        raise ValueError(f"{name}: expected storage with strides that holds the values, got a {kind}")
     if tensor.numel() == 0:
         raise ValueError(f"{name}: expected at least one element, got shape {tuple(tensor.shape)}")
     if tensor.dim() > 2 and not tensor.is_contiguous():
@@ -238,13 +252,13 @@ def _check_cluster(cluster: list[tuple[int, ParamSlot]]) -> None:
         return
     base = cluster[0][0]
     span = max(_byte_range(slot.tensor)[1] for _, slot in cluster) - base
-    written = torch.zeros(span, dtype=torch.bool)
-    for start, slot in cluster:
+    written = torch.zeros(span, dtype=torch.bool, device="cpu")
+    for i, (start, slot) in enumerate(cluster):
         size = slot.tensor.element_size()
         strides = (*(stride * size for stride in slot.tensor.stride()), 1)
         view = torch.as_strided(written, (*slot.tensor.shape, size), strides, start - base)
         if view.any():
-            others = ", ".join(other.name for _, other in cluster if other is not slot)
+            others = ", ".join(other.name for k, (_, other) in enumerate(cluster) if k != i)
             raise ValueError(f"{slot.name} shares storage with another parameter ({others}); list tied weights once")
         view.fill_(True)
 
@@ -272,10 +286,11 @@ class AddressCache:
         if met.strided:
             key += map(torch.Tensor.stride, tensors)
         # comparing with the last key saves the hash of every address
-        if met.latest != key:
-            met.table = self._look_up(met.tables, tuple(key), theta, plus, minus, geometry[0])
-            met.latest = key
-        return met.table
+        latest, table = met.last
+        if latest != key:
+            table = self._look_up(met.tables, tuple(key), theta, plus, minus, geometry[0])
+            met.last = key, table  # at once: another thread may ask for other tensors of these layouts
+        return table
 
     def _look_up(self, tables: OrderedDict, key: tuple, *arguments):
         if key not in tables:
@@ -297,11 +312,10 @@ class AddressCache:
 
 @dataclass
 class _Tables:
-    """Of one set of layouts: the table of the last call, and others by key."""
+    """Of one set of layouts: key and table of the last call, and tables by key."""
 
     strided: bool
-    latest: list | None = None
-    table: Any = None
+    last: tuple[list | None, Any] = (None, None)
     tables: OrderedDict = field(default_factory=OrderedDict)
 
 

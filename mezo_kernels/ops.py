@@ -23,6 +23,9 @@ def perturb_(
     z is a vector of random numbers, one for each element of each parameter. An element's number depends on the seed, on
     the parameter's name and on the element's index alone. It is drawn where it is needed and never stored.
 
+    Autograd does not see the ops: no graph records one, and version counters may stay as they are. Call none between a
+    forward pass and its backward pass.
+
     Args:
         layout: the parameters theta, float32, bfloat16 or float16.
         scale: a finite float32 number; a Python float is rounded to float32.
@@ -149,7 +152,7 @@ def rule_step_(
     _check(distribution, backend, layout.device, layout.names[0])
     _check_state(layout, rule, state)
     rows = _rule_rows(rule, updates)
-    seeds, plus, minus = _pairs(layout, next_seed, eps, plus, minus)
+    seeds, plus, minus = _pairs(layout, next_seed, eps, plus, minus, state)
     arguments = (
         layout.tensors,
         [tensor for one in state for tensor in one.tensors],
@@ -251,8 +254,8 @@ def _check_eps(eps: float | None) -> None:
         raise ValueError(f"eps must be a finite number > 0 where next_seed is given, got {eps}")
 
 
-def _pairs(layout, next_seed, eps, plus, minus):
-    """Lists of next seeds, plus and minus layouts, checked once for each combination of layouts."""
+def _pairs(layout, next_seed, eps, plus, minus, state=()):
+    """Lists of next seeds, plus and minus layouts, checked once for each combination of layouts with `state`."""
     if next_seed is None and plus is None and minus is None:
         return [], [], []
     seeds = _next_seeds(next_seed)
@@ -264,11 +267,11 @@ def _pairs(layout, next_seed, eps, plus, minus):
         )
     _check_eps(eps)
     targets = (*plus, *minus)
-    key = tuple(target.serial for target in targets)
+    key = tuple(one.serial for one in (*state, *targets))
     if key not in layout.checked_targets:
         _check_targets(layout, targets)
         if not torch.compiler.is_compiling():  # a traced program knows no addresses
-            check_no_alias([slot for one in (layout, *targets) for slot in one.slots])
+            check_no_alias([slot for one in (layout, *state, *targets) for slot in one.slots])
             layout.checked_targets.add(key)
     return seeds, plus, minus
 

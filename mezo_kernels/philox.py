@@ -159,7 +159,7 @@ def lora_init(
         row_start, col_start: first row and column of the block wanted, >= 0.
         rows, cols: size of the block; None for all rows or all columns of lora_A.
     Returns:
-        float32 tensor (rows, cols), uniform in [-b, b) with b = sqrt(6 / ((1 + 5) fan_in)).
+        float32 tensor (rows, cols) on the CPU, uniform in [-b, b) with b = sqrt(6 / ((1 + 5) fan_in)).
     Raises:
         ValueError: a bad seed.
 
@@ -169,10 +169,11 @@ def lora_init(
     """
     fan_in = full_shape[1]
     rows, cols = full_shape[0] if rows is None else rows, fan_in if cols is None else cols
-    index = (torch.arange(row_start, row_start + rows) * fan_in)[:, None] + torch.arange(col_start, col_start + cols)
+    row, col = torch.arange(rows, device="cpu") + row_start, torch.arange(cols, device="cpu") + col_start
+    index = (row * fan_in)[:, None] + col
     word = torch.stack(_words([check_seed(run_seed)], tensor_id(name), index >> 2, UNIFORM), -1)[0]
     word = word.gather(-1, (index & 3).unsqueeze(-1)).squeeze(-1)
-    bound = torch.tensor(math.sqrt(6 / ((1 + 5) * fan_in)), dtype=torch.float32)
+    bound = torch.tensor(math.sqrt(6 / ((1 + 5) * fan_in)), dtype=torch.float32, device="cpu")
     return ((word >> 8).to(torch.float32) * 2.0**-23 - 1) * bound
 
 

@@ -15,11 +15,19 @@ Layouts = ParamLayout | Sequence[ParamLayout]
 class _Prepared:
     """What both plans have: the tensors they are of, and the look at a few of them."""
 
-    def __init__(self, layout: ParamLayout, plus: Layouts, minus: Layouts, distribution: str, backend: str | None):
+    def __init__(
+        self,
+        layout: ParamLayout,
+        plus: Layouts,
+        minus: Layouts,
+        distribution: str,
+        backend: str | None,
+        state: Sequence[ParamLayout] = (),
+    ):
         _check(distribution, backend, layout.device, layout.names[0])
         self._plus, self._minus = ([one] if isinstance(one, ParamLayout) else list(one) for one in (plus, minus))
         if self._plus or self._minus:
-            _pairs(layout, [0] * len(self._plus), 1.0, self._plus, self._minus)
+            _pairs(layout, [0] * len(self._plus), 1.0, self._plus, self._minus, state)
         self.distribution, self.pairs = distribution, len(self._plus)
 
     def _prepare(self, op: str, backend: str | None, theta: ParamLayout, *state: ParamLayout) -> tuple:
@@ -187,7 +195,7 @@ class RulePlan(_Prepared):
         distribution: str = "normal",
         backend: str | None = None,
     ):
-        super().__init__(layout, plus, minus, distribution, backend)
+        super().__init__(layout, plus, minus, distribution, backend, state)
         _check_state(layout, rule, state)
         self.rule, constants = rule, [dispatch.float32(value) for value in rule.constants]
         self._run = dispatch.prepare(*self._prepare("rule_step_", backend, layout, *state), KINDS[rule.kind], constants)

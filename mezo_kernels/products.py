@@ -40,10 +40,10 @@ def inner_products(
     >>> inner_products({"w": (2, 2)}, [0]).sqrt().item() / 2  # the root mean square of z
     0.9105644274417359
     """
-    total = torch.zeros(len(seeds), len(seeds), dtype=torch.int64)
+    total = torch.zeros(len(seeds), len(seeds), dtype=torch.int64, device="cpu")
     for name, shape in shapes.items():
         size = math.prod(shape)
-        for start in range(0, size, CHUNK):
+        for start in range(0, size if seeds else 0, CHUNK):
             draw = (standard_normal(seed, name, start, min(CHUNK, size - start), device, backend) for seed in seeds)
             z = torch.stack([each.double() for each in draw]).mul_(2.0**FRACTION).round_()
             total += (z @ z.mT).long().cpu()

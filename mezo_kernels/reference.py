@@ -92,7 +92,8 @@ def step_(
 
     Args:
         theta: n tensors, one a parameter; read and written. float32 where there are pairs.
-        plus, minus: n tensors for each of `next_seeds`, concatenated; any dtype and strides; written.
+        plus, minus: n tensors for each of `next_seeds`, concatenated; any dtype and strides; written. Without seeds
+            they are left alone.
         geometry: of theta and of each plus and minus, as in `perturb_`; the first one counts.
         updates: (seed, coefficient, decay) each: theta * decay, then theta - (coefficient * z); float32 numbers.
         next_seeds: seed of each pair, 0 <= seed < 2**64.
@@ -112,12 +113,18 @@ def step_(
                 if coefficient != 0:
                     value = value - _scalar(coefficient, tensor.device) * next(z)
             matrix[at] = value
-            _write_pairs(plus[i::n], minus[i::n], at, value, _scalar(eps, tensor.device), _draws(next_seeds, *block))
+            _write_pairs(plus[i::n], minus[i::n], at, value, eps, next_seeds, block)
 
 
-def _write_pairs(plus, minus, at, value, eps, draws) -> None:
-    """theta +- eps z to a block of one parameter's copies, a z for each pair; without z they stay as they are."""
-    for above, below, z in zip(plus, minus, draws, strict=False):
+def _write_pairs(plus, minus, at, value, eps, next_seeds, block) -> None:
+    """theta +- eps z to a block of one parameter's copies, a seed for each pair.
+
+    A plan has its pairs for good, and a step of it may have no seeds: they stay as they are then.
+    """
+    if not next_seeds:
+        return
+    eps = _scalar(eps, value.device)
+    for above, below, z in zip(plus, minus, _draws(next_seeds, *block), strict=True):
         _matrix(above)[at] = value + eps * z
         _matrix(below)[at] = value - eps * z
 
@@ -167,7 +174,7 @@ def rule_step_(
             matrix[at] = value
             for part, moment in zip(kept, moments, strict=True):
                 part[at] = moment
-            _write_pairs(plus[i::n], minus[i::n], at, value, _scalar(eps, tensor.device), _draws(next_seeds, *block))
+            _write_pairs(plus[i::n], minus[i::n], at, value, eps, next_seeds, block)
 
 
 def _apply_rule(kind, constants, theta, moments, g, rate, decay, root):

@@ -192,10 +192,14 @@ def test_the_reader_of_imports_sees_every_form():
     assert {"a.b", "c.d", "mezo.runtimes.base.e", "mezo.optim.f", "peft"} <= found
 
 
-@pytest.mark.parametrize("path", sorted([*(ROOT / "bench").glob("*.py"), *(ROOT / "examples").glob("*.py")]), ids=str)
+@pytest.mark.parametrize(
+    "path", sorted([*(ROOT / "bench").glob("*.py"), *(ROOT / "examples").glob("*.py")]), ids=lambda path: path.name
+)
 def test_what_benches_and_examples_import_is_there(path):
     """Anywhere in a file: an import inside a function fails only when a measurement is under way."""
     for other in sorted(imports(path.stem, path.read_text())):
         module, _, name = other.rpartition(".")
+        if inside(other, "mezo.runtimes.sglang"):
+            pytest.importorskip("sglang")
         if other.partition(".")[0] in PACKAGES and module:
             assert other in IMPORTS or hasattr(importlib.import_module(module), name), other

@@ -1,5 +1,6 @@
 """What attention sees: keys and values that are known already, a prefix in front of them, rows that lie end to end."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,6 +101,12 @@ AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, _mask)
 
 
+def cache_argument(body: nn.Module) -> str | None:
+    """What a forward pass calls keys and values that it is given, by transformers' version; None if it takes none."""
+    taken = inspect.signature(body.forward).parameters
+    return next((name for name in ("past_key_values", "cache") if name in taken), None)  # until 5.23, from 5.24 on
+
+
 @dataclass(frozen=True)
 class Prefix:
     """The trained keys and values.
@@ -108,11 +115,13 @@ class Prefix:
         weight: (tokens, layers * 2 * heads * head_dim): for each layer the keys of all heads, then the values.
         layers: of the model.
         heads: of keys and values.
+        argument: what a forward pass calls them.
     """
 
     weight: nn.Parameter
     layers: int
     heads: int
+    argument: str
 
     @property
     def tokens(self) -> int:
@@ -134,4 +143,4 @@ class Prefix:
         """Arguments of a forward pass behind the prefix; `mask`, (rows, length), says where there are tokens."""
         if mask is not None:
             mask = nn.functional.pad(mask, (self.tokens, 0), value=1)
-        return {"past_key_values": self.cache(rows, weights), "attention_mask": mask}
+        return {self.argument: self.cache(rows, weights), "attention_mask": mask}

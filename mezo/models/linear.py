@@ -33,6 +33,8 @@ EXACT = 1e-5  # of float32 products, relative to their largest; bfloat16 is off 
 LIBRARY = {"packed": "oneDNN packed", "onednn": "oneDNN"}
 
 _as_loaded = False
+_unpacked: dict[tuple["_Stack", int], torch.Tensor] = {}
+"""Weights of one stack, by (stack, place), that layers to be called next will take."""
 
 
 @contextmanager
@@ -44,6 +46,7 @@ def as_loaded() -> Iterator[None]:
         yield
     finally:
         _as_loaded = before
+        _unpacked.clear()  # of a forward pass that failed
 
 
 class _Stack:
@@ -58,7 +61,6 @@ class _Stack:
         self.packed = lay_out(torch.cat(weights))
         self.x: torch.Tensor | None = None
         self.version, self.outputs = -1, {}
-        self.unpacked: dict[int, torch.Tensor] = {}
 
     def dense(self, place: int) -> torch.Tensor:
         """One of the weights as it was, to the bit."""
@@ -66,9 +68,10 @@ class _Stack:
 
     def dense_in_turn(self, place: int) -> torch.Tensor:
         """The same of layers that are called one after the other: the stack is unpacked once for all of them."""
-        if place not in self.unpacked:
-            self.unpacked = dict(enumerate(self.packed.to_dense().split(self.sizes)))
-        return self.unpacked.pop(place)
+        if (self, place) not in _unpacked:
+            _unpacked.clear()
+            _unpacked.update(((self, n), part) for n, part in enumerate(self.packed.to_dense().split(self.sizes)))
+        return _unpacked.pop((self, place))
 
     def product(self, x: torch.Tensor, place: int, bias: torch.Tensor | None) -> torch.Tensor:
         """x times one of the weights; the others' outputs are kept for those that are given the same x next."""

@@ -5,7 +5,6 @@ MeZO (arXiv 2305.17333, appendix E.5) they start as those of real tokens. What r
 filled cache, as PEFT runs it; the text's positions follow on from the prefix.
 """
 
-import inspect
 from collections.abc import Collection
 
 import torch
@@ -15,7 +14,7 @@ from transformers import DynamicCache
 
 from mezo.config import Prefix as PrefixOptions
 from mezo.errors import UserError
-from mezo.models.attention import Prefix
+from mezo.models.attention import Prefix, cache_argument
 from mezo.models.tuning import Attached, Base
 from mezo_kernels.philox import check_seed, philox_4x32
 
@@ -93,13 +92,13 @@ def attach(tuning: PrefixOptions, base: Base) -> Attached:
         title=f"parameters of a prefix of {tokens} tokens",
         noise=lambda theta, seed: iter(real_tokens(seed).values()),
         initial=real_tokens,
-        prefix=Prefix(weight, n_layers, heads),
+        prefix=Prefix(weight, n_layers, heads, cache_argument(body)),
     )
 
 
 def _check_layers(body: nn.Module, attentions: Collection[str]) -> None:
     """Raise UserError if a transformer takes no keys and values, or has layers of other kinds than these."""
-    if "past_key_values" not in inspect.signature(body.forward).parameters:
+    if not cache_argument(body):
         raise _unfit(body, "it takes no keys and values")
     others = sorted(set(getattr(body.config, "layer_types", None) or ()) - set(attentions))
     if others:
@@ -110,7 +109,7 @@ def _check_layers(body: nn.Module, attentions: Collection[str]) -> None:
 def _keys_and_values(body: nn.Module, ids: list[int]) -> list[torch.Tensor]:
     """Keys and values of each layer in turn, (1, heads, len(ids), head_dim), checked to be of one shape."""
     cache = DynamicCache()
-    body(input_ids=torch.tensor([ids], device=body.device), past_key_values=cache)
+    body(input_ids=torch.tensor([ids], device=body.device), **{cache_argument(body): cache})
     parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
     shapes = {tuple(part.shape) if part is not None else None for part in parts}
     if len(shapes) != 1 or len(shapes.pop() or ()) != 4:

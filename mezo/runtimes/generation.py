@@ -13,7 +13,7 @@ from mezo.config import Workload
 from mezo.data.example import Example
 from mezo.errors import UserError
 from mezo.method.sampling import Pick, likeliest
-from mezo.models.attention import Prefix
+from mezo.models.attention import Prefix, cache_argument
 from mezo.models.families import family_of
 from mezo.models.load import Checkpoint, load_tokenizer
 from mezo.runtimes.rows import Decoder, Row, RowBatch
@@ -179,9 +179,8 @@ def written(
     answers, unfinished = [[] for _ in prompts], set(range(len(prompts)))
     for place in range(max_new_tokens):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        out = body(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        known = {cache_argument(body): cache, "use_cache": True}
+        out = body(input_ids=ids, attention_mask=mask, position_ids=positions, **known).last_hidden_state
         tokens = pick(head(out[:, -1]), place)
         for i, token in enumerate(tokens.tolist()):
             if i in unfinished:

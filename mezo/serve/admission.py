@@ -11,13 +11,13 @@ LOOK = 0.5  # seconds between looks at whether the trainer was asked to stop
 PART = 0.25  # most seconds of one part of the trainer's work
 CYCLE = 3.0  # most seconds of a part of several requests and the rest after it
 KEPT = 1000  # waits of users that are remembered of each kind
-WINDOW = 5.0  # seconds
-EVERY = 10  # of so many windows the trainer is held back in one; in every other one until there are FEW waits
-FEW = 20  # waits that the bound is first checked by
-LATEST = 200  # waits that it is checked by
+WINDOW = 5.0  # seconds; the trainer is held back in every other one while FEW waits without it are not known
+FEW = 20  # waits that the share follows from at least, whatever their age
+FRESH = 60.0  # seconds for which more of them count: a server's first waits are longer than all later ones
+LATEST = 200  # most waits that it follows from, and those that the bound is checked by
 RECENT = 60.0  # seconds for which users who are gone are reckoned with
 STEPS = (0.5, 1.25)  # the trainer's share changes by these factors where the bound is broken or held
-AIM = 0.5  # of the allowed growth is planned for: a percentile of LATEST waits is uncertain by about as much
+AIM = 0.5  # of the allowed growth is planned for: a percentile of so few waits is uncertain by about as much
 TAIL = 0.01  # of users may wait longer than the bound: their 99th percentile is then within it
 MEASURED = 100  # parts that the next one is planned by; then sizes are tried again
 ALIKE = 0.95  # of two sizes of which one gets so much of the other's work done the larger is taken
@@ -34,10 +34,30 @@ class Waits:
 
     def __init__(self, streamed: bool):
         self.streamed = streamed
-        self.alone: deque[float] = deque(maxlen=KEPT)  # while the trainer was held back
-        self.beside: deque[float] = deque(maxlen=KEPT)
+        self.alone: deque[tuple[float, float]] = deque(maxlen=LATEST)  # when, and how long, without a part of it
+        self.beside: deque[float] = deque(maxlen=KEPT)  # of who found a part running, or waited while one did
         self.met: deque[float] = deque(maxlen=LATEST)  # of who found a part running, from its end on
-        self.fresh = 0  # waits beside training since the bound was last checked by them
+        self.lately: deque[bool] = deque(maxlen=2 * FEW)  # whether each of the last users waited without a part
+        self.checked = self.late = 0  # waits since the bound was last checked, and those beyond it
+
+    def see(self, wait: float, now: float, alone: bool) -> None:
+        """A user waited so long, with or without a part of the trainer's."""
+        self.lately.append(alone)
+        if not alone:
+            self.beside.append(wait)
+            return
+        self.alone.append((now, wait))
+        while len(self.alone) > FEW and self.alone[0][0] < now - FRESH:
+            self.alone.popleft()
+
+    @property
+    def few(self) -> bool:
+        """Whether too few of the last users waited without a part."""
+        return sum(self.lately) < FEW
+
+    def bound(self, cost: float) -> float:
+        """What at most TAIL of users may wait longer than, where the 99th percentile may grow by `cost`."""
+        return (1 + cost) * percentile([wait for _, wait in self.alone], 0.99)
 
     def share(self, took: float, cost: float) -> float:
         """The largest share of users who may find a part of the trainer's running that takes so long.
@@ -53,8 +73,7 @@ class Waits:
         """
         if not self.alone:
             return 1.0
-        alone = list(self.alone)[-LATEST:]
-        x = (1 + AIM * cost) * percentile(alone, 0.99)
+        x, alone = self.bound(AIM * cost), [wait for _, wait in self.alone]
         late = sum(wait > x for wait in alone) / len(alone)
         more = self.more()
         caught = sum(min(1.0, max(0.0, 1 - (x - wait - more) / took)) for wait in alone) / len(alone)
@@ -64,11 +83,11 @@ class Waits:
         """Seconds that who found a part running waits longer, from its end on, than without it; 0 until FEW did."""
         if len(self.met) < FEW or not self.alone:
             return 0.0
-        return max(0.0, statistics.mean(self.met) - statistics.mean(list(self.alone)[-LATEST:]))
+        return max(0.0, statistics.fmean(self.met) - statistics.fmean(wait for _, wait in self.alone))
 
     def row(self) -> dict:
         """What status shows."""
-        kinds = {"alone": self.alone, "beside_training": self.beside}
+        kinds = {"alone": [wait for _, wait in self.alone], "behind_a_part": self.beside}
         return {
             name: {"n": len(values), **{f"p{p}": percentile(values, p / 100) for p in (50, 99) if values}}
             for name, values in kinds.items()
@@ -109,7 +128,7 @@ class Pace:
         sizes, times = list(by_size), [statistics.median(took) for took in by_size.values()]
         if len(sizes) == 1:  # hoped for: so another size is tried
             return times[0]
-        at, mean = statistics.mean(sizes), statistics.mean(times)
+        at, mean = statistics.fmean(sizes), statistics.fmean(times)
         slope = sum((size - at) * (took - mean) for size, took in zip(sizes, times, strict=True))
         b = max(0.0, slope / sum((size - at) ** 2 for size in sizes))
         return max(0.0, mean - b * at) + b * n
@@ -124,8 +143,10 @@ class Admission:
     as gets most of them done so: more at once are cheaper, and longer parts have a smaller share. No part begins while
     a stream waits for its first token, and while users are being answered parts get `cost` of the time.
 
-    What users wait for without the trainer is measured: while there are users it is held back in one window of
-    `EVERY`. Where the waits in the other windows are longer than they may be all the same, the share is lowered.
+    A stream that finds no part running waits as it would without the trainer, since none begins meanwhile: most users
+    so tell what is waited for without it, and the latest of them count. Where too few do, because parts run most of the
+    time, the trainer is held back in every other `WINDOW`. Where more streams than may be are later than the bound all
+    the same, the share is lowered.
 
     Args:
         cost: by how much what users wait for may grow, such as 0.1; 0: no part runs while there are users.
@@ -259,8 +280,8 @@ class Admission:
 
     def _held_back(self) -> bool:
         """Whether this is a window in which it is measured what users wait for without the trainer."""
-        few = all(len(waits.alone) < FEW for waits in self.waits.values())
-        return self._users_about() and int(self.now() / WINDOW) % (2 if few else EVERY) == 0
+        few = all(waits.few for waits in self.waits.values())
+        return few and self._users_about() and int(self.now() / WINDOW) % 2 == 0
 
     def _account(self) -> None:
         """The time that users were answered in gives the trainer a share of it."""
@@ -270,16 +291,18 @@ class Admission:
             self._credit = min(self._credit + self.cost * (now - self._since), max(self.limit, 0.0))
         self._since = now
 
-    def _check_bound(self, waits: Waits) -> None:
-        """Give the trainer a smaller or larger share where there are as many waits as tell whether the bound is held.
+    def _check_bound(self, waits: Waits, wait: float) -> None:
+        """Give the trainer a smaller or larger share after LATEST waits, by how many were beyond the bound.
 
-        Waits that it was checked by do not count again, as while training is paused: it would be lowered for ever.
+        Twice as many as may be are within chance. Each is compared with what was waited for without the trainer when it
+        came, and counts once.
         """
-        if len(waits.alone) < FEW or len(waits.beside) < FEW:
+        if len(waits.alone) < FEW or self.paused:
             return
-        latest = [percentile(list(values)[-LATEST:], 0.99) for values in (waits.beside, waits.alone)]
-        held = latest[0] <= (1 + self.cost) * latest[1]
-        self._scale = min(1.0, max(TAIL, self._scale * STEPS[held]))
+        waits.checked, waits.late = waits.checked + 1, waits.late + (wait > waits.bound(self.cost))
+        if waits.checked == LATEST:
+            self._scale = min(1.0, max(TAIL, self._scale * STEPS[waits.late <= 2 * TAIL * LATEST]))
+            waits.checked = waits.late = 0
 
 
 class UserRequest:
@@ -296,7 +319,6 @@ class UserRequest:
             admission._account()
             self._count(1)
             self.began, self.parts, self.met = admission.now(), admission._parts, admission._running
-            self.alone = (admission.paused or admission._held_back()) and not admission._running
 
     def saw(self) -> None:
         """The user has something to see; only the first time counts."""
@@ -308,15 +330,12 @@ class UserRequest:
             self._count(-1)
             self.seen = True
             self._count(1)
-            waits = own.waits[self.streamed]
-            alone = self.alone and self.parts == own._parts
-            (waits.alone if alone else waits.beside).append(own.now() - self.began)
-            if self.met and self.parts == own._parts and own._ended >= self.began:
+            waits, wait, none_began = own.waits[self.streamed], own.now() - self.began, self.parts == own._parts
+            waits.see(wait, own.now(), none_began and not self.met)
+            if self.met and none_began and own._ended >= self.began:
                 waits.met.append(own.now() - own._ended)
-            waits.fresh += not alone
-            if waits.fresh >= FEW:
-                waits.fresh = 0
-                own._check_bound(waits)
+            if self.streamed:  # of other answers, those without a part are the short ones
+                own._check_bound(waits, wait)
             own._changed.notify_all()
 
     def end(self) -> None:

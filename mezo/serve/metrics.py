@@ -46,13 +46,18 @@ def _families(status: Mapping[str, Any]) -> Iterator[tuple[str, str, str, list[S
     yield "mezo_seconds_total", "counter", "Seconds that users were answered in, or training ran.", each("of", known)
     yield "mezo_user_requests_total", "counter", "Requests of users that have ended.", one(users.get("requests"))
     waits = [
-        ({"until": until, "training": kind == "beside_training", "percentile": p}, row[f"p{p}"])
+        ({"until": until, "training": kind == "behind_a_part", "percentile": p}, row[f"p{p}"])
         for until, kinds in users.get("seconds_waited", {}).items()
         for kind, row in kinds.items()
         for p in (50, 99)
         if f"p{p}" in row
     ]
-    yield "mezo_user_wait_seconds", "gauge", "What users waited for, of the last of them.", waits
+    yield (
+        "mezo_user_wait_seconds",
+        "gauge",
+        "What users waited for, who found training running or did not.",
+        waits,
+    )
     counts = {name: fed[name] for name in ("feedback", "example") if name in fed}
     yield "mezo_fed_total", "counter", "Lines of feedback.jsonl.", each("kind", counts)
     yield "mezo_fed_refused_total", "counter", "Requests to feed the run that were refused.", one(fed.get("refused"))

@@ -154,10 +154,10 @@ def standard_normal(
     seed: int, tensor_id: int, start: int, n_elements: int, distribution: str, device: torch.device
 ) -> torch.Tensor:
     """z of the elements start .. start + n_elements of one parameter, float32; arguments as in `reference`."""
-    out = torch.empty(n_elements, dtype=torch.float32)
+    out = torch.empty(n_elements, dtype=torch.float32, device=device)
     if not n_elements:
         return out
-    geometry = torch.tensor([(0, tensor_id, start, 1, n_elements, n_elements)])
+    geometry = torch.tensor([(0, tensor_id, start, 1, n_elements, n_elements)], device=device)
     items, _ = _build_items([out], [], [], geometry)
     arguments = (*_keys([seed])[0], STREAMS[distribution])
     threads = _threads(items, n_elements)

@@ -104,7 +104,7 @@ class Shared:
         size: bytes of one.
     """
 
-    FREE, MANY = -1, -2
+    FREE, MANY = np.int32(-1), np.int32(-2)
 
     def __init__(self, programs: int, size: int):
         self.bytes = np.zeros((programs, size + -size % 16), np.uint8)

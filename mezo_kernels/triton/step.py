@@ -6,7 +6,7 @@ import triton.language as tl
 
 from mezo_kernels.philox import STREAMS
 from mezo_kernels.triton.philox import INTERPRETED, draw
-from mezo_kernels.triton.table import Table, step_values, tables, values_on
+from mezo_kernels.triton.table import Table, capturing, keep_if_capturing, step_values, tables, values_on
 from mezo_kernels.triton.tile import BY_ROW, FLAT, GENERAL, load, locate, parts, storage, store, tensor_id, tile_of
 
 PRODUCT = tl.constexpr("mul.rn.f32 $0, $1, $2;")
@@ -131,16 +131,19 @@ class Buffered:
 
     def __init__(self, prepared: Prepared, n_updates: int, n_pairs: int, distribution: str):
         self.prepared, self.rest = prepared, (n_updates, n_pairs, distribution)
-        shape = max(1, n_updates + n_pairs), 2
-        self.values = torch.zeros(shape, dtype=torch.int64, device=prepared.table.slots.device)
+        shape, device = (max(1, n_updates + n_pairs), 2), prepared.table.slots.device
+        if capturing(device):
+            raise ValueError("a step is made for a graph before its capture: the zeros it begins with would be in it")
+        self.values = torch.zeros(shape, dtype=torch.int64, device=device)
 
     def write(self, updates: list[tuple[int, float, float]], next_seeds: list[int], eps: float) -> None:
         """Put new values there, after the work that the current stream already has."""
         device = self.values.device
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(device):
             raise ValueError("numbers are set outside of a capture: a graph would keep the ones of now")
         self.values.copy_(values_on(step_values(updates, next_seeds, eps), device))
 
     def launch(self) -> None:
         """Run the kernel."""
+        keep_if_capturing(self, self.values.device)
         self.prepared.launch(self.values, *self.rest)

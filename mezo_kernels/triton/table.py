@@ -91,6 +91,7 @@ class Table:
         """
         columns = self.slots.shape[1]
         with on_device(self.slots.device):
+            keep_if_capturing(self, self.slots.device)
             for one in self.launches:
                 own = constants | {"MODE": one.mode, "WIDTH": one.width, "BLOCK_SIZE": BLOCK_SIZE, "PART": PART}
                 key = (kernel, *own.values())
@@ -101,6 +102,23 @@ class Table:
                     else:
                         options = own | LAUNCH | (_limit(registers) if one.mode == FLAT else {})
                         self.compiled[key] = kernel[(len(tiles),)](self.slots, tiles, columns, *arguments, **options)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what the current stream is given becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+_in_graphs: dict[int, Any] = {}
+
+
+def keep_if_capturing(read: Any, device: torch.device) -> None:
+    """Keep, for good, what a graph that is being captured reads: nobody else knows that it does.
+
+    Layouts, and the tables of theirs, may go while the graph and its tensors stay.
+    """
+    if capturing(device):
+        _in_graphs[id(read)] = read
 
 
 def _limit(registers: int | None) -> dict[str, int]:
@@ -142,7 +160,7 @@ def build(
     Raises:
         ValueError: a CUDA graph is being captured, which cannot record the copy of a new table.
     """
-    if theta[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(theta[0].device):
         raise ValueError("a capture needs its table before: call the op once with these tensors, then capture it")
     n = len(theta)
     targets = [[t for k in range(i, len(plus), n) for t in (plus[k], minus[k])] for i in range(n)]
@@ -151,7 +169,7 @@ def build(
     slots = [[*block.header, *(value for storage in block.storages for value in storage)] for block in blocks]
     device = theta[0].device
     return Table(
-        slots=torch.tensor(slots, dtype=torch.int64).to(device),
+        slots=torch.tensor(slots, dtype=torch.int64, device="cpu").to(device),
         launches=tuple(Launch(torch.from_numpy(tiles).to(device), *kind) for tiles, *kind in _launches(blocks)),
         theta=dtype(theta),
         target=dtype([*plus, *minus] or theta),
@@ -278,7 +296,7 @@ def values_on(values: np.ndarray, device: torch.device) -> torch.Tensor:
     values = torch.from_numpy(values.view(np.int64))
     if device.type != "cuda":
         return values
-    if torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         # a captured copy would read host memory again at every replay; a captured fill carries its value. A graph whose
         # values change from replay to replay has them in a buffer: `Plan.recorded`
         captured = torch.empty(values.shape, dtype=torch.int64, device=device)

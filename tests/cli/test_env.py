@@ -18,7 +18,7 @@ def lines(capsys):
 def test_versions_devices_and_backends_are_those_at_hand(capsys):
     found = lines(capsys)
     assert found["mezo"] == version("mezo-kernels")
-    assert found["torch"] == torch.__version__
+    assert found["torch"] == version("torch")
     assert torch.backends.cpu.get_cpu_capability() in found["cpu"]
     for name in ("reference", "numba", "triton"):
         assert found[f"{name}, cpu"].startswith("available") == (name in available_backends("cpu"))

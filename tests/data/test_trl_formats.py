@@ -1,5 +1,7 @@
 """Texts, conversations, completions and preferences as TRL has them."""
 
+import copy
+
 import datasets
 import pytest
 
@@ -116,10 +118,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_read_is_one_line(bpe, tmp_path, name, monkeypatch):
+def test_what_cannot_be_read_is_one_line(bpe, tmp_path, name):
     rows, fields, message = BAD[name]
     if name == "no end":
-        monkeypatch.setattr(bpe, "eos_token", None)
+        bpe = copy.deepcopy(bpe)
+        bpe.eos_token = None
     with pytest.raises(UserError, match=message) as error:
         load_splits(config_of(write(tmp_path, rows, "jsonl"), **fields), bpe)
     assert "\n" not in str(error.value)

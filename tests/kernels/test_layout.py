@@ -113,6 +113,11 @@ def test_from_module_takes_trainable_parameters_under_canonical_names():
     assert not layout.tensors[0].requires_grad
 
 
+def test_a_module_without_trainable_parameters_is_refused():
+    with pytest.raises(ValueError, match="no parameter of the module requires a gradient"):
+        ParamLayout.from_module(torch.nn.Linear(2, 2).requires_grad_(False))
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -137,6 +142,13 @@ def test_colliding_tensor_ids_are_refused():
 REFUSED = {
     "nothing": (lambda: {}, "at least one parameter"),
     "an array": (lambda: {"w": [1.0]}, r"expected a torch\.Tensor, got list"),
+    "tensors without names": (lambda: [torch.zeros(2)], "a mapping {name: tensor} or ParamSlots, got a Tensor"),
+    "pairs": (lambda: torch.nn.Linear(2, 2).named_parameters(), "or ParamSlots, got a tuple"),
+    "sparse": (
+        lambda: {"w": torch.eye(3).to_sparse()},
+        r"storage with strides .* got a tensor of layout torch\.sparse",
+    ),
+    "negated": (lambda: {"w": torch.ones(3, dtype=torch.complex64).conj().imag}, "got a negated view"),
     "float64": (lambda: {"w": torch.zeros(2, dtype=torch.float64)}, "float32, bfloat16 or float16"),
     "integers": (lambda: {"w": torch.zeros(2, dtype=torch.int32)}, "got torch.int32"),
     "no elements": (lambda: {"w": torch.zeros(0, 4)}, "at least one element"),

@@ -103,6 +103,7 @@ def test_an_op_that_does_not_say_what_it_writes_fails_its_check(toy_op):
             opcheck("quiet_", "toy")
 
 
+@pytest.mark.filterwarnings("error:.*lru_cache")
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compiled_functions_give_the_same_bits(compiler):
     def train(layout, plus, minus, x):
@@ -189,6 +190,14 @@ def test_a_function_on_cuda_compiles_to_one_graph_of_ops():
     (graph,) = graphs
     assert [str(target).split(".")[1] for target in graph] == ["perturb_", "step_", "rule_step_", "standard_normal"]
     assert {str(target).split(".")[1] for target in graph} == set(dispatch.OPS)
+
+
+def test_a_backend_whose_package_is_missing_is_named(monkeypatch):
+    """Some builds of torch for GPUs come without Triton."""
+    missing = dispatch.Backend("mezo_no_such_package.ops", lambda device: None, default_on="cpu")
+    monkeypatch.setattr(dispatch, "BACKENDS", {"toy": missing})
+    with pytest.raises(ValueError, match="'toy' is not available on cpu: the package mezo_no_such_package is not"):
+        perturb_(make_layout(), 0.1, 0)
 
 
 def test_per_step_values_compile_nothing():

@@ -5,7 +5,19 @@ import math
 import pytest
 import torch
 
-from mezo_kernels import ParamLayout, ParamSlot, Rule, perturb_, rademacher, rule_step_, standard_normal, step_
+from mezo_kernels import (
+    ParamLayout,
+    ParamSlot,
+    Rule,
+    inner_products,
+    lora_init,
+    perturb_,
+    rademacher,
+    root_mean_square,
+    rule_step_,
+    standard_normal,
+    step_,
+)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 3, 1024, 1027, 5000]
@@ -276,3 +288,35 @@ REFUSED = {
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("backend", ["reference", "numba", "triton"])
+def test_the_default_device_of_a_script_is_not_that_of_parameters(backend):
+    """It is a GPU in many a notebook; "meta", whose tensors hold no numbers, stands for it here."""
+    theta, minus = torch.ones(2, 3, 7)
+    buffer = torch.zeros(3, 14)
+    with torch.device("meta"):
+        layout = ParamLayout({"w": theta})
+        step_(layout, [(0, 0.5)], 1.0, 1, 0.1, layout.like([buffer[:, ::2]]), layout.like([minus]), backend=backend)
+        ParamLayout({"even": buffer[:, ::2], "odd": buffer[:, 1::2]})  # which are compared byte by byte
+        z = standard_normal(0, "w", 0, 21, backend=backend)
+        gram, root = inner_products({"w": (3, 7)}, [0], backend=backend), root_mean_square({"w": (3, 7)}, 0)
+        init = lora_init(0, "w", (2, 4))
+    assert torch.equal(z, standard_normal(0, "w", 0, 21))
+    assert torch.equal(theta, 1 - 0.5 * z.view(3, 7))
+    assert torch.equal(buffer[:, ::2], theta + torch.tensor(0.1) * standard_normal(1, "w", 0, 21).view(3, 7))
+    assert gram.item() == pytest.approx(21 * root**2, rel=1e-4)
+    assert torch.equal(init, lora_init(0, "w", (2, 4)))
+
+
+def test_the_reference_wants_a_seed_for_each_pair():
+    """Or none at all, as in a step of a plan with pairs: they keep what they hold then."""
+    from mezo_kernels import reference
+
+    theta = ParamLayout({"w": torch.ones(4)})
+    copies = [torch.full((4,), torch.nan) for _ in range(4)]
+    arguments = theta.tensors, copies[:2], copies[2:], [theta.geometry] * 5, []
+    reference.step_(*arguments, [], 0.0, "normal")
+    assert all(t.isnan().all() for t in copies)
+    with pytest.raises(ValueError, match="zip"):
+        reference.step_(*arguments, [1], 0.1, "normal")

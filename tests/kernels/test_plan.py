@@ -92,7 +92,7 @@ def test_a_recorded_step_takes_the_numbers_that_were_set_last(backend):
         (lambda a, b, c: Plan(a).step_([], next_seed=1, eps=0.1), "0 pairs of plus and minus, got 1 seeds"),
         (lambda a, b, c: Plan(a, b, c).step_([], next_seed=1), "eps must be"),
         (lambda a, b, c: Plan(a, b, c).step_([(1, float("nan"))]), "coefficient must be"),
-        (lambda a, b, c: Plan(a, b, b), "shares storage"),
+        (lambda a, b, c: Plan(a, b, b), r"(w\d) shares storage with another parameter \(\1\)"),
         (lambda a, b, c: Plan(a, b), "equal numbers"),
         (lambda a, b, c: Plan(a, backend="cuda"), "backend must be"),
     ],

@@ -21,6 +21,10 @@ def test_backends_chunks_and_orders_agree_in_every_bit(monkeypatch):
         assert torch.equal(inner_products(SHAPES, SEEDS), expected)
 
 
+def test_no_seeds_have_no_products():
+    assert inner_products(SHAPES, []).shape == (0, 0)
+
+
 def test_they_are_the_products():
     z = torch.stack([
         torch.cat([standard_normal(seed, name, 0, math.prod(shape)) for name, shape in SHAPES.items()])

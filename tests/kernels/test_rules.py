@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from mezo_kernels import ParamLayout, ParamSlot, Rule, RuleUpdate, available_backends, rule_step_, standard_normal
+from mezo_kernels import (
+    ParamLayout,
+    ParamSlot,
+    Rule,
+    RulePlan,
+    RuleUpdate,
+    available_backends,
+    rule_step_,
+    standard_normal,
+)
 from tests.kernels.test_triton import assert_same_bits, layout, shapes, unwritten
 
 RULES = {
@@ -168,6 +177,13 @@ def test_descends_a_quadratic(kind):
     assert math.isfinite(theta.sum().item())
 
 
+def state_as_plus(call):
+    """The next plus would be written over the moments."""
+    theta, m, minus = (ParamLayout({"w": torch.ones(2)}) for _ in range(3))
+    arguments = {"updates": [], "next_seed": 1, "eps": 0.1} if call is rule_step_ else {}
+    call(theta, RULES["momentum"], [m], plus=m, minus=minus, **arguments)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -182,6 +198,8 @@ def test_descends_a_quadratic(kind):
             lambda: rule_step_(ParamLayout({"w": torch.ones(2).half()}), RULES["sign"], [], []),
             "needs a float32 master and state, got torch.float16",
         ),
+        (lambda: state_as_plus(rule_step_), r"w shares storage with another parameter \(w\)"),
+        (lambda: state_as_plus(RulePlan), r"w shares storage with another parameter \(w\)"),
     ],
 )
 def test_mistakes_are_named(make, message):

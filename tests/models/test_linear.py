@@ -105,6 +105,22 @@ def test_what_is_kept_of_one_input_is_not_taken_for_another(tmp_path):
         assert before.any()
 
 
+def test_a_proof_that_fails_halfway_keeps_no_unpacked_weight(tmp_path):
+    built = runtime(save("llama", tmp_path), linear="packed")
+    q = next(module for name, module in packed_in(built).items() if ".q_proj" in name)
+
+    @torch.no_grad()
+    def proof():
+        with linear.as_loaded():
+            q(torch.ones(1, 32))
+            assert [place for _, place in linear._unpacked] == [1, 2], "of keys and values"
+            q(torch.ones(1, 31))
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        proof()
+    assert not linear._unpacked
+
+
 @pytest.mark.parametrize("name", list(tiny_families.FAMILIES))
 def test_models_of_every_family_keep_their_logits_and_their_state(name):
     """GPT-2's weights lie transposed, Mamba's are read without a call, Falcon's are in a class of its own."""

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from mezo.serve.admission import AIM, CYCLE, EVERY, FEW, LATEST, PART, TAIL, WINDOW, Admission, Waits, percentile
+from mezo.serve.admission import AIM, CYCLE, FEW, FRESH, LATEST, PART, TAIL, WINDOW, Admission, Waits, percentile
 from mezo.serve.signals import pausing
 
 
@@ -24,8 +24,14 @@ class Clock:
 def admission(cost, alone=()):
     clock = Clock()
     made = Admission(cost, clock)
-    made.waits[True].alone.extend(alone)
+    known(made.waits[True], alone, clock.time)
     return made, clock
+
+
+def known(waits, seconds, now=0.0):
+    """Users waited so long without a part of the trainer's."""
+    for wait in seconds:
+        waits.see(wait, now, alone=True)
 
 
 def sizes(made, clock, n, seconds):
@@ -77,7 +83,6 @@ def test_nothing_begins_while_a_stream_waits_for_its_first_token():
 
 def test_while_users_are_answered_training_gets_its_share_of_the_time():
     made, clock = admission(0.1, alone=[100.0] * FEW)  # a limit of PART
-    clock.time = EVERY * WINDOW + WINDOW  # nor is this a window in which it is held back
     with made.user(streamed=False):
         assert not made._room()
         clock.time += 1.0
@@ -106,15 +111,15 @@ def test_who_finds_a_part_running_may_be_late_as_seldom_as_the_bound_allows():
     """The share, against users drawn at random."""
     rng = random.Random(0)
     waits = Waits(streamed=True)
-    waits.alone.extend(rng.gammavariate(8, 0.01) for _ in range(LATEST))
-    bound = (1 + 0.1 * AIM) * percentile(waits.alone, 0.99)
+    alone = [rng.gammavariate(8, 0.01) for _ in range(LATEST)]
+    known(waits, alone)
+    bound = (1 + 0.1 * AIM) * percentile(alone, 0.99)
     shares = [waits.share(took, 0.1) for took in (0.02, 0.05, 0.1, 0.3)]
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > 0.1
     for took, share in zip((0.05, 0.1, 0.3), shares[1:], strict=True):
         late = [
-            rng.choice(waits.alone) + (rng.random() * took if rng.random() < share else 0.0) > bound
-            for _ in range(100_000)
+            rng.choice(alone) + (rng.random() * took if rng.random() < share else 0.0) > bound for _ in range(100_000)
         ]
         assert sum(late) / len(late) == pytest.approx(TAIL, rel=0.12)
 
@@ -125,7 +130,7 @@ def test_what_a_part_costs_beyond_its_end_makes_the_share_smaller():
     waits, before = made.waits[True], made.share(0.03)
     assert waits.more() == 0.0
     for number in range(1, FEW + 1):
-        clock.time = WINDOW * (1 + EVERY * number)  # the part before has been rested after
+        clock.time = 10 * WINDOW * number + WINDOW  # the part before has been rested after
         with made.part("scores"):
             clock.time += 0.01
             user = made.user(streamed=True)
@@ -154,46 +159,84 @@ def test_who_found_no_part_running_says_nothing_of_parts():
 def test_parts_that_keep_everybody_within_the_bound_may_always_run():
     waits = Waits(streamed=True)
     assert waits.share(1.0, 0.1) == 1.0, "no waits are known"
-    waits.alone.extend([0.2] * FEW)
+    known(waits, [0.2] * FEW)
     assert waits.share(0.2 * 0.1 * AIM - 0.001, 0.1) == 1.0
 
 
 def test_training_rests_where_one_request_is_longer_than_the_bound():
     made, clock = admission(0.1, alone=[0.2] * FEW)
-    made.waits[False].alone.extend([0.2] * FEW)
-    clock.time = 2 * EVERY * WINDOW + WINDOW
+    known(made.waits[False], [0.2] * FEW, clock.time)
     with made.user(streamed=True):
         pass
     sizes(made, clock, 1, 0.05)
     share = TAIL / (1 - 0.2 * 0.1 * AIM / 0.05)  # of users find it running, and one in a hundred too much of it left
     rest = 0.05 * (1 / share - 1)
     clock.time += rest - 0.01
-    assert not made._room() or made._held_back()
+    assert not made._room()
     clock.time += 0.02
-    assert made._room() or made._held_back()
+    assert made._room()
 
 
-def test_windows_without_training_come_while_there_are_users_alone():
+def test_training_is_held_back_in_every_other_window_while_too_few_wait_without_it():
     made, clock = admission(0.1)
-    held = lambda: [made._held_back() for clock.time in [WINDOW * (i + 0.5) for i in range(2 * EVERY)]]  # noqa: E731
-    assert not any(held())
-    clock.time = 0.0
+    held = lambda: [made._held_back() for clock.time in [WINDOW * (i + 0.5) for i in range(6)]]  # noqa: E731
+    assert not any(held()), "there are no users"
+    waits = made.waits[True]
     with made.user(streamed=True):
-        assert held() == [i % 2 == 0 for i in range(2 * EVERY)]  # few waits are known
-        made.waits[True].alone.extend([0.1] * FEW)
-        assert held() == [i % EVERY == 0 for i in range(2 * EVERY)]
+        assert held() == [True, False] * 3
+        known(waits, [0.1] * FEW)
+        assert not any(held())
+        for _ in range(FEW + 1):  # parts run all the time: nobody tells any more what is waited for without them
+            waits.see(0.5, clock.time, alone=False)
+        assert held() == [True, False] * 3
+
+
+def test_waits_that_are_old_are_forgotten_where_newer_ones_suffice():
+    waits = Waits(streamed=True)
+    known(waits, [0.9] * 5 * FEW, now=0.0)
+    known(waits, [0.2] * (FEW - 1), now=FRESH + 1.0)
+    assert waits.bound(0.0) == 0.9
+    known(waits, [0.2], now=FRESH + 1.0)
+    assert (waits.bound(0.0), len(waits.alone)) == (0.2, FEW)
+    known(waits, [0.2] * 2 * LATEST, now=FRESH + 1.0)
+    assert len(waits.alone) == LATEST
+
+
+def test_who_finds_no_part_waits_without_the_trainer_though_it_trains():
+    made, clock = admission(0.1)
+    with made.part("scores"):
+        clock.time += 0.05
+    with made.user(streamed=True) as request:
+        clock.time += 0.2
+        request.saw()
+    clock.time = 50 * WINDOW - 1.0  # rested
+    with made.part("scores"), made.user(streamed=True) as request:
+        clock.time += 0.4
+        request.saw()
+    with made.user(streamed=False):
+        clock.time = 100 * WINDOW - 1.0
+        made._account()
+        with made.part("scores"):
+            clock.time += 0.05
+    assert [wait for _, wait in made.waits[True].alone] == [pytest.approx(0.2)]
+    assert list(made.waits[True].beside) == [pytest.approx(0.4)]
+    assert not made.waits[False].alone
 
 
 def test_a_bound_that_is_broken_makes_the_share_smaller_and_larger_again():
     made, _ = admission(0.1, alone=[0.2] * 100)
     waits, before = made.waits[True], made.share(0.05)
-    waits.beside.extend([0.4] * 100)
-    made._check_bound(waits)
+
+    def users(late):
+        for i in range(LATEST):
+            made._check_bound(waits, 0.4 if i < late else 0.2)
+
+    users(late=int(2 * TAIL * LATEST))
+    assert made.share(0.05) == before, "within chance"
+    users(late=int(2 * TAIL * LATEST) + 1)
     assert made.share(0.05) == before / 2
-    waits.beside.clear()
-    waits.beside.extend([0.2] * 100)
     for _ in range(10):
-        made._check_bound(waits)
+        users(late=0)
     assert made.share(0.05) == before
 
 
@@ -230,32 +273,12 @@ def test_percentiles():
     assert percentile([5.0], 0.99) == 5.0
 
 
-def test_what_is_waited_for_while_training_is_paused_is_without_training():
-    made, _ = admission(0.1)
-    for paused in (False, True):
-        made.pause(paused)
-        with made.user(streamed=True):
-            pass
-    assert [len(waits) for waits in (made.waits[True].alone, made.waits[True].beside)] == [1, 1]
-
-
-def test_a_broken_bound_is_lowered_once_and_not_again_while_training_is_paused():
-    made, clock = admission(0.1, alone=[0.2] * 100)
-    clock.time = EVERY * WINDOW + WINDOW
-
-    def users(n):
-        for _ in range(n):
-            with made.user(streamed=True):
-                clock.time += 0.2
-                made.waits[True].beside.append(0.4)
-                clock.time = EVERY * WINDOW + WINDOW
-
-    made.waits[True].beside.extend([0.4] * 100)
-    users(FEW)
-    assert made._scale == 0.5
+def test_waits_while_training_is_paused_say_nothing_of_the_bound():
+    made, _ = admission(0.1, alone=[0.2] * 100)
     made.pause(True)
-    users(10 * FEW)
-    assert made._scale == 0.5
+    for _ in range(2 * LATEST):
+        made._check_bound(made.waits[True], 0.4)
+    assert (made._scale, made.waits[True].checked) == (1.0, 0)
 
 
 def test_signals_pause_and_resume_even_in_the_middle_of_a_change():

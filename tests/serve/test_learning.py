@@ -228,7 +228,7 @@ def test_answers_are_remembered_with_the_prompt_that_is_theirs():
 
 def test_metrics_are_read_by_prometheus():
     parser = pytest.importorskip("prometheus_client.parser")
-    waits = {"first_token": {"alone": {"n": 2, "p50": 0.1, "p99": 0.2}, "beside_training": {"n": 0}}}
+    waits = {"first_token": {"alone": {"n": 2, "p50": 0.1, "p99": 0.2}, "behind_a_part": {"n": 0}}}
     status = {
         "step": 12, "steps": 40, "promoted": 8, "state": 'odd "state"\\\n',
         "dev": [{"step": 8, "accuracy": 0.5, "is_best": True}, {"step": 12, "loss": 0.5, "accuracy": 0.75}],

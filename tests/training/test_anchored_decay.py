@@ -50,12 +50,14 @@ def test_it_is_the_formula_in_float32(decay):
 
 @pytest.mark.parametrize(
     "start",
-    [[torch.zeros(3)], [torch.zeros(2, dtype=torch.float64)], [], [torch.zeros(2)] * 2],
-    ids=["shape", "dtype", "none", "two"],
+    [[torch.zeros(3)], [torch.zeros(2).double()], [torch.zeros(2, device="meta")], [], [torch.zeros(2)] * 2],
+    ids=["shape", "dtype", "device", "none", "two"],
 )
 def test_a_start_of_another_kind_is_refused(start):
     theta = torch.ones(2)
-    with pytest.raises(ValueError, match=r"parameter 0 must be float32 of one shape|argument 2 is (shorter|longer)"):
+    with pytest.raises(
+        ValueError, match=r"parameter 0 must be float32 of one shape and|argument 2 is (shorter|longer)"
+    ):
         anchored_decay_([theta], start, 0.5)
     assert theta.tolist() == [1, 1]
 

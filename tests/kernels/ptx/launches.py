@@ -6,6 +6,7 @@ Run by `test_launch_path` with the plugin beside this file: the driver is the em
 import contextlib
 import functools
 import gc
+import weakref
 
 import pytest
 import torch
@@ -298,6 +299,41 @@ def test_a_table_lives_as_long_as_its_layout(cuda, monkeypatch):
     del others, other
     gc.collect()
     assert len(table.tables.layouts) == before
+
+
+@pytest.mark.parametrize("i", [0, 1, 2, 4])
+def test_what_a_graph_reads_outlives_the_layout(cuda, i):
+    """Only the graph and the tensors are kept: a table whose memory served again would lead a replay anywhere."""
+    theta, expected = master(), master()
+    call, plain, tensors = calls(theta)[i], calls(expected)[i], theta.tensors
+    call(), plain(), plain()
+    cuda.capturing = True
+    call()
+    cuda.capturing = False
+    # a launch's arguments of then, of which a real graph knows addresses alone
+    (launch,), cuda.graph = cuda.graph, []
+    slots, tiles = [weakref.ref(one) for one in launch.args if isinstance(one, torch.Tensor)][:2]
+    launch()
+    del launch, call, theta
+    gc.collect()
+    assert slots() is not None
+    assert tiles() is not None
+    for ours, theirs in zip(tensors, expected.tensors, strict=True):
+        assert torch.equal(ours.as_subclass(torch.Tensor), theirs.as_subclass(torch.Tensor))
+
+
+def test_the_numbers_of_a_recorded_step_outlive_it(cuda):
+    step = mk.Plan(master()).recorded()
+    other = mk.Plan(master())
+    cuda.capturing = True
+    step.launch()
+    with pytest.raises(ValueError, match="before its capture"):
+        other.recorded()
+    (launch,), cuda.graph, cuda.capturing = cuda.graph, [], False
+    *_, values = [weakref.ref(one) for one in launch.args if isinstance(one, torch.Tensor)]
+    del launch, step
+    gc.collect()
+    assert values() is not None
 
 
 def test_the_step_is_the_one_of_this_module():

@@ -19,6 +19,7 @@ from transformers import (
 from mezo.data.example import Example
 from mezo.errors import UserError
 from mezo.method.step import Step
+from mezo.models.attention import cache_argument
 from mezo.models.prefix import PROMPT, Prefix, vocabulary_tokens
 from mezo.run.adapter import save_adapter
 from mezo.runtimes.generation import written
@@ -162,7 +163,8 @@ def test_a_window_counts_no_padding_between_prefix_and_prompt(tmp_path):
     layers, heads, width = sizes["num_hidden_layers"], 2, sizes["hidden_size"] // sizes["num_attention_heads"]
     weight = torch.nn.Parameter(torch.randn(5, layers * 2 * heads * width, generator=torch.Generator().manual_seed(0)))
     prompts = [(3, 4, 5), tuple(range(3, 23))]
-    run = lambda own: written(body.model, body.lm_head, own, 8, lambda ids: False, 0, Prefix(weight, layers, heads))  # noqa: E731
+    prefix = Prefix(weight, layers, heads, cache_argument(body.model))
+    run = lambda own: written(body.model, body.lm_head, own, 8, lambda ids: False, 0, prefix)  # noqa: E731
     assert run(prompts) == [run([prompt])[0] for prompt in prompts]
 
 
@@ -173,15 +175,14 @@ def test_texts_are_those_of_peft(name, tmp_path):
     built = writing_runtime(model, data, tuning="prefix")
     built.load(noise(built, 3))
     adapted = stock(name, model, built, tmp_path / "adapter")
-    adapted.base_model.generation_config.eos_token_id = None
     texts = built.generate("train", range(8), NEW, ())
     assert texts == [built.generate("train", [i], NEW, ())[0] for i in range(8)]
     assert len(set(texts)) > 3
     for example, text in zip(data, texts, strict=True):
-        prompt = torch.tensor([example.prompt])
-        options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-        ids = adapted.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
-        assert text == built.writing.tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+        ids = torch.tensor([example.prompt])
+        for _ in range(NEW):  # the generate of PEFT 0.21.2 leaves the prefix out under transformers 5.24
+            ids = torch.cat([ids, adapted(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        assert text == built.writing.tokenizer.decode(ids[0, -NEW:], skip_special_tokens=True).strip()
 
 
 def test_texts_of_both_signs_are_their_own(llama, tmp_path):

@@ -1,6 +1,8 @@
 """Products of adapters of the engine on a CPU: many adapters in one call, equal to the engine's own of one a call."""
 
 import dataclasses
+import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,3 +79,60 @@ def test_segments_of_one_length_are_one_product(info):
     twice = lora.plan_of(info(BATCHES["a slot comes again"]))
     assert sum(len(group.places) for group in twice.groups) + len(twice.alone) == 6
     assert all(len(set(group.places.tolist())) == len(group.places) for group in twice.groups)
+
+
+def chunked(segments):
+    """SGLang's backend csgmv, prepared for a batch as in an engine on a GPU, but for memory that is not pinned."""
+    from sglang.srt.lora.backend import chunked_backend
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+    lengths = torch.tensor([length for _, length in segments], dtype=torch.int32)
+    rows, empty = int(lengths.sum()), torch.empty(0)
+    batch = ForwardBatch(ForwardMode.EXTEND, len(segments), empty, empty, lengths, empty, rows)
+    batch.extend_seq_lens, batch.extend_seq_lens_cpu, batch.extend_num_tokens = lengths, lengths.tolist(), rows
+    backend = chunked_backend.ChunkedSgmvLoRABackend(SLOTS, torch.device("cpu"), None)
+    scalings = (torch.arange(1.0, SLOTS + 1) / 3).tolist()
+    backend.prepare_lora_batch(batch, [slot for slot, _ in segments], RANKS, scalings, use_cuda_graph=False)
+    return backend
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """csgmv's kernels in Triton's interpreter, and no tuned sizes, of which there are none for a CPU."""
+    chunked_backend = pytest.importorskip("sglang.srt.lora.backend.chunked_backend")
+    from sglang.kernels.ops.lora.dense import chunked_sgmv_expand, chunked_sgmv_shrink, lora_tuning_config
+
+    from mezo.runtimes.sglang.inside.plugin import _UnpinnedTorch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")  # is read where a kernel is defined
+        for module in (chunked_sgmv_shrink, chunked_sgmv_expand, chunked_backend):
+            importlib.reload(module)
+        patch.setattr(chunked_backend, "torch", _UnpinnedTorch(torch))
+        patch.setattr(lora_tuning_config, "get_device_name", lambda: "CPU")
+        patch.setattr(chunked_backend, "get_lora", lambda: SimpleNamespace(max_lora_chunk_size=16))  # the default
+        yield
+
+
+@pytest.mark.parametrize("name", list(BATCHES))
+def test_kernels_of_a_gpu_s_default_give_a_row_the_same_bits_in_every_batch(info, interpreted, name):
+    """csgmv, interpreted: every adapter's rows alone have the bits of the mixed batch, and are the products."""
+    from sglang.srt.lora import torch_ops
+
+    draw, segments = torch.Generator().manual_seed(0), [one for one in BATCHES[name] if one[1]]
+    rows, ends = sum(length for _, length in segments), torch.tensor([0, 6, 10, 13])
+    x = torch.randn(rows, INPUTS, generator=draw)
+    a, b = torch.randn(SLOTS, 3 * RANK, INPUTS, generator=draw), torch.randn(SLOTS, 13, RANK, generator=draw)
+    base = torch.randn(rows, 13, generator=draw)
+
+    def product(segments, at):
+        backend = chunked(segments)
+        return backend.run_qkv_lora(x[at], a, b, ends, 6, base_output=base[at].clone())
+
+    mixed, start = product(segments, slice(None)), 0
+    batch = info(segments)
+    expected = torch_ops.sgemm_lora_b_fwd(torch_ops.sgemm_lora_a_fwd(x, a, batch, 3), b, batch, ends, base.clone())
+    assert torch.allclose(mixed, expected, atol=1e-4)
+    for slot, length in segments:
+        at = slice(start, start := start + length)
+        assert torch.equal(product([(slot, length)], at), mixed[at])
