@@ -166,6 +166,7 @@ def cell(row: Row, config: Config, folder: Path, seeds: int, runtimes: Runtimes,
         "before": {name: runs[0].before[name] for name in FIGURES},
         "dev_auc": mean([run.best["auc"] for run in runs]),
         "seconds": mean([run.seconds for run in runs]),
+        "cpu": describe()["cpu"],
     }
 
 
@@ -281,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     task, found = options.task, {"machine": describe(), "cells": {}}
     runs, file = options.runs if task == FILMS else options.runs / task, file_of(options.output, task)
     if file.exists():
-        found["cells"] = json.loads(file.read_text())["cells"]
+        found = json.loads(file.read_text())  # the machine stays that of the first cells; each cell names its CPU
     if found["cells"]:
         write(options, task, found)
     runs.mkdir(parents=True, exist_ok=True)

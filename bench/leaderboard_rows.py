@@ -84,6 +84,9 @@ ROWS = {
                           {**CALIBRATED, "batch_size": 128, "directions": 128}),
     "calibrated16-128": Row("lora-xs r 16, calibrated, a direction an example, batch 128", (0.25, 0.5),
                             {**XS16, "lora_a": "calibrated", "batch_size": 128, "directions": 128}),
+    "calibrated16-fzoo": Row("lora-xs r 16, calibrated, FZOO: 7 one-sided directions for all of a batch of 8",
+                             (2e-3, 4e-3), {**XS16, "lora_a": "calibrated", "batch_size": 8, "num_perturbations": 7,
+                                            "update_rule": "fzoo"}),
 }  # fmt: skip
 
 

@@ -59,6 +59,9 @@ def page(
             figures = [_shown(row["accuracy"], 100, 1), _shown(row["auc"], 1, 3), _shown(row["dev_auc"], 1, 3)]
             facts = [row["title"], f"{row['parameters']:,}", f"{row['steps']:,}", lr, str(len(row["auc"]["of"]))]
             yield "| " + " | ".join([*facts, *figures, f"{row['seconds']['mean']:.1f}"]) + " |"
+        for cpu, titles in _elsewhere(each, machine["cpu"]).items():
+            yield ""
+            yield f"Made on another machine ({cpu}), whose seconds are not to be held against the others: {titles}."
         missing = [row.title for name, row in rows.items() if name not in each]
         if missing and budget in budgets:  # others are a few rows alone
             yield ""
@@ -70,6 +73,15 @@ def page(
 
 def _budgets(cells: dict) -> list[int]:
     return sorted({int(budget) for own in cells.values() for budget in own})
+
+
+def _elsewhere(cells: dict, cpu: str) -> dict[str, str]:
+    """By CPU other than `cpu`, the titles of the rows that were made on it."""
+    found: dict[str, list[str]] = {}
+    for own in cells.values():
+        if (other := own.get("cpu", cpu)) != cpu:  # older cells name none
+            found.setdefault(other, []).append(own["title"])
+    return {other: "; ".join(titles) for other, titles in found.items()}
 
 
 def _further(task: Task, cells: dict) -> Iterator[str]:
@@ -174,6 +186,8 @@ def _race(cells: dict, rows: Mapping[str, Row]) -> Iterator[str]:
         values = (each["rows"], each["steps"], each["seconds"]["mean"])
         of_mezo = (mezo["rows"], mezo["steps"], mezo["seconds"]["mean"]) if mezo else ()
         ratios = [f"{theirs / ours:.1f}" for theirs, ours in zip(of_mezo, values, strict=False)] or [""] * 3
+        if mezo and each.get("cpu") != mezo.get("cpu"):
+            ratios[-1] = "another machine"
         yield f"| {each['title']} | {values[0]:,} | {values[1]:,} | {values[2]:.1f} | {' | '.join(ratios)} |"
     if others := [row.title for name, row in rows.items() if name in cells and name not in found]:
         yield ""

@@ -128,6 +128,7 @@ def block(server: Server, prompts: Sequence[str], rate: float, seconds: float, t
     training = after["training"]["seconds"] - before["training"]["seconds"]
     told = {"seconds": took, "seen": seen, "failed": len(faults), "training_seconds": training}
     told |= {"parts": after["training"]["parts"], "more": after["users"]["seconds_more_after_a_part"]["first_token"]}
+    told["alone"] = after["users"]["seconds_waited"]["first_token"]["alone"]
     return told | {"steps": after["step"] - before["step"]}
 
 
@@ -146,6 +147,7 @@ def joined(blocks: Sequence[dict], tokens: int) -> dict:
         "steps_per_second": sum(each["steps"] for each in blocks) / took,
         "training_seconds": sum(each["training_seconds"] for each in blocks),
         "seconds_more_after_a_part": blocks[-1]["more"],
+        "alone_by_the_server": blocks[-1]["alone"],
         "parts": blocks[-1]["parts"],
         "load_average": os.getloadavg()[0],
     }
