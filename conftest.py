@@ -6,7 +6,11 @@ import os
 
 import mezo_kernels  # noqa: F401
 
-if importlib.util.find_spec("sglang") is None and not os.environ.get("MEZO_REQUIRE_SGLANG"):
+try:
+    missing = importlib.util.find_spec("sglang") is None
+except ModuleNotFoundError:  # an importer that hides it, as the test of a bare image has
+    missing = True
+if missing and not os.environ.get("MEZO_REQUIRE_SGLANG"):
     names = ("shared", "test_others", "test_remote_code", "test_support")
     collect_ignore = ["mezo/runtimes/sglang", "mezo/serve", "tests/bench/test_serve_learning.py"]
     collect_ignore += [f"tests/runtimes/sglang/{name}.py" for name in names]
