@@ -114,8 +114,9 @@ def main() -> int:
                 found["outcome"] = before["outcome"]
             tests = {name: TESTS[name] for name in options.tests or TESTS}
             if options.failed:
-                names = [name for name in found["outcome"]["all"]["failed tests"] if "::" in name]  # no whole modules
-                tests = {"failed, again": names} if names else {}
+                failed = found["outcome"]["all"]["failed tests"]
+                names = {name.split("[")[0] for name in failed if "::" in name}  # no whole modules; all parameters
+                tests = {"failed, again": sorted(names)} if names else {}
             elif options.whole and not options.tests:
                 tests = {"all": []}
             report["ends"][row] = found
