@@ -54,6 +54,8 @@ def test_scores_of_each_group_are_those_of_transformers_in_one_batch(both, kind,
     slots = [f"{sign}{k}" for k in range(3) for sign in ("plus", "minus")]
     assert [scoring[0]["lora_path"].count(slot) for slot in slots] == [n for n in rows for _ in "+-"]
     assert running.tokens.reused > 0
+    first, *_ = places = running.ranks[0]["places"]
+    assert places == list(range(first, first + len(slots))), "as their requests come: one product without copies"
 
 
 @each

@@ -9,10 +9,13 @@ import torch
 
 SLOTS, RANK, INPUTS = 9, 4, 12
 RANKS = [0, 4, 4, 4, 4, 2, 4, 4, 4]  # slot 0 is the base's, one adapter is narrower
+SCALINGS = [1 / 3] * 7 + [2.0, 1 / 3]
 BATCHES = {  # (slot, rows) of each segment
-    "decoding, every slot": [(slot, 1) for slot in (3, 1, 2, 4, 7, 6, 8)],
-    "decoding, several prompts each": [(slot, 3) for slot in (1, 2, 3, 4)],
+    "decoding, slots in order": [(slot, 1) for slot in (1, 2, 3, 4)],
+    "decoding, any order": [(slot, 1) for slot in (3, 1, 2, 4, 7, 6, 8)],
+    "several prompts each, a pair, a run": [(1, 3), (2, 3), (2, 2), (3, 2), (4, 2), (6, 2)],
     "slots between them unused": [(1, 2), (3, 2), (4, 2), (6, 2)],
+    "slots in order, of several ranks": [(slot, 2) for slot in (1, 2, 3, 4, 5, 6, 7, 8)],
     "prompts of any length": [(3, 5), (1, 2), (4, 5), (2, 7), (6, 1)],
     "a slot comes again": [(1, 2), (2, 2), (1, 2), (3, 2), (1, 2), (2, 3)],
     "the base among them": [(0, 2), (1, 2), (2, 2), (0, 1), (3, 2), (5, 2), (5, 0)],
@@ -34,7 +37,7 @@ def info():
         one = backend.TorchNativeLoRABatchInfo(**fields)
         one.weight_indices_cpu, one.seg_lens_cpu = slots, lengths
         one.lora_ranks_cpu = torch.tensor(RANKS, dtype=torch.int32)
-        one.scalings_cpu = torch.arange(1.0, SLOTS + 1) / 3
+        one.scalings_cpu = torch.tensor(SCALINGS)
         return one
 
     return made
@@ -69,16 +72,17 @@ def test_adapters_together_are_each_alone(info, name, slices):
         assert given is None or got is given
 
 
-def test_segments_of_one_length_are_one_product(info):
+def test_segments_of_one_length_and_slots_in_order_are_one_product(info):
     from mezo.runtimes.sglang.inside import lora
 
-    together = lora.plan_of(info(BATCHES["decoding, every slot"]))
-    assert (len(together.groups), len(together.alone)) == (1, 0)
-    apart = lora.plan_of(info(BATCHES["prompts of any length"]))
-    assert (len(apart.groups), len(apart.alone)) == (0, 5)
-    twice = lora.plan_of(info(BATCHES["a slot comes again"]))
-    assert sum(len(group.places) for group in twice.groups) + len(twice.alone) == 6
-    assert all(len(set(group.places.tolist())) == len(group.places) for group in twice.groups)
+    def runs(name):
+        return [(run.segments, run.length, run.slot) for run in lora.plan_of(info(BATCHES[name])).runs]
+
+    assert runs("decoding, slots in order") == [(4, 1, 1)]
+    assert runs("decoding, any order") == [(1, 1, slot) for slot in (3, 1, 2, 4, 7, 6, 8)]
+    assert runs("several prompts each, a pair, a run") == [(1, 3, 1), (1, 3, 2), (3, 2, 2), (1, 2, 6)]
+    assert runs("slots in order, of several ranks") == [(4, 2, 1), (1, 2, 5), (1, 2, 6), (1, 2, 7), (1, 2, 8)]
+    assert runs("the base alone") == [(1, 4, 0)]
 
 
 def chunked(segments):
@@ -91,8 +95,7 @@ def chunked(segments):
     batch = ForwardBatch(ForwardMode.EXTEND, len(segments), empty, empty, lengths, empty, rows)
     batch.extend_seq_lens, batch.extend_seq_lens_cpu, batch.extend_num_tokens = lengths, lengths.tolist(), rows
     backend = chunked_backend.ChunkedSgmvLoRABackend(SLOTS, torch.device("cpu"), None)
-    scalings = (torch.arange(1.0, SLOTS + 1) / 3).tolist()
-    backend.prepare_lora_batch(batch, [slot for slot, _ in segments], RANKS, scalings, use_cuda_graph=False)
+    backend.prepare_lora_batch(batch, [slot for slot, _ in segments], RANKS, SCALINGS, use_cuda_graph=False)
     return backend
 
 

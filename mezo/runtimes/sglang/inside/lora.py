@@ -1,14 +1,15 @@
-"""Products of adapters in an engine on a CPU: many adapters in one call, where SGLang (0.5.23) has one call for each.
+"""Products of adapters in an engine on a CPU: what SGLang (0.5.23) loops over a segment at a time.
 
 A segment is a run of rows that have one adapter. SGLang's loop over segments reads its numbers out of tensors, which
-takes several times as long as a small product. Here a forward pass works them out once, for all its layers. Segments of
-one length whose adapters lie beside each other in the engine's memory, as those of all directions do when text is
-decoded, are one batched product.
+takes several times as long as a small product. Here a forward pass works them out once, for all its layers, and a
+module divides its tensors among segments in one call. Segments of one length that follow one another, and whose
+adapters lie in that order in the engine's memory, are one batched product without copies: those of all directions where
+text is decoded.
 """
 
+import dataclasses
 import itertools
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,103 +22,86 @@ FEWEST = 3  # segments that are worth a batched product
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A run of rows with one adapter.
+class Run:
+    """Segments that are one product: of one length, of adapters that lie one after the other.
 
     Args:
-        start, stop: its rows.
-        slot: of the adapter.
-        rank: of the adapter, > 0.
-        scaling: of the adapter.
+        segments: how many.
+        length: rows of each.
+        slot: of the first one's adapter.
+        rank: of the adapters; 0 where rows have none.
+        scaling: of the adapters.
     """
 
-    start: int
-    stop: int
+    segments: int
+    length: int
     slot: int
     rank: int
     scaling: float
 
-
-@dataclass(frozen=True)
-class Group:
-    """Segments of one length and rank, each of another adapter.
-
-    Args:
-        slots: those from the first to the last of their adapters; what lies between without a segment has zeros.
-        places: (segments,) of each adapter among the slots.
-        rows: (segments, length) rows of each segment.
-        rank: of the adapters.
-        scaling: (slots, 1, 1) float32.
-    """
-
-    slots: slice
-    places: torch.Tensor
-    rows: torch.Tensor
-    rank: int
-    scaling: torch.Tensor
-
-    def gathered(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows of x by slot, (slots, length, columns)."""
-        if len(self.places) == self.slots.stop - self.slots.start:
-            return x[self.rows]
-        out = x.new_zeros(self.slots.stop - self.slots.start, self.rows.shape[1], x.shape[1])
-        out[self.places] = x[self.rows]
-        return out
-
-    def of_segments(self, by_slot: torch.Tensor) -> torch.Tensor:
-        """The inverse: (segments length, columns), as `rows` lie."""
-        whole = len(self.places) == len(by_slot)
-        return (by_slot if whole else by_slot[self.places]).flatten(0, 1)
+    @property
+    def rows(self) -> int:
+        """Rows of all its segments."""
+        return self.segments * self.length
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a forward pass multiplies adapters by: batched groups, and segments one by one."""
+    """What a forward pass multiplies adapters by: runs, in the order in which the rows of a batch lie."""
 
-    groups: Sequence[Group]
-    alone: Sequence[Segment]
+    runs: Sequence[Run]
+
+    def products(
+        self, rank: int, output: torch.Tensor, inputs: torch.Tensor, factors: torch.Tensor
+    ) -> Iterator[tuple[Run, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Each run of a rank, its rows of output and inputs, and its factor; of several segments a batch of each.
+
+        Args:
+            rank: of the adapters.
+            output: (rows, outputs), of the whole batch.
+            inputs: (rows, inputs).
+            factors: (slots, inputs, outputs).
+        """
+        rows, singles = [run.rows for run in self.runs], factors.unbind()
+        for run, into, x in zip(self.runs, output.split(rows), inputs.split(rows), strict=True):
+            if run.rank != rank:
+                continue
+            if run.segments == 1:
+                yield run, into, x, singles[run.slot]
+            else:
+                shape = (run.segments, run.length)
+                yield run, into.unflatten(0, shape), x.unflatten(0, shape), factors[run.slot : run.slot + run.segments]
+
+    @property
+    def ranks(self) -> set[int]:
+        """Those of its adapters."""
+        return {run.rank for run in self.runs if run.rank}
 
 
 def plan_of(info: "TorchNativeLoRABatchInfo") -> Plan:
     """The plan of a batch, which all layers share."""
     kept = info.__dict__.get("mezo_plan")
     if kept is None:
-        kept = info.__dict__["mezo_plan"] = planned(segments_of(info))
+        kept = info.__dict__["mezo_plan"] = Plan(joined(segments_of(info)))
     return kept
 
 
-def segments_of(info: "TorchNativeLoRABatchInfo") -> list[Segment]:
-    """The segments of a batch that have an adapter."""
+def segments_of(info: "TorchNativeLoRABatchInfo") -> list[Run]:
+    """The segments of a batch, each alone; the base's too."""
     slots, lengths = info.weight_indices_cpu.tolist(), info.seg_lens_cpu.tolist()
     ranks, scalings = info.lora_ranks_cpu.tolist(), info.scalings_cpu.tolist()
-    starts = itertools.accumulate(lengths, initial=0)
-    return [
-        Segment(start, start + length, slot, ranks[slot], scalings[slot])
-        for slot, length, start in zip(slots, lengths, starts, strict=False)
-        if length and ranks[slot]
-    ]
+    return [Run(1, n, slot, ranks[slot], scalings[slot]) for slot, n in zip(slots, lengths, strict=False) if n]
 
 
-def planned(segments: Sequence[Segment]) -> Plan:
-    """Divide segments into those that are multiplied together and those that are not."""
-    alike: defaultdict[tuple, list[Segment]] = defaultdict(list)
-    seen: defaultdict[tuple, int] = defaultdict(int)
-    for each in segments:
-        key = (each.stop - each.start, each.rank)
-        alike[*key, seen[*key, each.slot]].append(each)  # an adapter has one segment of a group
-        seen[*key, each.slot] += 1
-    groups, alone = [], []
-    for some in alike.values():
-        some = sorted(some, key=lambda each: each.slot)
-        first, span = some[0].slot, some[-1].slot + 1 - some[0].slot
-        if len(some) < FEWEST or span > 2 * len(some):
-            alone += some
-            continue
-        places, scaling = torch.tensor([each.slot - first for each in some]), torch.zeros(span, 1, 1)
-        scaling[places] = torch.tensor([each.scaling for each in some])[:, None, None]
-        rows = torch.tensor([list(range(each.start, each.stop)) for each in some])
-        groups.append(Group(slice(first, first + span), places, rows, some[0].rank, scaling))
-    return Plan(groups, alone)
+def joined(segments: Sequence[Run]) -> list[Run]:
+    """Those that are worth it as one."""
+    runs: list[Run] = []
+    alike = lambda at: (at[1].slot - at[0], at[1].length, at[1].rank, at[1].scaling)  # noqa: E731
+    for _, members in itertools.groupby(enumerate(segments), alike):
+        some = [each for _, each in members]
+        together = some[0].rank and len(some) >= FEWEST
+        runs += [dataclasses.replace(some[0], segments=len(some))] if together else some
+    return runs
 
 
 def shrink(
@@ -137,14 +121,11 @@ def shrink(
     if batch_info.use_cuda_graph or weights.numel() == 0:
         return original(inputs, weights, batch_info, num_slices)
     plan, output = plan_of(batch_info), inputs.new_zeros(len(inputs), weights.shape[1])
-    for group in plan.groups:
-        factor = weights[group.slots, : num_slices * group.rank]
-        product = torch.bmm(group.gathered(inputs), factor.transpose(1, 2)).mul_(group.scaling)
-        output[group.rows.flatten(), : num_slices * group.rank] = group.of_segments(product)
-    for each in plan.alone:
-        width, rows = num_slices * each.rank, slice(each.start, each.stop)
-        factor = weights[each.slot, :width]
-        output[rows, :width].addmm_(inputs[rows], factor.T, beta=0, alpha=each.scaling)
+    for rank in plan.ranks:
+        width = num_slices * rank
+        for run, into, x, factor in plan.products(rank, output[:, :width], inputs, weights[:, :width].mT):
+            add = into.addmm_ if into.dim() == 2 else into.baddbmm_
+            add(x, factor, beta=0, alpha=run.scaling)
     return output
 
 
@@ -171,12 +152,9 @@ def expand(
     plan, ends = plan_of(batch_info), slice_offsets.tolist()
     output = inputs.new_zeros(len(inputs), ends[-1]) if base_output is None else base_output
     for number, (begin, end) in enumerate(itertools.pairwise(ends)):
-        for group in plan.groups:
-            columns = slice(number * group.rank, (number + 1) * group.rank)
-            factor = weights[group.slots, begin:end, : group.rank]
-            product = torch.bmm(group.gathered(inputs[:, columns]), factor.transpose(1, 2))
-            output[:, begin:end].index_add_(0, group.rows.flatten(), group.of_segments(product))
-        for each in plan.alone:
-            rows, columns = slice(each.start, each.stop), slice(number * each.rank, (number + 1) * each.rank)
-            output[rows, begin:end].addmm_(inputs[rows, columns], weights[each.slot, begin:end, : each.rank].T)
+        for rank in plan.ranks:
+            shrunk, factors = inputs[:, number * rank : (number + 1) * rank], weights[:, begin:end, :rank].mT
+            for _, into, x, factor in plan.products(rank, output[:, begin:end], shrunk, factors):
+                add = into.addmm_ if into.dim() == 2 else into.baddbmm_
+                add(x, factor)
     return output

@@ -142,8 +142,8 @@ class Worker:
             frozen: JSON, full shape of each tensor of the adapter that is not trained.
             packed: the weights of frozen linear layers are packed for oneDNN.
         Returns:
-            Elements of this rank's shard, dtype of the slots, the reason why keys and values depend on theta, and bytes
-            of packed weights.
+            Elements of this rank's shard, dtype of the slots and the place of each, the reason why keys and values
+            depend on theta, and bytes of packed weights.
         """
         shapes, frozen = ({n: tuple(shape) for n, shape in json.loads(text).items()} for text in (shapes, frozen))
         base = self.manager.base_hf_config
@@ -151,7 +151,9 @@ class Worker:
         if share and reason:
             raise ValueError(f"the adapters may not share a cache: {reason}")
         self.ids, self.served = self._ids(f"{sign}{k}" for k in range(pairs) for sign in ("plus", "minus")), {}
-        self.manager.fetch_new_loras(set(self.ids.values()))
+        ids = list(self.ids.values())
+        for number in range(len(ids)):  # a slot at a time: they lie in the order of a step's requests, see lora.py
+            self.manager.fetch_new_loras(set(ids[: number + 1]))
         refuse_derived(self.manager.lora_modules)
         pool = self.manager.memory_pool
         self.slots = {name: pool.uid_to_buffer_id[lora_id] for name, lora_id in self.ids.items()}
@@ -171,6 +173,7 @@ class Worker:
         return {
             "elements": self.theta.master.n_elements,
             "dtype": str(pool.dtype),
+            "places": list(self.slots.values()),
             "kv_depends": reason,
             "packed": nbytes,
         }
