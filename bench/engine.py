@@ -2,8 +2,8 @@
 
 CPU seconds of the engine's processes for the forward passes of a step, of batch 32 of the demo's prompts, with one
 direction for the batch and one for each example; and for text of all directions. Each row leaves one thing more to our
-code than the row before; the first is SGLang's own. Adapters are beside all layers, or the last. `products` needs no
-engine: adapters' products of one module of the demo's model, r 8, on random numbers.
+code than the row before; the first is SGLang's own, the last what a user has. Adapters are beside all layers, or the
+last. `products` needs no engine: adapters' products of one module of the demo's model, r 8, on random numbers.
 
 Run: make bench-engine, or python bench/engine.py --output bench/results/MACHINE/engine.json
 """
@@ -39,6 +39,7 @@ ROWS = {
     "weights packed": ("packed", "attention,lora"),
     "and attention together": ("packed", "lora"),
     "and adapters together": ("packed", ""),
+    "the same, by the product that a trial chooses": ("auto", ""),
 }
 """--linear, and what is left to SGLang."""
 NEW, PROMPTS = 8, 1  # tokens and prompts of text
