@@ -8,6 +8,7 @@ text is decoded.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,11 +40,6 @@ class Run:
     rank: int
     scaling: float
 
-    @property
-    def rows(self) -> int:
-        """Rows of all its segments."""
-        return self.segments * self.length
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -62,8 +58,8 @@ class Plan:
             inputs: (rows, inputs).
             factors: (slots, inputs, outputs).
         """
-        rows, singles = [run.rows for run in self.runs], factors.unbind()
-        for run, into, x in zip(self.runs, output.split(rows), inputs.split(rows), strict=True):
+        singles = factors.unbind() if self.ranks[rank] else ()
+        for run, into, x in zip(self.runs, output.split(self.rows), inputs.split(self.rows), strict=True):
             if run.rank != rank:
                 continue
             if run.segments == 1:
@@ -72,10 +68,16 @@ class Plan:
                 shape = (run.segments, run.length)
                 yield run, into.unflatten(0, shape), x.unflatten(0, shape), factors[run.slot : run.slot + run.segments]
 
-    @property
-    def ranks(self) -> set[int]:
-        """Those of its adapters."""
-        return {run.rank for run in self.runs if run.rank}
+    @functools.cached_property
+    def rows(self) -> list[int]:
+        """Of each run."""
+        return [run.segments * run.length for run in self.runs]
+
+    @functools.cached_property
+    def ranks(self) -> dict[int, bool]:
+        """Those of its adapters, and whether a segment of that rank is alone."""
+        ranks = {run.rank for run in self.runs if run.rank}
+        return {rank: any(run.rank == rank and run.segments == 1 for run in self.runs) for rank in ranks}
 
 
 def plan_of(info: "TorchNativeLoRABatchInfo") -> Plan:

@@ -50,6 +50,7 @@ def activate() -> None:
     if "attention" not in without:
         native = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
         HookRegistry.register(f"{native}.init_forward_metadata", attention.forget, HookType.AFTER)
+        HookRegistry.register(f"{native}.forward_extend", attention.see_made, HookType.BEFORE)
         HookRegistry.register(f"{native}._run_sdpa_forward_extend", attention.extend, HookType.AROUND)
         HookRegistry.register(f"{native}._run_sdpa_forward_decode", attention.decode, HookType.AROUND)
     _allow_kernels_without_accelerator()
