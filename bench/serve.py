@@ -3,9 +3,11 @@
 One server, so the arguments of the engine are the same; training is off where it is paused. It is paused in every other
 block of some seconds, so that whatever else the machine does meets both alike; both blocks of a pair have the same
 users, and the order within a pair changes from pair to pair. Users come at random times (Poisson) whether or not
-earlier ones have been answered, and read a stream. Rates are shares of what one user after another is served at. The
-first minutes with training let the server learn what users wait for without it; they are a row of their own. Each
---max-latency-cost is measured by a call of its own, which adds to the JSON.
+earlier ones have been answered, and read a stream. Rates are shares of what one user after another is served at. Before
+any user comes training reads each of its few prompts once, so that what is measured are steps that find them in the
+engine's cache. The first minutes with training and users let the server learn what users wait for without it; they are
+a row of their own. Each --max-latency-cost is measured by a call of its own, which adds to the JSON; so may each load
+be.
 
 Run: make bench-serve, or python bench/serve.py --output bench/results/MACHINE/serve.json
 """
@@ -182,13 +184,26 @@ def verdict(row: dict, cost: float) -> dict:
 
 def measured(server: Server, prompts: Sequence[str], args: argparse.Namespace, keep) -> None:
     """Measure all rows; each is kept as soon as it is there."""
+    deadline = time.monotonic() + STARTING
+    while server.ask("/mezo/status")["step"] < args.epoch:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"training did not do {args.epoch} steps in {STARTING:.0f} s without users")
+        time.sleep(0.5)
     server.ask("/mezo/pause", {})
     alone = [server.stream(prompts[i % len(prompts)], args.tokens)["whole"] for i in range(ALONE)]
     capacity = 1 / percentile(alone[1:], 0.5)
     server.ask("/mezo/resume", {})
     rate = capacity * SHARES[1]
     warm_up = block(server, prompts, rate, args.warm_up, args.tokens, 0)
-    keep({"warm_up": True, "share": SHARES[1], "rate": rate, "on": joined([warm_up], args.tokens)})
+    keep(
+        {
+            "warm_up": True,
+            "share": SHARES[1],
+            "before": list(args.shares),
+            "rate": rate,
+            "on": joined([warm_up], args.tokens),
+        }
+    )
     for number, share in enumerate(args.shares, 1):
         rate, blocks = capacity * share, {"off": [], "on": []}
         for pair in range(max(1, round(args.users / rate / args.block))):
@@ -216,17 +231,19 @@ def main() -> None:
         # a rate at which theta stays where it is: what is measured is time
         unmeasured = {"eval_every": 10**7, "eval_test": False, "noise": False, "report": False}
         few = {"num_train": 64, "num_dev": 16, "batch_size": 8}
-        # so few that all were read in the warm-up: every step after it finds its prompts in the cache
         config = config.replace(**{"runtime": "sglang", "lr": 1e-9, **few, **unmeasured, **args.options})
+        args.epoch = -(-config.data.num_train // config.method.batch_size)  # steps that read every prompt once
         rows = [json.loads(line) for line in Path(config.data.train_file).read_text().splitlines()]
         prompts = [row["text"] for row in rows[:64]]
         found = json.loads(args.output.read_text()) if args.output.is_file() else {}
         found.setdefault("by_cost", {})
-        server, kept = Server(config, args.max_latency_cost), []
+        former = found["by_cost"].get(str(args.max_latency_cost), {"rows": []})["rows"]
+        kept = [row for row in former if not set(row.get("before", [row["share"]])) <= set(args.shares)]
+        server = Server(config, args.max_latency_cost)
 
         def keep(row: dict) -> None:
-            kept.append(row)
-            told = {"machine": describe(), "model": Path(config.model.base).name, "tokens": args.tokens}
+            kept.append(row | {"machine": describe()})
+            told = {"model": Path(config.model.base).name, "tokens": args.tokens}
             told |= {"batch_size": config.method.batch_size, "num_train": config.data.num_train}
             told["verdicts"] = [verdict(row, args.max_latency_cost) for row in kept if not row["warm_up"]]
             print(json.dumps(told["verdicts"][-1:]), flush=True)
