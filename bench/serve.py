@@ -2,12 +2,12 @@
 
 One server, so the arguments of the engine are the same; training is off where it is paused. It is paused in every other
 block of some seconds, so that whatever else the machine does meets both alike; both blocks of a pair have the same
-users, and the order within a pair changes from pair to pair. Users come at random times (Poisson) whether or not
-earlier ones have been answered, and read a stream. Rates are shares of what one user after another is served at. Before
-any user comes training reads each of its few prompts once, so that what is measured are steps that find them in the
-engine's cache. The first minutes with training and users let the server learn what users wait for without it; they are
-a row of their own. Each --max-latency-cost is measured by a call of its own, which adds to the JSON; so may each load
-be.
+users, and the order within a pair changes from pair to pair. A pair in which other processes took part of a core is
+measured again. Users come at random times (Poisson) whether or not earlier ones have been answered, and read a stream.
+Rates are shares of what one user after another is served at. Before any user comes training reads each of its few
+prompts once, so that what is measured are steps that find them in the engine's cache. The first minutes with training
+and users let the server learn what users wait for without it; they are a row of their own. Each --max-latency-cost is
+measured by a call of its own, which adds to the JSON; so may each load be.
 
 Run: make bench-serve, or python bench/serve.py --output bench/results/MACHINE/serve.json
 """
@@ -15,7 +15,6 @@ Run: make bench-serve, or python bench/serve.py --output bench/results/MACHINE/s
 import argparse
 import http.client
 import json
-import os
 import random
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
 from machine import describe
 
 from mezo.config import Config
@@ -37,6 +37,7 @@ STARTING, ANSWERING = 600.0, 120.0  # most seconds
 ALONE = 8  # requests, one after another, that the rates follow from
 SETTLING = 1.0  # seconds of a block whose users do not count: a part of the block before may still run
 DRAWS = 1000  # of the bootstrap
+DISTURBED = 0.1  # cores that other processes take: a pair of blocks with more is measured again
 
 
 class Server:
@@ -104,6 +105,15 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     return times
 
 
+def busy(server: Server) -> tuple[float, float]:
+    """CPU seconds of the whole machine so far, with what its host took, and those of the server and of this process."""
+    whole = psutil.cpu_times()
+    ours = [psutil.Process(), psutil.Process(server.process.pid)]
+    spent = [process.cpu_times() for process in (*ours, *ours[1].children(recursive=True))]
+    total = sum(whole) - whole.idle - whole.iowait - whole.guest - whole.guest_nice
+    return total, sum(times.user + times.system for times in spent)
+
+
 def block(server: Server, prompts: Sequence[str], rate: float, seconds: float, tokens: int, seed: int) -> dict:
     """What users saw, and what training did, in some seconds under a load."""
     seen: list[dict] = []
@@ -118,7 +128,7 @@ def block(server: Server, prompts: Sequence[str], rate: float, seconds: float, t
             seen.append(wait | {"counts": counts})
 
     threads, rng = [], random.Random(seed)
-    before, began = server.ask("/mezo/status"), time.monotonic()
+    before, spent, began = server.ask("/mezo/status"), busy(server), time.monotonic()
     for at in arrivals(rate, seconds, seed):
         time.sleep(max(0.0, began + at - time.monotonic()))
         threads.append(threading.Thread(target=user, args=(rng.choice(prompts), at > SETTLING)))
@@ -126,9 +136,11 @@ def block(server: Server, prompts: Sequence[str], rate: float, seconds: float, t
     time.sleep(max(0.0, began + seconds - time.monotonic()))
     for thread in threads:
         thread.join()
-    took, after = time.monotonic() - began, server.ask("/mezo/status")
+    took, (whole, ours), after = time.monotonic() - began, busy(server), server.ask("/mezo/status")
+    others = (whole - spent[0] - ours + spent[1]) / took
     training = after["training"]["seconds"] - before["training"]["seconds"]
     told = {"seconds": took, "seen": seen, "failed": len(faults), "training_seconds": training}
+    told["others"] = others
     told |= {"parts": after["training"]["parts"], "more": after["users"]["seconds_more_after_a_part"]["first_token"]}
     told["alone"] = after["users"]["seconds_waited"]["first_token"]["alone"]
     return told | {"steps": after["step"] - before["step"]}
@@ -151,7 +163,7 @@ def joined(blocks: Sequence[dict], tokens: int) -> dict:
         "seconds_more_after_a_part": blocks[-1]["more"],
         "alone_by_the_server": blocks[-1]["alone"],
         "parts": blocks[-1]["parts"],
-        "load_average": os.getloadavg()[0],
+        "others_cores": max(each["others"] for each in blocks),
     }
 
 
@@ -206,13 +218,23 @@ def measured(server: Server, prompts: Sequence[str], args: argparse.Namespace, k
     )
     for number, share in enumerate(args.shares, 1):
         rate, blocks = capacity * share, {"off": [], "on": []}
-        for pair in range(max(1, round(args.users / rate / args.block))):
+        wanted, pair = max(1, round(args.users / rate / args.block)), 0
+        while len(blocks["on"]) < wanted and pair < 2 * wanted:
+            both = {}
             for state in ("off", "on") if pair % 2 else ("on", "off"):
                 server.ask("/mezo/resume" if state == "on" else "/mezo/pause", {})
-                seed = 1000 * number + pair
-                blocks[state].append(block(server, prompts, rate, args.block, args.tokens, seed))
-            rows = {state: joined(of_state, args.tokens) for state, of_state in blocks.items()}
-        keep({"warm_up": False, "share": share, "rate": rate, **rows})
+                both[state] = block(server, prompts, rate, args.block, args.tokens, 1000 * number + pair)
+            pair += 1
+            if max(each["others"] for each in both.values()) <= DISTURBED:
+                for state, each in both.items():
+                    blocks[state].append(each)
+        if not blocks["on"]:
+            raise SystemExit("other processes took part of a core in every block: measure on an idle machine")
+        rows = {state: joined(of_state, args.tokens) for state, of_state in blocks.items()}
+        server.ask("/mezo/pause", {})
+        by_hand = server.ask("/mezo/promote", {"step": server.ask("/mezo/status")["step"]})
+        more = {"promoted_by_hand": by_hand, "pairs_disturbed": pair - len(blocks["on"])}
+        keep({"warm_up": False, "share": share, "rate": rate, **more, **rows})
 
 
 def main() -> None:
