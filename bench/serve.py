@@ -2,10 +2,12 @@
 
 One server, so the arguments of the engine are the same; training is off where it is paused. It is paused in every other
 block of some seconds, so that whatever else the machine does meets both alike; both blocks of a pair have the same
-users, and the order within a pair changes from pair to pair. Users come at random times (Poisson) whether or not
-earlier ones have been answered, and read a stream. Rates are shares of what one user after another is served at. The
-first minutes with training let the server learn what users wait for without it; they are a row of their own. Each
---max-latency-cost is measured by a call of its own, which adds to the JSON.
+users, and the order within a pair changes from pair to pair. A pair in which other processes took part of a core is
+measured again. Users come at random times (Poisson) whether or not earlier ones have been answered, and read a stream.
+Rates are shares of what one user after another is served at. Before any user comes training reads each of its few
+prompts once, so that what is measured are steps that find them in the engine's cache. The first minutes with training
+and users let the server learn what users wait for without it; they are a row of their own. Each --max-latency-cost is
+measured by a call of its own, which adds to the JSON; so may each load be.
 
 Run: make bench-serve, or python bench/serve.py --output bench/results/MACHINE/serve.json
 """
@@ -13,7 +15,6 @@ Run: make bench-serve, or python bench/serve.py --output bench/results/MACHINE/s
 import argparse
 import http.client
 import json
-import os
 import random
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
 from machine import describe
 
 from mezo.config import Config
@@ -35,6 +37,7 @@ STARTING, ANSWERING = 600.0, 120.0  # most seconds
 ALONE = 8  # requests, one after another, that the rates follow from
 SETTLING = 1.0  # seconds of a block whose users do not count: a part of the block before may still run
 DRAWS = 1000  # of the bootstrap
+DISTURBED = 0.1  # cores that other processes take: a pair of blocks with more is measured again
 
 
 class Server:
@@ -102,6 +105,15 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     return times
 
 
+def busy(server: Server) -> tuple[float, float]:
+    """CPU seconds of the whole machine so far, with what its host took, and those of the server and of this process."""
+    whole = psutil.cpu_times()
+    ours = [psutil.Process(), psutil.Process(server.process.pid)]
+    spent = [process.cpu_times() for process in (*ours, *ours[1].children(recursive=True))]
+    total = sum(whole) - whole.idle - whole.iowait - whole.guest - whole.guest_nice
+    return total, sum(times.user + times.system for times in spent)
+
+
 def block(server: Server, prompts: Sequence[str], rate: float, seconds: float, tokens: int, seed: int) -> dict:
     """What users saw, and what training did, in some seconds under a load."""
     seen: list[dict] = []
@@ -116,7 +128,7 @@ def block(server: Server, prompts: Sequence[str], rate: float, seconds: float, t
             seen.append(wait | {"counts": counts})
 
     threads, rng = [], random.Random(seed)
-    before, began = server.ask("/mezo/status"), time.monotonic()
+    before, spent, began = server.ask("/mezo/status"), busy(server), time.monotonic()
     for at in arrivals(rate, seconds, seed):
         time.sleep(max(0.0, began + at - time.monotonic()))
         threads.append(threading.Thread(target=user, args=(rng.choice(prompts), at > SETTLING)))
@@ -124,9 +136,11 @@ def block(server: Server, prompts: Sequence[str], rate: float, seconds: float, t
     time.sleep(max(0.0, began + seconds - time.monotonic()))
     for thread in threads:
         thread.join()
-    took, after = time.monotonic() - began, server.ask("/mezo/status")
+    took, (whole, ours), after = time.monotonic() - began, busy(server), server.ask("/mezo/status")
+    others = (whole - spent[0] - ours + spent[1]) / took
     training = after["training"]["seconds"] - before["training"]["seconds"]
     told = {"seconds": took, "seen": seen, "failed": len(faults), "training_seconds": training}
+    told["others"] = others
     told |= {"parts": after["training"]["parts"], "more": after["users"]["seconds_more_after_a_part"]["first_token"]}
     told["alone"] = after["users"]["seconds_waited"]["first_token"]["alone"]
     return told | {"steps": after["step"] - before["step"]}
@@ -149,7 +163,7 @@ def joined(blocks: Sequence[dict], tokens: int) -> dict:
         "seconds_more_after_a_part": blocks[-1]["more"],
         "alone_by_the_server": blocks[-1]["alone"],
         "parts": blocks[-1]["parts"],
-        "load_average": os.getloadavg()[0],
+        "others_cores": max(each["others"] for each in blocks),
     }
 
 
@@ -182,22 +196,45 @@ def verdict(row: dict, cost: float) -> dict:
 
 def measured(server: Server, prompts: Sequence[str], args: argparse.Namespace, keep) -> None:
     """Measure all rows; each is kept as soon as it is there."""
+    deadline = time.monotonic() + STARTING
+    while server.ask("/mezo/status")["step"] < args.epoch:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"training did not do {args.epoch} steps in {STARTING:.0f} s without users")
+        time.sleep(0.5)
     server.ask("/mezo/pause", {})
     alone = [server.stream(prompts[i % len(prompts)], args.tokens)["whole"] for i in range(ALONE)]
     capacity = 1 / percentile(alone[1:], 0.5)
     server.ask("/mezo/resume", {})
     rate = capacity * SHARES[1]
     warm_up = block(server, prompts, rate, args.warm_up, args.tokens, 0)
-    keep({"warm_up": True, "share": SHARES[1], "rate": rate, "on": joined([warm_up], args.tokens)})
+    keep(
+        {
+            "warm_up": True,
+            "share": SHARES[1],
+            "before": list(args.shares),
+            "rate": rate,
+            "on": joined([warm_up], args.tokens),
+        }
+    )
     for number, share in enumerate(args.shares, 1):
         rate, blocks = capacity * share, {"off": [], "on": []}
-        for pair in range(max(1, round(args.users / rate / args.block))):
+        wanted, pair = max(1, round(args.users / rate / args.block)), 0
+        while len(blocks["on"]) < wanted and pair < 2 * wanted:
+            both = {}
             for state in ("off", "on") if pair % 2 else ("on", "off"):
                 server.ask("/mezo/resume" if state == "on" else "/mezo/pause", {})
-                seed = 1000 * number + pair
-                blocks[state].append(block(server, prompts, rate, args.block, args.tokens, seed))
-            rows = {state: joined(of_state, args.tokens) for state, of_state in blocks.items()}
-        keep({"warm_up": False, "share": share, "rate": rate, **rows})
+                both[state] = block(server, prompts, rate, args.block, args.tokens, 1000 * number + pair)
+            pair += 1
+            if max(each["others"] for each in both.values()) <= DISTURBED:
+                for state, each in both.items():
+                    blocks[state].append(each)
+        if not blocks["on"]:
+            raise SystemExit("other processes took part of a core in every block: measure on an idle machine")
+        rows = {state: joined(of_state, args.tokens) for state, of_state in blocks.items()}
+        server.ask("/mezo/pause", {})
+        by_hand = server.ask("/mezo/promote", {"step": server.ask("/mezo/status")["step"]})
+        more = {"promoted_by_hand": by_hand, "pairs_disturbed": pair - len(blocks["on"])}
+        keep({"warm_up": False, "share": share, "rate": rate, **more, **rows})
 
 
 def main() -> None:
@@ -216,17 +253,19 @@ def main() -> None:
         # a rate at which theta stays where it is: what is measured is time
         unmeasured = {"eval_every": 10**7, "eval_test": False, "noise": False, "report": False}
         few = {"num_train": 64, "num_dev": 16, "batch_size": 8}
-        # so few that all were read in the warm-up: every step after it finds its prompts in the cache
         config = config.replace(**{"runtime": "sglang", "lr": 1e-9, **few, **unmeasured, **args.options})
+        args.epoch = -(-config.data.num_train // config.method.batch_size)  # steps that read every prompt once
         rows = [json.loads(line) for line in Path(config.data.train_file).read_text().splitlines()]
         prompts = [row["text"] for row in rows[:64]]
         found = json.loads(args.output.read_text()) if args.output.is_file() else {}
         found.setdefault("by_cost", {})
-        server, kept = Server(config, args.max_latency_cost), []
+        former = found["by_cost"].get(str(args.max_latency_cost), {"rows": []})["rows"]
+        kept = [row for row in former if not set(row.get("before", [row["share"]])) <= set(args.shares)]
+        server = Server(config, args.max_latency_cost)
 
         def keep(row: dict) -> None:
-            kept.append(row)
-            told = {"machine": describe(), "model": Path(config.model.base).name, "tokens": args.tokens}
+            kept.append(row | {"machine": describe()})
+            told = {"model": Path(config.model.base).name, "tokens": args.tokens}
             told |= {"batch_size": config.method.batch_size, "num_train": config.data.num_train}
             told["verdicts"] = [verdict(row, args.max_latency_cost) for row in kept if not row["warm_up"]]
             print(json.dumps(told["verdicts"][-1:]), flush=True)

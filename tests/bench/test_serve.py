@@ -14,7 +14,7 @@ def test_users_come_at_the_rate_that_was_asked_for_and_again_at_the_same_times()
 
 def block(first, steps=0, training=0.0):
     seen = [{"first": each, "whole": 2 * each, "counts": i > 0} for i, each in enumerate(first)]
-    told = {"steps": steps, "training_seconds": training, "parts": {}, "more": 0.0, "alone": {}}
+    told = {"steps": steps, "training_seconds": training, "parts": {}, "more": 0.0, "alone": {}, "others": 0.0}
     return {"seconds": 10.0, "seen": seen, "failed": 0, **told}
 
 
