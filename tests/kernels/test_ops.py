@@ -9,6 +9,7 @@ from mezo_kernels import (
     ParamLayout,
     ParamSlot,
     Rule,
+    available_backends,
     inner_products,
     lora_init,
     perturb_,
@@ -290,7 +291,7 @@ def test_bad_arguments_are_refused(call, message):
         call()
 
 
-@pytest.mark.parametrize("backend", ["reference", "numba", "triton"])
+@pytest.mark.parametrize("backend", available_backends("cpu"))
 def test_the_default_device_of_a_script_is_not_that_of_parameters(backend):
     """It is a GPU in many a notebook; "meta", whose tensors hold no numbers, stands for it here."""
     theta, minus = torch.ones(2, 3, 7)

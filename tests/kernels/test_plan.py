@@ -5,9 +5,10 @@ import timeit
 import pytest
 import torch
 
-from mezo_kernels import ParamLayout, Plan, Rule, RulePlan, RuleUpdate, rule_step_, step_
+from mezo_kernels import ParamLayout, Plan, Rule, RulePlan, RuleUpdate, available_backends, rule_step_, step_
 
 numba_step = pytest.importorskip("mezo_kernels.numba.step")
+BACKENDS = available_backends("cpu")  # without Triton's interpreter where it does not run
 UPDATES = [(2**64 - 1, 0.02, 0.999), (5, -0.5)]
 
 
@@ -22,7 +23,7 @@ def bits(ours: list[ParamLayout]) -> list[list]:
 
 
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])
-@pytest.mark.parametrize("backend", ["reference", "numba", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_plan_gives_the_bits_of_step(backend, distribution):
     ours, theirs = layouts(), layouts()
     plan = Plan(ours[0], ours[1:3], ours[3:], distribution=distribution, backend=backend)
@@ -51,7 +52,7 @@ STEPS = [RuleUpdate([2**64 - 1, 5], [0.5, -0.25], lr=0.01, t=1, decay=0.99), Rul
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
-@pytest.mark.parametrize("backend", ["reference", "numba", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_plan_of_a_rule_gives_the_bits_of_rule_step(backend, rule):
     ours, theirs = layouts(count=2), layouts(count=2)
     states = [[own[0].like([torch.zeros_like(t) for t in own[0].tensors]) for _ in range(rule.states)]
@@ -65,7 +66,7 @@ def test_a_plan_of_a_rule_gives_the_bits_of_rule_step(backend, rule):
         assert bits([*ours, *states[0]]) == bits([*theirs, *states[1]])
 
 
-@pytest.mark.parametrize("backend", ["reference", "numba", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_recorded_step_takes_the_numbers_that_were_set_last(backend):
     ours, theirs = layouts(), layouts()
     step = Plan(ours[0], ours[1:3], ours[3:], backend=backend).recorded(3)

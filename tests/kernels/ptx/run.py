@@ -25,6 +25,7 @@ QUICK = (
     "perturb_ float32 normal aligned", "perturb_ bfloat16 normal aligned", "perturb_ float32 normal",
     "perturb_ bfloat16 rademacher", "perturb_ mixed rademacher", "step_ bfloat16 aligned",
 )  # fmt: skip
+ABSENT = "absent"
 
 
 def of_cases(target: str) -> list:
@@ -56,7 +57,13 @@ def of_mutants(*names: str) -> dict:
 
 
 def found(mutant: mutants.Mutant) -> tuple:
-    """The mutant's name, and what the first check that sees it says."""
+    """The mutant's name, and what the first check that sees it says; of one whose text no kernel has, (ABSENT, "")."""
+    texts = []
+
+    def edit(text):
+        texts.append((text, mutant(text) if mutant.where == "ptx" else text))
+        return texts[-1][1]
+
     with tempfile.TemporaryDirectory() as folder:
         if mutant.where != "ptx":
             sources = Path(folder) / "triton"
@@ -64,12 +71,13 @@ def found(mutant: mutants.Mutant) -> tuple:
             file = sources / mutant.where
             file.write_text(mutant(file.read_text()))
             mezo_kernels.__path__.insert(0, folder)
-        with emulated("sm_90", edit=mutant if mutant.where == "ptx" else str):
+        with emulated("sm_90", edit=edit):
             for name, expected in EXPECTED.items():
                 row = verify._row("triton", "cpu", name, CHECKS[name], expected)
                 if not row.ok:
                     return mutant.name, (name, row.detail)
-    return mutant.name, None
+    absent = mutant.old and mutant.where == "ptx" and all(before == after for before, after in texts)
+    return mutant.name, (ABSENT, "") if absent else None
 
 
 def main(what: str, *names: str) -> None:
