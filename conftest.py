@@ -11,6 +11,6 @@ try:
 except ModuleNotFoundError:  # an importer that hides it, as the test of a bare image has
     missing = True
 if missing and not os.environ.get("MEZO_REQUIRE_SGLANG"):
-    names = ("shared", "test_others", "test_remote_code", "test_support")
+    names = ("shared", "test_others", "test_quantization", "test_remote_code", "test_support")
     collect_ignore = ["mezo/runtimes/sglang", "mezo/serve", "tests/bench/test_serve_learning.py"]
     collect_ignore += [f"tests/runtimes/sglang/{name}.py" for name in names]

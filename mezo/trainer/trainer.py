@@ -108,7 +108,7 @@ class MeZOMixin:
         """A micro-batch's share of the loss of the step. A model may take labels out of its inputs: it has a copy."""
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, dict(inputs), num_items_in_batch=items)
-        scaled = self.loss_is_scaled_for_ga
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # transformers 5.17 has no such attribute
         if scaled is None:
             scaled = (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
         return loss.mean().double() / (1 if scaled else parts)
