@@ -14,7 +14,7 @@ demo: $(if $(filter sglang,$(RUNTIME)),$(READY_SGLANG),$(READY))  ## fine-tune a
 	$(VENV)/bin/mezo demo --prompt $(PROMPT) --runtime $(RUNTIME)
 
 test: $(READY_SGLANG)  ## every test that needs no GPU and is not slow, SGLang's engine on the CPU included
-	MEZO_REQUIRE_SGLANG=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not gpu and not slow"
+	OMP_NUM_THREADS=1 MEZO_REQUIRE_SGLANG=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not gpu and not slow"
 
 test-slow: $(READY_SGLANG)  ## the long tests that `make test` leaves out; their outcome under bench/results/
 	MEZO_REQUIRE_SGLANG=1 $(VENV)/bin/python -m pytest -m "slow and not gpu" -rpfE --tb=short --durations=0 \

@@ -1,10 +1,10 @@
 """`make dist`: wheel and sdist, and what the install page says, run from the wheel in an environment of its own.
 
-python bench/dist.py [--output dist] [--whole [base trainer sglang]] [--results FILE.json]
+python bench/dist.py [--output dist] [--whole [base trainer quantization sglang]] [--results FILE.json]
 
 The environment is new and holds the wheel alone; libraries are those of the Python that runs this, since they are
 gigabytes. With --whole pip installs them from the index, as a user's would: an environment for the package alone, and
-one for each extra. In the first two torch comes first, of the version that `make` pins, as the page says, so that a
+one for each extra. In all but the last torch comes first, of the version that `make` pins, as the page says, so that a
 machine without a GPU gets the build that it has. With sglang it is what SGLang pins, a build for CUDA: 11 GB in all.
 """
 
@@ -24,9 +24,9 @@ from pathlib import Path
 from machine import describe
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = {"base": "", "trainer": "[trainer,dev]", "sglang": "[sglang]"}
+EXTRAS = {"base": "", "trainer": "[trainer,dev]", "quantization": "[quantization]", "sglang": "[sglang]"}
 """Environments of --whole, and what is written behind the wheel's name."""
-SHOWN = ("torch", "triton", "numba", "transformers", "peft", "datasets", "trl", "sglang")
+SHOWN = ("torch", "triton", "numba", "transformers", "peft", "datasets", "trl", "torchao", "bitsandbytes", "sglang")
 """Packages whose versions are kept."""
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 """A new environment sees nothing of the tree."""
@@ -117,10 +117,12 @@ def commands_of(python: Path, folder: Path, extra: str) -> list[list[str]]:
     tokens.save_pretrained(model)
     mezo = str(python.parent / "mezo")
     words = ["--prompt", "{text} It was", "--label-words", " terrible", " great"]
-    files = ["--train-file", data, "--dev-file", data, "--output-dir", str(folder / "run")]
+    train = [mezo, "train", "--model", model, *words, "--train-file", data, "--dev-file", data, "--batch-size", "4"]
+    train += ["--steps", "10", "--output-dir"]
     place = "import mezo, mezo_kernels, sys; assert mezo.__file__.startswith(sys.prefix), mezo.__file__"
     of_extra = {
         "trainer": [[str(python), str(ROOT / "examples" / name), model] for name in ("trainer.py", "sft.py")],
+        "quantization": [[*train, str(folder / name), "--quantization", name] for name in ("int8", "nf4")],
         "sglang": [[str(python), "-c", "import sglang"]],
     }
     return [
@@ -129,7 +131,7 @@ def commands_of(python: Path, folder: Path, extra: str) -> list[list[str]]:
         [mezo, "--help"],
         [mezo, "env"],
         [mezo, "verify"],
-        [mezo, "train", "--model", model, *words, *files, "--steps", "10", "--batch-size", "4"],
+        [*train, str(folder / "run")],
         [mezo, "replay", str(folder / "run"), "--output-dir", str(folder / "replayed")],
         *of_extra.get(extra, []),
     ]

@@ -1,12 +1,14 @@
 """`make test-versions`: the tests by the oldest and the newest versions of other libraries.
 
 python bench/versions.py --output versions.json [--ends oldest newest] [--tests gates kernels families hf]
-python bench/versions.py --output versions.json --whole python3.12 --ends oldest [--failed] [--keep FOLDER]
+python bench/versions.py --output versions.json --whole python3.12 --ends oldest [--paths tests/kernels ...] [--failed]
+    [--keep FOLDER]
 
 The first runs the tests that meet other libraries, with this machine's torch: each set of versions is an environment of
 its own in a temporary folder, which sees the libraries of this one beneath its own. The second runs every quick test in
 an environment that the Python named makes, with that end's torch and all else from the index: gigabytes, since most
-builds of torch are for CUDA. What the file says of other sets, and of other tests of equal versions, stays.
+builds of torch are for CUDA; --paths divides it into calls of a few minutes. What the file says of other sets, and of
+other tests of equal versions, stays.
 """
 
 import argparse
@@ -36,6 +38,7 @@ TESTS = {
     "families": ["tests/models/test_every_family.py", "tests/models/test_load.py"],
     "hf": ["tests/runtimes/hf/test_runtime.py", "tests/training/test_classification_head.py"],
 }
+AGAIN = "failed, again"
 
 
 def layered(place: Path, pins: dict[str, str]) -> Path:
@@ -62,12 +65,12 @@ def whole(place: Path, pins: dict[str, str], base: str) -> Path:
     return python
 
 
-def outcome(python: Path, tests: list[str], seconds: int, log: Path) -> dict:
+def outcome(python: Path, tests: list[str], seconds: int, log: Path, processes: int) -> dict:
     """What pytest says, into a file too, of some tests in an environment; of all if none is named."""
     command = [python, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-rfE", "-m", "not gpu and not slow"]
     paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    if not tests:  # as `make test` does
-        command += ["-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
+    if processes > 1:  # as `make test` does
+        command += ["-n", str(processes), "--dist", "loadgroup", "--no-loadscope-reorder"]
         paths["OMP_NUM_THREADS"] = str(os.cpu_count())
     began = time.perf_counter()
     with log.open("w") as file:
@@ -99,7 +102,8 @@ def main() -> int:
     parser.add_argument("--ends", nargs="+", choices=ENDS, default=list(ENDS))
     parser.add_argument("--tests", nargs="+", choices=TESTS, help="all kinds; with --whole every quick test")
     parser.add_argument("--whole", metavar="PYTHON", help="every quick test, in environments that this Python makes")
-    parser.add_argument("--failed", action="store_true", help="with --whole: what failed last time alone")
+    parser.add_argument("--paths", nargs="+", help="with --whole: the quick tests of these files and folders alone")
+    parser.add_argument("--failed", action="store_true", help="with --whole: what failed before alone")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="with --whole: where environments are, and stay")
     parser.add_argument("--seconds", type=int, default=3600, help="most seconds for the tests of one kind")
     options = parser.parse_args()
@@ -114,15 +118,19 @@ def main() -> int:
                 found["outcome"] = before["outcome"]
             tests = {name: TESTS[name] for name in options.tests or TESTS}
             if options.failed:
-                failed = found["outcome"]["all"]["failed tests"]
+                outcomes = [each for name, each in found["outcome"].items() if name != AGAIN]
+                failed = [test for each in outcomes for test in each["failed tests"]]
                 names = {name.split("[")[0] for name in failed if "::" in name}  # no whole modules; all parameters
-                tests = {"failed, again": sorted(names)} if names else {}
+                tests = {AGAIN: sorted(names)} if names else {}
+            elif options.paths:
+                tests = {" ".join(options.paths): options.paths}
             elif options.whole and not options.tests:
                 tests = {"all": []}
             report["ends"][row] = found
             for name in tests:
                 log = place / "pytest.txt"
-                found["outcome"][name] = this = outcome(python, tests[name], options.seconds, log)
+                processes = 2 if options.whole and not options.failed else 1
+                found["outcome"][name] = this = outcome(python, tests[name], options.seconds, log, processes)
                 if this["code"] != 0:
                     print(log.read_text(), flush=True)
                 bad = bad or this["code"] != 0

@@ -63,7 +63,7 @@ def _libraries() -> Iterator[tuple[str, str]]:
 
     for text in requires(PACKAGE) or []:
         needed = Requirement(text)
-        extra = next((name for name in ("sglang", "trainer") if _is_of(needed, name)), "")
+        extra = next((name for name in ("sglang", "trainer", "quantization") if _is_of(needed, name)), "")
         if needed.marker and not extra and not needed.marker.evaluate({"extra": ""}):
             continue  # tools of developers, and what other systems need
         yield needed.name, _state(needed, extra)

@@ -142,7 +142,8 @@ def _check_quantization(model: Model, engine: bool) -> None:
     name, tuning = model.quantization, model.tuning
     if name == "none":
         return
-    require(not engine, f"--quantization {name}: the engine quantises by itself: use --engine-arg quantization=...")
+    own = "the engine quantises by itself: use --engine-arg quantization=... where there is a GPU, or --runtime hf"
+    require(not engine, f"--quantization {name}: {own}")
     floats = "--tuning full trains the weights themselves, by less than they are rounded to; use --tuning lora"
     require(tuning.name != "full", f"--quantization {name}: {floats}")
     tried = f"--head {tuning.head} has not been tried so; use --head model"

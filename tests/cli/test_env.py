@@ -23,13 +23,13 @@ def test_versions_devices_and_backends_are_those_at_hand(capsys):
     for name in ("reference", "numba", "triton"):
         assert found[f"{name}, cpu"].startswith("available") == (name in available_backends("cpu"))
     needed = {Requirement(text).name for text in requires("mezo-kernels") if "extra" not in text}
-    assert needed <= set(found)
+    assert needed | {"torchao", "bitsandbytes", "sglang", "trl"} <= set(found)
     assert "pytest" not in found  # a tool of developers
 
 
 def test_what_is_missing_or_old_has_its_command(capsys, monkeypatch):
     def other(name):
-        if name in ("peft", "sglang"):
+        if name in ("peft", "sglang", "bitsandbytes"):
             raise PackageNotFoundError(name)
         return "1.0" if name == "transformers" else version(name)
 
@@ -37,5 +37,6 @@ def test_what_is_missing_or_old_has_its_command(capsys, monkeypatch):
     found = lines(capsys)
     assert found["peft"].startswith("missing: pip install 'peft>=")
     assert found["sglang"] == "missing, which few need: pip install 'mezo-kernels[sglang]'"
+    assert found["bitsandbytes"] == "missing, which few need: pip install 'mezo-kernels[quantization]'"
     assert found["transformers"].startswith("1.0, needed is >=")
     assert "pip install 'transformers>=" in found["transformers"]

@@ -23,6 +23,7 @@ INEXACT = {
     "GemmaForCausalLM": "computes the exact GELU, where the model has its tanh approximation",
 }
 """Classes of SGLang's that are another function than the model is, and why: seen by comparing log-probabilities."""
+LOADED_PACKED = ("bitsandbytes", "gguf")  # what --engine-arg load_format quantises to, or reads quantised
 SHARED_MEMORY = 32 << 20  # bytes of /dev/shm that an engine of several ranks needs, 25 MB of them for one queue
 
 
@@ -70,25 +71,34 @@ def refuse_inexact(checkpoint: Checkpoint, served: type) -> None:
 
 
 def refuse_packed(checkpoint: Checkpoint, options: dict) -> None:
-    """Raise UserError if the engine would hold quantised weights that it cannot multiply by on this machine.
+    """Raise UserError if SGLang has no such format of quantised weights, or cannot multiply by them on this machine.
 
-    On a CPU its products of these are kernels for AMX in its kernel package, which has no build for CPUs.
+    On a CPU its products of these are kernels for AMX in its kernel package, which has no build for CPUs in the index.
 
     Args:
         checkpoint: of the model.
         options: `engine_options`.
     """
-    asked, held = options.get("quantization"), checkpoint.quantised
-    packed = held is not None or asked not in (None, "unquant")
-    if not packed or accelerated() or _has_amx():
+    key = "load_format" if options.get("load_format") in LOADED_PACKED else "quantization"
+    asked = None if options.get(key) == "unquant" else options.get(key)
+    form = (asked or checkpoint.quantised or "").lower()
+    if not form:
         return
-    which = f"--engine-arg quantization={asked}" if asked else f"--model {checkpoint.name}"
-    what = "" if asked else f"its weights are quantised ({held}), and "
-    remedy = "--runtime hf" if held else "--runtime hf with --quantization int8"
-    raise UserError(
-        f"{which}: {what}SGLang multiplies by quantised weights on a CPU only with AMX and its kernel package: use"
-        f" {remedy}"
-    )
+    known, on_cpu = _formats()
+    remedy = "--runtime hf" if checkpoint.quantised else "--runtime hf with --quantization int8"
+    if asked and form not in known:
+        remedy = f"one of {', '.join(sorted(known))}" if accelerated() else remedy
+        why = "SGLang has no format of that name"
+    elif accelerated():
+        return
+    elif form not in on_cpu:
+        why = f"SGLang has no products by {form} weights for a CPU"
+    elif lacking := _lacking_for_amx():
+        why = f"SGLang multiplies by {form} weights on a CPU with kernels for AMX alone, and {lacking}"
+    else:
+        return
+    which = f"--engine-arg {key}={asked}" if asked else f"--model {checkpoint.name}: it is quantised"
+    raise UserError(f"{which}: {why}: use {remedy}")
 
 
 def refuse_without_lora(checkpoint: Checkpoint, served: type, names: Iterable[str]) -> None:
@@ -192,10 +202,22 @@ def _registered() -> dict[str, type]:
         return registry.models
 
 
-def _has_amx() -> bool:
-    """Whether SGLang finds AMX and, in its kernel package, kernels for it."""
+@cache
+def _formats() -> tuple[frozenset[str], frozenset[str]]:
+    """Formats of quantised weights that SGLang knows by name, and those that it has kernels for a CPU for."""
     with engine_environment(), _quiet():
-        return importlib.import_module("sglang.srt.utils").cpu_has_amx_support()
+        module = importlib.import_module("sglang.srt.layers.quantization")
+        asked = importlib.import_module("sglang.srt.arg_groups.choices").QUANTIZATION_CHOICES
+        return frozenset({*module.QUANTIZATION_METHODS, *asked}), frozenset(module.CPU_QUANTIZATION_METHODS)
+
+
+def _lacking_for_amx() -> str:
+    """What SGLang does not find of what its products on a CPU need; "" if it finds all."""
+    with engine_environment(), _quiet():
+        utils = importlib.import_module("sglang.srt.utils.common")
+        if not utils.is_amx_tile_supported:
+            return "this CPU has no AMX"
+        return "" if utils.cpu_has_amx_support() else "no build of its kernel package has them here"
 
 
 def _has_sizes(stack: str, config: PretrainedConfig) -> bool:

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from mezo.method.step import Step, Update
 from mezo.models.quantization import FORMATS
+from tests.models.test_quantization import SCHEMES, compressed
 from tests.runtimes.sglang.conftest import ALL, engine, examples, noisy, reference, torch_equal
 from tests.tiny_models import tokenizer
 
@@ -55,6 +56,19 @@ def test_a_checkpoint_that_is_quantised_already(model, tmp_path):
     tokenizer().save_pretrained(tmp_path)
     options = {"target_modules": ALL, "dtype": "bfloat16", "engine_arg": NF4}
     with engine(str(tmp_path), examples(8), **options) as runtime:
+        runtime.load(noisy(runtime))
+        runtime.perturb(Step([7], 1e-1))
+        plus, minus = runtime.score_pairs("train", range(8))[0]
+        assert float((plus - minus).abs().max()) > 0
+
+
+@pytest.mark.skipif(not find_spec("compressed_tensors"), reason="compressed-tensors is not installed")
+@pytest.mark.parametrize("scheme", ["8 bits, inputs too", "fp8"])
+def test_a_checkpoint_of_compressed_tensors(scheme, model, tmp_path):
+    """The engine multiplies by the packed weights, transformers by the floats that they mean."""
+    path = compressed(model("llama", hidden_size=128, intermediate_size=128), tmp_path, *SCHEMES[scheme])
+    tokenizer().save_pretrained(path)
+    with engine(path, examples(8), target_modules=ALL, dtype="bfloat16") as runtime:
         runtime.load(noisy(runtime))
         runtime.perturb(Step([7], 1e-1))
         plus, minus = runtime.score_pairs("train", range(8))[0]

@@ -152,6 +152,7 @@ def test_adapters_that_a_batch_mixes_up_are_found_at_the_start(llama, monkeypatc
         pass
 
 
+@keys
 def test_sharing_with_key_adapters_is_refused_by_the_workers(llama, data, trusting):
     """They look at what is trained themselves."""
     with (

@@ -91,18 +91,23 @@ def test_attention_that_does_not_cap_is_refused():
 
 @pytest.mark.skipif(accelerated(), reason="a GPU multiplies them")
 def test_quantised_weights_are_refused_on_a_cpu_without_kernels_for_them():
-    llama = checkpoint("llama")
-    for none in ({}, {"quantization": None}, {"quantization": "unquant"}):
+    llama, awq = checkpoint("llama"), checkpoint("llama", quantization_config={"quant_method": "awq"})
+    torchao = checkpoint("llama", quantization_config={"quant_method": "torchao"})
+    for none in ({}, {"quantization": None}, {"quantization": "unquant"}, {"load_format": "safetensors"}):
         refuse_packed(llama, none)
-    with pytest.raises(
-        UserError, match=r"--engine-arg quantization=fp8: SGLang .* use --runtime hf with --quantization"
-    ):
-        refuse_packed(llama, {"quantization": "fp8"})
-    packed = checkpoint("llama", quantization_config={"quant_method": "awq"})
-    with pytest.raises(
-        UserError, match=r"some/llama: its weights are quantised \(awq\), .* kernel package: use --runt"
-    ):
-        refuse_packed(packed, {})
+    lacking = r"with kernels for AMX alone, and (this CPU has no AMX|no build of its kernel package has them here)"
+    cases = [
+        (llama, {"quantization": "fp8"}, f"arg quantization=fp8: SGLang multiplies by fp8 weights on a CPU {lacking}"),
+        (llama, {"quantization": "bitsandbytes"}, "quantization=bitsandbytes: SGLang has no products by bitsandbytes"),
+        (llama, {"load_format": "gguf"}, "--engine-arg load_format=gguf: SGLang has no products by gguf weights for a"),
+        (llama, {"quantization": "int8wo"}, "--engine-arg quantization=int8wo: SGLang has no format of that name"),
+        (awq, {}, f"--model some/llama: it is quantised: SGLang multiplies by awq weights on a CPU {lacking}"),
+        (torchao, {}, "--model some/llama: it is quantised: SGLang has no products by torchao weights for a CPU"),
+    ]
+    for model, options, message in cases:
+        remedy = "with --quantization int8" if model is llama else ""
+        with pytest.raises(UserError, match=rf"{message}.*: use --runtime hf ?{remedy}$"):
+            refuse_packed(model, options)
 
 
 def test_a_window_that_sglang_does_not_have_is_refused_where_a_row_is_longer():
