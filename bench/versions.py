@@ -71,7 +71,6 @@ def outcome(python: Path, tests: list[str], seconds: int, log: Path, processes: 
     paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if processes > 1:  # as `make test` does
         command += ["-n", str(processes), "--dist", "loadgroup", "--no-loadscope-reorder"]
-        paths["OMP_NUM_THREADS"] = str(os.cpu_count())
     began = time.perf_counter()
     with log.open("w") as file:
         command = ["timeout", str(seconds), *command, *tests]
